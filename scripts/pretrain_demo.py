@@ -1,0 +1,146 @@
+"""Pretrain the bundled demo model: a small GPT-2 on the Python standard library's source files.
+
+    python scripts/pretrain_demo.py --out src/unnorm/demo
+
+Writes the model (safetensors), its tokenizer and `pretrain_log.jsonl`. Same seed, same Python version,
+same machine: same model. Takes about ten minutes on 2 otherwise idle CPU cores.
+
+The benchmarks' second model is made by the same script from other text:
+
+    python scripts/pretrain_demo.py --data books_val.jsonl.xz --out books-gpt2 --steps 400
+"""
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import ByteLevelBPETokenizer
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from unnorm.data import STDLIB, build_blocks, open_documents
+
+VOCAB, CONTEXT = 4096, 256
+MOST_BLOCKS = 200_000
+END_OF_TEXT = "<|endoftext|>"
+WARMUP, FINAL_LR_SHARE = 100, 0.01
+
+
+def train_tokenizer(data: str) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, learned from the training documents only."""
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        open_documents(data).train(), vocab_size=VOCAB, special_tokens=[END_OF_TEXT], show_progress=False
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(layers: int, width: int, heads: int) -> GPT2LMHeadModel:
+    config = GPT2Config(
+        vocab_size=VOCAB,
+        n_positions=CONTEXT,
+        n_layer=layers,
+        n_embd=width,
+        n_head=heads,
+        bos_token_id=0,
+        eos_token_id=0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
+    )
+    return GPT2LMHeadModel(config)
+
+
+def build_optimizer(model: GPT2LMHeadModel, lr: float) -> torch.optim.Optimizer:
+    """AdamW, with weight decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+
+
+def learning_rate_share(step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine to one hundredth."""
+    if step < WARMUP:
+        return (step + 1) / WARMUP
+    progress = (step - WARMUP) / max(1, steps - WARMUP)
+    return FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def validation_loss(model: torch.nn.Module, blocks: torch.Tensor, batch_size: int) -> float:
+    model.eval()
+    batches = blocks.split(batch_size)
+    total = sum(model(input_ids=b, labels=b).loss.item() * len(b) for b in batches)
+    model.train()
+    return total / len(blocks)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", default=STDLIB)
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    tokenizer = train_tokenizer(args.data)
+    blocks = build_blocks(args.data, tokenizer, VOCAB, CONTEXT, MOST_BLOCKS, validation_blocks=1000)
+    stream = torch.tensor(blocks.train["input_ids"]).flatten()
+    held_out = torch.tensor(blocks.validation["input_ids"])
+
+    model = build_model(args.layers, args.width, args.heads).train()
+    compiled = torch.compile(model)
+    optimizer = build_optimizer(model, args.lr)
+    args.out.mkdir(parents=True, exist_ok=True)
+    log = (args.out / "pretrain_log.jsonl").open("w")
+    start = time.perf_counter()
+    for step in range(args.steps):
+        at = torch.randint(len(stream) - CONTEXT, (args.batch_size,))
+        batch = torch.stack([stream[i : i + CONTEXT] for i in at.tolist()])
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = compiled(input_ids=batch, labels=batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * learning_rate_share(step, args.steps)
+        optimizer.step()
+        optimizer.zero_grad()
+        last = step + 1 == args.steps
+        if last or (step + 1) % 250 == 0:
+            sample = held_out if last else held_out[:64]
+            row = {
+                "step": step + 1,
+                "tokens": (step + 1) * args.batch_size * CONTEXT,
+                "train_loss": round(loss.item(), 4),
+                "validation_loss": round(validation_loss(model, sample, args.batch_size), 4),
+                "seconds": round(time.perf_counter() - start),
+            }
+            print(json.dumps(row), file=log, flush=True)
+            print(row, flush=True)
+    log.close()
+    model.config.use_cache = True
+    model.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()

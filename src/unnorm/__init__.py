@@ -1,0 +1,32 @@
+"""unnorm: a pretrained transformer language model in, its twin without normalization layers out."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from unnorm.errors import UnnormError
+
+if TYPE_CHECKING:
+    from unnorm.calibrate import stats
+    from unnorm.checkpoint import load
+    from unnorm.evaluation import evaluate
+    from unnorm.proof import verify
+    from unnorm.removal import RunInterruptedError, remove
+
+__version__ = "0.1.0"
+__all__ = ["RunInterruptedError", "UnnormError", "__version__", "evaluate", "load", "remove", "stats", "verify"]
+
+_HOMES = {
+    "RunInterruptedError": "unnorm.removal",
+    "evaluate": "unnorm.evaluation",
+    "load": "unnorm.checkpoint",
+    "remove": "unnorm.removal",
+    "stats": "unnorm.calibrate",
+    "verify": "unnorm.proof",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import each verb when it is first used, so that `unnorm --help` does not wait for torch."""
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'unnorm' has no attribute '{name}'")

@@ -1,0 +1,167 @@
+"""Scale statistics of every norm site, and the constant scale from them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from datasets import Dataset
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from unnorm.config import choose_context, choose_device
+from unnorm.data import STDLIB, build_blocks
+from unnorm.models import load_original
+from unnorm.norms import Estimator, TaperedNorm, estimate_log_constant
+from unnorm.sites import NormSite, find_sites
+
+CALIBRATION_BLOCKS = 32
+"""Blocks of training data that the first constants are measured on."""
+
+
+@dataclass(frozen=True)
+class ScaleStatistics:
+    """Distribution of one site's scale over tokens, position 0 apart from the rest.
+
+    Attributes:
+        site: the norm's path.
+        position_0: mean scale at position 0.
+        mean: mean scale of the other tokens.
+        geometric_mean: theirs in log space.
+        spread: standard deviation of their log scale; 0 would mean that the norm is already affine.
+        smallest: their smallest scale.
+        largest: their largest.
+    """
+
+    site: str
+    position_0: float
+    mean: float
+    geometric_mean: float
+    spread: float
+    smallest: float
+    largest: float
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def stats(
+    model: str,
+    data: str = STDLIB,
+    *,
+    text_field: str | None = None,
+    split: str = "train",
+    context: int | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> list[tuple[NormSite, ScaleStatistics]]:
+    """Every norm site of a model with the distribution of its scale on a few blocks of text; `unnorm stats`.
+
+    Raises:
+        UnnormError: the model has no norms, or it or the data can't be used.
+    """
+    original, tokenizer = load_original(model, trust_remote_code)
+    sites = find_sites(original)
+    original.to(choose_device(device))
+    context = choose_context(context, original)
+    vocab_size = int(original.get_input_embeddings().weight.shape[0])
+    blocks = build_blocks(data, tokenizer, vocab_size, context, CALIBRATION_BLOCKS, 1, text_field, split)
+    rows = scale_statistics(collect_log_scales(original, sites, blocks.train))
+    return list(zip(sites, rows, strict=True))
+
+
+@torch.no_grad()
+def collect_log_scales(
+    model: PreTrainedModel, sites: Sequence[NormSite], blocks: Dataset, batch_size: int = 8
+) -> dict[str, Float[Tensor, "block position"]]:
+    """Log scale of every token at every site, from forward passes only.
+
+    The sites may hold the original norms or stand-ins; hooks read what comes in.
+
+    Args:
+        model: the model, on any device.
+        sites: where to measure.
+        blocks: rows of `input_ids`, all of one length.
+        batch_size: blocks in one forward pass.
+
+    Returns:
+        By site name, on the CPU in float32.
+    """
+    found: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+
+    def keep(site: NormSite) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].float()
+            x = x - x.mean(-1, keepdim=True) if site.centered else x
+            found[site.name].append(0.5 * torch.log(x.square().mean(-1) + site.eps).cpu())
+
+        return hook
+
+    handles = [model.get_submodule(site.name).register_forward_pre_hook(keep(site)) for site in sites]
+    try:
+        with evaluating(model):
+            for batch in batches(blocks, batch_size, model.device):
+                model(input_ids=batch, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def scale_statistics(log_scales: dict[str, Float[Tensor, "block position"]]) -> list[ScaleStatistics]:
+    """Summarize `collect_log_scales`, one row for each site."""
+    rows = []
+    for name, log_scale in log_scales.items():
+        rest = log_scale[:, 1:]
+        rows.append(
+            ScaleStatistics(
+                site=name,
+                position_0=float(log_scale[:, 0].exp().mean()),
+                mean=float(rest.exp().mean()),
+                geometric_mean=float(rest.mean().exp()),
+                spread=float(rest.std()),
+                smallest=float(rest.min().exp()),
+                largest=float(rest.max().exp()),
+            )
+        )
+    return rows
+
+
+def set_constants(
+    stand_ins: dict[str, TaperedNorm],
+    log_scales: dict[str, Float[Tensor, "block position"]],
+    estimator: Estimator,
+) -> None:
+    """Give each stand-in its first constants: one for ordinary tokens, one for position 0."""
+    for name, stand_in in stand_ins.items():
+        log_scale = log_scales[name].double()
+        stand_in.estimator = estimator
+        parts = (log_scale[:, 1:], log_scale[:, :1])
+        constants = [estimate_log_constant(part, torch.ones_like(part), estimator) for part in parts]
+        stand_in.log_constant.copy_(torch.stack(constants))
+
+
+def spread(blocks: Dataset, count: int) -> Dataset:
+    """At most `count` rows, evenly spaced: neighbouring blocks often come from one document."""
+    count = min(count, len(blocks))
+    return blocks.select([i * len(blocks) // count for i in range(count)])
+
+
+def batches(blocks: Dataset, batch_size: int, device: torch.device) -> Iterator[Int[Tensor, "batch position"]]:
+    """The rows of `blocks` in order, `batch_size` at a time."""
+    for start in range(0, len(blocks), batch_size):
+        yield torch.tensor(blocks[start : start + batch_size]["input_ids"], device=device)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and back as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

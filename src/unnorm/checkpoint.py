@@ -1,0 +1,163 @@
+"""The files of a run directory: LN-free model, its unfolded form, and the sites."""
+
+import json
+import math
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, TypeAdapter
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+import unnorm.modeling  # noqa: F401  (registers the LN-free classes)
+from unnorm.errors import UnnormError, short
+from unnorm.fold import install
+from unnorm.norms import TaperedNorm
+from unnorm.sites import NormSite
+
+MODEL, UNFOLDED, SITES = "model", "unfolded", "sites.json"
+
+
+@dataclass(frozen=True)
+class _SavedSite(NormSite):
+    constant_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+_SAVED = TypeAdapter(list[_SavedSite])
+
+
+def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load an LN-free model from a run directory, or from the `model/` in it.
+
+    Raises:
+        UnnormError: there is none, or its files are damaged.
+    """
+    path = Path(path)
+    return _load(path / MODEL if (path / MODEL).is_dir() else path, dtype)
+
+
+def load_sites(directory: Path) -> tuple[list[NormSite], dict[str, float]]:
+    """The former norm sites and their constant scales, from `sites.json`.
+
+    Raises:
+        UnnormError: the file is missing or is not what a run writes.
+    """
+    path = directory / SITES
+    try:
+        sites = _SAVED.validate_python(json.loads(path.read_text()))
+        if not sites:
+            raise ValueError("there is no site in it")
+    except OSError as error:
+        raise UnnormError(
+            f"'{directory}' holds no finished run: there is no {SITES} in it. Give the directory of a finished run, "
+            "or finish it with: unnorm remove --resume --out DIR"
+        ) from error
+    except ValueError as error:
+        raise UnnormError(f"'{path}' is damaged ({short(error)}). Do the run again.") from error
+    return [NormSite.from_json(row.to_json()) for row in sites], {row.name: row.constant_scale for row in sites}
+
+
+def save_sites(directory: Path, sites: Sequence[NormSite], constants: dict[str, float]) -> None:
+    """Write `sites.json`: all that is needed to rebuild the unfolded model and compare."""
+    rows = [{**site.to_json(), "constant_scale": constants[site.name]} for site in sites]
+    write_text(directory / SITES, json.dumps(rows, indent=2))
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a model with its tokenizer in transformers' form.
+
+    Raises:
+        UnnormError: the disk is full or can't be written to.
+    """
+    try:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    except (OSError, SafetensorError) as error:
+        raise UnnormError(
+            f"Could not write '{directory}': {error}. Free some space and run again with --resume."
+        ) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file.
+
+    Raises:
+        UnnormError: the disk is full or can't be written to.
+    """
+    try:
+        path.write_text(text + "\n")
+    except OSError as error:
+        raise UnnormError(f"Could not write '{path}': {error}.") from error
+
+
+def unfolded_weights(model: PreTrainedModel, original: PreTrainedModel) -> PreTrainedModel:
+    """The model with stand-ins as one of the original's class, whose norms carry the trained gain and bias.
+
+    Loaded by stock code its norms would divide by each token's own scale; `load_unfolded` puts the constants in.
+    """
+    stock = type(original)(deepcopy(original.config))
+    weights = model.state_dict()
+    plain = original.state_dict()
+    for name, module in model.named_modules():
+        if isinstance(module, TaperedNorm):
+            for key in [key for key in weights if key.startswith(f"{name}.")]:
+                del weights[key]
+            weights |= _norm_weights(name, module, plain)
+    stock.load_state_dict(weights)
+    return stock
+
+
+def load_unfolded(directory: Path) -> PreTrainedModel:
+    """The trained model before folding: affine stand-ins with the constants of `sites.json` at every site.
+
+    Raises:
+        UnnormError: files are missing or damaged.
+    """
+    sites, constants = load_sites(directory)
+    model = _load(directory / UNFOLDED, torch.float32)
+    modules = {name for name, _ in model.named_modules() if name}
+    unknown = {name for site in sites for name in (site.name, *site.readers, *site.writers)} - modules
+    if unknown:
+        raise UnnormError(
+            f"'{directory / SITES}' is damaged: the model in '{directory / UNFOLDED}' has no "
+            f"{', '.join(sorted(unknown))}. Do the run again."
+        )
+    for name, stand_in in install(model, sites).items():
+        stand_in.log_constant = torch.full((2,), math.log(constants[name]), dtype=torch.float64)
+        stand_in.removed = True
+    return model
+
+
+def _norm_weights(name: str, norm: TaperedNorm, plain: dict[str, torch.Tensor]) -> dict[str, Any]:
+    weights = {f"{name}.weight": norm.gain.detach()}
+    if norm.bias is not None:
+        weights[f"{name}.bias"] = norm.bias.detach()
+    return {key: value for key, value in weights.items() if key in plain}
+
+
+def _load(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    if not (path / "config.json").is_file():
+        raise UnnormError(f"No model in '{path}': there is no config.json. Give the directory of a finished run.")
+    damaged = f"The model in '{path}' is damaged"
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=dtype,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except Exception as error:  # Whatever a damaged config makes transformers do.
+        raise UnnormError(f"{damaged}: {short(error)} Do the run again, or copy it again.") from error
+    wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
+    if wrong:
+        raise UnnormError(
+            f"{damaged}: it lacks {', '.join(wrong[:3])}, or has them in another shape. "
+            "Do the run again, or copy it again."
+        )
+    return model.eval()

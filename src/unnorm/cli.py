@@ -1,0 +1,222 @@
+"""The command line: arguments to calls, errors to messages. No logic."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from unnorm import __version__
+from unnorm.errors import UnnormError
+from unnorm.terminal import Progress, evaluation_table, proof_table, result_table, sites_table
+
+app = typer.Typer(
+    name="unnorm",
+    help="A pretrained transformer language model in, its twin without normalization layers out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_progress = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Results as JSON on standard output, all else on standard error.")]
+Data = Annotated[
+    str, typer.Option(help="'stdlib'; a .txt, .jsonl or .parquet file, directory or glob; a hub data set.")
+]
+TextField = Annotated[str | None, typer.Option(help="Column that holds the text.", show_default="'text'")]
+Split = Annotated[str, typer.Option(help="Split that the text comes from.")]
+Context = Annotated[int | None, typer.Option(help="Tokens in a block.", show_default="the model's, at most 1024")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modeling code that comes with the model.")]
+
+
+@app.command()
+def remove(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(help="'demo' (bundled), a local directory or a hub id.")] = "demo",
+    data: Annotated[
+        str, typer.Option(help="'stdlib'; a .txt, .jsonl, .parquet or .bin file, directory or glob; a hub data set.")
+    ] = "stdlib",
+    text_field: TextField = None,
+    split: Split = "train",
+    out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="a new one")] = None,
+    recipe: Annotated[str, typer.Option(help="taper (ours) or sequential (arXiv 2409.13710).")] = "taper",
+    tokens: Annotated[
+        str | None,
+        typer.Option(help="Training tokens: 500k, 2M, 150M; 0 calibrates and folds only.", show_default="by device"),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Blocks for each optimizer step.", show_default="by tokens")
+    ] = None,
+    context: Context = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="by width")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    device: Device = "auto",
+    dtype: Annotated[str, typer.Option(help="Precision of the training passes: auto, float32 or bfloat16.")] = "auto",
+    compile_: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile the passes.", show_default="on a GPU")
+    ] = None,
+    control: Annotated[
+        bool, typer.Option("--control", help="Also fine-tune the original, norms kept, on the same tokens.")
+    ] = False,
+    estimator: Annotated[
+        str, typer.Option(help="Of the constant scale: geometric, mean or least-squares.")
+    ] = "geometric",
+    config: Annotated[Path | None, typer.Option(help="YAML file with any of these options; flags win.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    report_to: Annotated[list[str] | None, typer.Option(help="wandb, trackio, tensorboard, …")] = None,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Remove every norm of MODEL by a short fine-tuning run and fold the constants into its weights."""
+    from unnorm import processes
+    from unnorm.config import read_config_file
+    from unnorm.removal import remove as run
+
+    _quiet()
+    options = read_config_file(config) if config is not None else {}
+    options |= _given(ctx, renamed={"compile_": "compile"}, left_out={"config", "resume", "json_"})
+    try:
+        with Progress(_progress) as progress:
+            result = run(resume=resume, watch=progress, **options)
+    finally:
+        processes.leave()
+    if processes.is_main():
+        _print(result, json_, result_table(result))
+
+
+@app.command()
+def verify(
+    directory: Annotated[Path, typer.Argument(help="Run directory.")],
+    json_: Json = False,
+) -> None:
+    """Prove that the model in DIRECTORY is norm-free, folded exactly, read linearly and a plain sum."""
+    from unnorm.proof import verify as run
+
+    _quiet()
+    checks = run(directory)
+    _print({"checks": [check.to_json() for check in checks]}, json_, proof_table(checks))
+    if not all(check.passed for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Run directories, model directories, hub ids.")
+    ],
+    against: Annotated[str | None, typer.Option(help="Original that fidelity is measured to.")] = None,
+    data: Data = "stdlib",
+    text_field: TextField = None,
+    split: Split = "train",
+    tokens: Annotated[str, typer.Option(help="Held-out tokens at most.")] = "50k",
+    context: Context = None,
+    batch_size: Annotated[int, typer.Option(help="Blocks in one forward pass.", min=1)] = 4,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Loss with its confidence interval, and fidelity to the original, on held-out text."""
+    from unnorm.config import parse_count
+    from unnorm.evaluation import evaluate as run
+
+    _quiet()
+    try:
+        count = parse_count(tokens)
+    except ValueError as error:
+        raise UnnormError(f"--tokens: {error}.") from error
+    rows = run(
+        models,
+        against,
+        data,
+        text_field=text_field,
+        split=split,
+        tokens=count,
+        context=context,
+        batch_size=batch_size,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    _print({"results": [row.to_json() for row in rows]}, json_, evaluation_table(rows))
+
+
+@app.command()
+def stats(
+    model: Annotated[str, typer.Argument(help="'demo' (bundled), a local directory or a hub id.")] = "demo",
+    data: Data = "stdlib",
+    text_field: TextField = None,
+    split: Split = "train",
+    context: Context = None,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Every norm site of MODEL: its kind, who reads it, and how its scale is distributed over tokens."""
+    from unnorm.calibrate import stats as run
+
+    _quiet()
+    rows = run(
+        model,
+        data,
+        text_field=text_field,
+        split=split,
+        context=context,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    _print({"sites": [site.to_json() | row.to_json() for site, row in rows]}, json_, sites_table(rows))
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"unnorm {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; a message and exit code 2 for whatever the user can put right."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        app()
+    except UnnormError as error:
+        if os.environ.get("RANK", "0") == "0":
+            _progress.print(f"[bold red]unnorm:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _progress.print("Stopped.")
+        sys.exit(130)
+
+
+def _quiet() -> None:
+    """One voice: the libraries' own progress bars would write over ours."""
+    import datasets
+    from transformers.utils import logging
+
+    datasets.disable_progress_bars()
+    logging.disable_progress_bar()
+
+
+def _given(ctx: typer.Context, renamed: dict[str, str], left_out: set[str]) -> dict[str, Any]:
+    """The options that were really named on the command line, so that a settings file can hold the others."""
+    named = {
+        key: value
+        for key, value in ctx.params.items()
+        if key not in left_out and str(ctx.get_parameter_source(key)).endswith("COMMANDLINE")
+    }
+    return {renamed.get(key, key): value for key, value in named.items()}
+
+
+def _print(values: dict[str, Any], as_json: bool, table: Any) -> None:
+    if as_json:
+        print(json.dumps(values, indent=2))
+    else:
+        Console().print(table)

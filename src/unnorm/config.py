@@ -1,0 +1,242 @@
+"""The settings of one run: what the user may choose, and what is chosen for them."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import psutil
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from transformers import PreTrainedModel
+
+from unnorm.data import STDLIB
+from unnorm.errors import UnnormError
+from unnorm.models import DEMO, context_length
+from unnorm.norms import Estimator
+from unnorm.schedule import Recipe
+
+CONFIG_FILE = "config.yaml"
+
+CPU_TOKENS = 800_000
+GPU_TOKENS = 20_000_000
+MOST_CONTEXT = 1024
+STEPS_WANTED = 400
+"""Optimizer steps that a run's tokens are divided into, as far as the limits on tokens a step allow."""
+LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 2048, 2**19
+MEMORY_SHARE = 0.5
+"""Share of the free memory that activations may take."""
+
+
+class RemoveConfig(BaseModel):
+    """Every option of `unnorm remove`; None means: chosen from the model, the recipe and the machine."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    model: str = Field(DEMO, description="'demo' (bundled), a local directory or a hub id")
+    data: str = Field(STDLIB, description="'stdlib', a file, directory or glob, or a hub data set")
+    text_field: str | None = Field(None, description="column that holds the text")
+    split: str = Field("train", description="split that training text comes from")
+    out: Path | None = Field(None, description="run directory; by default a new one named after the model")
+    recipe: Recipe = Field("taper", description="'taper' or 'sequential'")
+    tokens: int | None = Field(None, ge=0, description="training tokens (2M, 150M); 0 only calibrates and folds")
+    batch_size: int | None = Field(None, ge=1, description="blocks for each optimizer step, over all processes")
+    context: int | None = Field(None, ge=2, description="tokens in a block")
+    lr: float | None = Field(None, gt=0, allow_inf_nan=False, description="peak learning rate")
+    seed: int = Field(0, ge=0, lt=2**32, description="seed of everything random")
+    device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'mps'")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="precision of the training passes")
+    compile: bool | None = Field(None, description="torch.compile the training passes")
+    control: bool = Field(False, description="also fine-tune the original, norms kept, on the same tokens")
+    estimator: Estimator = Field("geometric", description="how the constant scale is estimated")
+    trust_remote_code: bool = Field(False, description="run modeling code that comes with the model")
+    report_to: list[str] = Field(default_factory=list, description="wandb, trackio, tensorboard, …")
+
+    @field_validator("tokens", mode="before")
+    @classmethod
+    def _parse_tokens(cls, value: Any) -> Any:
+        return parse_count(value) if isinstance(value, str) else value
+
+    @classmethod
+    def create(cls, **options: Any) -> "RemoveConfig":
+        """Check options.
+
+        Raises:
+            UnnormError: an option is unknown or has no valid value; all of them are named.
+        """
+        try:
+            return cls(**options)
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise UnnormError(f"Wrong settings: {wrong}.") from error
+
+    def save(self, path: Path) -> None:
+        """Write the settings as YAML."""
+        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+
+
+class Plan(BaseModel):
+    """The settings with nothing left open: what a run was really done with."""
+
+    device: str
+    bfloat16: bool
+    compile: bool
+    tokens: int
+    context: int
+    batch_size: int
+    micro_batch: int
+    steps: int
+    lr: float
+    processes: int
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens in one optimizer step, over all processes."""
+        return self.batch_size * self.context
+
+    @property
+    def training_tokens(self) -> int:
+        """Tokens in all steps: what was asked for, rounded to whole steps."""
+        return self.steps * self.step_tokens
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches that each process adds up for one optimizer step."""
+        return max(1, self.batch_size // (self.micro_batch * self.processes))
+
+
+def parse_count(text: str) -> int:
+    """`150M` -> 150000000; also k, B/G, decimals and underscores.
+
+    Raises:
+        ValueError: the text is no such number.
+    """
+    match = re.fullmatch(r"\s*([\d_]*\.?\d+)\s*([kKmMbBgG]?)\s*", text)
+    if not match:
+        raise ValueError(f"'{text}' is not a number of tokens; write 500000, 500k, 2M or 1.5B")
+    factor = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}[match[2].lower()]
+    count = float(match[1].replace("_", "")) * factor
+    if not math.isfinite(count):
+        raise ValueError("that many tokens can't be counted")
+    return round(count)
+
+
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Options from a YAML file.
+
+    Raises:
+        UnnormError: it can't be read or holds no mapping.
+    """
+    try:
+        options = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        raise UnnormError(f"Could not read the settings in '{path}': {said}. Give a YAML file.") from error
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise UnnormError(f"'{path}' holds no settings: write one 'option: value' a line.")
+    named = {str(key).replace("-", "_"): value for key, value in options.items()}
+    unknown = [name for name in named if name not in RemoveConfig.model_fields]
+    if unknown:
+        raise UnnormError(
+            f"'{path}' has settings that are not known: {', '.join(unknown)}. "
+            f"Known: {', '.join(RemoveConfig.model_fields)}."
+        )
+    return named
+
+
+def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) -> Plan:
+    """Choose what the user left open.
+
+    Raises:
+        UnnormError: the device is not there, or the context is longer than the model's.
+    """
+    device = choose_device(config.device)
+    context = choose_context(config.context, model)
+    tokens = config.tokens if config.tokens is not None else (GPU_TOKENS if device == "cuda" else CPU_TOKENS)
+    wanted = min(max(tokens // STEPS_WANTED, LEAST_STEP_TOKENS), MOST_STEP_TOKENS)
+    batch_size = config.batch_size or max(1, round(wanted / context))
+    batch_size = processes * max(1, round(batch_size / processes))
+    micro_batch = _micro_batch(model, context, batch_size // processes, device)
+    return Plan(
+        device=device,
+        bfloat16=config.dtype == "bfloat16" or (config.dtype == "auto" and _fast_bfloat16(device)),
+        compile=config.compile if config.compile is not None else device == "cuda",
+        tokens=tokens,
+        context=context,
+        batch_size=batch_size,
+        micro_batch=micro_batch,
+        steps=max(1, round(tokens / (batch_size * context))) if tokens else 0,
+        lr=config.lr or default_lr(model, config.recipe),
+        processes=processes,
+    )
+
+
+def default_lr(model: PreTrainedModel, recipe: Recipe) -> float:
+    """Peak learning rate, by the model's width.
+
+    `sequential` has the 6e-4 of arXiv 2409.13710 at GPT-2 small's width. `taper` takes less, since it takes more and
+    smaller steps: on a model 128 wide, 5e-4 and 1e-3 gave the same KL and 2e-3 half as much again.
+    """
+    at_768 = 6e-4 if recipe == "sequential" else 4e-4
+    return min(2e-3, at_768 * (768 / int(model.config.hidden_size)) ** 0.5)
+
+
+def choose_context(asked: int | None, *models: PreTrainedModel) -> int:
+    """Tokens in a block: as asked for, else the longest that all models take, at most `MOST_CONTEXT`.
+
+    Raises:
+        UnnormError: a model can't take as many, or there would be nothing to predict.
+    """
+    longest = min(context_length(model) for model in models)
+    context = min(longest, MOST_CONTEXT) if asked is None else asked
+    if context > longest:
+        raise UnnormError(f"--context {context} is longer than the {longest} tokens that the model takes.")
+    if context < 2:
+        raise UnnormError(f"--context {context} is too short: a block takes 2 tokens at least.")
+    return context
+
+
+def choose_device(device: str) -> str:
+    """The device a run takes place on.
+
+    Raises:
+        UnnormError: it is not on this machine.
+    """
+    present = ["cpu"]
+    present += ["cuda"] if torch.cuda.is_available() else []
+    present += ["mps"] if torch.backends.mps.is_available() else []
+    if device == "auto":
+        return "cuda" if "cuda" in present else "mps" if "mps" in present else "cpu"
+    if device not in present:
+        raise UnnormError(f"No device '{device}' here. There is: {', '.join(present)}.")
+    return device
+
+
+def free_memory(device: str) -> int:
+    """Bytes of memory that are free on the device."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available)
+
+
+def _micro_batch(model: PreTrainedModel, context: int, most: int, device: str) -> int:
+    """Blocks that fit in memory at once: the largest divisor of `most` whose activations do.
+
+    Activations of a block's pass, in float32: some 40 widths a layer and token, and the logits and their softmax,
+    of student and teacher, 6 times over.
+    """
+    config = model.config
+    numbers = context * (40 * config.hidden_size * config.num_hidden_layers + 6 * config.vocab_size)
+    states = 16 * sum(p.numel() for p in model.parameters())
+    fit = max(1, int((free_memory(device) * MEMORY_SHARE - states) / (4 * numbers)))
+    return max(size for size in range(1, most + 1) if most % size == 0 and size <= max(1, fit))
+
+
+def _fast_bfloat16(device: str) -> bool:
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported()
+    capabilities = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

@@ -1,0 +1,186 @@
+"""Documents into blocks of exactly `context` tokens, end-of-text between documents, nothing padded."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, Features, List, Value
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from unnorm.data.documents import TOKEN_FILE, data_suffix, find_files, open_documents
+from unnorm.errors import UnnormError
+
+Tokens = NDArray[np.int32]
+
+_TEXTS_AT_ONCE = 64
+_CHARS_AT_ONCE = 1_000_000
+_SMALL_SOURCE = 1000
+"""Blocks of which the last tenth is held out, where the text that was held out does not fill one block."""
+
+# Between words and between lines tokenizers split in any case, so a long document may be tokenized in pieces.
+_SEAM = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=\S)")
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Packed token blocks: each row's `input_ids` is one block of `context` token ids.
+
+    `held_out` says in words how validation was kept apart from training.
+    """
+
+    name: str
+    train: Dataset
+    validation: Dataset
+    held_out: str
+
+
+def build_blocks(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    context: int,
+    train_blocks: int,
+    validation_blocks: int,
+    text_field: str | None = None,
+    split: str = "train",
+) -> Blocks:
+    """Read as much of `source` as is asked for (less, if it holds less) and pack it.
+
+    Where the held-out text fills less than one block, the last tenth of the training blocks is held out in
+    its place.
+
+    Raises:
+        UnnormError: the source cannot be read, holds less than two blocks, or has token ids that the
+            model's vocabulary of `vocab_size` does not.
+    """
+    files = find_files(source)
+    if files and all(data_suffix(path) == TOKEN_FILE for path in files):
+        train_tokens, validation_tokens, held_out = _token_files(files)
+    else:
+        documents = open_documents(source, text_field, split)
+        held_out = documents.held_out
+
+        def train_tokens() -> Iterator[Tokens]:
+            return token_stream(documents.train(), tokenizer)
+
+        def validation_tokens() -> Iterator[Tokens]:
+            return token_stream(documents.validation(), tokenizer)
+
+    validation = _cut(validation_tokens(), context, validation_blocks)
+    if len(validation):
+        train = _cut(train_tokens(), context, train_blocks)
+    else:
+        whole = _cut(train_tokens(), context, _SMALL_SOURCE)
+        held = max(1, len(whole) // 10)
+        train, validation = whole[:-held][:train_blocks], whole[-held:][:validation_blocks]
+        held_out = f"the last {held} of {len(whole)} blocks"
+    if len(train) == 0 or len(validation) == 0:
+        raise UnnormError(
+            f"'{source}' holds less than two blocks of {context} tokens, one to train on and one to validate. "
+            "Give more text or a smaller --context."
+        )
+    for blocks in (train, validation):
+        _check_ids(source, blocks, vocab_size)
+    return Blocks(source, _dataset(train), _dataset(validation), held_out)
+
+
+def token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
+    """Each document's token ids with end-of-text after it, tokenized many documents at a time.
+
+    A very long document comes in several pieces.
+    """
+    end: list[int] = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+    for batch in _batches(texts):
+        pieces = [piece for piece, _ in batch]
+        found = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
+        for ids, (_, is_last) in zip(found, batch, strict=True):
+            yield np.asarray(ids + end if is_last else ids, dtype=np.int32)
+
+
+def _batches(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
+    batch: list[tuple[str, bool]] = []
+    for text in texts:
+        for piece in _pieces(text):
+            batch.append(piece)
+            if len(batch) == _TEXTS_AT_ONCE or sum(len(text) for text, _ in batch) > _CHARS_AT_ONCE:
+                yield batch
+                batch = []
+    if batch:
+        yield batch
+
+
+def _pieces(text: str) -> Iterator[tuple[str, bool]]:
+    """A document in pieces that can be tokenized one by one, each with whether it is the last."""
+    start = 0
+    while seam := _SEAM.search(text, start + _CHARS_AT_ONCE):
+        yield text[start : seam.start()], False
+        start = seam.start()
+    yield text[start:], True
+
+
+def _cut(pieces: Iterable[Tokens], context: int, most: int) -> Tokens:
+    """Join pieces of tokens and cut them into at most `most` whole blocks; the rest is dropped."""
+    kept: list[Tokens] = []
+    total = 0
+    for piece in pieces:
+        kept.append(piece)
+        total += len(piece)
+        if total >= most * context:
+            break
+    blocks = min(total // context, most)
+    joined = np.concatenate(kept) if kept else np.empty(0, np.int32)
+    return joined[: blocks * context].reshape(blocks, context)
+
+
+def _token_files(files: list[Path]) -> tuple[Callable[[], Iterator[Tokens]], Callable[[], Iterator[Tokens]], str]:
+    """Raw token files as nanoGPT writes them, little-endian uint16; `val.bin` beside `train.bin` is the validation set.
+
+    Without one, the last tenth of each file is.
+    """
+    if len(files) == 1 and files[0].name == "train.bin" and (files[0].parent / "val.bin").is_file():
+        files = [*files, files[0].parent / "val.bin"]
+    ids = {path: _open_token_file(path) for path in files}
+    held = [path for path in files if path.stem in ("val", "validation") and len(files) > 1]
+    if held and len(held) < len(files):
+        rest = [path for path in files if path not in held and path.stem != "test"]
+        names = ", ".join(path.name for path in held)
+        return (lambda: _slices([ids[p] for p in rest])), (lambda: _slices([ids[p] for p in held])), names
+    return (
+        lambda: _slices([i[: len(i) * 9 // 10] for i in ids.values()]),
+        lambda: _slices([i[len(i) * 9 // 10 :] for i in ids.values()]),
+        "the last tenth of each file",
+    )
+
+
+def _open_token_file(path: Path) -> NDArray[np.uint16]:
+    size = path.stat().st_size
+    if size == 0:
+        raise UnnormError(f"'{path}' is empty: there are no token ids in it. Name other data with --data.")
+    if size % 2:
+        raise UnnormError(
+            f"'{path}' is not nanoGPT's format: an odd number of bytes ({size}) can't be 16-bit token ids. "
+            "Write it again, as little-endian uint16."
+        )
+    return np.memmap(path, dtype="<u2", mode="r")
+
+
+def _slices(files: Iterable[NDArray[np.uint16]]) -> Iterator[Tokens]:
+    for ids in files:
+        for start in range(0, len(ids), _CHARS_AT_ONCE):
+            yield np.asarray(ids[start : start + _CHARS_AT_ONCE], dtype=np.int32)
+
+
+def _check_ids(source: str, ids: Tokens, vocab_size: int) -> None:
+    if ids.max() >= vocab_size:
+        raise UnnormError(
+            f"'{source}' has token id {ids.max()}, but the model's vocabulary ends at {vocab_size - 1}: "
+            "it was made with another tokenizer. Give the text itself, or token ids of this model's tokenizer."
+        )
+
+
+def _dataset(blocks: Tokens) -> Dataset:
+    features = Features({"input_ids": List(Value("int32"), length=blocks.shape[1])})
+    return Dataset.from_dict({"input_ids": blocks}, features=features)

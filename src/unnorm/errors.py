@@ -1,0 +1,14 @@
+"""The one exception that users see, and what it quotes of others."""
+
+
+class UnnormError(Exception):
+    """Something the user can put right: the message says what was wrong, where, and what to do.
+
+    The CLI prints the message without a traceback and exits with code 2.
+    """
+
+
+def short(error: Exception) -> str:
+    """What another package's error says, in one line of at most 300 characters; its kind, if it says nothing."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]

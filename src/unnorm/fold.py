@@ -1,0 +1,183 @@
+"""Constant maps into the weights beside them, exactly: stand-ins in, LN-free model out.
+
+For a site with gain g, bias b, constant scale c and reader W, beta (y = W x + beta):
+
+    W' = W diag(g) C / c        beta' = beta + W b
+
+where C removes the mean (LayerNorm) or is the identity (RMSNorm). All of it is computed in float64.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from unnorm.errors import UnnormError
+from unnorm.modeling import LN_FREE_CLASSES
+from unnorm.models import copy_model
+from unnorm.norms import PathReader, TaperedNorm, TokenMask, linear_weight
+from unnorm.sites import NormSite, affine_parameters, trace_inputs, value_features
+
+PROOF_TOLERANCE = 1e-10
+"""Largest difference of logits, relative to the largest logit, that float64 may show at load."""
+
+
+def install(
+    model: PreTrainedModel, sites: Sequence[NormSite], split_paths: bool = False, token_mask: TokenMask | None = None
+) -> dict[str, TaperedNorm]:
+    """Put a stand-in where each norm was, in place; at first each computes exactly what the norm did.
+
+    Args:
+        model: the original model.
+        sites: its norm sites.
+        split_paths: give attention sites a query/key path and a value path, where the layout is known.
+        token_mask: see `TaperedNorm`.
+
+    Returns:
+        The stand-ins by site name.
+    """
+    stand_ins: dict[str, TaperedNorm] = {}
+    for site in sites:
+        gain, bias = affine_parameters(model.get_submodule(site.name), site)
+        values = value_features(model, site) if split_paths else None
+        stand_in = TaperedNorm(gain, bias, site.eps, site.centered, 2 if values else 1, token_mask)
+        model.set_submodule(site.name, stand_in)
+        stand_ins[site.name] = stand_in
+        for reader, features in (values or {}).items():
+            model.set_submodule(reader, PathReader(model.get_submodule(reader), features))
+    return stand_ins
+
+
+def uninstall_paths(model: nn.Module) -> None:
+    """Join the paths of attention sites again, in place: every reader is its plain linear layer."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PathReader):
+            model.set_submodule(name, module.linear)
+        elif isinstance(module, TaperedNorm):
+            module.alpha = module.alpha[:1].clone()
+
+
+@torch.no_grad()
+def fold(model: PreTrainedModel, sites: Sequence[NormSite]) -> PreTrainedModel:
+    """The LN-free twin of a model whose norms are stand-ins that have all arrived.
+
+    Args:
+        model: the model with stand-ins, its paths joined; it is not changed.
+        sites: its norm sites.
+
+    Returns:
+        A new model of the family's LN-free class, in `model`'s dtype.
+
+    Raises:
+        UnnormError: the family has no LN-free class yet.
+    """
+    twin_class = _twin_class(model)
+    weights = model.state_dict()
+    added_biases = []
+    for site in sites:
+        stand_in = model.get_submodule(site.name)
+        assert isinstance(stand_in, TaperedNorm)
+        for reader in site.readers:
+            linear = model.get_submodule(reader)
+            weight, bias = fold_reader(linear_weight(linear), linear.bias, stand_in)
+            # The family's own way of storing: Conv1D keeps (in, out).
+            weights[f"{reader}.weight"] = weight.T if type(linear).__name__ == "Conv1D" else weight
+            if bias is not None:
+                weights[f"{reader}.bias"] = bias
+                added_biases += [reader] if linear.bias is None else []
+        for key in [key for key in weights if key.startswith(f"{site.name}.")]:
+            del weights[key]
+    settings = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_CARRIED}
+    config = twin_class.config_class(
+        **settings,
+        removed_norms=[site.name for site in sites],
+        added_biases=added_biases,
+        tie_word_embeddings=False,
+        architectures=[twin_class.__name__],
+    )
+    config._attn_implementation = model.config._attn_implementation
+    twin = twin_class(config).to(dtype=model.dtype, device=model.device)
+    twin.load_state_dict({key: value.contiguous() for key, value in weights.items()})
+    twin.generation_config = model.generation_config
+    return twin.eval()
+
+
+def fold_reader(
+    weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None, norm: TaperedNorm
+) -> tuple[Float[Tensor, "out in"], Float[Tensor, " out"] | None]:
+    """One reader's new weight and bias (None where neither had one), in the reader's dtype."""
+    w = weight.double()
+    folded = w * norm.gain.double() * torch.exp(-norm.log_constant[0].double())
+    if norm.centered:
+        folded = folded - folded.mean(1, keepdim=True)
+    new_bias = None if bias is None else bias.double()
+    if norm.bias is not None:
+        added = w @ norm.bias.double()
+        new_bias = added if new_bias is None else new_bias + added
+    return folded.to(weight.dtype), None if new_bias is None else new_bias.to(weight.dtype)
+
+
+@torch.no_grad()
+def prove_sites(model: PreTrainedModel, sites: Sequence[NormSite]) -> float:
+    """Show that the sites, and the fold of each, are right for this model, before anything is trained.
+
+    In float64: stand-ins reproduce the norms; then, with random constant scales, folded and unfolded logits
+    agree.
+
+    Returns:
+        The largest absolute difference of logits between folded and unfolded.
+
+    Raises:
+        UnnormError: they don't agree (the message names the first site that can't be folded), or the family has
+            no LN-free class yet.
+    """
+    _twin_class(model)
+    ids = trace_inputs(model, batch=2, length=16)
+    double = copy_model(model).double()
+    before = double(input_ids=ids).logits
+    stand_ins = install(double, sites)
+    after = double(input_ids=ids).logits
+    # A norm that computes in float32 whatever it is given agrees to float32 only.
+    if not torch.allclose(before, after, rtol=1e-4, atol=1e-4 * float(before.abs().max())):
+        raise UnnormError(f"Stand-ins for the norms of {type(model).__name__} don't reproduce its logits.")
+    generator = torch.Generator().manual_seed(0)
+    for stand_in in stand_ins.values():
+        stand_in.log_constant.copy_(torch.randn(2, generator=generator, dtype=torch.float64) * 0.3)
+        stand_in.removed = True
+    unfolded = double(input_ids=ids).logits
+    error = float((fold(double, sites)(input_ids=ids).logits - unfolded).abs().max())
+    if not error <= PROOF_TOLERANCE * max(1.0, float(unfolded.abs().max())):
+        raise UnnormError(
+            f"Folding {type(model).__name__} changes its logits by {error:.1e}: {_what_is_wrong(model, sites)}. "
+            "The model is refused."
+        )
+    return error
+
+
+def _what_is_wrong(model: PreTrainedModel, sites: Sequence[NormSite]) -> str:
+    """The first site that changes the logits when it is folded alone, or whatever else does."""
+    ids = trace_inputs(model)
+    plain = copy_model(model).double()
+    if not torch.allclose(fold(plain, [])(input_ids=ids).logits, plain(input_ids=ids).logits):
+        return f"its class computes something else than transformers' {model.config.model_type}"
+    for site in sites:
+        lone = copy_model(model).double()
+        stand_in = install(lone, [site])[site.name]
+        stand_in.log_constant.fill_(0.3)
+        stand_in.removed = True
+        if not torch.allclose(fold(lone, [site])(input_ids=ids).logits, lone(input_ids=ids).logits):
+            return f"something besides {', '.join(site.readers)} reads the output of '{site.name}'"
+    return "the sites are right one by one but not together"
+
+
+def _twin_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    twin_class = LN_FREE_CLASSES.get(model.config.model_type)
+    if twin_class is None:
+        known = ", ".join(sorted(LN_FREE_CLASSES))
+        raise UnnormError(f"No LN-free class for model type '{model.config.model_type}' yet. Known: {known}.")
+    return twin_class
+
+
+_NOT_CARRIED = {"model_type", "architectures", "tie_word_embeddings", "transformers_version", "auto_map"}

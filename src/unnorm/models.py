@@ -1,0 +1,197 @@
+"""Loading a model and its tokenizer, and refusing early what can't work."""
+
+import math
+import os
+from copy import deepcopy
+from importlib import resources
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+import unnorm.modeling  # noqa: F401  (registers the LN-free classes)
+from unnorm.errors import UnnormError, short
+from unnorm.sites import trace_inputs
+
+DEMO = "demo"
+"""Name of the bundled model: a small GPT-2 trained on the Python standard library's source."""
+
+
+def model_path(model: str) -> str:
+    """What transformers is asked for: the bundled model's directory for `demo`, `model/` of a run, else the name."""
+    path = Path(os.path.expanduser(model))  # noqa: PTH111 (pathlib's raises where there is no such user)
+    if (path / "sites.json").is_file():
+        return str(path / "model")
+    if model == DEMO and not path.exists():
+        return str(resources.files("unnorm") / "demo")
+    return str(path) if path.exists() else model
+
+
+def load_original(model: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model in float32, with its tokenizer, ready for evaluation.
+
+    Args:
+        model: `demo`, a local directory or a hub id.
+        trust_remote_code: run modeling code that comes with the model.
+
+    Raises:
+        UnnormError: it is not there, its files are damaged, it is no causal language model, its weights
+            are not finite, or the tokenizer has ids that the model has no embedding for.
+    """
+    path = model_path(model)
+    config = _load_config(model, path, trust_remote_code)
+    loaded = _load_weights(model, path, config, trust_remote_code)
+    tokenizer = _load_tokenizer(model, path, trust_remote_code)
+    _check_finite(model, loaded)
+    _check_causal(model, loaded)
+    _check_tokenizer(model, loaded, tokenizer)
+    return loaded, tokenizer
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Most tokens that the model takes at once, or 1024 where its config does not say."""
+    return int(getattr(model.config, "max_position_embeddings", None) or 1024)
+
+
+def disable_dropout(model: PreTrainedModel) -> None:
+    """Set every dropout to zero, in place: distillation wants the teacher's function, not a noisy one."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def copy_model(model: PreTrainedModel) -> PreTrainedModel:
+    """An independent copy in the same dtype and on the same device."""
+    copy = type(model)(deepcopy(model.config)).to(dtype=model.dtype, device=model.device)
+    copy.load_state_dict(model.state_dict())
+    copy.generation_config = model.generation_config
+    return copy.eval()
+
+
+def _load_config(model: str, path: str, trust_remote_code: bool) -> PretrainedConfig:
+    if not model:
+        raise UnnormError("The model has no name. Give a local directory or a hub id.")
+    if Path(path).is_file():  # transformers would unpickle it.
+        raise UnnormError(f"'{model}' is a file. Give the directory that holds the model and its config.json.")
+    is_local = Path(path).is_dir()
+    if is_local and not (Path(path) / "config.json").is_file():
+        raise UnnormError(
+            f"The directory '{model}' holds no model: there is no config.json in it. Give the directory that "
+            "`save_pretrained` wrote."
+        )
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        _refuse_remote_code(model, error)
+        if is_local:
+            raise UnnormError(
+                f"The config.json of '{model}' can't be used: {short(error)} Fetch it again, or upgrade transformers."
+            ) from error
+        raise UnnormError(
+            f"No model '{model}': neither a local directory nor a hub model that can be reached ({short(error)})."
+        ) from error
+
+
+def _load_weights(model: str, path: str, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    kind = getattr(config, "model_type", "?")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnnormError(f"'{model}' ({kind}) is an encoder-decoder. Only decoder-only language models are handled.")
+    try:
+        loaded, info = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=torch.float32,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # They are named below.
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except SafetensorError as error:
+        raise UnnormError(f"A weight file of '{model}' is damaged ({short(error)}). Fetch it again.") from error
+    except Exception as error:
+        _refuse_remote_code(model, error)
+        if isinstance(error, OSError) and "file named" in str(error):
+            raise UnnormError(
+                f"'{model}' has no weights in safetensors form, the only one that is read: pickled weights "
+                "(pytorch_model.bin) can run code. Fetch it again, or load and `save_pretrained` it where you trust it."
+            ) from error
+        remedy = "Only decoder-only language models are handled." if "AutoModel" in str(error) else "Fetch it again."
+        raise UnnormError(
+            f"Could not load '{model}' ({kind}) as a causal language model: {short(error)} {remedy}"
+        ) from error
+    wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
+    if wrong:
+        raise UnnormError(
+            f"The checkpoint of '{model}' lacks weights of {type(loaded).__name__}, or has them in another shape: "
+            f"{', '.join(wrong[:3])}{' and more' if len(wrong) > 3 else ''}. It is incomplete, or of another kind of "
+            "model; fetch it again."
+        )
+    return loaded.eval()
+
+
+def _load_tokenizer(model: str, path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise UnnormError(
+            f"'{model}' has no tokenizer that can be loaded: {short(error)}. Fetch its files again."
+        ) from error
+
+
+def _check_finite(name: str, model: PreTrainedModel) -> None:
+    bad = [key for key, value in model.named_parameters() if not math.isfinite(float(value.detach().sum()))]
+    if bad:
+        raise UnnormError(
+            f"The weights of '{name}' are not finite: NaN or infinity in {', '.join(bad[:3])}"
+            f"{' and more' if len(bad) > 3 else ''}. The checkpoint is damaged; fetch it again."
+        )
+
+
+@torch.no_grad()
+def _check_causal(name: str, model: PreTrainedModel) -> None:
+    ids = trace_inputs(model)
+    other = ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % int(model.get_input_embeddings().weight.shape[0])
+    try:
+        before, after = (model(input_ids=i, use_cache=False).logits[:, :-1] for i in (ids, other))
+    except Exception as error:
+        raise UnnormError(f"'{name}' can't run on token ids alone: {short(error)}") from error
+    if not (before.isfinite().all() and after.isfinite().all()):
+        raise UnnormError(
+            f"'{name}' gives logits that are not finite: its weights are too large. The checkpoint is damaged; "
+            "fetch it again."
+        )
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-3):
+        raise UnnormError(
+            f"'{name}' ({type(model).__name__}) is an encoder: its earlier outputs depend on later tokens. "
+            "Only decoder-only language models are handled."
+        )
+
+
+def _check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise UnnormError(
+            f"'{name}' comes without its tokenizer: there are no tokens in it. Put the tokenizer's files beside "
+            "the model."
+        )
+    rows = int(model.get_input_embeddings().weight.shape[0])
+    top = max(tokenizer.get_vocab().values(), default=-1)
+    if top >= rows:
+        raise UnnormError(
+            f"The tokenizer of '{name}' has ids up to {top}, but the model has embeddings for {rows} tokens only. "
+            "They don't belong together; save the model with the tokenizer that it was trained with."
+        )
+
+
+def _refuse_remote_code(model: str, error: Exception) -> None:
+    if "trust_remote_code" in str(error):
+        raise UnnormError(
+            f"'{model}' comes with modeling code of its own. Read it, and if you trust it, add --trust-remote-code."
+        ) from error

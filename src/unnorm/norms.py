@@ -1,0 +1,174 @@
+"""The module that stands in for a norm while it is tapered."""
+
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+Estimator = Literal["geometric", "mean", "least-squares"]
+
+
+def estimate_log_constant(
+    log_scale: Float[Tensor, "*tokens"], weight: Float[Tensor, "*tokens"], estimator: Estimator
+) -> Float[Tensor, ""]:
+    """Log of the one constant that stands for many tokens' scales s, each token counted by `weight`.
+
+    - `geometric` (default): exp(E[log s]), the constant nearest to all scales in log space, where the taper
+      interpolates. A massive activation moves it least.
+    - `mean`: E[s], the papers' "average std" (arXiv 2409.13710).
+    - `least-squares`: E[s^2] / E[s], which minimizes E|x/s - x/c|^2 relative to |x/c|: the reader's input error,
+      ruled by the longest vectors.
+    """
+    weight = weight / weight.sum()
+    if estimator == "geometric":
+        return (weight * log_scale).sum()
+    # Scales relative to the largest, so that no square overflows.
+    top = log_scale.max()
+    scale = torch.exp(log_scale - top)
+    mean = (weight * scale).sum()
+    if estimator == "mean":
+        return top + mean.log()
+    return top + (weight * scale.square()).sum().log() - mean.log()
+
+
+class TokenMask:
+    """Which tokens of the running batch divide by the special constant (position 0, end-of-text).
+
+    One object is shared by all stand-ins of a model; None means that no token is special.
+    """
+
+    def __init__(self) -> None:
+        self.mask: Bool[Tensor, "batch position"] | None = None
+
+
+class TaperedNorm(nn.Module):
+    """A LayerNorm or RMSNorm on its way to an affine map.
+
+    With s(x) the scale of the token, c the constant scale, and x centered first for LayerNorm,
+
+        y = gain * x / (s(x)^(1 - alpha) * c^alpha) + bias
+
+    so alpha = 0 is the norm and alpha = 1 is affine in x. A stand-in with two `paths` (query/key and value,
+    which arXiv 2409.13710 removes one after the other) has an alpha for each and gives both outputs, joined
+    along the last dimension; `PathReader` picks them apart.
+    """
+
+    alpha: Float[Tensor, " paths"]
+    log_constant: Float[Tensor, "2"]
+
+    def __init__(
+        self,
+        gain: Float[Tensor, " width"],
+        bias: Float[Tensor, " width"] | None,
+        eps: float,
+        centered: bool,
+        paths: int = 1,
+        token_mask: TokenMask | None = None,
+        estimator: Estimator = "geometric",
+        momentum: float = 0.9,
+    ) -> None:
+        """Start as the exact norm, with constant scale 1.
+
+        Args:
+            gain: what the norm multiplies by (for a norm that stores w and multiplies by 1 + w, the sum).
+            bias: what it adds, or None.
+            eps: added to the variance or mean square, inside the root.
+            centered: True for LayerNorm, False for RMSNorm.
+            paths: how many alphas; see the class.
+            token_mask: where special tokens are marked, if they have a constant of their own.
+            estimator: see `estimate_log_constant`.
+            momentum: share of the old value that stays at each step of the running estimate.
+        """
+        super().__init__()
+        self.gain = nn.Parameter(gain.detach().clone())
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+        self.eps = eps
+        self.centered = centered
+        self.token_mask = token_mask or TokenMask()
+        self.estimator: Estimator = estimator
+        self.momentum = momentum
+        self.estimating = False
+        self.removed = False
+        self.register_buffer("alpha", torch.zeros(paths, dtype=gain.dtype, device=gain.device))
+        # [0] is for ordinary tokens, [1] for special ones.
+        self.register_buffer("log_constant", torch.zeros(2, dtype=gain.dtype, device=gain.device))
+
+    @property
+    def constant(self) -> float:
+        """The constant scale of ordinary tokens."""
+        return float(self.log_constant[0].double().exp())
+
+    def log_scale(self, centered_x: Float[Tensor, "batch position width"]) -> Float[Tensor, "batch position 1"]:
+        """Log of the scale, from x as it is divided (already centered for LayerNorm)."""
+        return 0.5 * torch.log(centered_x.square().mean(-1, keepdim=True) + self.eps)
+
+    def forward(self, x: Float[Tensor, "batch position width"]) -> Float[Tensor, "batch position out"]:
+        """The class's equation, in the parameters' precision; `out` is `width` for each path."""
+        dtype = x.dtype
+        x = x.to(self.gain.dtype)
+        if self.centered:
+            x = x - x.mean(-1, keepdim=True)
+        if self.removed:
+            y = self._affine(x * torch.exp(-self._log_constant()))
+            return torch.cat([y] * len(self.alpha), dim=-1).to(dtype)
+        log_scale = self.log_scale(x)
+        if self.estimating and self.training:
+            self._update_constants(log_scale.detach().squeeze(-1))
+        to_constant = self._log_constant() - log_scale
+        divisors = [log_scale + alpha * to_constant for alpha in self.alpha.unbind()]
+        return torch.cat([self._affine(x * torch.exp(-d)) for d in divisors], dim=-1).to(dtype)
+
+    def _affine(self, x: Float[Tensor, "batch position width"]) -> Float[Tensor, "batch position width"]:
+        x = x * self.gain
+        return x if self.bias is None else x + self.bias
+
+    def _log_constant(self) -> Float[Tensor, "*token_wise"]:
+        mask = self.token_mask.mask
+        if mask is None:
+            return self.log_constant[0]
+        return torch.where(mask.unsqueeze(-1), self.log_constant[1], self.log_constant[0])
+
+    @torch.no_grad()
+    def _update_constants(self, log_scale: Float[Tensor, "batch position"]) -> None:
+        mask = self.token_mask.mask
+        special = torch.zeros_like(log_scale) if mask is None else mask.to(log_scale.dtype)
+        ordinary = estimate_log_constant(log_scale, 1 - special, self.estimator)
+        if mask is None:
+            new = torch.stack([ordinary, ordinary])
+        else:
+            new = torch.stack([ordinary, estimate_log_constant(log_scale, special, self.estimator)])
+        # A path that has arrived shares the constant, so from then on it stays as it is.
+        moving = (self.alpha < 1).all()
+        self.log_constant.copy_(torch.where(moving, self.log_constant.lerp(new, 1 - self.momentum), self.log_constant))
+
+
+class PathReader(nn.Module):
+    """A linear layer that reads the two paths of a `TaperedNorm`: query/key first, value second.
+
+    Its last `value_features` outputs read the value path, the others the query/key path.
+    """
+
+    def __init__(self, linear: nn.Module, value_features: int) -> None:
+        super().__init__()
+        self.linear = linear
+        self.value_features = value_features
+
+    def forward(self, x: Float[Tensor, "batch position two_paths"]) -> Float[Tensor, "batch position out"]:
+        """What the linear layer computes, each output from its own path."""
+        weight = linear_weight(self.linear)
+        bias = cast(Tensor | None, self.linear.bias)
+        split = weight.shape[0] - self.value_features
+        query_key, value = x.chunk(2, dim=-1)
+        parts = [
+            F.linear(query_key, weight[:split], None if bias is None else bias[:split]),
+            F.linear(value, weight[split:], None if bias is None else bias[split:]),
+        ]
+        return torch.cat(parts, dim=-1)
+
+
+def linear_weight(module: nn.Module) -> Float[Tensor, "out in"]:
+    """A view of a linear layer's weight as (out, in), whichever way the class stores it."""
+    weight = module.get_parameter("weight")
+    return weight.T if type(module).__name__ == "Conv1D" else weight

@@ -1,0 +1,50 @@
+"""One run on several processes, as `torchrun` or `accelerate launch` start them."""
+
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+from accelerate import PartialState
+
+from unnorm.errors import UnnormError
+
+T = TypeVar("T")
+
+
+def count() -> int:
+    """Processes in this launch."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this is the process that writes and talks."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def join(device: str) -> None:
+    """Meet the other processes of the launch, if there are any; gloo on the CPU, the device's own backend else."""
+    if count() > 1 and not dist.is_initialized():
+        PartialState(cpu=device == "cpu", **({"backend": "gloo"} if device == "cpu" else {}))
+
+
+def agree(make: Callable[[], T]) -> T:
+    """What `make` returns on the main process, on every process; so is the UnnormError that it raises."""
+    if not dist.is_initialized():
+        return make()
+    answer: list[Any] = [None, None]
+    if is_main():
+        try:
+            answer[0] = make()
+        except UnnormError as error:
+            answer[1] = str(error)
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise UnnormError(answer[1])
+    return answer[0]
+
+
+def leave() -> None:
+    """Close the connections to the other processes: torch may abort a process that exits with them open."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,314 @@
+"""The report's figures, as plotly figures in the page's light colours; its script swaps them in dark mode."""
+
+import math
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from unnorm.calibrate import ScaleStatistics
+from unnorm.report.numbers import finite
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+# Light colour -> dark colour. The page replaces these exact strings, so figures use no others.
+ACCENT, INK, SOFT, RULE = "#0a6c74", "#24292e", "#6f777e", "#dfe2e4"
+DARK_COLOURS = {ACCENT: "#54bfc4", INK: "#e4e6e8", SOFT: "#979fa6", RULE: "#33383d"}
+
+MOST_POSITION_BINS = 48
+MOST_TICKS = 24
+
+Rows = Sequence[dict[str, Any]]
+
+
+def run_figure(rows: Rows, control_rows: Rows, original_loss: float | None) -> "Figure | None":
+    """Loss, KL (log) and alpha over the tokens of a run, one panel each; None if there was no run.
+
+    Args:
+        rows: metrics of the removal run.
+        control_rows: those of the control, may be empty.
+        original_loss: where to draw the original's line.
+    """
+    # Rows at 0 tokens alone, before the first step, are no run.
+    keys = [key for key in ("loss", "kl", "alpha") if any(_points(rows, key)[0])]
+    if "loss" not in keys:
+        return None
+    heights = {"loss": 0.4, "kl": 0.4, "alpha": 0.2}
+    figure = _panels([heights[key] for key in keys])
+    for panel, key in enumerate(keys, start=1):
+        if key == "alpha":
+            _draw_alpha(figure, panel, rows)
+        else:
+            _draw_metric(figure, panel, key, rows, control_rows)
+    if original_loss is not None:
+        figure.add_hline(y=original_loss, row=1, col=1, line={"color": INK, "width": 1.2}, layer="below")
+    stretch = removal_stretch(rows)
+    if stretch is not None:
+        figure.add_vrect(x0=stretch[0], x1=stretch[1], fillcolor=SOFT, opacity=0.12, line_width=0, layer="below")
+    titles = {"loss": "loss, nats per token", "kl": "KL to the original, nats per token (log)", "alpha": "alpha"}
+    for panel, key in enumerate(keys, start=1):
+        _name_panel(figure, panel, titles[key])
+    return _finish(figure, 560 if len(keys) == 3 else 200 * len(keys) + 60, "training tokens")
+
+
+def removal_stretch(rows: Rows) -> tuple[float, float] | None:
+    """Tokens between which alpha rose from 0 to 1, as far as the rows tell."""
+    tokens, alpha = _points(rows, "alpha")
+    moved = [i for i, a in enumerate(alpha) if a > 0]
+    if not moved:
+        return None
+    start = tokens[max(0, moved[0] - 1)]
+    end = next((t for t, a in zip(tokens, alpha, strict=True) if a >= 1), tokens[-1])
+    return (start, end) if end > start else None
+
+
+def scale_figure(
+    before: Sequence[ScaleStatistics], after: Sequence[ScaleStatistics], constants: dict[str, float]
+) -> "Figure | None":
+    """Scale of each norm site before and after the removal, on a log axis; None without sites."""
+    if not before and not after:
+        return None
+    from plotly.graph_objects import Figure
+
+    names = list(dict.fromkeys(row.site for row in (*before, *after)))
+    index = {name: i for i, name in enumerate(names)}
+    crowded = len(names) > 16
+    placed = [(index[site], value) for site, value in constants.items() if site in index and finite(value)]
+    figure = Figure()
+    _draw_constants(figure, placed, names)
+    for rows, name, colour, shift in ((before, "original", SOFT, -0.17), (after, "LN-free", ACCENT, 0.17)):
+        _draw_scales(figure, rows, name, colour, [index[row.site] + shift for row in rows], crowded)
+    shown = range(0, len(names), math.ceil(len(names) / MOST_TICKS))
+    labels = short_names(names)
+    figure.update_xaxes(
+        tickmode="array",
+        tickvals=list(shown),
+        ticktext=[labels[i] for i in shown],
+        tickangle=-90 if len(shown) > 10 else -45,
+        range=[-0.7, len(names) - 0.3],
+    )
+    values = [v for r in (*before, *after) for v in (r.position_0, r.smallest, r.largest)]
+    _log_axis(figure, 1, [*values, *(value for _, value in placed)])
+    _name_panel(figure, 1, "scale (log)")
+    return _finish(figure, 440, "")
+
+
+def position_figure(position_loss: dict[str, list[float]]) -> "Figure | None":
+    """Loss by position in the context, and what LN-free loses against the original; None without positions."""
+    binned = {name: bin_positions(losses) for name, losses in position_loss.items() if losses}
+    if not binned:
+        return None
+    both = len(position_loss.get("original", [])) == len(position_loss.get("lnfree", [])) > 0
+    figure = _panels([0.64, 0.36] if both else [1.0])
+    for name, colour, dash in (("control", SOFT, "dash"), ("original", INK, "solid"), ("lnfree", ACCENT, "solid")):
+        if name in binned:
+            _line(figure, 1, *binned[name], LABELS[name], colour, dash)
+    _name_panel(figure, 1, "loss, nats per token")
+    if both:
+        (x, original), (_, lnfree) = binned["original"], binned["lnfree"]
+        _line(figure, 2, x, [b - a for a, b in zip(original, lnfree, strict=True)], "difference", ACCENT, "solid")
+        figure.add_hline(y=0, row=2, col=1, line={"color": INK, "width": 1.2}, layer="below")
+        _name_panel(figure, 2, "LN-free less original")
+    longest = max(len(losses) for losses in position_loss.values())
+    ticks = [2**i for i in range(0, longest.bit_length(), 1 if longest <= 256 else 2)]
+    figure.update_xaxes(type="log", tickmode="array", tickvals=ticks, ticktext=[str(t) for t in ticks])
+    return _finish(figure, 440, "position of the predicted token (log)")
+
+
+LABELS = {"original": "original", "lnfree": "LN-free", "control": "control"}
+
+
+def bin_positions(losses: Sequence[float], most: int = MOST_POSITION_BINS) -> tuple[list[float], list[float]]:
+    """Mean position and mean loss of bins whose ends grow geometrically; short contexts keep every position.
+
+    Entry i of `losses` belongs to position i + 1, the first that can be predicted.
+    """
+    n = len(losses)
+    edges = range(n + 1) if n <= most else sorted({round((n + 1) ** (i / most)) - 1 for i in range(most + 1)})
+    bins = [(start, losses[start:end]) for start, end in pairwise(edges)]
+    return [start + (len(part) + 1) / 2 for start, part in bins], [sum(part) / len(part) for _, part in bins]
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Site names less the dotted prefix that all of them share."""
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while all(len(p) > shared + 1 for p in parts) and len({p[shared] for p in parts}) == 1:
+        shared += 1
+    return [".".join(p[shared:]) for p in parts]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers from `low` to `high`: 1, 2 and 5 of each decade, or powers of ten over many decades."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    digits = (1, 2, 5) if len(decades) <= 4 else (1,)
+    return [digit * 10.0**decade for decade in decades for digit in digits]
+
+
+def _points(rows: Rows, key: str, kind: str | None = None) -> tuple[list[float], list[float]]:
+    """Tokens and values of the rows that have both, by tokens."""
+    kept = [row for row in rows if kind is None or row.get("kind") == kind]
+    pairs = [(finite(row.get("tokens")), finite(row.get(key))) for row in kept]
+    points = sorted((t, v) for t, v in pairs if t is not None and v is not None)
+    return [t for t, _ in points], [v for _, v in points]
+
+
+def _draw_metric(figure: "Figure", panel: int, key: str, rows: Rows, control_rows: Rows) -> None:
+    drawn: list[float] = []
+    parts = (
+        (rows, "train", "LN-free, training", ACCENT, {"width": 1}, 0.45),
+        (control_rows, "validation", "control", SOFT, {"width": 1.5, "dash": "dash"}, 1.0),
+        (rows, "validation", "LN-free, validation", ACCENT, {"width": 2}, 1.0),
+    )
+    for source, kind, name, colour, line, opacity in parts:
+        tokens, values = _points(source, key, kind)
+        # The original has no KL to itself, and a log axis no place for it.
+        points = [(t, v) for t, v in zip(tokens, values, strict=True) if key != "kl" or v > LEAST_KL]
+        drawn += [v for _, v in points]
+        figure.add_scatter(
+            x=[t for t, _ in points],
+            y=[v for _, v in points],
+            name=name,
+            mode="lines+markers" if kind == "validation" else "lines",
+            line={"color": colour, **line},
+            marker={"color": colour, "size": 5},
+            opacity=opacity,
+            hovertemplate="%{y:.4g}",
+            row=panel,
+            col=1,
+        )
+    if key == "kl" and drawn:
+        _log_axis(figure, panel, drawn)
+
+
+LEAST_KL = 1e-6
+"""Smaller ones are rounding: a model compared with itself."""
+
+
+def _draw_alpha(figure: "Figure", panel: int, rows: Rows) -> None:
+    shares = [{**row, "share": _share(row)} for row in rows]
+    parts = (
+        (rows, "alpha", "mean alpha", ACCENT, {"width": 1.5}, "%{y:.2f}"),
+        (shares, "share", "sites removed", INK, {"width": 1.2, "dash": "dot", "shape": "hv"}, "%{y:.0%}"),
+    )
+    for source, key, name, colour, line, hover in parts:
+        tokens, values = _points(source, key)
+        line = {"color": colour, **line}
+        figure.add_scatter(
+            x=tokens, y=values, name=name, mode="lines", line=line, hovertemplate=hover, row=panel, col=1
+        )
+    figure.update_yaxes(range=[-0.06, 1.06], tickvals=[0, 0.5, 1], row=panel, col=1)
+
+
+def _share(row: dict[str, Any]) -> float | None:
+    removed, sites = finite(row.get("sites_removed")), finite(row.get("sites"))
+    return removed / sites if removed is not None and sites else None
+
+
+def _draw_constants(figure: "Figure", placed: Sequence[tuple[int, float]], names: Sequence[str]) -> None:
+    figure.add_scatter(
+        x=[x for place, _ in placed for x in (place - 0.38, place, place + 0.38, None)],
+        y=[y for _, value in placed for y in (value, value, value, None)],
+        mode="lines",
+        line={"color": INK, "width": 1.6},
+        text=[text for place, _ in placed for text in [names[place]] * 4],
+        hovertemplate="%{text}<br>constant scale %{y:.4g}<extra></extra>",
+    )
+
+
+def _draw_scales(
+    figure: "Figure", rows: Sequence[ScaleStatistics], name: str, colour: str, x: list[float], crowded: bool
+) -> None:
+    # One broken line for all ranges: a trace for each site would be slow with a hundred of them.
+    figure.add_scatter(
+        x=[value for place in x for value in (place, place, None)],
+        y=[value for row in rows for value in (row.smallest, row.largest, None)],
+        mode="lines",
+        line={"color": colour, "width": 3 if crowded else 7},
+        opacity=0.35,
+        hoverinfo="skip",
+    )
+    marks = (
+        ("mean", [row.mean for row in rows], "circle", 4 if crowded else 8),
+        ("position 0", [row.position_0 for row in rows], "diamond-open", 5 if crowded else 9),
+    )
+    for what, values, symbol, size in marks:
+        figure.add_scatter(
+            x=x,
+            y=values,
+            mode="markers",
+            marker={"color": colour, "symbol": symbol, "size": size, "line": {"color": colour, "width": 1.6}},
+            text=[f"{row.site}<br>{name}: {row.smallest:.3g} to {row.largest:.3g}" for row in rows],
+            hovertemplate=f"%{{text}}<br>{what} %{{y:.4g}}<extra></extra>",
+        )
+
+
+def _line(figure: "Figure", panel: int, x: Iterable[float], y: list[float], name: str, colour: str, dash: str) -> None:
+    line = {"color": colour, "width": 1.8, "dash": dash}
+    figure.add_scatter(x=list(x), y=y, name=name, mode="lines", line=line, hovertemplate="%{y:.4f}", row=panel, col=1)
+
+
+def _panels(heights: list[float]) -> "Figure":
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(
+        rows=len(heights), cols=1, shared_xaxes=True, row_heights=heights, vertical_spacing=0.2 / (1 + len(heights))
+    )
+    figure.update_layout(hovermode="x")
+    return figure
+
+
+def _name_panel(figure: "Figure", panel: int, title: str) -> None:
+    # Above the panel and not along the axis: that is read without turning one's head and leaves phones their width.
+    axis = "" if panel == 1 else str(panel)
+    figure.add_annotation(
+        text=title,
+        x=0,
+        y=1,
+        xref="paper",
+        yref=f"y{axis} domain",
+        xanchor="left",
+        yanchor="bottom",
+        yshift=5,
+        showarrow=False,
+        font={"color": INK, "size": 13},
+    )
+
+
+def _log_axis(figure: "Figure", panel: int, values: Iterable[float]) -> None:
+    positive = [v for v in values if finite(v) is not None and v > 0]
+    if not positive:
+        return
+    low, high = min(positive) / 1.15, max(positive) * 1.15
+    ticks = log_ticks(low, high)
+    axis = figure.layout["yaxis" if panel == 1 else f"yaxis{panel}"]
+    axis.update(
+        type="log",
+        range=[math.log10(low), math.log10(high)],
+        tickmode="array",
+        tickvals=ticks,
+        ticktext=[f"{tick:g}" for tick in ticks],
+    )
+
+
+def _finish(figure: "Figure", height: int, x_title: str) -> "Figure":
+    """The look that all figures share; the page draws the legend, so that it wraps like text."""
+    # Of plotly's own template nothing is wanted: empty, it also leaves the page smaller.
+    figure.update_layout(
+        template="none",
+        height=height,
+        showlegend=False,
+        margin={"l": 48, "r": 8, "t": 28, "b": 44},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12, "color": SOFT},
+        hoverlabel={"font": {"size": 12}},
+        dragmode=False,
+    )
+    figure.update_xaxes(
+        showgrid=False, zeroline=False, linecolor=RULE, showline=True, tickcolor=RULE, ticks="outside", automargin=True
+    )
+    figure.update_yaxes(gridcolor=RULE, zeroline=False, automargin=True)
+    last = max(axis for axis in figure.layout if axis.startswith("xaxis"))
+    figure.layout[last].title = {"text": x_title, "standoff": 8}
+    return figure

@@ -1,0 +1,89 @@
+"""Numbers as a reader wants them; whatever is missing becomes a dash."""
+
+import math
+from typing import Any
+
+MISSING = "—"
+
+
+def finite(value: Any) -> float | None:
+    """The number, or None for what is missing, not a number or not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def fixed(value: Any, digits: int = 4, sign: bool = False) -> str:
+    """With `digits` decimals: a loss, a gap."""
+    number = finite(value)
+    return MISSING if number is None else _minus(f"{number:{'+' if sign else ''}.{digits}f}")
+
+
+def significant(value: Any, digits: int = 3) -> str:
+    """With `digits` significant digits, in powers of ten outside 0.0001 to 99999."""
+    number = finite(value)
+    if number is None:
+        return MISSING
+    if number == 0:
+        return "0"
+    if not 1e-4 <= abs(number) < 1e5:
+        return _minus(_tidy_exponent(f"{number:.{digits - 1}e}"))
+    return _minus(f"{number:.{max(0, digits - 1 - math.floor(math.log10(abs(number))))}f}")
+
+
+def shortest(value: Any, digits: int = 3) -> str:
+    """With up to `digits` significant digits and no zeros after them: limits, settings."""
+    number = finite(value)
+    return MISSING if number is None else _minus(_tidy_exponent(f"{number:.{digits}g}"))
+
+
+def percent(value: Any) -> str:
+    """A share of 1 as a percentage."""
+    number = finite(value)
+    return MISSING if number is None else f"{100 * number:.1f}%"
+
+
+def count(value: Any) -> str:
+    """A whole number with thin spaces between thousands, so that no reader takes a comma for a decimal point."""
+    number = finite(value)
+    return MISSING if number is None else f"{round(number):,}".replace(",", "\u202f")
+
+
+def short_count(value: Any) -> str:
+    """A number of tokens as the command line takes it: 500k, 2M, 1.5B."""
+    number = finite(value)
+    if number is None:
+        return MISSING
+    for factor, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        # What would round up to 1000 of a unit is shown as 1 of the next.
+        if number >= 0.9995 * factor:
+            return f"{number / factor:.3g}{letter}"
+    return f"{number:.0f}"
+
+
+def duration(value: Any) -> str:
+    """Seconds up to two minutes, then minutes or hours."""
+    seconds = finite(value)
+    if seconds is None:
+        return MISSING
+    if seconds < 120:
+        return f"{seconds:.0f} seconds" if seconds >= 9.5 else f"{seconds:.1f} seconds"
+    minutes = round(seconds / 60)
+    return f"{minutes} minutes" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def interval(value: Any) -> str:
+    """A confidence interval, low to high."""
+    ends = list(value) if isinstance(value, list | tuple) else []
+    return f"{fixed(ends[0])} to {fixed(ends[1])}" if len(ends) == 2 else MISSING
+
+
+def _minus(text: str) -> str:
+    # A hyphen is not a minus; exponents keep theirs, so that they can be copied as numbers.
+    return f"\u2212{text[1:]}" if text.startswith("-") else text
+
+
+def _tidy_exponent(text: str) -> str:
+    """2.3e-06 to 2.3e-6."""
+    mantissa, e, exponent = text.partition("e")
+    return f"{mantissa}e{int(exponent)}" if e else text

@@ -1,0 +1,284 @@
+"""The report page: what a removal did, for which proof, and how it was run."""
+
+import json
+from dataclasses import dataclass
+from importlib.resources import files
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+from unnorm.calibrate import ScaleStatistics
+from unnorm.report import figures
+from unnorm.report.numbers import (
+    MISSING,
+    count,
+    duration,
+    finite,
+    fixed,
+    interval,
+    percent,
+    short_count,
+    shortest,
+    significant,
+)
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+
+@dataclass(frozen=True)
+class ReportData:
+    """All that a report shows.
+
+    Attributes:
+        result: the run's numbers and settings; whatever is missing or None becomes a dash.
+        rows: `metrics.jsonl` of the removal run; empty where nothing was trained.
+        control_rows: that of the control, may be empty.
+        scales_before: one for each norm site, of the original.
+        scales_after: the same sites in the LN-free model: the scale that a norm would have had there.
+        constants: the constant scale by site name, as folded.
+        position_loss: "original", "lnfree" and maybe "control" to the mean loss in nats at each predicted position.
+        samples: `prompt`, `original` and `lnfree`, the two greedy continuations.
+        checks: the proof: `name`, `passed`, `value`, `limit` (the largest value that passes) and `detail`.
+    """
+
+    result: dict[str, Any]
+    rows: list[dict[str, Any]]
+    control_rows: list[dict[str, Any]]
+    scales_before: list[ScaleStatistics]
+    scales_after: list[ScaleStatistics]
+    constants: dict[str, float]
+    position_loss: dict[str, list[float]]
+    samples: list[dict[str, str]]
+    checks: list[dict[str, Any]]
+
+
+def render_report(data: ReportData) -> str:
+    """The whole HTML page, self-contained: scripts and styles are in it, and it loads nothing from the network."""
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    drawn = _figures(data)
+    page = files("unnorm.report").joinpath("page.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(page).render(
+        headline=headline(data.result),
+        notes=_notes(data),
+        model=data.result.get("model") or "model",
+        tiles=_tiles(data.result),
+        losses=_losses(data.result),
+        has_control=_has_control(data),
+        in_context="control" in data.position_loss,
+        scales_complete=bool(data.scales_before and data.scales_after),
+        figures=drawn.keys(),
+        checks=[_check(check) for check in data.checks],
+        failed=sum(not check.get("passed") for check in data.checks),
+        samples=[_sample(sample) for sample in data.samples],
+        settings=_settings(data.result),
+        versions=sorted(_mapping(data.result.get("versions")).items()),
+        plotly=Markup(get_plotlyjs()) if drawn else "",
+        specs=Markup(_script_json({name: json.loads(figure.to_json()) for name, figure in drawn.items()})),
+        dark=Markup(_script_json(figures.DARK_COLOURS)),
+    )
+
+
+def headline(result: dict[str, Any]) -> str:
+    """One plain sentence on what was reached; it claims no more than the numbers do."""
+    model, sites = result.get("model") or "the model", finite(result.get("sites"))
+    norms = "All norms" if sites is None else "The only norm" if sites == 1 else f"All {count(sites)} norms"
+    if result.get("norm_modules_left"):
+        left = count(result["norm_modules_left"])
+        return f"{left} norm {'module is' if left == '1' else 'modules are'} left in {model}"
+    tokens = finite(result.get("tokens"))
+    if tokens == 0:
+        return f"{norms} of {model} replaced by constant scales, without training"
+    sentence = f"{norms} of {model} removed"
+    if tokens is not None:
+        sentence += f" with {short_count(tokens)} tokens"
+    if finite(result.get("seconds")) is not None:
+        sentence += f" in {duration(result['seconds'])}"
+    return sentence
+
+
+def _notes(data: ReportData) -> list[str]:
+    """What a reader must know before trusting the numbers."""
+    notes = []
+    failed = sum(not check.get("passed") for check in data.checks)
+    if failed:
+        notes.append(f"{failed} of {len(data.checks)} checks of the proof failed; see below.")
+    if data.result.get("interrupted"):
+        notes.append("The run was interrupted before its last step; the model is unfinished.")
+    if data.result.get("diverged"):
+        notes.append("The run was given up, because too many steps in a row exploded.")
+    return notes
+
+
+def _has_control(data: ReportData) -> bool:
+    return bool(data.control_rows) or finite(data.result.get("control_loss")) is not None
+
+
+def _figures(data: ReportData) -> "dict[str, Figure]":
+    drawn = {
+        "run": figures.run_figure(data.rows, data.control_rows, _original_loss(data)),
+        "scales": figures.scale_figure(data.scales_before, data.scales_after, data.constants),
+        "positions": figures.position_figure(data.position_loss),
+    }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def _original_loss(data: ReportData) -> float | None:
+    # Along the run only a few blocks are evaluated. Before its first step the model still is the original, and
+    # its loss on those blocks is the fair line; the final evaluation of the original is on other, more blocks.
+    for row in data.rows:
+        if row.get("kind") == "validation" and row.get("step") == 0 and row.get("alpha") == 0:
+            return finite(row.get("loss"))
+    return finite(data.result.get("teacher_loss"))
+
+
+def _tiles(result: dict[str, Any]) -> list[dict[str, str]]:
+    """The big numbers, each with its name and one line on how to take it."""
+    jsd = f"; Jensen\u2013Shannon {significant(result.get('jsd'))}"
+    sites = finite(result.get("sites"))
+    return [
+        {
+            "name": "KL to the original",
+            "value": significant(result.get("kl")),
+            "note": "nats per token" + (jsd if finite(result.get("jsd")) is not None else ""),
+        },
+        {
+            "name": "Loss increase",
+            "value": fixed(_increase(result), sign=True),
+            "note": f"from {fixed(result.get('teacher_loss'))} to {fixed(result.get('lnfree_loss'))}",
+        },
+        {
+            "name": "Gap to the control",
+            "value": fixed(result.get("gap"), sign=True),
+            "note": f"control: {fixed(result['control_loss'])}"
+            if finite(result.get("control_loss")) is not None
+            else "no control was trained",
+        },
+        {
+            "name": "Top-1 agreement",
+            "value": percent(result.get("top1_agreement")),
+            "note": "of tokens: same likeliest next token",
+        },
+        {
+            "name": "Norm modules left",
+            "value": count(result.get("norm_modules_left")),
+            "note": "" if sites is None else f"of {count(sites)} norm sites",
+        },
+        {
+            "name": "Fold error",
+            "value": significant(result.get("fold_max_abs_error"), 2),
+            "note": "largest difference of a logit",
+        },
+    ]
+
+
+def _increase(result: dict[str, Any]) -> float | None:
+    teacher, lnfree = finite(result.get("teacher_loss")), finite(result.get("lnfree_loss"))
+    return None if teacher is None or lnfree is None else lnfree - teacher
+
+
+def _losses(result: dict[str, Any]) -> list[dict[str, str]]:
+    """Rows of the table of models; those that were not made are left out."""
+    models = (
+        ("original", "teacher", None),
+        ("constant scales, no training", "naive", "naive_kl"),
+        ("LN-free", "lnfree", "kl"),
+        ("control", "control", "control_kl"),
+    )
+    rows = []
+    for name, key, kl in models:
+        loss = finite(result.get(f"{key}_loss"))
+        if loss is None and key in ("naive", "control"):
+            continue
+        rows.append(
+            {
+                "name": name,
+                "loss": fixed(loss),
+                "interval": interval(result.get(f"{key}_loss_ci")),
+                "kl": significant(result.get(kl)) if kl else "0",
+            }
+        )
+    return rows
+
+
+def _check(check: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "name": check.get("name") or MISSING,
+        "passed": bool(check.get("passed")),
+        "value": shortest(check.get("value")),
+        "limit": shortest(check.get("limit")),
+        "detail": check.get("detail") or "",
+    }
+
+
+def _sample(sample: dict[str, str]) -> dict[str, str]:
+    """Prompt, the two continuations without it, and both split where they part."""
+    prompt = sample.get("prompt", "")
+    original, lnfree = (sample.get(key, "").removeprefix(prompt) for key in ("original", "lnfree"))
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(original, lnfree, strict=False)))
+    if original != lnfree:
+        # Whole words part, not halves of them.
+        shared = max(original.rfind(space, 0, shared) for space in " \n") + 1
+    return {
+        "prompt": prompt,
+        "same": original[:shared],
+        "original": original[shared:],
+        "lnfree": lnfree[shared:],
+    }
+
+
+SETTINGS = (
+    ("model", "model"),
+    ("data", "training data"),
+    ("held_out", "held-out data"),
+    ("recipe", "recipe"),
+    ("sites", "norm sites"),
+    ("tokens", "training tokens"),
+    ("seconds", "training time"),
+    ("tokens_per_second", "tokens per second"),
+    ("peak_memory_mb", "peak memory"),
+    ("seed", "seed"),
+)
+PLAN_WORDS = {
+    "context": "context, tokens in a block",
+    "batch_size": "batch size, blocks in a step",
+    "micro_batch": "micro-batch, blocks at once",
+    "lr": "peak learning rate",
+    "bfloat16": "bfloat16 autocast",
+    "compile": "compiled",
+}
+
+
+def _settings(result: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and values of how the run was done."""
+    shapes = {
+        "tokens": count,
+        "seconds": duration,
+        "tokens_per_second": count,
+        "peak_memory_mb": lambda mb: MISSING if finite(mb) is None else f"{count(mb)} MB",
+    }
+    rows = [(words, shapes.get(key, _plain)(result.get(key))) for key, words in SETTINGS]
+    plan = {key: value for key, value in _mapping(result.get("plan")).items() if key != "tokens"}
+    return rows + [(PLAN_WORDS.get(key, str(key).replace("_", " ")), _plain(value)) for key, value in plan.items()]
+
+
+def _plain(value: Any) -> str:
+    if value is None or value == "":
+        return MISSING
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return shortest(value, 4)
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _script_json(value: Any) -> str:
+    """JSON that can stand in a script element: no text in it can end the element."""
+    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")

@@ -1,0 +1,146 @@
+"""What a run looks like in a terminal: live progress, and tables at the end."""
+
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from unnorm.calibrate import ScaleStatistics
+    from unnorm.evaluation import Evaluation
+    from unnorm.proof import Check
+    from unnorm.sites import NormSite
+
+
+class Progress:
+    """Shows a run as it goes: a live line on a terminal, a plain line now and then elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.live: RichProgress | None = None
+        self.task: Any = None
+
+    def __enter__(self) -> "Progress":
+        if self.console.is_terminal:
+            self.live = RichProgress(
+                TextColumn("{task.description}", markup=False),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=self.console,
+                transient=True,
+            )
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def __call__(self, row: dict[str, Any], /) -> None:
+        """Take one row of metrics or a phase."""
+        if row["kind"] == "phase":
+            self._phase(row)
+        elif self.live is not None:
+            self.live.update(self.task, completed=row["tokens"], numbers=_numbers(row))
+        elif row["kind"] == "validation":
+            self.console.print(f"  {row['tokens']:>12,} tokens  {_numbers(row)}", highlight=False, soft_wrap=True)
+
+    def _phase(self, row: dict[str, Any]) -> None:
+        if self.live is None:
+            self.console.print(row["text"], markup=False, highlight=False, soft_wrap=True)
+            return
+        if self.task is not None:
+            self.live.remove_task(self.task)
+        self.live.console.print(f"[dim]{escape(row['text'])}[/]", highlight=False)
+        self.task = self.live.add_task(row["text"].partition(":")[0], total=row.get("tokens"), numbers="")
+
+
+def _numbers(row: dict[str, Any]) -> str:
+    parts = [f"loss {row['loss']:.3f}"]
+    parts += [f"KL {row['kl']:.4f}"] if "kl" in row else []
+    parts += [f"removed {row['sites_removed']}/{row['sites']}"] if "sites" in row else []
+    parts += [f"alpha {row['alpha']:.2f}"] if 0 < row.get("alpha", 0) < 1 else []
+    parts += [f"{row['tokens_per_second']:,.0f} tokens/s"] if row["tokens"] else []
+    return "  ".join(parts)
+
+
+def result_table(result: dict[str, Any]) -> RenderableType:
+    """The summary at the end of a run."""
+    table = Table(title=escape(f"{result['model']} without norms"), title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    for row in _result_rows(result):
+        table.add_row(*row)
+    where = result["directory"]
+    paths = Text(f"model   {where}/model\nreport  {where}/report.html\nproof   unnorm verify {where}")
+    return Group(table, paths)
+
+
+def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    low, high = result["lnfree_loss_ci"]
+    rows = [
+        ("KL to the original", f"{result['kl']:.4f}", "nats per token"),
+        ("top-1 agreement", f"{result['top1_agreement']:.1%}", "same most likely next token"),
+        ("loss, original", f"{result['teacher_loss']:.4f}", f"{result['validation_tokens']:,} held-out tokens"),
+        ("loss, norms removed", f"{result['lnfree_loss']:.4f}", f"95% interval {low:.3f} to {high:.3f}"),
+    ]
+    if result["control_loss"] is not None:
+        rows += [
+            ("loss, control", f"{result['control_loss']:.4f}", "norms kept, same tokens"),
+            ("gap", f"{result['gap']:+.4f}", "norms removed less control"),
+        ]
+    rows += [
+        ("loss, naive removal", f"{result['naive_loss']:.4f}", "constants without training"),
+        ("norm modules left", f"{result['norm_modules_left']} of {result['sites']}", ""),
+        ("fold error", f"{result['fold_max_abs_error']:.1e}", "largest difference of logits, float64"),
+        ("proof", "passed" if result["verified"] else "FAILED", "unnorm verify"),
+        ("training", f"{result['tokens']:,}", f"tokens, {result['tokens_per_second']:,.0f} a second"),
+        ("time", f"{result['seconds']:.0f} s", f"peak memory {result['peak_memory_mb']:,.0f} MB"),
+    ]
+    return rows
+
+
+def proof_table(checks: Sequence["Check"]) -> RenderableType:
+    """The rows of `unnorm verify`."""
+    table = Table("proof", "", "measured", "limit", "what", title_justify="left")
+    for check in checks:
+        verdict = "[green]passed[/]" if check.passed else "[bold red]FAILED[/]"
+        numbers = (f"{number:.1e}" if number else "0" for number in (check.value, check.limit))
+        table.add_row(check.name, verdict, *numbers, check.detail)
+    return table
+
+
+def evaluation_table(rows: Sequence["Evaluation"]) -> RenderableType:
+    """The rows of `unnorm evaluate`."""
+    table = Table("model", "data", "loss", "95% interval", "perplexity", "KL", "JSD", "top-1", "tokens")
+    for row in rows:
+        fidelity = (
+            ("-", "-", "-")
+            if row.kl is None or row.jsd is None or row.top1_agreement is None
+            else (f"{row.kl:.4f}", f"{row.jsd:.4f}", f"{row.top1_agreement:.1%}")
+        )
+        interval = f"{row.loss_ci[0]:.3f} to {row.loss_ci[1]:.3f}"
+        numbers = (f"{row.loss:.4f}", interval, f"{row.perplexity:.3f}", *fidelity, f"{row.tokens:,}")
+        table.add_row(escape(row.model), escape(row.data), *numbers)
+    return table
+
+
+def sites_table(rows: Sequence[tuple["NormSite", "ScaleStatistics"]]) -> RenderableType:
+    """The rows of `unnorm stats`."""
+    table = Table("norm site", "kind", "readers", caption="scale: divisor of a token; spread: deviation of its log")
+    for heading in ("position 0", "mean", "spread", "smallest", "largest"):
+        table.add_column(heading, justify="right")
+    for site, row in rows:
+        numbers = (row.position_0, row.mean, row.spread, row.smallest, row.largest)
+        table.add_row(site.name, site.kind, ", ".join(site.readers), *(f"{number:.3g}" for number in numbers))
+    return table

@@ -1,0 +1,241 @@
+"""What happens around each optimizer step: the schedule, the guard, interruption, and the metrics."""
+
+import json
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from unnorm.config import Plan
+from unnorm.norms import TaperedNorm, TokenMask
+from unnorm.schedule import Schedule
+
+QUICK_EVALUATIONS = 12
+"""Quick evaluations along a run, besides the one before its first step."""
+MOST_BAD_STEPS = 25
+"""Skipped steps in a row after which a run is given up."""
+
+
+@dataclass
+class Removal:
+    """What is being removed: the stand-ins, when each arrives, and where special tokens are marked."""
+
+    stand_ins: dict[str, TaperedNorm]
+    schedule: Schedule
+    token_mask: TokenMask
+    end_of_text: int | None
+
+
+class Watcher(Protocol):
+    """Whoever shows progress: called with each row of metrics as it comes."""
+
+    def __call__(self, row: dict[str, Any], /) -> None: ...
+
+
+class ScheduleCallback(TrainerCallback):
+    """Sets every alpha before each step, keeps the constants alike on all processes, and lands the removal."""
+
+    def __init__(self, removal: Removal, model: PreTrainedModel) -> None:
+        self.removal = removal
+        self.mask_position_0 = self.mask_end_of_text = False
+        self.hook = model.register_forward_pre_hook(self._mark_special, with_kwargs=True)
+        for stand_in in removal.stand_ins.values():
+            stand_in.estimating = True
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._share_constants()
+        self.apply(state.global_step / max(1, state.max_steps))
+
+    def apply(self, progress: float) -> None:
+        """Put the model in the state that belongs to `progress`, the share of the run that is done."""
+        schedule = self.removal.schedule
+        for name, alphas in schedule.alphas(progress).items():
+            alpha = self.removal.stand_ins[name].alpha
+            alpha.copy_(torch.tensor(alphas, dtype=alpha.dtype))
+        self.mask_position_0 = progress < schedule.special_position_0
+        self.mask_end_of_text = progress < schedule.special_end_of_text
+        # All at once, so that a compiled model recompiles once and not for every site.
+        if progress >= max(removal.end for removal in schedule.removals):
+            for stand_in in self.removal.stand_ins.values():
+                stand_in.estimating, stand_in.removed = False, True
+
+    def finish(self) -> None:
+        """Land everything and let go of the model."""
+        self.apply(1.0)
+        self.removal.token_mask.mask = None
+        self.hook.remove()
+
+    def _mark_special(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = None
+        if self.mask_position_0:
+            ids: Tensor = kwargs["input_ids"]
+            mask = torch.zeros_like(ids, dtype=torch.bool)
+            mask[:, 0] = True
+            if self.mask_end_of_text and self.removal.end_of_text is not None:
+                mask = mask | (ids == self.removal.end_of_text)
+        self.removal.token_mask.mask = mask
+
+    def _share_constants(self) -> None:
+        if not dist.is_initialized():
+            return
+        stand_ins = list(self.removal.stand_ins.values())
+        constants = torch.stack([stand_in.log_constant for stand_in in stand_ins])
+        dist.all_reduce(constants)
+        for stand_in, mean in zip(stand_ins, constants / dist.get_world_size(), strict=True):
+            stand_in.log_constant.copy_(mean)
+
+
+class GuardCallback(TrainerCallback, ExportableState):
+    """Clips gradients and never lets a non-finite or exploding step be applied.
+
+    A step explodes when its gradient norm is over 100 times the median of the last steps, or of the clip where
+    they were smaller: distillation starts at no loss at all, and its gradients rise from nothing.
+    """
+
+    CLIP, EXPLODES, REMEMBERED = 1.0, 100.0, 50
+
+    def __init__(self) -> None:
+        self.norms: list[float] = []
+        self.skipped = 0
+        self.in_a_row = 0
+
+    @property
+    def diverged(self) -> bool:
+        """Whether so many steps in a row were refused that the run was given up."""
+        return self.in_a_row >= MOST_BAD_STEPS
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs, as transformers stores it."""
+        attributes = {"norms": self.norms, "skipped": self.skipped, "in_a_row": self.in_a_row}
+        return {"args": {}, "attributes": attributes}
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+    ) -> None:
+        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), self.CLIP))
+        typical = sorted(self.norms)[len(self.norms) // 2] if self.norms else math.inf
+        if math.isfinite(norm) and norm <= self.EXPLODES * max(typical, self.CLIP):
+            self.norms = [*self.norms, norm][-self.REMEMBERED :]
+            self.in_a_row = 0
+            return
+        # Optimizers pass over parameters that have no gradient.
+        for parameter in model.parameters():
+            parameter.grad = None
+        self.skipped += 1
+        self.in_a_row += 1
+        if self.diverged:
+            control.should_training_stop = True
+
+
+class InterruptCallback(TrainerCallback):
+    """On Ctrl-C or SIGTERM, finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        asked = self.asked
+        if dist.is_initialized():
+            flag = torch.tensor(float(asked), device=args.device)
+            dist.all_reduce(flag)
+            asked = bool(flag > 0)
+        if asked:
+            self.asked = control.should_save = control.should_training_stop = True
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals for as long as training runs."""
+
+        def ask(number: int, _: Any) -> None:
+            if self.asked:
+                raise KeyboardInterrupt
+            self.asked = True
+
+        try:
+            before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # Only the main thread may handle signals; elsewhere they stay as they are.
+            before = {}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class MetricsCallback(TrainerCallback):
+    """Writes `metrics.jsonl`, one row a log line or quick evaluation, and tells the watcher."""
+
+    def __init__(
+        self,
+        path: Path,
+        plan: Plan,
+        watch: Watcher,
+        evaluate: Callable[[], dict[str, float]],
+        take_means: Callable[[], dict[str, float]],
+        removal: Removal | None,
+    ) -> None:
+        self.path, self.plan, self.watch, self.removal = path, plan, watch, removal
+        self.evaluate, self.take_means = evaluate, take_means
+        self.rows: list[dict[str, Any]] = []
+        self.seconds_before = self.started = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        old = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+        self.rows = [row for row in old if row["step"] <= state.global_step] if state.global_step else []
+        self.seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
+        self.started = time.perf_counter()
+        if state.is_world_process_zero:
+            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        if not self.rows:
+            self._quick(state)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        last = state.global_step >= state.max_steps
+        if last or state.global_step % max(1, state.max_steps // QUICK_EVALUATIONS) == 0:
+            self._quick(state)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        if "grad_norm" not in logs:
+            return
+        more = {"lr": logs["learning_rate"], "grad_norm": logs["grad_norm"]}
+        self._add(state, "train", {**self.take_means(), **more})
+
+    @property
+    def seconds(self) -> float:
+        """Training time so far, that of earlier, interrupted parts too."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def _quick(self, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            self._add(state, "validation", self.evaluate())
+
+    def _add(self, state: TrainerState, kind: str, values: dict[str, Any]) -> None:
+        row: dict[str, Any] = {
+            "step": state.global_step,
+            "kind": kind,
+            "tokens": state.global_step * self.plan.step_tokens,
+        }
+        row |= {**values, "seconds": self.seconds}
+        if self.removal is not None:
+            alphas = [float(a) for s in self.removal.stand_ins.values() for a in s.alpha.tolist()]
+            row["alpha"] = sum(alphas) / len(alphas)
+            removed = [bool((s.alpha >= 1).all()) for s in self.removal.stand_ins.values()]
+            row |= {"sites_removed": sum(removed), "sites": len(removed)}
+        row["tokens_per_second"] = row["tokens"] / max(self.seconds, 1e-9)
+        self.rows.append(row)
+        if state.is_world_process_zero:
+            with self.path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            self.watch(row)

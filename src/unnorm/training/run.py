@@ -1,0 +1,260 @@
+"""One training run: of the model that loses its norms, or of the control that keeps them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from datasets import Dataset
+from jaxtyping import Int
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer_callback import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from unnorm.calibrate import batches, evaluating, spread
+from unnorm.config import Plan
+from unnorm.errors import UnnormError
+from unnorm.losses import distillation_losses, next_token_loss
+from unnorm.schedule import Recipe
+from unnorm.training.callbacks import (
+    GuardCallback,
+    InterruptCallback,
+    MetricsCallback,
+    Removal,
+    ScheduleCallback,
+    Watcher,
+)
+
+QUICK_BLOCKS = 16
+"""Validation blocks in the quick evaluations along the way."""
+CHECKPOINTS = 5
+LOG_LINES = 100
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """Settings of the optimizer that belong to a recipe.
+
+    Attributes:
+        least_lr: share of the peak learning rate at the end of the cosine.
+        warmup: share of the steps with rising learning rate.
+        weight_decay: AdamW's.
+        betas: AdamW's.
+        distil: minimize KL to the teacher's logits; else next-token loss.
+    """
+
+    least_lr: float
+    warmup: float
+    weight_decay: float
+    betas: tuple[float, float]
+    distil: bool
+
+
+OPTIMIZATION: dict[Recipe, Optimization] = {
+    "taper": Optimization(0.02, 0.05, 0.0, (0.9, 0.98), distil=True),
+    # arXiv 2409.13710 and 2507.02559: weight decay 0.01, 20 of 300 steps of warm-up, a cosine to half the peak.
+    "sequential": Optimization(0.5, 20 / 300, 0.01, (0.9, 0.999), distil=False),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training run ended.
+
+    Attributes:
+        steps: optimizer steps done, of interrupted parts too.
+        tokens: training tokens they took.
+        seconds: their time.
+        skipped_steps: steps that the guard did not let through.
+        interrupted: stopped by Ctrl-C or SIGTERM, with a checkpoint to go on from.
+        diverged: given up, because the guard refused too many steps in a row.
+        rows: all rows of `metrics.jsonl`.
+    """
+
+    steps: int
+    tokens: int
+    seconds: float
+    skipped_steps: int
+    interrupted: bool
+    diverged: bool
+    rows: list[dict[str, Any]]
+
+
+class DistillationTrainer(Trainer):
+    """Trainer whose loss is KL to the teacher's logits, or next-token loss where there is no teacher."""
+
+    def __init__(self, *args: Any, teacher: PreTrainedModel | None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.teacher = teacher
+        self.sums = torch.zeros(3, device=self.args.device)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Loss of a batch of `input_ids`, (batch, position); sums up what the next log line shows."""
+        ids = inputs["input_ids"]
+        output = model(input_ids=ids, use_cache=False)
+        if self.teacher is None:
+            loss = next_token_loss(output.logits, ids)
+            shown = torch.stack([loss.detach(), torch.full_like(loss, math.nan), torch.ones_like(loss)])
+        else:
+            with torch.no_grad():
+                teacher_logits = self.teacher(input_ids=ids, use_cache=False).logits
+            loss, token_loss = distillation_losses(output.logits, teacher_logits, ids)
+            shown = torch.stack([token_loss, loss.detach(), torch.ones_like(token_loss)])
+        self.sums += shown
+        return (loss, output) if return_outputs else loss
+
+    def take_means(self) -> dict[str, float]:
+        """Means of loss and KL since the last call, over all processes."""
+        sums = self.sums.clone()
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        self.sums.zero_()
+        loss, kl, count = sums.tolist()
+        return {"loss": loss / count} if math.isnan(kl) else {"loss": loss / count, "kl": kl / count}
+
+
+def train(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    removal: Removal | None,
+    recipe: Recipe,
+    plan: Plan,
+    train_blocks: Dataset,
+    validation_blocks: Dataset,
+    directory: Path,
+    seed: int,
+    watch: Watcher,
+    report_to: Sequence[str] = (),
+) -> Outcome:
+    """Train `model` in place for `plan.steps` steps, going on from the last checkpoint in `directory` if there is one.
+
+    Args:
+        model: the model with its stand-ins, or the plain original to train the control.
+        teacher: the original, frozen; the loss of distilling recipes, and the yardstick of the quick evaluations.
+        removal: what to remove and when; None trains the control with next-token loss.
+        recipe: sets the optimizer.
+        plan: sizes, precision and device.
+        train_blocks: rows of `input_ids`; gone over again if they are fewer than the plan's tokens.
+        validation_blocks: `QUICK_BLOCKS` of them, evenly spaced, show how it goes.
+        directory: gets `metrics.jsonl` and `checkpoints/`.
+        seed: of the order of the blocks.
+        watch: told every row of metrics.
+        report_to: transformers' names of experiment trackers.
+
+    Raises:
+        UnnormError: memory or disk ran out.
+    """
+    optimization = OPTIMIZATION[recipe]
+    trainer = DistillationTrainer(
+        model=model,
+        args=_arguments(optimization, plan, directory / "checkpoints", seed, report_to),
+        train_dataset=train_blocks,
+        data_collator=_collate,
+        teacher=teacher if removal is not None and optimization.distil else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    quick_blocks = spread(validation_blocks, QUICK_BLOCKS)
+    metrics = MetricsCallback(
+        directory / "metrics.jsonl",
+        plan,
+        watch,
+        lambda: quick_evaluation(model, teacher, quick_blocks, plan),
+        trainer.take_means,
+        removal,
+    )
+    interrupt = InterruptCallback()
+    schedule = ScheduleCallback(removal, model) if removal is not None else None
+    callbacks: list[TrainerCallback | None] = [schedule, GuardCallback(), interrupt, metrics]
+    for callback in callbacks:
+        if callback is not None:
+            trainer.add_callback(callback)
+    checkpoints = directory / "checkpoints"
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    use_cache = model.config.use_cache
+    with interrupt.listening():
+        try:
+            trainer.train(resume_from_checkpoint=last)
+        except torch.OutOfMemoryError as error:
+            raise UnnormError(
+                f"Out of memory with {plan.micro_batch} blocks of {plan.context} tokens at once. "
+                "Use a smaller --batch-size or --context."
+            ) from error
+        except (OSError, SafetensorError) as error:
+            raise UnnormError(
+                f"Could not write a checkpoint to '{checkpoints}': {error}. Free some space and go on with --resume."
+            ) from error
+    model.config.use_cache = use_cache  # The Trainer turns it off for good.
+    guard = next(c for c in trainer.callback_handler.callbacks if isinstance(c, GuardCallback))
+    steps = int(trainer.state.global_step)
+    if schedule is not None and not interrupt.asked:
+        schedule.finish()
+    return Outcome(
+        steps=steps,
+        tokens=steps * plan.step_tokens,
+        seconds=metrics.seconds,
+        skipped_steps=guard.skipped,
+        interrupted=interrupt.asked,
+        diverged=guard.diverged,
+        rows=metrics.rows,
+    )
+
+
+@torch.no_grad()
+def quick_evaluation(model: PreTrainedModel, teacher: PreTrainedModel, blocks: Dataset, plan: Plan) -> dict[str, float]:
+    """Next-token loss of `model` and its KL to the teacher on a few blocks, in the run's precision."""
+    totals = torch.zeros(2, dtype=torch.float64)
+    with evaluating(model), torch.autocast(plan.device.partition(":")[0], torch.bfloat16, enabled=plan.bfloat16):
+        for ids in batches(blocks, plan.micro_batch, model.device):
+            logits = model(input_ids=ids, use_cache=False).logits
+            teacher_logits = teacher(input_ids=ids, use_cache=False).logits
+            pair = torch.stack(distillation_losses(logits, teacher_logits, ids))
+            totals += len(ids) * pair.double().cpu()
+    kl, loss = (totals / len(blocks)).tolist()
+    return {"loss": loss, "kl": kl}
+
+
+def _collate(rows: list[dict[str, list[int]]]) -> dict[str, Int[Tensor, "batch position"]]:
+    return {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
+
+
+def _arguments(
+    optimization: Optimization, plan: Plan, checkpoints: Path, seed: int, report_to: Sequence[str]
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=plan.steps,
+        per_device_train_batch_size=plan.micro_batch,
+        gradient_accumulation_steps=plan.accumulation,
+        learning_rate=plan.lr,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": optimization.least_lr},
+        warmup_steps=math.ceil(optimization.warmup * plan.steps),
+        weight_decay=optimization.weight_decay,
+        adam_beta1=optimization.betas[0],
+        adam_beta2=optimization.betas[1],
+        max_grad_norm=0.0,  # The guard clips, so that it sees the norm before.
+        bf16=plan.bfloat16,
+        torch_compile=plan.compile,
+        use_cpu=plan.device == "cpu",
+        ddp_backend="gloo" if plan.device == "cpu" and plan.processes > 1 else None,
+        ddp_broadcast_buffers=False,  # Constants are averaged instead; see ScheduleCallback.
+        ddp_find_unused_parameters=False,
+        save_strategy="steps",
+        save_steps=max(1, math.ceil(plan.steps / CHECKPOINTS)),
+        save_total_limit=1,
+        restore_callback_states_from_checkpoint=True,
+        logging_steps=max(1, plan.steps // LOG_LINES),
+        report_to=list(report_to) or "none",
+        seed=seed,
+        remove_unused_columns=False,
+        dataloader_pin_memory=plan.device.startswith("cuda"),
+        disable_tqdm=True,
+        log_level="error",
+    )

@@ -1,0 +1,428 @@
+"""Text from every source: read whole, packed without loss, and never both trained on and held out."""
+
+import bz2
+import csv
+import gzip
+import importlib
+import json
+import lzma
+import os
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import fsspec.compression
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from unnorm.data import STDLIB, Blocks, Documents, build_blocks, open_documents
+from unnorm.data import packing as packing_module
+from unnorm.data.documents import COMPRESSIONS
+from unnorm.data.packing import token_stream
+from unnorm.errors import UnnormError
+
+DOCUMENTS = [f'Document {i}: naïve\n  text,\twith "quotes" and {"words " * (i % 7)}' for i in range(120)]
+CONTEXT = 16
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
+if find_spec("zstandard"):
+    COMPRESS[".zst"] = lambda content: importlib.import_module("zstandard").compress(content)
+if find_spec("lz4"):
+    COMPRESS[".lz4"] = lambda content: importlib.import_module("lz4.frame").compress(content)
+
+
+def write(path: Path, documents: list[str], column: str = "text") -> Path:
+    """Documents as a file of the format that its name says; a text file is one document."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    suffix = next(s for s in path.suffixes if s not in COMPRESSIONS)
+    if suffix in (".txt", ".md"):
+        path.write_text("\n".join(documents), newline="")
+    elif suffix in (".jsonl", ".json"):
+        path.write_text("".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(documents)))
+    elif suffix == ".csv":
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows([("id", column), *enumerate(documents)])
+    else:
+        pq.write_table(pa.table({"id": range(len(documents)), column: documents}), path)
+    if path.suffix in COMPRESS:
+        path.write_bytes(COMPRESS[path.suffix](path.read_bytes()))
+    return path
+
+
+def write_ids(path: Path, ids: np.ndarray) -> Path:
+    ids.astype("<u2").tofile(path)
+    return path
+
+
+def sides(documents: Documents) -> tuple[list[str], list[str]]:
+    return list(documents.train()), list(documents.validation())
+
+
+def pack(
+    source: Path | str,
+    tokenizer: PreTrainedTokenizerFast,
+    train_blocks: int = 10_000,
+    validation_blocks: int = 10_000,
+    context: int = CONTEXT,
+    vocab_size: int = 65_536,
+) -> Blocks:
+    return build_blocks(str(source), tokenizer, vocab_size, context, train_blocks, validation_blocks)
+
+
+def ids_of(blocks: Blocks) -> tuple[np.ndarray, np.ndarray]:
+    return np.array(blocks.train["input_ids"]), np.array(blocks.validation["input_ids"])
+
+
+def stream(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """The definition: each document's ids, with end-of-text after it."""
+    return [i for text in texts for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+
+
+class TestStdlib:
+    def test_split_is_disjoint_stable_and_fair(self) -> None:
+        train, validation = sides(open_documents(STDLIB))
+        assert len(train) > 400
+        assert not {text for text in train if text.strip()} & set(validation)
+        assert sum(map(len, validation)) > 0.02 * sum(map(len, train))
+        assert list(open_documents(STDLIB).validation()) == validation
+
+    def test_no_tests_and_no_installed_packages(self) -> None:
+        train, validation = sides(open_documents(STDLIB))
+        assert not any("numpy" in text and "site-packages" in text for text in validation)
+        assert not any(text.startswith("import unittest\n") for text in [*train, *validation])
+
+    def test_a_directory_of_that_name_does_not_matter(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        (tmp_path / STDLIB).mkdir()
+        monkeypatch.chdir(tmp_path)
+        assert len(pack(STDLIB, tiny_tokenizer, 4, 2).train) == 4
+
+
+class TestFiles:
+    @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+    def test_rows_are_documents(self, name: str, tmp_path: Path) -> None:
+        train, validation = sides(open_documents(str(write(tmp_path / name, DOCUMENTS))))
+        assert sorted([*train, *validation]) == sorted(DOCUMENTS)
+        assert validation
+        assert not set(train) & set(validation)
+        assert [text for text in DOCUMENTS if text in train] == train  # in order
+
+    @pytest.mark.parametrize("name", ["a.txt", "a.md", "A.TXT"])
+    def test_a_text_file_is_one_document(self, name: str, tmp_path: Path) -> None:
+        path = tmp_path / name
+        path.write_text("\n".join(DOCUMENTS))
+        (train,), (validation,) = sides(open_documents(str(path)))
+        assert train + validation == path.read_text()
+
+    @pytest.mark.parametrize("compression", sorted(COMPRESS))
+    @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv"])
+    def test_compressed(self, suffix: str, compression: str, tmp_path: Path) -> None:
+        plain = open_documents(str(write(tmp_path / f"a{suffix}", DOCUMENTS)))
+        compressed = open_documents(str(write(tmp_path / f"a{suffix}{compression}", DOCUMENTS)))
+        assert sides(compressed) == sides(plain)
+
+    @pytest.mark.parametrize(("suffix", "package"), [(".zst", "zstandard"), (".lz4", "lz4")])
+    def test_missing_decompressor_is_named(
+        self, suffix: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.delitem(fsspec.compression.compr, COMPRESSIONS[suffix], raising=False)
+        path = tmp_path / f"a.jsonl{suffix}"
+        path.write_bytes(b"x")
+        with pytest.raises(UnnormError, match=f"pip install {package}"):
+            open_documents(str(path))
+
+    @pytest.mark.parametrize("name", ["a.parquet.gz", "a.bin.gz", "a.tsv", "a.gz", "a"])
+    def test_unknown_formats_are_refused(self, name: str, tmp_path: Path) -> None:
+        (tmp_path / name).write_bytes(b"some text")
+        with pytest.raises(UnnormError, match=r"Don't know how to read .* Known: \.txt"):
+            open_documents(str(tmp_path / name))
+
+    def test_text_field(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.jsonl"
+        path.write_text("".join(json.dumps({"title": "T", "body": text}) + "\n" for text in DOCUMENTS))
+        train, validation = sides(open_documents(str(path), text_field="body"))
+        assert sorted([*train, *validation]) == sorted(DOCUMENTS)
+        with pytest.raises(UnnormError, match="--text-field: title, body"):
+            open_documents(str(path))
+
+    def test_the_only_column_of_strings_is_the_text(self, tmp_path: Path) -> None:
+        train, _ = sides(open_documents(str(write(tmp_path / "a.parquet", DOCUMENTS, column="content"))))
+        assert set(train) < set(DOCUMENTS)
+
+    def test_missing_and_blank_texts_are_passed_over(self, tmp_path: Path) -> None:
+        path = tmp_path / "a.jsonl"
+        texts = ["first", None, "", "  \n", *DOCUMENTS]
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        train, validation = sides(open_documents(str(path)))
+        assert sorted([*train, *validation]) == sorted(["first", *DOCUMENTS])
+
+    @pytest.mark.parametrize("name", ["a[1].txt", "st*r.txt", "what?.txt", "with space.txt", "ünïcode.txt"])
+    def test_odd_names_are_names_and_no_patterns(self, name: str, tmp_path: Path) -> None:
+        for other in ("a1.txt", "star.txt", "whats.txt"):
+            (tmp_path / other).write_text("of another file")
+        (tmp_path / name).write_text("of this file")
+        (train,), (validation,) = sides(open_documents(str(tmp_path / name)))
+        assert train + validation == "of this file"
+
+    def test_home_directory(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        write(tmp_path / "a.jsonl", DOCUMENTS)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert len(sides(open_documents("~/a.jsonl"))[0]) > 90
+        with pytest.raises(UnnormError, match="No data at '~no"):
+            open_documents("~no.such.user/a.txt")
+
+    @pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
+    def test_a_changed_file_is_read_anew(self, suffix: str, tmp_path: Path) -> None:
+        path = write(tmp_path / f"a{suffix}", DOCUMENTS)
+        stamp = path.stat()
+        before = sides(open_documents(str(path)))
+        write(path, [text.replace("Document", "Chapters") for text in DOCUMENTS])
+        os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        after = sides(open_documents(str(path)))
+        assert all("Document" in text for side in before for text in side)
+        assert all("Chapters" in text and "Document" not in text for side in after for text in side)
+
+
+class TestDirectoriesAndGlobs:
+    def test_a_directory_is_all_files_in_it(self, tmp_path: Path) -> None:
+        for number in range(4):
+            write(tmp_path / f"deep/er/{number}.jsonl", DOCUMENTS[number * 30 : number * 30 + 30])
+        train, validation = sides(open_documents(str(tmp_path)))
+        assert sorted([*train, *validation]) == sorted(DOCUMENTS)
+
+    def test_plain_and_compressed_files_of_one_format(self, tmp_path: Path) -> None:
+        write(tmp_path / "0.jsonl", DOCUMENTS[:60])
+        write(tmp_path / "1.jsonl.gz", DOCUMENTS[60:])
+        train, validation = sides(open_documents(str(tmp_path)))
+        assert sorted([*train, *validation]) == sorted(DOCUMENTS)
+
+    def test_a_glob_picks_files(self, tmp_path: Path) -> None:
+        write(tmp_path / "in/a.jsonl", DOCUMENTS[:60])
+        write(tmp_path / "in/b.jsonl", DOCUMENTS[60:])
+        write(tmp_path / "in/c.txt", ["not this"])
+        train, validation = sides(open_documents(str(tmp_path / "**/*.jsonl")))
+        assert sorted([*train, *validation]) == sorted(DOCUMENTS)
+        with pytest.raises(UnnormError, match="No data at"):
+            open_documents(str(tmp_path / "in/*.csv"))
+
+    def test_mixed_formats_are_refused(self, tmp_path: Path) -> None:
+        write(tmp_path / "a.txt", DOCUMENTS)
+        write(tmp_path / "a.jsonl", DOCUMENTS)
+        with pytest.raises(UnnormError, match=r"mixes formats \(\.jsonl, \.txt\)"):
+            open_documents(str(tmp_path))
+
+    @pytest.mark.parametrize("content", [{}, {"model.pt": b""}, {"a.bin.gz": b"", ".hidden/a.txt": b"x"}])
+    def test_a_directory_without_data(self, content: dict[str, bytes], tmp_path: Path) -> None:
+        for name, data in content.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_bytes(data)
+        with pytest.raises(UnnormError, match="holds no data files"):
+            open_documents(str(tmp_path))
+
+    def test_a_local_copy_of_a_hub_data_set(self, tmp_path: Path) -> None:
+        """Its card and caches are no data; its splits are told by the names of the files."""
+        (tmp_path / "README.md").write_text("# The card")
+        (tmp_path / "dataset_infos.json").write_text("{}")
+        (tmp_path / ".cache").mkdir()
+        (tmp_path / ".cache/x.json").write_text("{}")
+        write(tmp_path / "data/train-00000-of-00002.parquet", DOCUMENTS[:50])
+        write(tmp_path / "data/train-00001-of-00002.parquet", DOCUMENTS[50:100])
+        write(tmp_path / "data/validation-00000-of-00001.parquet", DOCUMENTS[100:110])
+        write(tmp_path / "data/test-00000-of-00001.parquet", DOCUMENTS[110:])
+        for source in (tmp_path, tmp_path / "data/*.parquet"):
+            documents = open_documents(str(source))
+            assert sides(documents) == (DOCUMENTS[:100], DOCUMENTS[100:110])
+            assert documents.held_out == "the validation files"
+        train, validation = sides(open_documents(str(tmp_path), split="test"))
+        assert (train, validation) == (DOCUMENTS[110:], DOCUMENTS[100:110])
+        train, validation = sides(open_documents(str(tmp_path), split="validation"))
+        assert "".join(train + validation)
+        assert {text[:11] for text in train} <= {text[:11] for text in DOCUMENTS[100:110]}
+        with pytest.raises(UnnormError, match="no split 'dev'"):
+            open_documents(str(tmp_path), split="dev")
+
+    def test_a_local_copy_with_training_files_only(self, tmp_path: Path) -> None:
+        write(tmp_path / "data/train-00000-of-00001.parquet", DOCUMENTS)
+        train, validation = sides(open_documents(str(tmp_path)))
+        assert sorted([*train, *validation]) == sorted(DOCUMENTS)
+
+    @pytest.mark.parametrize("source", [STDLIB, "file"])
+    def test_a_split_that_is_not_there(self, source: str, tmp_path: Path) -> None:
+        path = write(tmp_path / "a.jsonl", DOCUMENTS)
+        with pytest.raises(UnnormError, match=r"no split 'test' \(--split\). It has: train"):
+            open_documents(str(path) if source == "file" else source, split="test")
+
+
+class TestHeldOut:
+    @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(texts=st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=150))
+    def test_every_character_is_on_one_side(self, texts: list[str], tmp_path: Path) -> None:
+        documents = open_documents(str(write(tmp_path / "a.jsonl", texts)))
+        train, validation = sides(documents)
+        if "hash" in documents.held_out:
+            assert sorted([*train, *validation]) == sorted(texts)
+            assert not set(train) & set(validation)
+        else:
+            halves = zip(documents.train(), documents.validation(), strict=True)
+            assert [start + end for start, end in halves] == texts
+
+    def test_the_last_tenth_of_a_single_document(self, tmp_path: Path) -> None:
+        lines = [f"line {i}" for i in range(1000)]
+        path = tmp_path / "a.txt"
+        path.write_text("\n".join(lines))
+        documents = open_documents(str(path))
+        (train,), (validation,) = sides(documents)
+        assert documents.held_out == "the last tenth of each document"
+        assert 0.09 < len(validation) / len(train + validation) < 0.11
+        assert train.endswith("\n")  # cut between lines
+
+    @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.bin"])
+    @pytest.mark.parametrize("asked", [(1, 1), (5, 40), (40, 1), (10_000, 10_000)])
+    def test_does_not_depend_on_how_much_is_asked_for(
+        self, name: str, asked: tuple[int, int], tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        """What `remove` trained on is never what `evaluate` later calls held out."""
+        path = tmp_path / name
+        if name == "a.bin":
+            write_ids(path, np.arange(5000))
+        else:
+            write(path, [f"{i} {text}" for i, text in enumerate(DOCUMENTS * 3)])
+        everything, held_out = ids_of(pack(path, tiny_tokenizer))
+        train, validation = ids_of(pack(path, tiny_tokenizer, *asked))
+        assert np.array_equal(train, everything[: asked[0]])
+        assert np.array_equal(validation, held_out[: asked[1]])
+
+    def test_the_tail_of_blocks_where_the_held_out_text_is_shorter_than_one(
+        self, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        path = write_ids(tmp_path / "a.bin", np.arange(5 * CONTEXT))
+        blocks = pack(path, tiny_tokenizer)
+        train, validation = ids_of(blocks)
+        assert blocks.held_out == "the last 1 of 4 blocks"
+        assert train.ravel().tolist() == list(range(3 * CONTEXT))
+        assert validation.ravel().tolist() == list(range(3 * CONTEXT, 4 * CONTEXT))
+        for asked in ((1, 1), (2, 5)):
+            fewer, same = ids_of(pack(path, tiny_tokenizer, *asked))
+            assert np.array_equal(fewer, train[: asked[0]])
+            assert np.array_equal(same, validation)
+
+
+class TestTokenFiles:
+    def test_train_and_val(self, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        ids = np.random.default_rng(0).integers(65_536, size=3000)
+        train_file = write_ids(tmp_path / "train.bin", ids)
+        write_ids(tmp_path / "val.bin", ids[::-1])
+        for source in (train_file, tmp_path, tmp_path / "*.bin"):
+            blocks = pack(source, tiny_tokenizer)
+            train, validation = ids_of(blocks)
+            assert train.ravel().tolist() == ids[: 3000 // CONTEXT * CONTEXT].tolist()
+            assert validation.ravel().tolist() == ids[::-1][: 3000 // CONTEXT * CONTEXT].tolist()
+            assert blocks.held_out == "val.bin"
+
+    @pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokens.bin"])
+    def test_alone(self, name: str, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        blocks = pack(write_ids(tmp_path / name, np.arange(3200)), tiny_tokenizer)
+        train, validation = ids_of(blocks)
+        assert train.ravel().tolist() == list(range(2880))
+        assert validation.ravel().tolist() == list(range(2880, 3200))
+        assert blocks.held_out == "the last tenth of each file"
+
+    def test_test_tokens_are_not_trained_on(self, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        for number, name in enumerate(["train", "val", "test"]):
+            write_ids(tmp_path / f"{name}.bin", np.full(160, number))
+        train, validation = ids_of(pack(tmp_path, tiny_tokenizer))
+        assert set(train.ravel()) == {0}
+        assert set(validation.ravel()) == {1}
+
+    def test_several_files_are_one_stream(self, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        write_ids(tmp_path / "000.bin", np.arange(100))
+        write_ids(tmp_path / "001.bin", np.arange(100, 300))
+        train, validation = ids_of(pack(tmp_path, tiny_tokenizer, context=30))
+        assert train.ravel().tolist() == [*range(90), *range(100, 280)]
+        assert validation.ravel().tolist() == [*range(90, 100), *range(280, 300)]
+
+    @pytest.mark.parametrize(("content", "message"), [(b"abc", "odd number of bytes"), (b"", "is empty")])
+    def test_damaged(
+        self, content: bytes, message: str, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        (tmp_path / "a.bin").write_bytes(content)
+        with pytest.raises(UnnormError, match=message):
+            pack(tmp_path / "a.bin", tiny_tokenizer)
+
+    def test_ids_out_of_range_on_either_side(self, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        for bad in (5, 3195):
+            ids = np.zeros(3200)
+            ids[bad] = 300
+            path = write_ids(tmp_path / "a.bin", ids)
+            with pytest.raises(UnnormError, match="token id 300, but the model's vocabulary ends at 299"):
+                pack(path, tiny_tokenizer, vocab_size=300)
+            assert len(pack(path, tiny_tokenizer, vocab_size=301).train)
+
+
+class TestPacking:
+    @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(texts=st.lists(st.text(max_size=60), max_size=150))
+    def test_stream_is_every_document_and_end_of_text(
+        self, texts: list[str], tiny_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        got = [int(i) for piece in token_stream(texts, tiny_tokenizer) for i in piece]
+        assert got == stream(texts, tiny_tokenizer)
+
+    @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        texts=st.lists(st.text(min_size=30).filter(str.strip), min_size=40, max_size=80),
+        context=st.integers(2, 40),
+        asked=st.integers(1, 30),
+    )
+    def test_blocks_joined_are_the_stream(
+        self, texts: list[str], context: int, asked: int, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        path = write(tmp_path / "a.jsonl", texts)
+        documents = open_documents(str(path))
+        blocks = pack(path, tiny_tokenizer, asked, asked, context)
+        for dataset, side in zip((blocks.train, blocks.validation), sides(documents), strict=True):
+            ids = np.array(dataset["input_ids"])
+            whole = stream(side, tiny_tokenizer)
+            assert ids.shape == (min(asked, len(whole) // context), context)
+            assert ids.ravel().tolist() == whole[: ids.size]
+
+    def test_a_long_document_is_tokenized_in_pieces(
+        self, monkeypatch: pytest.MonkeyPatch, text_file: Path, tiny_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        text = text_file.read_text()
+        monkeypatch.setattr(packing_module, "_CHARS_AT_ONCE", 500)
+        pieces = list(token_stream([text, "short"], tiny_tokenizer))
+        assert len(pieces) > 20
+        assert np.concatenate(pieces).tolist() == stream([text, "short"], tiny_tokenizer)
+
+    def test_no_more_is_read_than_asked_for(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        read: list[int] = []
+
+        def texts() -> Iterator[str]:
+            for i in range(10_000):
+                read.append(i)
+                yield "some words " * 10
+
+        packing_module._cut(token_stream(texts(), tiny_tokenizer), CONTEXT, 20)
+        assert len(read) < 200
+
+    def test_end_of_text_is_left_out_if_the_tokenizer_has_none(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        without = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer)
+        assert np.concatenate(list(token_stream(["a", "b"], without))).tolist() == without("ab")["input_ids"]
+
+    def test_less_than_asked_for(self, text_file: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        tokens = len(stream([text_file.read_text()], tiny_tokenizer))
+        blocks = pack(text_file, tiny_tokenizer, 10**9, 10**9)
+        assert tokens - 3 * CONTEXT < CONTEXT * (len(blocks.train) + len(blocks.validation)) <= tokens + CONTEXT
+
+    @pytest.mark.parametrize("tokens", [1, CONTEXT - 1, CONTEXT, 2 * CONTEXT - 1])
+    def test_less_than_two_blocks(self, tokens: int, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        path = write_ids(tmp_path / "a.bin", np.arange(tokens))
+        with pytest.raises(UnnormError, match=r"less than two blocks of 16 tokens.*smaller --context"):
+            pack(path, tiny_tokenizer)

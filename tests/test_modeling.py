@@ -1,0 +1,143 @@
+"""LN-free checkpoints in transformers: loading, generating, re-saving, precisions."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+
+import unnorm
+from unnorm.sites import norm_modules, trace_inputs
+
+WITHOUT_UNNORM = """
+import json, sys
+sys.modules["unnorm"] = None  # any import of it fails
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
+ids = tokenizer("def read(self):", return_tensors="pt").input_ids
+out = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
+model.save_pretrained(sys.argv[2])
+print(json.dumps([type(model).__name__, model(input_ids=ids).logits[0, -1].double().tolist(), out[0].tolist()]))
+"""
+
+
+def test_loads_where_unnorm_is_not_installed(finished_run: Path, tmp_path: Path) -> None:
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    command = [sys.executable, "-c", WITHOUT_UNNORM, str(finished_run / "model"), str(tmp_path / "again")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    name, last_logits, generated = json.loads(done.stdout.splitlines()[-1])
+    assert name == "UnnormGPT2LMHeadModel"
+    model = unnorm.load(finished_run)
+    ids = AutoTokenizer.from_pretrained(finished_run / "model")("def read(self):", return_tensors="pt").input_ids
+    torch.testing.assert_close(torch.tensor(last_logits).float(), model(input_ids=ids).logits[0, -1])
+    assert generated == model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)[0].tolist()
+    # What it saved again is a whole checkpoint of the same kind.
+    resaved = unnorm.load(tmp_path / "again")
+    torch.testing.assert_close(resaved(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert (tmp_path / "again" / "modeling_unnorm.py").is_file()
+
+
+def test_auto_classes_load_it_without_the_flag(finished_run: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(finished_run / "model")
+    assert norm_modules(model) == []
+    assert unnorm.load(finished_run / "model").config.removed_norms == model.config.removed_norms
+
+
+def test_generates_the_same_with_and_without_cache(finished_run: Path) -> None:
+    model = unnorm.load(finished_run)
+    prompt = trace_inputs(model, 2, 9)
+    with_cache, without = (
+        model.generate(prompt, max_new_tokens=20, do_sample=False, pad_token_id=0, use_cache=use_cache)
+        for use_cache in (True, False)
+    )
+    assert with_cache.tolist() == without.tolist()
+    assert model.config.use_cache
+    step = model(input_ids=prompt[:, :5], use_cache=True)
+    rest = model(input_ids=prompt[:, 5:], past_key_values=step.past_key_values)
+    torch.testing.assert_close(rest.logits, model(input_ids=prompt).logits[:, 5:], rtol=1e-4, atol=1e-4)
+
+
+def test_left_padding_in_a_batch_changes_nothing(finished_run: Path) -> None:
+    model = unnorm.load(finished_run)
+    tokenizer = AutoTokenizer.from_pretrained(finished_run / "model", padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    texts = ["import os", "def walk(top, topdown=True, onerror=None):"]
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    together = model.generate(**batch, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    for row, text in zip(together, texts, strict=True):
+        alone = model.generate(
+            **tokenizer(text, return_tensors="pt"), max_new_tokens=8, do_sample=False, pad_token_id=0
+        )
+        assert row[-8:].tolist() == alone[0, -8:].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_runs_in_every_precision(finished_run: Path, dtype: torch.dtype) -> None:
+    model, exact = unnorm.load(finished_run, dtype=dtype), unnorm.load(finished_run)
+    ids = trace_inputs(model, 2, 12)
+    logits = model(input_ids=ids).logits
+    assert logits.dtype == dtype
+    expected = exact(input_ids=ids).logits
+    error = float(((logits.float() - expected).abs().max() / expected.abs().max()).detach())
+    assert error < {torch.float32: 1e-6, torch.bfloat16: 0.05, torch.float16: 0.01}[dtype]
+
+
+def test_unembedding_is_its_own(finished_run: Path) -> None:
+    model = unnorm.load(finished_run)
+    assert model.lm_head.weight.data_ptr() != model.transformer.wte.weight.data_ptr()
+    assert model.lm_head.bias is not None
+    assert not torch.equal(model.lm_head.weight, model.transformer.wte.weight)
+
+
+def test_round_trip_of_the_checkpoint(finished_run: Path, tmp_path: Path) -> None:
+    model = unnorm.load(finished_run)
+    model.save_pretrained(tmp_path)
+    again = unnorm.load(tmp_path)
+    for (name, first), (other, second) in zip(model.state_dict().items(), again.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(first, second)
+
+
+def test_anyone_can_rebuild_the_unfolded_model(finished_run: Path) -> None:
+    """From `sites.json` and the stock class alone: every norm divided by its constant scale."""
+    stock = GPT2LMHeadModel.from_pretrained(finished_run / "unfolded")
+    for site in json.loads((finished_run / "sites.json").read_text()):
+        norm = stock.get_submodule(site["name"])
+        norm.forward = lambda x, norm=norm, c=site["constant_scale"]: (
+            (x - x.mean(-1, keepdim=True)) / c * norm.weight + norm.bias
+        )
+    ids = trace_inputs(stock, 2, 16)
+    torch.testing.assert_close(unnorm.load(finished_run)(input_ids=ids).logits, stock(input_ids=ids).logits)
+
+
+def test_verify_passes_then_fails_on_a_changed_weight(finished_run: Path, tmp_path: Path) -> None:
+    assert all(check.passed for check in unnorm.verify(finished_run))
+    broken = tmp_path / "broken"
+    shutil.copytree(finished_run, broken)
+    model = unnorm.load(broken)
+    with torch.no_grad():
+        model.transformer.h[1].attn.c_attn.weight[0, 0] += 0.05
+    model.save_pretrained(broken / "model")
+    assert [check.name for check in unnorm.verify(broken) if not check.passed] == ["checkpoint = unfolded, float32"]
+
+
+def test_verify_finds_a_norm_that_came_back(finished_run: Path) -> None:
+    from unnorm.checkpoint import load_sites, load_unfolded
+    from unnorm.proof import check_twin
+
+    twin = unnorm.load(finished_run)
+    twin.transformer.h[0].ln_1 = torch.nn.LayerNorm(32)
+    failed = [
+        c.name for c in check_twin(twin, load_unfolded(finished_run), load_sites(finished_run)[0]) if not c.passed
+    ]
+    assert "no module is a norm" in failed
+    assert "no operation of a norm runs" in failed
+    assert "every read is affine" in failed

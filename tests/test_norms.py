@@ -1,0 +1,134 @@
+"""Stand-ins: the norm at one end, an affine map at the other, and what lies between."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from unnorm.norms import Estimator, PathReader, TaperedNorm, TokenMask, estimate_log_constant
+
+
+def make(centered: bool = True, paths: int = 1, width: int = 12, mask: TokenMask | None = None) -> TaperedNorm:
+    torch.manual_seed(0)
+    gain, bias = torch.randn(width).double(), torch.randn(width).double()
+    return TaperedNorm(gain, bias if centered else None, 1e-5, centered, paths, mask)
+
+
+def residual(width: int = 12) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(2, 5, width).double() * torch.tensor([0.1, 1, 3, 10, 100]).double()[:, None] + 2
+
+
+@pytest.mark.parametrize("centered", [True, False])
+def test_alpha_zero_is_the_norm(centered: bool) -> None:
+    stand_in, x = make(centered), residual()
+    norm = nn.LayerNorm(12, eps=1e-5) if centered else nn.RMSNorm(12, eps=1e-5)
+    norm.double().weight.data = stand_in.gain.data
+    if centered:
+        norm.bias.data = stand_in.bias.data
+    torch.testing.assert_close(stand_in(x), norm(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("removed", [True, False])
+def test_alpha_one_is_affine(centered: bool, removed: bool) -> None:
+    stand_in, x, y = make(centered), residual(), residual().flip(1)
+    stand_in.alpha.fill_(1)
+    stand_in.log_constant.fill_(0.7)
+    stand_in.removed = removed
+    mixed = stand_in(2 * x - 3 * y)
+    torch.testing.assert_close(mixed, 2 * stand_in(x) - 3 * stand_in(y) + 2 * stand_in(0 * x), rtol=1e-10, atol=1e-10)
+
+
+def test_removed_path_equals_alpha_one() -> None:
+    stand_in, x = make(), residual()
+    stand_in.alpha.fill_(1)
+    stand_in.log_constant.fill_(-0.4)
+    slow = stand_in(x)
+    stand_in.removed = True
+    torch.testing.assert_close(stand_in(x), slow, rtol=1e-12, atol=1e-12)
+
+
+@given(alpha=st.floats(0, 1), log_constant=st.floats(-3, 3))
+@settings(max_examples=25, deadline=None)
+def test_interpolates_in_log_scale(alpha: float, log_constant: float) -> None:
+    stand_in, x = make(), residual()
+    stand_in.log_constant.fill_(log_constant)
+    norm = stand_in(x) - stand_in.bias
+    stand_in.alpha.fill_(alpha)
+    centered = x - x.mean(-1, keepdim=True)
+    scale = (centered.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    expected = norm * (scale / torch.tensor(log_constant).double().exp()) ** alpha
+    torch.testing.assert_close(stand_in(x) - stand_in.bias, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_alpha_moves_without_a_python_branch() -> None:
+    stand_in, x = make(), residual()
+    compiled = torch.compile(stand_in, backend="eager", fullgraph=True)
+    for alpha in (0.0, 0.3, 0.9):
+        stand_in.alpha.fill_(alpha)
+        torch.testing.assert_close(compiled(x), stand_in(x))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize(
+    ("estimator", "expected"),
+    [("geometric", 2.0), ("mean", 7 / 3), ("least-squares", (1 + 4 + 16) / (1 + 2 + 4))],
+)
+def test_estimators(estimator: Estimator, expected: float) -> None:
+    log_scale = torch.tensor([1.0, 2.0, 4.0]).double().log()
+    constant = estimate_log_constant(log_scale, torch.ones(3).double(), estimator).exp()
+    assert float(constant) == pytest.approx(expected)
+
+
+def test_least_squares_minimizes_the_readers_input_error() -> None:
+    log_scale = torch.randn(500, generator=torch.Generator().manual_seed(0)).double()
+    best = estimate_log_constant(log_scale, torch.ones(500).double(), "least-squares")
+
+    def error(log_constant: torch.Tensor) -> float:
+        return float(((log_scale - log_constant).exp() - 1).square().mean())
+
+    assert error(best) <= min(error(best + 1e-3), error(best - 1e-3))
+
+
+def test_running_estimate_follows_the_batches_and_stops_at_arrival() -> None:
+    stand_in, x = make(), residual()
+    stand_in.estimating = True
+    for _ in range(200):
+        stand_in.train()(x)
+    settled = stand_in.constant
+    centered = x - x.mean(-1, keepdim=True)
+    assert settled == pytest.approx(float((0.5 * (centered.square().mean(-1) + 1e-5).log()).mean().exp()))
+    stand_in.eval()(100 * x)
+    assert stand_in.constant == settled
+    stand_in.alpha.fill_(1)
+    stand_in.train()(100 * x)
+    assert stand_in.constant == settled
+
+
+def test_special_tokens_have_their_own_constant() -> None:
+    mask = TokenMask()
+    stand_in, x = make(mask=mask), residual()
+    stand_in.alpha.fill_(1)
+    stand_in.log_constant.copy_(torch.tensor([0.0, 2.0]))
+    plain = stand_in(x)
+    mask.mask = torch.zeros(2, 5, dtype=torch.bool)
+    mask.mask[:, 0] = True
+    special = stand_in(x)
+    torch.testing.assert_close(special[:, 1:], plain[:, 1:])
+    expected = (plain[:, 0] - stand_in.bias) / torch.tensor(2.0).double().exp() + stand_in.bias
+    torch.testing.assert_close(special[:, 0], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_paths_are_read_apart() -> None:
+    stand_in, x = make(paths=2), residual()
+    linear = nn.Linear(12, 9).double()
+    reader = PathReader(linear, value_features=3)
+    single = make()
+    torch.testing.assert_close(reader(stand_in(x)), linear(single(x)))
+    stand_in.alpha.copy_(torch.tensor([0.0, 1.0]))
+    both = reader(stand_in(x))
+    torch.testing.assert_close(both[..., :6], linear(single(x))[..., :6])
+    single.alpha.fill_(1)
+    torch.testing.assert_close(both[..., 6:], linear(single(x))[..., 6:])

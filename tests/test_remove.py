@@ -1,0 +1,175 @@
+"""The whole path on a tiny model: both recipes, the control, resuming, several processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import unnorm
+from tests.conftest import Cli
+
+SETTINGS: dict[str, Any] = {"tokens": 20 * 512, "batch_size": 8, "context": 64, "device": "cpu", "dtype": "float32"}
+RESULT_KEYS = {
+    "teacher_loss",
+    "lnfree_loss",
+    "control_loss",
+    "gap",
+    "kl",
+    "top1_agreement",
+    "tokens",
+    "seconds",
+    "norm_modules_left",
+    "fold_max_abs_error",
+    "tokens_per_second",
+    "peak_memory_mb",
+    "recipe",
+    "model",
+    "data",
+    "versions",
+    "seed",
+}
+
+
+@pytest.mark.parametrize("recipe", ["taper", "sequential"])
+def test_recipes_end_to_end(recipe: str, tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    out = tmp_path / "run"
+    result = unnorm.remove(
+        model=str(tiny_model_dir),
+        data=str(text_file),
+        out=out,
+        recipe=recipe,
+        control=True,
+        lr=3e-3,
+        watch=rows.append,
+        **{**SETTINGS, "tokens": 60 * 512},
+    )
+    assert result.keys() >= RESULT_KEYS
+    assert json.loads((out / "result.json").read_text()) == result
+    assert (result["norm_modules_left"], result["sites"], result["tokens"]) == (0, 5, 60 * 512)
+    assert result["verified"]
+    assert result["skipped_steps"] == 0
+    assert result["fold_max_abs_error"] <= 1e-10
+    assert result["gap"] == pytest.approx(result["lnfree_loss"] - result["control_loss"])
+    assert all(check.passed for check in unnorm.verify(out))
+    validation = [row for row in rows if row["kind"] == "validation" and "alpha" in row]
+    assert validation[0]["alpha"] == 0.0
+    assert validation[0]["kl"] == pytest.approx(0, abs=1e-5)
+    assert (validation[-1]["alpha"], validation[-1]["sites_removed"]) == (1.0, 5)
+    if recipe == "taper":
+        # Distillation brings the twin closer than constants alone do; next-token loss on a random model need not.
+        assert result["kl"] < 0.5 * result["naive_kl"]
+    assert "<html" in (out / "report.html").read_text()
+    assert not (out / "checkpoints").exists()
+    assert unnorm.load(out).config.removed_norms
+
+
+def test_zero_tokens_is_naive_removal(finished_run: Path) -> None:
+    result = json.loads((finished_run / "result.json").read_text())
+    assert (result["tokens"], result["norm_modules_left"], result["control_loss"]) == (0, 0, None)
+    assert result["lnfree_loss"] == pytest.approx(result["naive_loss"], rel=1e-4)
+    assert result["kl"] == pytest.approx(result["naive_kl"], rel=1e-3)
+
+
+def test_same_seed_same_result(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        unnorm.remove(model=str(tiny_model_dir), data=str(text_file), out=tmp_path / name, **SETTINGS)
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("recipe", ["taper", "sequential"])
+def test_interrupted_and_resumed_equals_unbroken(
+    recipe: str, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file), "recipe": recipe}
+    unnorm.remove(out=tmp_path / "unbroken", **options)
+
+    def press_ctrl_c(row: dict[str, Any]) -> None:
+        if row["kind"] == "train" and row["step"] == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(unnorm.RunInterruptedError, match=r"--resume --out .*broken"):
+        unnorm.remove(out=tmp_path / "broken", watch=press_ctrl_c, **options)
+    assert not (tmp_path / "broken" / "result.json").exists()
+    result = unnorm.remove(out=tmp_path / "broken", resume=True)
+    assert result["tokens"] == SETTINGS["tokens"]
+    assert_same_weights(tmp_path / "unbroken", tmp_path / "broken")
+    steps = [
+        [row["step"] for row in map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())]
+        for name in ("unbroken", "broken")
+    ]
+    assert steps[0] == steps[1]
+
+
+def test_two_processes_train_one_model(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    options = [f"--{key.replace('_', '-')}={value}" for key, value in SETTINGS.items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    command += ["-m", "unnorm", "remove", str(tiny_model_dir), f"--data={text_file}", "--control", "--json"]
+    command += [f"--out={tmp_path / 'two'}", *options]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert (result["norm_modules_left"], result["plan"]["processes"]) == (0, 2)
+    assert result["tokens"] == SETTINGS["tokens"]
+    unnorm.remove(model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "one", **SETTINGS)
+    one = json.loads((tmp_path / "one" / "result.json").read_text())
+    # The same batches, shared out: not the same rounding, but the same training.
+    assert result["kl"] == pytest.approx(one["kl"], rel=0.1)
+
+
+def test_command_line_json_and_config_file(cli: Cli, tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(f"model: {tiny_model_dir}\ndata: {text_file}\ntokens: 2k\nseed: 3\nbatch-size: 8\n")
+    out = tmp_path / "run"
+    code, stdout, stderr = cli("remove", "--config", settings, "--tokens", "0", "--out", out, "--json")
+    assert code == 0, stderr
+    result = json.loads(stdout)
+    assert (result["tokens"], result["seed"]) == (0, 3)  # the flag wins, the file gives the rest
+    assert "\x1b" not in stderr
+
+    code, stdout, _ = cli("verify", out, "--json")
+    assert code == 0
+    assert all(check["passed"] for check in json.loads(stdout)["checks"])
+
+    code, stdout, _ = cli("evaluate", out, "--against", tiny_model_dir, "--data", text_file, "--json")
+    assert code == 0
+    (row,) = json.loads(stdout)["results"]
+    assert row.keys() >= {"model", "data", "loss", "loss_ci", "tokens", "kl", "jsd", "top1_agreement"}
+    assert row["loss_ci"][0] <= row["loss"] <= row["loss_ci"][1]
+    assert 0 < row["jsd"] < row["kl"]
+
+    code, stdout, _ = cli("stats", tiny_model_dir, "--data", text_file, "--json")
+    assert code == 0
+    sites = json.loads(stdout)["sites"]
+    assert [site["name"] for site in sites][-1] == "transformer.ln_f"
+    assert all(site["smallest"] <= site["mean"] <= site["largest"] for site in sites)
+
+
+def test_failing_proof_exits_with_1(cli: Cli, finished_run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(finished_run, broken)
+    weights = load_file(broken / "model" / "model.safetensors")
+    model = unnorm.load(broken)
+    model.load_state_dict({name: value * 1.01 for name, value in weights.items()})
+    model.save_pretrained(broken / "model")
+    code, stdout, _ = cli("verify", broken)
+    assert code == 1
+    assert "FAILED" in stdout
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    a, b = (load_file(path / "model" / "model.safetensors") for path in (first, second))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
