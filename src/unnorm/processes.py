@@ -1,5 +1,6 @@
 """One run on several processes, as `torchrun` or `accelerate launch` start them."""
 
+import gc
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -45,6 +46,12 @@ def agree(make: Callable[[], T]) -> T:
 
 
 def leave() -> None:
-    """Close the connections to the other processes: torch may abort a process that exits with them open."""
+    """Close the connections to the other processes.
+
+    A gloo thread that lets go of a tensor while the interpreter shuts down aborts the process, so its threads must
+    have ended by then. They end with the last reference to the group, and reference cycles (DDP, the Trainer) hold it.
+    """
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
+        gc.collect()
