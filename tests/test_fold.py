@@ -79,6 +79,14 @@ def test_sites_have_their_readers_and_writers() -> None:
     assert {site.kind for site in sites.values()} == {"layernorm"}
 
 
+def test_a_frozen_model_has_the_same_sites_and_stays_frozen() -> None:
+    model = random_gpt2()
+    sites = find_sites(model)
+    model.requires_grad_(False)
+    assert find_sites(model) == sites
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
 @pytest.mark.parametrize(
     ("module", "expected"),
     [

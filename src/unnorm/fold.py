@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError
-from unnorm.modeling import LN_FREE_CLASSES
+from unnorm.modeling import ln_free_class
 from unnorm.models import copy_model
 from unnorm.norms import PathReader, TaperedNorm, TokenMask, linear_weight
 from unnorm.sites import NormSite, affine_parameters, trace_inputs, value_features
@@ -173,11 +173,13 @@ def _what_is_wrong(model: PreTrainedModel, sites: Sequence[NormSite]) -> str:
 
 
 def _twin_class(model: PreTrainedModel) -> type[PreTrainedModel]:
-    twin_class = LN_FREE_CLASSES.get(model.config.model_type)
-    if twin_class is None:
-        known = ", ".join(sorted(LN_FREE_CLASSES))
-        raise UnnormError(f"No LN-free class for model type '{model.config.model_type}' yet. Known: {known}.")
-    return twin_class
+    try:
+        return ln_free_class(type(model))
+    except AttributeError as error:
+        raise UnnormError(
+            f"{type(model).__name__} is no class of transformers itself, so a checkpoint of its twin could not be "
+            "loaded. Models with modeling code of their own are not handled."
+        ) from error
 
 
 _NOT_CARRIED = {"model_type", "architectures", "tie_word_embeddings", "transformers_version", "auto_map"}

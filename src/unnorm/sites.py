@@ -278,12 +278,18 @@ def trace_inputs(model: PreTrainedModel, batch: int = 1, length: int = _TRACE_TO
 def _trace(model: PreTrainedModel) -> _Trace:
     trace = _Trace({}, {}, {})
     was_training = model.training
+    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     model.eval()
     with _recording(model, trace), torch.enable_grad():
+        for parameter in frozen:  # Without a gradient there is no graph to walk.
+            parameter.requires_grad_(True)
         try:
             model(input_ids=trace_inputs(model), use_cache=False)
         except Exception as error:
             raise UnnormError(f"{type(model).__name__} can't run on token ids alone: {error}") from error
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
     model.train(was_training)
     return trace
 

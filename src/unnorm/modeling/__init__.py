@@ -1,24 +1,38 @@
 """The LN-free model classes, and their registration with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from typing import Any
 
-from unnorm.modeling.modeling_unnorm import UnnormGPT2Config, UnnormGPT2LMHeadModel
+import transformers
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-LN_FREE_CLASSES: dict[str, type[PreTrainedModel]] = {"gpt2": UnnormGPT2LMHeadModel}
-"""Stock `model_type` -> the class of its LN-free twin."""
+from unnorm.modeling import modeling_unnorm
+from unnorm.modeling.modeling_unnorm import PREFIX
 
 
-def register() -> None:
-    """Make transformers' Auto classes load LN-free checkpoints without `trust_remote_code`.
+def ln_free_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The class of a stock class's LN-free twin, known to the Auto classes from then on.
 
-    Checkpoints saved after this carry the modeling file and the `auto_map` that names it.
+    Checkpoints of it carry the modeling file and the `auto_map` that names it.
+
+    Raises:
+        AttributeError: transformers itself has no such class, so that the checkpoint could not load it.
     """
-    AutoConfig.register(UnnormGPT2Config.model_type, UnnormGPT2Config, exist_ok=True)
-    AutoModelForCausalLM.register(UnnormGPT2Config, UnnormGPT2LMHeadModel, exist_ok=True)
-    UnnormGPT2Config.register_for_auto_class()
-    UnnormGPT2LMHeadModel.register_for_auto_class("AutoModelForCausalLM")
+    made: type[PreTrainedModel] = getattr(modeling_unnorm, PREFIX + stock.__name__)
+    config: Any = made.config_class
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModelForCausalLM.register(config, made, exist_ok=True)
+    config.register_for_auto_class()
+    made.register_for_auto_class("AutoModelForCausalLM")
+    return made
 
 
-register()
+FAMILIES = """
+    GPT2LMHeadModel GPTNeoForCausalLM GPTJForCausalLM GPTNeoXForCausalLM OPTForCausalLM BloomForCausalLM
+    FalconForCausalLM PhiForCausalLM StableLmForCausalLM LlamaForCausalLM MistralForCausalLM Qwen2ForCausalLM
+    Qwen3ForCausalLM GemmaForCausalLM Gemma2ForCausalLM Gemma3ForCausalLM OlmoForCausalLM Olmo2ForCausalLM
+    SmolLM3ForCausalLM GraniteForCausalLM
+""".split()
+"""Stock classes whose twins the Auto classes know as soon as unnorm is imported; others from their first use on."""
 
-__all__ = ["LN_FREE_CLASSES", "UnnormGPT2Config", "UnnormGPT2LMHeadModel", "register"]
+for _family in FAMILIES:
+    ln_free_class(getattr(transformers, _family))

@@ -1,15 +1,22 @@
-"""Transformers classes for models whose norms have been folded away.
+"""Transformers classes for models whose norms have been folded away, of every family that transformers has.
 
 This file travels with every checkpoint (`trust_remote_code=True` loads it from there), so it needs torch and
-transformers only. An LN-free model is its stock class with three differences, all named in its config:
-an identity where each removed norm was, a bias on the linear layers that took over a norm's bias, and an
-unembedding of its own.
+transformers only. An LN-free model is its stock class with three differences, all named in its config: an identity
+where each removed norm was, a bias on the linear layers that took over a norm's bias, and an unembedding of its own.
+
+The classes are made when they are asked for: `UnnormGPT2Config` and `UnnormGPT2LMHeadModel` from `GPT2Config` and
+`GPT2LMHeadModel`, and so on. Each is a subclass of its stock class, so that module names, `generate` and the tools
+that know the family stay as they are.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import transformers
 from torch import nn, zeros
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import PretrainedConfig, PreTrainedModel
+
+PREFIX = "Unnorm"
 
 
 def strip_norms(model: nn.Module, removed_norms: Sequence[str], added_biases: Sequence[str]) -> None:
@@ -28,22 +35,52 @@ def strip_norms(model: nn.Module, removed_norms: Sequence[str], added_biases: Se
         linear.bias = nn.Parameter(zeros(weight.shape[0], dtype=weight.dtype, device=weight.device))
 
 
-class UnnormGPT2Config(GPT2Config):
-    """GPT-2's config, plus which norms are gone and which biases were added for them."""
+def ln_free_config(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
+    """The stock class's config, plus which norms are gone and which biases were added for them."""
+    body = {
+        "__module__": __name__,
+        "__doc__": f"The config of a {stock.__name__.removesuffix('Config')} without norms.",
+        "__annotations__": {
+            "removed_norms": list[str] | None,
+            "added_biases": list[str] | None,
+            "tie_word_embeddings": bool,
+        },
+        "model_type": f"unnorm_{stock.model_type}",
+        "removed_norms": None,
+        "added_biases": None,
+        "tie_word_embeddings": False,
+    }
+    return type(PREFIX + stock.__name__, (stock,), body)
 
-    model_type = "unnorm_gpt2"
 
-    removed_norms: list[str] | None = None
-    added_biases: list[str] | None = None
-    tie_word_embeddings: bool = False
+def ln_free_model(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The stock class without its norms: the residual stream is a plain sum, and every layer reads it linearly."""
 
-
-class UnnormGPT2LMHeadModel(GPT2LMHeadModel):
-    """GPT-2 without LayerNorm: the residual stream is a plain sum, and every layer reads it linearly."""
-
-    config_class = UnnormGPT2Config
-    _tied_weights_keys = None
-
-    def __init__(self, config: UnnormGPT2Config) -> None:
-        super().__init__(config)
+    def __init__(self: Any, config: Any) -> None:
+        super(made, self).__init__(config)
         strip_norms(self, config.removed_norms or [], config.added_biases or [])
+
+    body = {
+        "__module__": __name__,
+        "__doc__": f"{stock.__name__} without norms.",
+        "__init__": __init__,
+        "config_class": _made(PREFIX + stock.config_class.__name__),
+        "_tied_weights_keys": None,
+    }
+    made = type(PREFIX + stock.__name__, (stock,), body)
+    return made
+
+
+def __getattr__(name: str) -> Any:
+    """An LN-free class by name, made from the stock class without the prefix."""
+    return _made(name)
+
+
+def _made(name: str) -> Any:
+    stock = getattr(transformers, name.removeprefix(PREFIX), None) if name.startswith(PREFIX) else None
+    if not isinstance(stock, type):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in globals():
+        make = ln_free_config if issubclass(stock, PretrainedConfig) else ln_free_model
+        globals()[name] = make(stock)
+    return globals()[name]
