@@ -44,7 +44,7 @@ def train_tokenizer(data: str) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(layers: int, width: int, heads: int) -> GPT2LMHeadModel:
+def build_model(layers: int, width: int, heads: int, dropout: float) -> GPT2LMHeadModel:
     config = GPT2Config(
         vocab_size=VOCAB,
         n_positions=CONTEXT,
@@ -53,9 +53,9 @@ def build_model(layers: int, width: int, heads: int) -> GPT2LMHeadModel:
         n_head=heads,
         bos_token_id=0,
         eos_token_id=0,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
         use_cache=False,
     )
     return GPT2LMHeadModel(config)
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--dropout", type=float, default=0.1, help="GPT-2's")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=2e-3)
@@ -107,7 +108,7 @@ def main() -> None:
     stream = torch.tensor(blocks.train["input_ids"]).flatten()
     held_out = torch.tensor(blocks.validation["input_ids"])
 
-    model = build_model(args.layers, args.width, args.heads).train()
+    model = build_model(args.layers, args.width, args.heads, args.dropout).train()
     compiled = torch.compile(model)
     optimizer = build_optimizer(model, args.lr)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -116,8 +117,7 @@ def main() -> None:
     for step in range(args.steps):
         at = torch.randint(len(stream) - CONTEXT, (args.batch_size,))
         batch = torch.stack([stream[i : i + CONTEXT] for i in at.tolist()])
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = compiled(input_ids=batch, labels=batch).loss
+        loss = compiled(input_ids=batch, labels=batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:

@@ -132,3 +132,29 @@ def test_paths_are_read_apart() -> None:
     torch.testing.assert_close(both[..., :6], linear(single(x))[..., :6])
     single.alpha.fill_(1)
     torch.testing.assert_close(both[..., 6:], linear(single(x))[..., 6:])
+
+
+@given(alpha=st.floats(0, 1), log_constant=st.floats(-3, 3))
+@settings(max_examples=25, deadline=None)
+def test_linear_interpolation_mixes_the_two_outputs(alpha: float, log_constant: float) -> None:
+    torch.manual_seed(0)
+    stand_in = TaperedNorm(torch.randn(12).double(), None, 1e-5, True, interpolation="linear")
+    x = residual()
+    stand_in.log_constant.fill_(log_constant)
+    norm = stand_in(x)
+    stand_in.alpha.fill_(1)
+    affine = stand_in(x)
+    stand_in.alpha.fill_(alpha)
+    torch.testing.assert_close(stand_in(x), (1 - alpha) * norm + alpha * affine, rtol=1e-6, atol=1e-6)
+
+
+def test_scale_is_kept_for_a_penalty_with_its_gradient() -> None:
+    stand_in, x = make(), residual().requires_grad_()
+    stand_in.keep_log_scale = True
+    for removed in (False, True):
+        stand_in.removed = removed
+        stand_in(x)
+        assert stand_in.kept_log_scale is not None
+        torch.testing.assert_close(stand_in.kept_log_scale, stand_in.log_scale(x - x.mean(-1, keepdim=True))[..., 0])
+        (gradient,) = torch.autograd.grad(stand_in.kept_log_scale.sum(), x)
+        assert float(gradient.abs().sum()) > 0

@@ -1,6 +1,7 @@
 """The whole path on a tiny model: both recipes, the control, resuming, several processes."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -11,9 +12,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 import unnorm
 from tests.conftest import Cli
+from unnorm.losses import distillation_losses
+from unnorm.training import run
 
 SETTINGS: dict[str, Any] = {"tokens": 20 * 512, "batch_size": 8, "context": 64, "device": "cpu", "dtype": "float32"}
 RESULT_KEYS = {
@@ -37,7 +41,7 @@ RESULT_KEYS = {
 }
 
 
-@pytest.mark.parametrize("recipe", ["taper", "sequential"])
+@pytest.mark.parametrize("recipe", ["taper", "sequential", "sequential-aux", "tapernorm"])
 def test_recipes_end_to_end(recipe: str, tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = []
     out = tmp_path / "run"
@@ -84,22 +88,30 @@ def test_same_seed_same_result(tiny_model_dir: Path, text_file: Path, tmp_path: 
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
-@pytest.mark.parametrize("recipe", ["taper", "sequential"])
+@pytest.mark.parametrize(("recipe", "faults"), [("taper", False), ("taper", True), ("sequential", False)])
 def test_interrupted_and_resumed_equals_unbroken(
-    recipe: str, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, recipe: str, faults: bool, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
+    def faulty(logits: Tensor, teacher_logits: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The same batches are bad in both runs, so that the controller goes back before and after the break."""
+        kl, loss = distillation_losses(logits, teacher_logits, ids)
+        return kl * (math.nan if faults and torch.is_grad_enabled() and int(ids.sum()) % 12 == 0 else 1.0), loss
+
+    monkeypatch.setattr(run, "distillation_losses", faulty)
     options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file), "recipe": recipe}
+    options |= {"tokens": 60 * 512}
     unnorm.remove(out=tmp_path / "unbroken", **options)
 
     def press_ctrl_c(row: dict[str, Any]) -> None:
-        if row["kind"] == "train" and row["step"] == 7:
+        if row["kind"] == "train" and row["step"] == 25:
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(unnorm.RunInterruptedError, match=r"--resume --out .*broken"):
         unnorm.remove(out=tmp_path / "broken", watch=press_ctrl_c, **options)
     assert not (tmp_path / "broken" / "result.json").exists()
     result = unnorm.remove(out=tmp_path / "broken", resume=True)
-    assert result["tokens"] == SETTINGS["tokens"]
+    assert result["tokens"] == options["tokens"]
+    assert (result["set_backs"] > 1) == faults
     assert_same_weights(tmp_path / "unbroken", tmp_path / "broken")
     steps = [
         [row["step"] for row in map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())]

@@ -1,9 +1,11 @@
 """Recipes as pure functions of the share of the run that is done."""
 
+import math
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unnorm.schedule import PathRemoval, sequential, taper
+from unnorm.schedule import FidelityController, PathRemoval, sequential, taper
 from unnorm.sites import NormSite, Role
 
 SITES = [
@@ -48,3 +50,65 @@ def test_sequential_keeps_unsplit_attention_in_one_piece() -> None:
 def test_a_switch_is_abrupt() -> None:
     removal = PathRemoval("site", 0, 0.5, 0.5)
     assert [removal.alpha(p) for p in (0.0, 0.499, 0.5, 1.0)] == [0.0, 0.0, 1.0, 1.0]
+
+
+def test_the_controller_is_a_plain_clock_as_long_as_all_is_well() -> None:
+    controller = FidelityController(kl_budget=0.5, end=0.4)
+    positions = []
+    for _ in range(100):
+        positions.append(controller.position)
+        controller.advance(0.05, refused=False, steps=100)
+    assert all(math.isclose(position, step / 100, abs_tol=1e-12) for step, position in enumerate(positions))
+    assert controller.arrived
+    assert (controller.waited, controller.set_back) == (0, 0)
+
+
+def test_the_controller_waits_over_budget_and_goes_on_under_it() -> None:
+    controller = FidelityController(kl_budget=0.1)
+    for _ in range(10):
+        controller.advance(0.09, refused=False, steps=100)
+    at = controller.position
+    while controller.running_kl is not None and controller.running_kl <= 0.1:
+        at = controller.position
+        controller.advance(0.15, refused=False, steps=100)
+    for _ in range(50):
+        controller.advance(0.15, refused=False, steps=100)
+    assert controller.position == at
+    assert controller.waited > 50
+    for _ in range(50):
+        controller.advance(0.05, refused=False, steps=100)
+    assert controller.position > at
+
+
+def test_the_controller_goes_back_and_on_more_slowly() -> None:
+    for fault in ({"kl": 2.0, "refused": False}, {"kl": 0.05, "refused": True}, {"kl": math.nan, "refused": False}):
+        controller = FidelityController(kl_budget=0.5)
+        for _ in range(30):
+            controller.advance(0.05, refused=False, steps=100)
+        before = controller.position
+        controller.advance(**fault, steps=100)  # type: ignore[arg-type]
+        after = controller.position
+        assert math.isclose(before - after, controller.BACK)
+        assert controller.running_kl is not None and math.isclose(controller.running_kl, 0.05)
+        controller.advance(0.05, refused=False, steps=100)
+        assert math.isclose(controller.position - after, controller.SLOWER / 100)
+
+
+def test_the_controller_knows_when_healing_has_ended() -> None:
+    controller = FidelityController(position=1.0)
+    for step in range(100):
+        controller.advance(0.5 * 0.97**step, refused=False, steps=1000)
+    assert controller.stale < 10
+    for _ in range(200):
+        controller.advance(0.5 * 0.97**100, refused=False, steps=1000)
+    assert controller.stale > 100
+
+
+@given(st.lists(st.tuples(st.floats(0, 100) | st.just(math.nan), st.booleans()), max_size=60), st.floats(0.01, 1))
+def test_whatever_happens_the_controller_stays_within_bounds(steps: list[tuple[float, bool]], end: float) -> None:
+    controller = FidelityController(end=end)
+    for kl, refused in steps:
+        controller.advance(kl, refused, steps=20)
+        assert 0 <= controller.position <= 1
+        assert controller.SLOWEST <= controller.speed <= 1
+        assert controller.running_kl is None or math.isfinite(controller.running_kl)

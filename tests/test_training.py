@@ -10,37 +10,74 @@ from torch import nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import unnorm
-from unnorm.losses import distillation_losses, next_token_loss
+from unnorm import losses
+from unnorm.losses import distillation_losses, next_token_loss, scale_penalty
+from unnorm.schedule import FidelityController
 from unnorm.training import run
-from unnorm.training.callbacks import MOST_BAD_STEPS, GuardCallback
+from unnorm.training.callbacks import MOST_BAD_STEPS, RESTORE_AFTER, GuardCallback
 
 
-def step(guard: GuardCallback, gradient: float, tmp_path: Path) -> tuple[nn.Linear, TrainerControl]:
-    model, control = nn.Linear(1, 1, bias=False), TrainerControl()
+def step(guard: GuardCallback, model: nn.Linear, gradient: float, tmp_path: Path) -> TrainerControl:
+    """One step as the Trainer takes it: the guard looks at the gradient, then SGD with learning rate 1."""
+    arguments, state, control = TrainingArguments(str(tmp_path)), TrainerState(max_steps=1), TrainerControl()
+    state.global_step = 1
     model.weight.grad = torch.full((1, 1), gradient)
-    guard.on_pre_optimizer_step(TrainingArguments(str(tmp_path)), TrainerState(), control, model=model)
-    return model, control
+    guard.on_pre_optimizer_step(arguments, state, control, model=model)
+    if model.weight.grad is not None:
+        model.weight.data -= model.weight.grad
+    guard.on_step_end(arguments, state, control, model=model)
+    return control
+
+
+def guarded(tmp_path: Path) -> tuple[GuardCallback, nn.Linear]:
+    guard, model = GuardCallback(), nn.Linear(1, 1, bias=False)
+    guard.on_train_begin(TrainingArguments(str(tmp_path)), TrainerState(), TrainerControl(), model=model)
+    return guard, model
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, 1e6])
 def test_guard_refuses_bad_steps_only(bad: float, tmp_path: Path) -> None:
-    guard = GuardCallback()
+    guard, model = guarded(tmp_path)
     for gradient in (1e-9, 1e-3, 0.5, 30.0):
-        model, _ = step(guard, gradient, tmp_path)
+        step(guard, model, gradient, tmp_path)
         assert model.weight.grad is not None
         assert float(model.weight.grad) == pytest.approx(min(gradient, guard.CLIP), rel=1e-4)
-    model, control = step(guard, bad, tmp_path)
-    assert model.weight.grad is None
+    before = model.weight.item()
+    control = step(guard, model, bad, tmp_path)
+    assert model.weight.item() == before
     assert guard.skipped == 1
     assert not control.should_training_stop
 
 
 def test_guard_gives_up_after_many_bad_steps_in_a_row(tmp_path: Path) -> None:
-    guard = GuardCallback()
-    stops = [step(guard, math.nan, tmp_path)[1].should_training_stop for _ in range(MOST_BAD_STEPS)]
+    guard, model = guarded(tmp_path)
+    stops = [step(guard, model, math.nan, tmp_path).should_training_stop for _ in range(MOST_BAD_STEPS)]
     assert stops == [False] * (MOST_BAD_STEPS - 1) + [True]
-    again = GuardCallback.from_state(guard.state())
-    assert (again.skipped, again.in_a_row) == (guard.skipped, guard.in_a_row)
+
+
+def test_guard_brings_the_last_good_weights_back(tmp_path: Path) -> None:
+    guard, model = guarded(tmp_path)
+    step(guard, model, 0.5, tmp_path)
+    good = model.weight.item()
+    model.weight.data += 100  # Weights at which no gradient is finite any more.
+    for _ in range(RESTORE_AFTER):
+        assert model.weight.item() != good
+        step(guard, model, math.nan, tmp_path)
+    assert model.weight.item() == good
+    assert guard.restored == 1
+
+
+def test_a_resumed_guard_goes_on_as_it_was(tmp_path: Path) -> None:
+    guard, model = guarded(tmp_path)
+    guard.controller = FidelityController(end=0.4)
+    for gradient in (0.1, 0.2, math.nan):
+        step(guard, model, gradient, tmp_path)
+    state = TrainerState(stateful_callbacks=[guard])
+    state.global_step = 3
+    again = GuardCallback(FidelityController(end=0.4))
+    again.on_train_begin(TrainingArguments(str(tmp_path)), state, TrainerControl(), model=model)
+    assert again.controller == guard.controller
+    assert (again.norms, again.skipped, again.in_a_row) == (guard.norms, 1, 1)
 
 
 def test_a_step_of_nan_is_not_applied(
@@ -56,10 +93,29 @@ def test_a_step_of_nan_is_not_applied(
 
     monkeypatch.setattr(run, "distillation_losses", sometimes_nan)
     result = unnorm.remove(
-        model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "run", tokens=10_000, device="cpu", batch_size=8
+        model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "run", tokens=30_000, device="cpu", batch_size=8
     )
-    assert result["skipped_steps"] == 2
+    assert (result["skipped_steps"], result["set_backs"]) == (2, 2)
     assert math.isfinite(result["lnfree_loss"])
+
+
+def test_out_of_tokens_names_the_sites_that_are_still_norms(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        unnorm.UnnormError, match=r"5 sites are still norms: transformer\.h\.0\.ln_1 \(alpha 0\."
+    ) as error:
+        unnorm.remove(
+            model=str(tiny_model_dir),
+            data=str(text_file),
+            out=tmp_path,
+            tokens=10_000,
+            device="cpu",
+            batch_size=8,
+            kl_budget=1e-6,
+        )
+    assert "--kl-budget" in str(error.value)
+    assert not (tmp_path / "model").exists()
 
 
 def test_divergence_ends_the_run_with_a_message(
@@ -87,6 +143,31 @@ def test_losses_in_nats_per_token() -> None:
     assert float(distillation_losses(logits, logits, ids)[0]) == pytest.approx(0, abs=1e-6)
     picked = q.log()[:, :-1].gather(-1, ids[:, 1:, None])
     torch.testing.assert_close(next_token_loss(logits, ids), -picked.mean())
+
+
+@pytest.mark.parametrize("cached", [1, 50, 10**6])
+def test_gradient_of_kl_is_that_of_the_plain_formula(monkeypatch: pytest.MonkeyPatch, cached: int) -> None:
+    monkeypatch.setattr(losses, "_CACHED", cached)
+    torch.manual_seed(0)
+    logits, teacher_logits = torch.randn(2, 5, 7, requires_grad=True), torch.randn(2, 5, 7)
+    plain = logits.detach().double().requires_grad_()
+    p = teacher_logits.double().softmax(-1)
+    expected = 3 * (p * (p.log() - plain.log_softmax(-1))).sum(-1).mean()
+    kl, loss = distillation_losses(logits, teacher_logits, torch.randint(7, (2, 5)))
+    (3 * kl).backward()
+    expected.backward()
+    assert logits.grad is not None and plain.grad is not None
+    torch.testing.assert_close(logits.grad.double(), plain.grad, rtol=1e-5, atol=1e-7)
+    assert not loss.requires_grad
+
+
+def test_scale_penalties_are_squared_distances() -> None:
+    scale = torch.tensor([[10.0, 1.0, 3.0]])
+    special = torch.tensor([[True, False, False]])
+    constant = torch.tensor(3.0).log()
+    # From the mean of the ordinary tokens, 2, and from the constant, 3; the special token counts as a token.
+    assert float(scale_penalty(scale.log(), special, constant, "spread")) == pytest.approx((64 + 1 + 1) / 3, rel=1e-5)
+    assert float(scale_penalty(scale.log(), special, constant, "target")) == pytest.approx((49 + 4 + 0) / 3, rel=1e-5)
 
 
 @pytest.mark.parametrize(

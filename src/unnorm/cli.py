@@ -45,7 +45,13 @@ def remove(
     text_field: TextField = None,
     split: Split = "train",
     out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="a new one")] = None,
-    recipe: Annotated[str, typer.Option(help="taper (ours) or sequential (arXiv 2409.13710).")] = "taper",
+    recipe: Annotated[
+        str,
+        typer.Option(
+            help="taper (ours); for comparison sequential (arXiv 2409.13710), sequential-aux (2507.02559) "
+            "or tapernorm (2602.10408)."
+        ),
+    ] = "taper",
     tokens: Annotated[
         str | None,
         typer.Option(help="Training tokens: 500k, 2M, 150M; 0 calibrates and folds only.", show_default="by device"),
@@ -64,6 +70,9 @@ def remove(
     control: Annotated[
         bool, typer.Option("--control", help="Also fine-tune the original, norms kept, on the same tokens.")
     ] = False,
+    kl_budget: Annotated[
+        float, typer.Option(help="How far the model may drift on the way before the taper waits, in nats per token.")
+    ] = 0.5,
     estimator: Annotated[
         str, typer.Option(help="Of the constant scale: geometric, mean or least-squares.")
     ] = "geometric",

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from unnorm.errors import UnnormError
 from unnorm.modeling import ln_free_class
 from unnorm.models import copy_model
-from unnorm.norms import PathReader, TaperedNorm, TokenMask, linear_weight
+from unnorm.norms import Interpolation, PathReader, TaperedNorm, TokenMask, linear_weight
 from unnorm.sites import NormSite, affine_parameters, trace_inputs, value_features
 
 PROOF_TOLERANCE = 1e-10
@@ -25,7 +25,11 @@ PROOF_TOLERANCE = 1e-10
 
 
 def install(
-    model: PreTrainedModel, sites: Sequence[NormSite], split_paths: bool = False, token_mask: TokenMask | None = None
+    model: PreTrainedModel,
+    sites: Sequence[NormSite],
+    split_paths: bool = False,
+    token_mask: TokenMask | None = None,
+    interpolation: Interpolation = "log",
 ) -> dict[str, TaperedNorm]:
     """Put a stand-in where each norm was, in place; at first each computes exactly what the norm did.
 
@@ -34,6 +38,7 @@ def install(
         sites: its norm sites.
         split_paths: give attention sites a query/key path and a value path, where the layout is known.
         token_mask: see `TaperedNorm`.
+        interpolation: see `TaperedNorm`.
 
     Returns:
         The stand-ins by site name.
@@ -42,7 +47,9 @@ def install(
     for site in sites:
         gain, bias = affine_parameters(model.get_submodule(site.name), site)
         values = value_features(model, site) if split_paths else None
-        stand_in = TaperedNorm(gain, bias, site.eps, site.centered, 2 if values else 1, token_mask)
+        stand_in = TaperedNorm(
+            gain, bias, site.eps, site.centered, 2 if values else 1, token_mask, interpolation=interpolation
+        )
         model.set_submodule(site.name, stand_in)
         stand_ins[site.name] = stand_in
         for reader, features in (values or {}).items():

@@ -1,8 +1,16 @@
-"""What is minimized: next-token loss, or distillation from the teacher."""
+"""What is minimized: next-token loss or distillation from the teacher, and what published recipes add to it."""
 
+from typing import Any, Literal
+
+import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+Penalty = Literal["spread", "target"]
+
+_CACHED, _CACHED_GPU = 2**17, 2**26
+"""Logits that are worked on at once."""
 
 
 def next_token_loss(
@@ -21,8 +29,66 @@ def distillation_losses(
 
     Both in nats per token. Every position counts for KL, the last too: unlike the next-token loss it needs no label.
     """
-    log_q = F.log_softmax(logits.float(), dim=-1)
-    log_p = F.log_softmax(teacher_logits.float(), dim=-1)
-    kl = F.kl_div(log_q.flatten(0, 1), log_p.flatten(0, 1), reduction="batchmean", log_target=True)
-    picked = log_q.detach()[:, :-1].gather(-1, input_ids[:, 1:, None].long())
-    return kl, -picked.mean()
+    labels = F.pad(input_ids[:, 1:].long(), (0, 1), value=-1)
+    kl, loss = _Distillation.apply(logits.flatten(0, 1), teacher_logits.flatten(0, 1), labels.flatten())
+    return kl, loss
+
+
+class _Distillation(torch.autograd.Function):
+    """KL with its gradient, which is (q - p) / rows, computed together and a few rows at a time.
+
+    Nothing as large as the logits is made but the gradient, and what is worked on stays in the processor's cache.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Float[Tensor, "row vocab"],
+        teacher_logits: Float[Tensor, "row vocab"],
+        labels: Int[Tensor, " row"],
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        rows, vocab = logits.shape
+        precision = torch.promote_types(logits.dtype, torch.float32)
+        kl, loss = (torch.zeros((), dtype=precision, device=logits.device) for _ in range(2))
+        gradient = torch.empty_like(logits)
+        at_once = max(1, (_CACHED if logits.device.type == "cpu" else _CACHED_GPU) // vocab)
+        for start in range(0, rows, at_once):
+            part = slice(start, start + at_once)
+            log_q = F.log_softmax(logits[part].to(precision), dim=-1)
+            log_p = F.log_softmax(teacher_logits[part].to(precision), dim=-1)
+            loss -= log_q.gather(-1, labels[part, None].clamp(min=0)).squeeze(-1)[labels[part] >= 0].sum()
+            p = log_p.exp()
+            kl += torch.linalg.vecdot(p, log_p - log_q).sum()
+            gradient[part] = log_q.exp_().sub_(p).div_(rows)
+        ctx.save_for_backward(gradient)
+        loss = loss / (labels >= 0).sum()
+        ctx.mark_non_differentiable(loss)
+        return kl / rows, loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_kl: Float[Tensor, ""], grad_loss: Any) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad_kl.to(gradient.dtype), None, None
+
+
+def scale_penalty(
+    log_scale: Float[Tensor, "batch position"],
+    special: Bool[Tensor, "batch position"],
+    log_constant: Float[Tensor, ""],
+    penalty: Penalty,
+) -> Float[Tensor, ""]:
+    """Mean squared distance of a site's scales from one number, in the square of the residual stream's units.
+
+    - `spread` (arXiv 2507.02559, at the final norm): from the mean scale of the batch's ordinary tokens.
+    - `target` (TaperNorm, arXiv 2602.10408, at the final norm): from the constant scale, fixed once it is.
+
+    Args:
+        log_scale: log scale of every token.
+        special: position 0 and end-of-text tokens, which don't count for the mean but are drawn to it.
+        log_constant: log of the site's constant scale.
+        penalty: which.
+    """
+    scale = log_scale.exp()
+    ordinary = (~special).to(scale.dtype)
+    mean = (scale.detach() * ordinary).sum() / ordinary.sum()
+    return (scale - (mean if penalty == "spread" else log_constant.exp())).square().mean()

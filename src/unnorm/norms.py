@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 Estimator = Literal["geometric", "mean", "least-squares"]
+Interpolation = Literal["log", "linear"]
 
 
 def estimate_log_constant(
@@ -50,7 +51,8 @@ class TaperedNorm(nn.Module):
 
         y = gain * x / (s(x)^(1 - alpha) * c^alpha) + bias
 
-    so alpha = 0 is the norm and alpha = 1 is affine in x. A stand-in with two `paths` (query/key and value,
+    so alpha = 0 is the norm and alpha = 1 is affine in x. (With linear interpolation, as in TaperNorm, x is multiplied
+    by (1 - alpha) / s(x) + alpha / c instead.) A stand-in with two `paths` (query/key and value,
     which arXiv 2409.13710 removes one after the other) has an alpha for each and gives both outputs, joined
     along the last dimension; `PathReader` picks them apart.
     """
@@ -68,6 +70,7 @@ class TaperedNorm(nn.Module):
         token_mask: TokenMask | None = None,
         estimator: Estimator = "geometric",
         momentum: float = 0.9,
+        interpolation: Interpolation = "log",
     ) -> None:
         """Start as the exact norm, with constant scale 1.
 
@@ -80,6 +83,7 @@ class TaperedNorm(nn.Module):
             token_mask: where special tokens are marked, if they have a constant of their own.
             estimator: see `estimate_log_constant`.
             momentum: share of the old value that stays at each step of the running estimate.
+            interpolation: of the divisor in log scale, or of its inverse.
         """
         super().__init__()
         self.gain = nn.Parameter(gain.detach().clone())
@@ -89,8 +93,11 @@ class TaperedNorm(nn.Module):
         self.token_mask = token_mask or TokenMask()
         self.estimator: Estimator = estimator
         self.momentum = momentum
+        self.interpolation: Interpolation = interpolation
         self.estimating = False
         self.removed = False
+        self.keep_log_scale = False
+        self.kept_log_scale: Float[Tensor, "batch position"] | None = None
         self.register_buffer("alpha", torch.zeros(paths, dtype=gain.dtype, device=gain.device))
         # [0] is for ordinary tokens, [1] for special ones.
         self.register_buffer("log_constant", torch.zeros(2, dtype=gain.dtype, device=gain.device))
@@ -110,15 +117,22 @@ class TaperedNorm(nn.Module):
         x = x.to(self.gain.dtype)
         if self.centered:
             x = x - x.mean(-1, keepdim=True)
+        if self.keep_log_scale and self.training:
+            self.kept_log_scale = self.log_scale(x).squeeze(-1)
         if self.removed:
             y = self._affine(x * torch.exp(-self._log_constant()))
             return torch.cat([y] * len(self.alpha), dim=-1).to(dtype)
         log_scale = self.log_scale(x)
         if self.estimating and self.training:
             self._update_constants(log_scale.detach().squeeze(-1))
-        to_constant = self._log_constant() - log_scale
-        divisors = [log_scale + alpha * to_constant for alpha in self.alpha.unbind()]
-        return torch.cat([self._affine(x * torch.exp(-d)) for d in divisors], dim=-1).to(dtype)
+        factors = [self._factor(log_scale, alpha) for alpha in self.alpha.unbind()]
+        return torch.cat([self._affine(x * factor) for factor in factors], dim=-1).to(dtype)
+
+    def _factor(self, log_scale: Float[Tensor, "batch position 1"], alpha: Float[Tensor, ""]) -> Tensor:
+        log_constant = self._log_constant()
+        if self.interpolation == "linear":
+            return torch.lerp(torch.exp(-log_scale), torch.exp(-log_constant).expand_as(log_scale), alpha)
+        return torch.exp(-(log_scale + alpha * (log_constant - log_scale)))
 
     def _affine(self, x: Float[Tensor, "batch position width"]) -> Float[Tensor, "batch position width"]:
         x = x * self.gain

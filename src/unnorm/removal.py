@@ -37,7 +37,7 @@ from unnorm.models import copy_model, disable_dropout, load_original
 from unnorm.norms import TaperedNorm, TokenMask
 from unnorm.proof import check_twin
 from unnorm.report import ReportData, render_card, render_report
-from unnorm.schedule import Schedule, sequential, taper
+from unnorm.schedule import FidelityController, Schedule, sequential, taper, tapernorm
 from unnorm.sites import NormSite, find_sites, norm_modules
 from unnorm.training import Outcome, Removal, Watcher, train
 
@@ -200,7 +200,13 @@ def _train_removal(run: _Run) -> tuple[dict[str, float], Outcome | None]:
     student = copy_model(run.original)
     disable_dropout(student)
     token_mask = TokenMask()
-    stand_ins = install(student, run.sites, split_paths=run.config.recipe == "sequential", token_mask=token_mask)
+    stand_ins = install(
+        student,
+        run.sites,
+        split_paths=run.config.recipe.startswith("sequential"),
+        token_mask=token_mask,
+        interpolation="linear" if run.config.recipe == "tapernorm" else "log",
+    )
     run.say("calibrating")
     calibration = spread(run.train_blocks, CALIBRATION_BLOCKS)
     set_constants(stand_ins, collect_log_scales(student, run.sites, calibration), run.config.estimator)
@@ -208,7 +214,9 @@ def _train_removal(run: _Run) -> tuple[dict[str, float], Outcome | None]:
     outcome = None
     if run.plan.steps:
         run.say(f"training: {run.plan.steps} steps of {run.plan.step_tokens:,} tokens", run.plan.training_tokens)
-        removal = Removal(stand_ins, _lay_out(run, stand_ins), token_mask, run.tokenizer.eos_token_id)
+        schedule = _lay_out(run, stand_ins)
+        controller = FidelityController(run.config.kl_budget, schedule.end) if run.config.recipe == "taper" else None
+        removal = Removal(stand_ins, schedule, controller, token_mask, run.tokenizer.eos_token_id)
         outcome = _train(run, student, removal, run.directory)
     for stand_in in stand_ins.values():
         stand_in.removed = True
@@ -229,6 +237,8 @@ def _naive_removal(run: _Run, student: PreTrainedModel, stand_ins: dict[str, Tap
 def _lay_out(run: _Run, stand_ins: dict[str, TaperedNorm]) -> Schedule:
     if run.config.recipe == "taper":
         return taper(run.sites)
+    if run.config.recipe == "tapernorm":
+        return tapernorm(run.sites)
     return sequential(run.sites, [name for name, stand_in in stand_ins.items() if len(stand_in.alpha) == 2])
 
 
@@ -257,6 +267,13 @@ def _train(run: _Run, model: PreTrainedModel, removal: Removal | None, directory
         raise UnnormError(
             f"The run diverged: {outcome.skipped_steps} steps had gradients that were not finite or exploded. "
             f"The last checkpoint is in '{directory / CHECKPOINTS}'. Try a lower --lr or more --tokens."
+        )
+    if outcome.unfinished:
+        sites = ", ".join(f"{name} (alpha {alpha:.2f})" for name, alpha in outcome.unfinished.items())
+        raise UnnormError(
+            f"Out of tokens after {outcome.tokens:,}, and {len(outcome.unfinished)} sites are still norms: {sites}. "
+            f"Going on would have taken the model further than {run.config.kl_budget} nats from the original. "
+            f"The last checkpoint is in '{directory / CHECKPOINTS}'. Give it more --tokens or a larger --kl-budget."
         )
     return outcome
 
@@ -381,6 +398,8 @@ def _result(
         "training_seconds": trained["seconds"],
         "tokens_per_second": trained["tokens_per_second"],
         "skipped_steps": 0 if outcome is None else outcome.skipped_steps,
+        "waited_steps": trained.get("waited", 0),
+        "set_backs": trained.get("set_back", 0),
         "validation_tokens": lnfree.tokens,
         "peak_memory_mb": _peak_memory_mb(run.plan.device),
         "sites": len(run.sites),

@@ -1,16 +1,23 @@
-"""Recipes: which site has which alpha when, as pure functions of the share of the run that is done."""
+"""Recipes: which site has which alpha when, as pure functions of a clock; and the controller that runs the clock."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from unnorm.sites import NormSite
 
-Recipe = Literal["taper", "sequential"]
+Recipe = Literal["taper", "sequential", "sequential-aux", "tapernorm"]
+"""Ours; arXiv 2409.13710; the same with the auxiliary loss of 2507.02559; TaperNorm (2602.10408)."""
 
 TAPER_SHARE = 0.4
 """Share of the run in which `taper` brings alpha from 0 to 1; the rest heals."""
+
+KL_BUDGET = 0.5
+"""How far the model may be from the original on the way, in nats per token, before the taper waits."""
+
+TAPERNORM_START, TAPERNORM_END = 0.1, 0.6
+"""Share of the run in which `tapernorm` holds its gate at 1, and at which the gate reaches 0."""
 
 # arXiv 2409.13710 for GPT-2 small, 300 steps in all, as in the table of its successor 2507.02559: the first switch
 # comes at step 20; MLP norms then go every 2 steps, query/key paths every 2, value paths every 3; the final norm
@@ -68,9 +75,101 @@ class Schedule:
         return max(self.special_end_of_text, self.special_position_0, *(r.end for r in self.removals))
 
 
+@dataclass
+class FidelityController:
+    """The clock of a schedule, which goes on only while the model stays faithful to the original.
+
+    At full speed `position` is the share of the run that is done. It waits while the running KL is over the budget;
+    it goes back, and on more slowly, when the loss spikes or a step was refused. All of this is state that a
+    checkpoint holds.
+
+    Attributes:
+        kl_budget: how far the model may drift on the way, nats per token.
+        end: position at which the schedule has removed everything; after it the clock always runs.
+        position: what the schedule is asked for.
+        speed: share of full speed.
+        running_kl: average KL of the last steps, None before the first.
+        waited: steps that the clock stood still.
+        set_back: times that it went back.
+        best_kl: least running KL since everything was removed.
+        stale: steps since `best_kl` last fell by `LEAST_GAIN`.
+    """
+
+    MEMORY: ClassVar[float] = 0.9  # Share of the old running KL that stays at each step.
+    SPIKE: ClassVar[float] = 4.0  # A step whose KL is this many times the running one is a spike,
+    NO_SPIKE: ClassVar[float] = 0.2  # unless it is under this share of the budget.
+    BACK: ClassVar[float] = 0.03  # How far the clock goes back, as a share of `end`.
+    SLOWER: ClassVar[float] = 0.5  # Change of speed when the clock goes back,
+    FASTER: ClassVar[float] = 1.05  # and with each step that goes well.
+    SLOWEST: ClassVar[float] = 1 / 64
+    LANDING: ClassVar[float] = 0.97  # Share of `end` where alpha is 0.998: from there on waiting is for nothing.
+    LEAST_GAIN: ClassVar[float] = 0.01  # Relative fall of the running KL that still counts as healing.
+
+    kl_budget: float = KL_BUDGET
+    end: float = 1.0
+    position: float = 0.0
+    speed: float = 1.0
+    running_kl: float | None = None
+    waited: int = 0
+    set_back: int = 0
+    best_kl: float = math.inf
+    stale: int = 0
+
+    def advance(self, kl: float, refused: bool, steps: int) -> None:
+        """Take in one step.
+
+        Args:
+            kl: its KL, nats per token; may be NaN or infinite.
+            refused: it was not applied.
+            steps: in the whole run.
+        """
+        if refused or not math.isfinite(kl) or self._spikes(kl):
+            self._go_back()
+            return
+        self.running_kl = kl if self.running_kl is None else self.MEMORY * self.running_kl + (1 - self.MEMORY) * kl
+        if self.position >= self.end:
+            self.position = min(1.0, self.position + 1 / steps)
+            self._heal()
+        elif self.running_kl > self.kl_budget and self.position < self.LANDING * self.end:
+            self.waited += 1
+        else:
+            self.position = min(1.0, self.position + self.speed / steps)
+            self.speed = min(1.0, self.speed * self.FASTER)
+
+    @property
+    def arrived(self) -> bool:
+        """Whether everything is removed."""
+        return self.position >= self.end
+
+    def _spikes(self, kl: float) -> bool:
+        usual = math.inf if self.running_kl is None else self.running_kl
+        return kl > self.SPIKE * usual and kl > self.NO_SPIKE * self.kl_budget
+
+    def _go_back(self) -> None:
+        self.position = max(0.0, min(self.position, self.end) - self.BACK * self.end)
+        self.speed = max(self.SLOWEST, self.speed * self.SLOWER)
+        self.set_back += 1
+        self.best_kl, self.stale = math.inf, 0
+
+    def _heal(self) -> None:
+        assert self.running_kl is not None
+        if self.running_kl < (1 - self.LEAST_GAIN) * self.best_kl:
+            self.best_kl, self.stale = self.running_kl, 0
+        else:
+            self.stale += 1
+
+
 def taper(sites: Sequence[NormSite], share: float = TAPER_SHARE) -> Schedule:
     """Every site from norm to constant together, smoothly, over the first `share` of the run."""
     return Schedule(tuple(PathRemoval(site.name, 0, 0.0, share) for site in sites))
+
+
+def tapernorm(sites: Sequence[NormSite]) -> Schedule:
+    """One gate for all sites, held at 1 and then lowered as a cosine, as in arXiv 2602.10408 (alpha is 1 - gate).
+
+    The paper tapers along pretraining; the shares of a short fine-tuning run are our choice.
+    """
+    return Schedule(tuple(PathRemoval(site.name, 0, TAPERNORM_START, TAPERNORM_END) for site in sites))
 
 
 def sequential(sites: Sequence[NormSite], split: Sequence[str]) -> Schedule:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from unnorm.modeling import modeling_unnorm
 from unnorm.modeling.modeling_unnorm import PREFIX
@@ -26,12 +26,28 @@ def ln_free_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return made
 
 
-FAMILIES = """
-    GPT2LMHeadModel GPTNeoForCausalLM GPTJForCausalLM GPTNeoXForCausalLM OPTForCausalLM BloomForCausalLM
-    FalconForCausalLM PhiForCausalLM StableLmForCausalLM LlamaForCausalLM MistralForCausalLM Qwen2ForCausalLM
-    Qwen3ForCausalLM GemmaForCausalLM Gemma2ForCausalLM Gemma3ForCausalLM OlmoForCausalLM Olmo2ForCausalLM
-    SmolLM3ForCausalLM GraniteForCausalLM
-""".split()
+FAMILIES = (
+    "GPT2LMHeadModel",
+    "GPTNeoForCausalLM",
+    "GPTJForCausalLM",
+    "GPTNeoXForCausalLM",
+    "OPTForCausalLM",
+    "BloomForCausalLM",
+    "FalconForCausalLM",
+    "PhiForCausalLM",
+    "StableLmForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "GemmaForCausalLM",
+    "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM",
+    "OlmoForCausalLM",
+    "Olmo2ForCausalLM",
+    "SmolLM3ForCausalLM",
+    "GraniteForCausalLM",
+)
 """Stock classes whose twins the Auto classes know as soon as unnorm is imported; others from their first use on."""
 
 for _family in FAMILIES:

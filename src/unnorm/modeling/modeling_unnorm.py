@@ -56,18 +56,18 @@ def ln_free_config(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
 def ln_free_model(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The stock class without its norms: the residual stream is a plain sum, and every layer reads it linearly."""
 
-    def __init__(self: Any, config: Any) -> None:
+    def initialize(self: Any, config: Any) -> None:
         super(made, self).__init__(config)
         strip_norms(self, config.removed_norms or [], config.added_biases or [])
 
     body = {
         "__module__": __name__,
         "__doc__": f"{stock.__name__} without norms.",
-        "__init__": __init__,
+        "__init__": initialize,
         "config_class": _made(PREFIX + stock.config_class.__name__),
         "_tied_weights_keys": None,
     }
-    made = type(PREFIX + stock.__name__, (stock,), body)
+    made: type[Any] = type(PREFIX + stock.__name__, (stock,), body)
     return made
 
 

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,22 +18,36 @@ from transformers.trainer_callback import ExportableState
 
 from unnorm.config import Plan
 from unnorm.norms import TaperedNorm, TokenMask
-from unnorm.schedule import Schedule
+from unnorm.schedule import FidelityController, Schedule
 
 QUICK_EVALUATIONS = 12
 """Quick evaluations along a run, besides the one before its first step."""
 MOST_BAD_STEPS = 25
-"""Skipped steps in a row after which a run is given up."""
+"""Refused steps in a row after which a run is given up."""
+RESTORE_AFTER = 3
+"""Refused steps in a row after which the last good weights come back."""
+SNAPSHOTS = 50
+"""Times along a run that good weights are remembered."""
+PATIENCE, LEAST_PATIENCE = 0.25, 50
+"""Share of the run, and steps at least, without any gain in KL after which healing ends."""
 
 
 @dataclass
 class Removal:
-    """What is being removed: the stand-ins, when each arrives, and where special tokens are marked."""
+    """What is being removed: the stand-ins, when each arrives, and where special tokens are marked.
+
+    Without a controller the clock of the schedule is the share of the run that is done.
+    """
 
     stand_ins: dict[str, TaperedNorm]
     schedule: Schedule
+    controller: FidelityController | None
     token_mask: TokenMask
     end_of_text: int | None
+
+    def alphas(self) -> dict[str, float]:
+        """Alpha of each site now, the mean over its paths."""
+        return {name: float(stand_in.alpha.mean()) for name, stand_in in self.stand_ins.items()}
 
 
 class Watcher(Protocol):
@@ -54,10 +68,11 @@ class ScheduleCallback(TrainerCallback):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._share_constants()
-        self.apply(state.global_step / max(1, state.max_steps))
+        controller = self.removal.controller
+        self.apply(state.global_step / max(1, state.max_steps) if controller is None else controller.position)
 
     def apply(self, progress: float) -> None:
-        """Put the model in the state that belongs to `progress`, the share of the run that is done."""
+        """Put the model in the state that belongs to `progress`, a position of the schedule's clock."""
         schedule = self.removal.schedule
         for name, alphas in schedule.alphas(progress).items():
             alpha = self.removal.stand_ins[name].alpha
@@ -65,9 +80,9 @@ class ScheduleCallback(TrainerCallback):
         self.mask_position_0 = progress < schedule.special_position_0
         self.mask_end_of_text = progress < schedule.special_end_of_text
         # All at once, so that a compiled model recompiles once and not for every site.
-        if progress >= max(removal.end for removal in schedule.removals):
-            for stand_in in self.removal.stand_ins.values():
-                stand_in.estimating, stand_in.removed = False, True
+        removed = progress >= max(removal.end for removal in schedule.removals)
+        for stand_in in self.removal.stand_ins.values():
+            stand_in.estimating, stand_in.removed = not removed, removed
 
     def finish(self) -> None:
         """Land everything and let go of the model."""
@@ -96,18 +111,30 @@ class ScheduleCallback(TrainerCallback):
 
 
 class GuardCallback(TrainerCallback, ExportableState):
-    """Clips gradients and never lets a non-finite or exploding step be applied.
+    """Clips gradients, never lets a non-finite or exploding step be applied, and runs the fidelity controller.
 
     A step explodes when its gradient norm is over 100 times the median of the last steps, or of the clip where
-    they were smaller: distillation starts at no loss at all, and its gradients rise from nothing.
+    they were smaller: distillation starts at no loss at all, and its gradients rise from nothing. When several
+    steps in a row are refused, the last good weights come back.
     """
 
     CLIP, EXPLODES, REMEMBERED = 1.0, 100.0, 50
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        controller: FidelityController | None = None,
+        take_kl: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        """Guard a run.
+
+        Args:
+            controller: told of every step.
+            take_kl: gives the KL of the step that was just done, over all processes.
+        """
+        self.controller, self.take_kl = controller, take_kl
         self.norms: list[float] = []
-        self.skipped = 0
-        self.in_a_row = 0
+        self.skipped = self.in_a_row = self.restored = 0
+        self.good: dict[str, Tensor] = {}
 
     @property
     def diverged(self) -> bool:
@@ -116,8 +143,21 @@ class GuardCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as transformers stores it."""
-        attributes = {"norms": self.norms, "skipped": self.skipped, "in_a_row": self.in_a_row}
-        return {"args": {}, "attributes": attributes}
+        names = ("norms", "skipped", "in_a_row", "restored")
+        controller = {} if self.controller is None else asdict(self.controller)
+        return {"args": {}, "attributes": {name: getattr(self, name) for name in names} | {"controller": controller}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+    ) -> None:
+        saved: Any = (state.stateful_callbacks or {}).get(type(self).__name__) if state.global_step else None
+        if isinstance(saved, dict):
+            attributes = dict(saved["attributes"])
+            controller = attributes.pop("controller")
+            vars(self).update(attributes)
+            if self.controller is not None:
+                vars(self.controller).update(controller)
+        self._remember(model)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
@@ -133,8 +173,33 @@ class GuardCallback(TrainerCallback, ExportableState):
             parameter.grad = None
         self.skipped += 1
         self.in_a_row += 1
+        if self.in_a_row % RESTORE_AFTER == 0:
+            self._restore(model)
         if self.diverged:
             control.should_training_stop = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+    ) -> None:
+        controller, healthy = self.controller, not self.in_a_row
+        if controller is not None:
+            set_back = controller.set_back
+            controller.advance(self.take_kl(), not healthy, state.max_steps)
+            healthy = healthy and controller.set_back == set_back
+            if controller.stale > max(PATIENCE * state.max_steps, LEAST_PATIENCE):
+                control.should_training_stop = True
+        if healthy and state.global_step % max(1, state.max_steps // SNAPSHOTS) == 0:
+            self._remember(model)
+
+    @torch.no_grad()
+    def _remember(self, model: nn.Module) -> None:
+        self.good = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def _restore(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.copy_(self.good[name])
+        self.restored += 1
 
 
 class InterruptCallback(TrainerCallback):
@@ -229,10 +294,12 @@ class MetricsCallback(TrainerCallback):
         }
         row |= {**values, "seconds": self.seconds}
         if self.removal is not None:
-            alphas = [float(a) for s in self.removal.stand_ins.values() for a in s.alpha.tolist()]
+            alphas = self.removal.alphas().values()
             row["alpha"] = sum(alphas) / len(alphas)
             removed = [bool((s.alpha >= 1).all()) for s in self.removal.stand_ins.values()]
             row |= {"sites_removed": sum(removed), "sites": len(removed)}
+            if self.removal.controller is not None:
+                row["waited"], row["set_back"] = self.removal.controller.waited, self.removal.controller.set_back
         row["tokens_per_second"] = row["tokens"] / max(self.seconds, 1e-9)
         self.rows.append(row)
         if state.is_world_process_zero:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArguments
@@ -19,7 +19,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from unnorm.calibrate import batches, evaluating, spread
 from unnorm.config import Plan
 from unnorm.errors import UnnormError
-from unnorm.losses import distillation_losses, next_token_loss
+from unnorm.losses import Penalty, distillation_losses, next_token_loss, scale_penalty
+from unnorm.norms import TaperedNorm
 from unnorm.schedule import Recipe
 from unnorm.training.callbacks import (
     GuardCallback,
@@ -46,6 +47,8 @@ class Optimization:
         weight_decay: AdamW's.
         betas: AdamW's.
         distil: minimize KL to the teacher's logits; else next-token loss.
+        penalty: what else is minimized at the final norm; see `scale_penalty`.
+        penalty_weight: its weight.
     """
 
     least_lr: float
@@ -53,12 +56,17 @@ class Optimization:
     weight_decay: float
     betas: tuple[float, float]
     distil: bool
+    penalty: Penalty | None = None
+    penalty_weight: float = 0.0
 
 
 OPTIMIZATION: dict[Recipe, Optimization] = {
     "taper": Optimization(0.02, 0.05, 0.0, (0.9, 0.98), distil=True),
     # arXiv 2409.13710 and 2507.02559: weight decay 0.01, 20 of 300 steps of warm-up, a cosine to half the peak.
     "sequential": Optimization(0.5, 20 / 300, 0.01, (0.9, 0.999), distil=False),
+    # The weight is that of 2507.02559's published configuration.
+    "sequential-aux": Optimization(0.5, 20 / 300, 0.01, (0.9, 0.999), False, "spread", 0.1),
+    "tapernorm": Optimization(0.1, 0.05, 0.01, (0.9, 0.95), False, "target", 0.1),
 }
 
 
@@ -73,6 +81,7 @@ class Outcome:
         skipped_steps: steps that the guard did not let through.
         interrupted: stopped by Ctrl-C or SIGTERM, with a checkpoint to go on from.
         diverged: given up, because the guard refused too many steps in a row.
+        unfinished: sites that are still norms, and their alpha: the KL budget held them up.
         rows: all rows of `metrics.jsonl`.
     """
 
@@ -82,16 +91,33 @@ class Outcome:
     skipped_steps: int
     interrupted: bool
     diverged: bool
+    unfinished: dict[str, float]
     rows: list[dict[str, Any]]
 
 
 class DistillationTrainer(Trainer):
-    """Trainer whose loss is KL to the teacher's logits, or next-token loss where there is no teacher."""
+    """Trainer whose loss is KL to the teacher's logits, or next-token loss where there is no teacher.
 
-    def __init__(self, *args: Any, teacher: PreTrainedModel | None, **kwargs: Any) -> None:
+    A penalty at the final norm comes on top, if the recipe has one.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: PreTrainedModel | None,
+        optimization: Optimization,
+        removal: Removal | None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.teacher = teacher
+        self.teacher, self.optimization = teacher, optimization
+        self.end_of_text = None if removal is None else removal.end_of_text
+        self.penalized: TaperedNorm | None = None
+        if removal is not None and optimization.penalty is not None:
+            self.penalized = list(removal.stand_ins.values())[-1]
+            self.penalized.keep_log_scale = True
         self.sums = torch.zeros(3, device=self.args.device)
+        self.step_kl = torch.zeros(2, device=self.args.device)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
@@ -107,8 +133,27 @@ class DistillationTrainer(Trainer):
                 teacher_logits = self.teacher(input_ids=ids, use_cache=False).logits
             loss, token_loss = distillation_losses(output.logits, teacher_logits, ids)
             shown = torch.stack([token_loss, loss.detach(), torch.ones_like(token_loss)])
+            self.step_kl += shown[1:]
         self.sums += shown
+        if self.penalized is not None:
+            loss = loss + self._penalty(self.penalized, ids)
         return (loss, output) if return_outputs else loss
+
+    def _penalty(self, norm: TaperedNorm, ids: Int[Tensor, "batch position"]) -> Float[Tensor, ""]:
+        assert norm.kept_log_scale is not None and self.optimization.penalty is not None
+        special = torch.zeros_like(ids, dtype=torch.bool) if self.end_of_text is None else ids == self.end_of_text
+        special[:, 0] = True
+        penalty = scale_penalty(norm.kept_log_scale, special, norm.log_constant[0], self.optimization.penalty)
+        return self.optimization.penalty_weight * penalty
+
+    def take_step_kl(self) -> float:
+        """Mean KL since the last call, over all processes."""
+        sums = self.step_kl.clone()
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        self.step_kl.zero_()
+        kl, count = sums.tolist()
+        return float(kl / count)
 
     def take_means(self) -> dict[str, float]:
         """Means of loss and KL since the last call, over all processes."""
@@ -158,6 +203,8 @@ def train(
         train_dataset=train_blocks,
         data_collator=_collate,
         teacher=teacher if removal is not None and optimization.distil else None,
+        optimization=optimization,
+        removal=removal,
     )
     trainer.remove_callback(PrinterCallback)
     quick_blocks = spread(validation_blocks, QUICK_BLOCKS)
@@ -171,7 +218,8 @@ def train(
     )
     interrupt = InterruptCallback()
     schedule = ScheduleCallback(removal, model) if removal is not None else None
-    callbacks: list[TrainerCallback | None] = [schedule, GuardCallback(), interrupt, metrics]
+    guard = GuardCallback(removal.controller if removal is not None else None, trainer.take_step_kl)
+    callbacks: list[TrainerCallback | None] = [schedule, guard, interrupt, metrics]
     for callback in callbacks:
         if callback is not None:
             trainer.add_callback(callback)
@@ -191,9 +239,10 @@ def train(
                 f"Could not write a checkpoint to '{checkpoints}': {error}. Free some space and go on with --resume."
             ) from error
     model.config.use_cache = use_cache  # The Trainer turns it off for good.
-    guard = next(c for c in trainer.callback_handler.callbacks if isinstance(c, GuardCallback))
     steps = int(trainer.state.global_step)
-    if schedule is not None and not interrupt.asked:
+    unfinished = {}
+    if schedule is not None and removal is not None and not interrupt.asked:
+        unfinished = {} if removal.controller is None or removal.controller.arrived else removal.alphas()
         schedule.finish()
     return Outcome(
         steps=steps,
@@ -202,6 +251,7 @@ def train(
         skipped_steps=guard.skipped,
         interrupted=interrupt.asked,
         diverged=guard.diverged,
+        unfinished=unfinished,
         rows=metrics.rows,
     )
 
@@ -249,7 +299,6 @@ def _arguments(
         save_strategy="steps",
         save_steps=max(1, math.ceil(plan.steps / CHECKPOINTS)),
         save_total_limit=1,
-        restore_callback_states_from_checkpoint=True,
         logging_steps=max(1, plan.steps // LOG_LINES),
         report_to=list(report_to) or "none",
         seed=seed,

@@ -1,0 +1,163 @@
+"""Every recipe on the same model, data, seeds and tokens; prints JSON and writes a table and a plot.
+
+    python benchmarks/recipes.py > benchmarks/recipes.json
+    python benchmarks/recipes.py --model openai-community/gpt2 --data Skylion007/openwebtext --tokens 1M 4M 16M 64M
+
+The control (the original fine-tuned with its norms kept) is trained once for each seed and number of tokens, with the
+optimizer of the published recipes, and all gaps are measured from it.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, get_args
+
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+from rich.console import Console
+from transformers.utils import logging
+
+import unnorm
+from unnorm.config import parse_count
+from unnorm.schedule import Recipe
+from unnorm.terminal import Progress
+
+MEASURES = ("lnfree_loss", "gap", "kl", "jsd", "top1_agreement", "tokens_per_second", "peak_memory_mb")
+
+
+def measure(recipe: str, tokens: int, seed: int, options: dict[str, Any], console: Console) -> dict[str, Any]:
+    """One run; its numbers, or why there are none."""
+    console.rule(f"{recipe}, {tokens:,} tokens, seed {seed}")
+    with tempfile.TemporaryDirectory() as directory, Progress(console) as progress:
+        try:
+            result = unnorm.remove(
+                recipe=recipe,
+                tokens=tokens,
+                seed=seed,
+                out=Path(directory) / "run",
+                control=recipe == "sequential",
+                watch=progress,
+                **options,
+            )
+        except unnorm.UnnormError as error:
+            return {"recipe": recipe, "tokens": tokens, "seed": seed, "error": str(error)}
+    keys = (*MEASURES, "control_loss", "control_kl", "teacher_loss", "naive_kl", "skipped_steps", "plan")
+    return {"recipe": recipe, "tokens": tokens, "seed": seed, **{key: result[key] for key in keys}}
+
+
+def add_gaps(rows: list[dict[str, Any]]) -> None:
+    """Gaps of all recipes from the one control of their seed and tokens."""
+    controls = {(r["tokens"], r["seed"]): r["control_loss"] for r in rows if r.get("control_loss") is not None}
+    for row in rows:
+        control = controls.get((row["tokens"], row["seed"]))
+        if "error" not in row and control is not None:
+            row["gap"] = row["lnfree_loss"] - control
+
+
+def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over seeds, for each recipe and number of tokens."""
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in rows:
+        if "error" not in row:
+            groups.setdefault((row["recipe"], row["tokens"]), []).append(row)
+    summary = []
+    for (recipe, tokens), group in groups.items():
+        values = {key: [row[key] for row in group] for key in MEASURES if all(row[key] is not None for row in group)}
+        means = {key: statistics.mean(v) for key, v in values.items()}
+        spread = {f"{key}_sd": statistics.stdev(v) for key, v in values.items() if len(v) > 1}
+        summary.append({"recipe": recipe, "tokens": tokens, "seeds": len(group), **means, **spread})
+    return summary
+
+
+def tokens_to_reach(summary: list[dict[str, Any]]) -> dict[str, int | None]:
+    """Fewest tokens of ours whose mean gap is no larger than each other recipe's at its most tokens."""
+    ours = sorted((row for row in summary if row["recipe"] == "taper"), key=lambda row: row["tokens"])
+    last = {row["recipe"]: row for row in sorted(summary, key=lambda row: row["tokens"])}
+    return {
+        recipe: next((mine["tokens"] for mine in ours if mine["gap"] <= row["gap"]), None)
+        for recipe, row in last.items()
+        if recipe != "taper"
+    }
+
+
+def table(summary: list[dict[str, Any]]) -> str:
+    """The summary in Markdown."""
+    lines = [
+        "| recipe | tokens | loss | gap | KL | JSD | top-1 | tokens/s | peak MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+
+    def number(row: dict[str, Any], key: str, places: int) -> str:
+        spread = row.get(f"{key}_sd")
+        return f"{row[key]:.{places}f}" + (f" ± {spread:.{places}f}" if spread is not None else "")
+
+    for row in summary:
+        cells = [row["recipe"], f"{row['tokens']:,}", number(row, "lnfree_loss", 4), number(row, "gap", 4)]
+        cells += [number(row, "kl", 4), number(row, "jsd", 4), f"{row['top1_agreement']:.1%}"]
+        cells += [f"{row['tokens_per_second']:,.0f}", f"{row['peak_memory_mb']:,.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(summary: list[dict[str, Any]]) -> go.Figure:
+    """Gap and KL against tokens, both axes of KL logarithmic."""
+    figure = make_subplots(rows=1, cols=2, subplot_titles=("gap to the control", "KL to the original"))
+    colours = dict(zip(get_args(Recipe), ("#0072B2", "#D55E00", "#E69F00", "#009E73"), strict=True))
+    for recipe, colour in colours.items():
+        mine = sorted((row for row in summary if row["recipe"] == recipe), key=lambda row: row["tokens"])
+        for column, key in ((1, "gap"), (2, "kl")):
+            figure.add_scatter(
+                x=[row["tokens"] for row in mine],
+                y=[row[key] for row in mine],
+                error_y={"array": [row.get(f"{key}_sd", 0) for row in mine]},
+                name=recipe,
+                legendgroup=recipe,
+                showlegend=column == 1,
+                line={"color": colour},
+                row=1,
+                col=column,
+            )
+    figure.update_xaxes(type="log", title="training tokens")
+    figure.update_yaxes(type="log", col=2, title="nats per token")
+    figure.update_yaxes(title="nats per token", col=1)
+    figure.update_layout(template="simple_white", width=1000, height=420, legend={"orientation": "h", "y": -0.25})
+    return figure
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--data", default="stdlib")
+    parser.add_argument("--tokens", nargs="+", type=parse_count, default=[40_000, 100_000, 400_000])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--recipes", nargs="+", choices=get_args(Recipe), default=list(get_args(Recipe)))
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--table", type=Path, help="Markdown file")
+    parser.add_argument("--plot", type=Path, help="HTML file")
+    args = parser.parse_args()
+
+    logging.disable_progress_bar()
+    console = Console(stderr=True)
+    options = {"model": args.model, "data": args.data, "device": args.device}
+    rows = [
+        measure(recipe, tokens, seed, options, console)
+        for seed in range(args.seeds)
+        for tokens in args.tokens
+        for recipe in args.recipes
+    ]
+    add_gaps(rows)
+    summary = summarize(rows)
+    print(json.dumps({"summary": summary, "reaches_their_gap": tokens_to_reach(summary), "runs": rows}, indent=2))
+    print(table(summary), file=sys.stderr)
+    if args.table:
+        args.table.write_text(table(summary))
+    if args.plot:
+        plot(summary).write_html(args.plot)
+
+
+if __name__ == "__main__":
+    main()
