@@ -111,7 +111,7 @@ def test_interrupted_and_resumed_equals_unbroken(
     assert not (tmp_path / "broken" / "result.json").exists()
     result = unnorm.remove(out=tmp_path / "broken", resume=True)
     assert result["tokens"] == options["tokens"]
-    assert (result["set_backs"] > 1) == faults
+    assert (result["set_backs"] > 0) == faults
     assert_same_weights(tmp_path / "unbroken", tmp_path / "broken")
     steps = [
         [row["step"] for row in map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())]

@@ -94,6 +94,17 @@ def test_the_controller_goes_back_and_on_more_slowly() -> None:
         assert math.isclose(controller.position - after, controller.SLOWER / 100)
 
 
+def test_with_everything_removed_one_bad_batch_changes_nothing() -> None:
+    controller = FidelityController(end=0.4, position=0.9, running_kl=0.05)
+    for _ in range(controller.BAD_AFTER_END - 1):
+        controller.advance(math.nan, refused=True, steps=100)
+    assert (controller.position, controller.set_back) == (0.9, 0)
+    controller.advance(0.05, refused=False, steps=100)
+    for _ in range(controller.BAD_AFTER_END):
+        controller.advance(math.nan, refused=True, steps=100)
+    assert controller.position < controller.end
+
+
 def test_the_controller_knows_when_healing_has_ended() -> None:
     controller = FidelityController(position=1.0)
     for step in range(100):

@@ -93,6 +93,7 @@ class FidelityController:
         set_back: times that it went back.
         best_kl: least running KL since everything was removed.
         stale: steps since `best_kl` last fell by `LEAST_GAIN`.
+        bad_in_a_row: steps up to now that were refused or spiked.
     """
 
     MEMORY: ClassVar[float] = 0.9  # Share of the old running KL that stays at each step.
@@ -102,6 +103,7 @@ class FidelityController:
     SLOWER: ClassVar[float] = 0.5  # Change of speed when the clock goes back,
     FASTER: ClassVar[float] = 1.05  # and with each step that goes well.
     SLOWEST: ClassVar[float] = 1 / 64
+    BAD_AFTER_END: ClassVar[int] = 3
     LANDING: ClassVar[float] = 0.97  # Share of `end` where alpha is 0.998: from there on waiting is for nothing.
     LEAST_GAIN: ClassVar[float] = 0.01  # Relative fall of the running KL that still counts as healing.
 
@@ -114,6 +116,7 @@ class FidelityController:
     set_back: int = 0
     best_kl: float = math.inf
     stale: int = 0
+    bad_in_a_row: int = 0
 
     def advance(self, kl: float, refused: bool, steps: int) -> None:
         """Take in one step.
@@ -124,8 +127,12 @@ class FidelityController:
             steps: in the whole run.
         """
         if refused or not math.isfinite(kl) or self._spikes(kl):
-            self._go_back()
+            self.bad_in_a_row += 1
+            # With everything removed a lone bad batch is no reason to go back.
+            if self.position < self.end or self.bad_in_a_row >= self.BAD_AFTER_END:
+                self._go_back()
             return
+        self.bad_in_a_row = 0
         self.running_kl = kl if self.running_kl is None else self.MEMORY * self.running_kl + (1 - self.MEMORY) * kl
         if self.position >= self.end:
             self.position = min(1.0, self.position + 1 / steps)
@@ -138,8 +145,8 @@ class FidelityController:
 
     @property
     def arrived(self) -> bool:
-        """Whether everything is removed."""
-        return self.position >= self.end
+        """Whether everything is removed, or so nearly that the rest can be done at once."""
+        return self.position >= self.LANDING * self.end
 
     def _spikes(self, kl: float) -> bool:
         usual = math.inf if self.running_kl is None else self.running_kl
