@@ -99,7 +99,7 @@ def unfolded_weights(model: PreTrainedModel, original: PreTrainedModel) -> PreTr
 
     Loaded by stock code its norms would divide by each token's own scale; `load_unfolded` puts the constants in.
     """
-    stock = type(original)(deepcopy(original.config))
+    stock = type(original)(deepcopy(model.config))
     weights = model.state_dict()
     plain = original.state_dict()
     for name, module in model.named_modules():

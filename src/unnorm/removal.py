@@ -30,6 +30,7 @@ from unnorm.checkpoint import (
 )
 from unnorm.config import CONFIG_FILE, Plan, RemoveConfig, choose_device, make_plan, read_config_file
 from unnorm.data import build_blocks
+from unnorm.equalize import equalize_embedding
 from unnorm.errors import UnnormError
 from unnorm.evaluation import EVALUATION_SPREAD, EVALUATION_TOKENS, Evaluation, evaluate_model
 from unnorm.fold import fold, install, prove_sites, uninstall_paths
@@ -212,6 +213,8 @@ def _train_removal(run: _Run) -> tuple[dict[str, float], Outcome | None]:
     set_constants(stand_ins, collect_log_scales(student, run.sites, calibration), run.config.estimator)
     naive = _naive_removal(run, student, stand_ins)
     outcome = None
+    if run.plan.steps and run.config.recipe == "taper":
+        equalize_embedding(student, run.original, run.sites, stand_ins, calibration, run.config.estimator)
     if run.plan.steps:
         run.say(f"training: {run.plan.steps} steps of {run.plan.step_tokens:,} tokens", run.plan.training_tokens)
         schedule = _lay_out(run, stand_ins)

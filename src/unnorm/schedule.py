@@ -10,7 +10,7 @@ from unnorm.sites import NormSite
 Recipe = Literal["taper", "sequential", "sequential-aux", "tapernorm"]
 """Ours; arXiv 2409.13710; the same with the auxiliary loss of 2507.02559; TaperNorm (2602.10408)."""
 
-TAPER_SHARE = 0.4
+TAPER_SHARE = 0.1
 """Share of the run in which `taper` brings alpha from 0 to 1; the rest heals."""
 
 KL_BUDGET = 0.5

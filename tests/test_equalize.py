@@ -1,0 +1,61 @@
+"""Equalizing the embedding: kept where it brings naive removal closer, else undone to the last bit."""
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import GPT2LMHeadModel
+
+from unnorm.calibrate import collect_log_scales, set_constants
+from unnorm.equalize import equalize_embedding, naive_kl, token_log_scales
+from unnorm.fold import install
+from unnorm.models import copy_model
+from unnorm.sites import find_sites
+
+BLOCKS = Dataset.from_dict(
+    {"input_ids": torch.randint(300, (8, 32), generator=torch.Generator().manual_seed(0)).tolist()}
+)
+
+
+def uneven(model: GPT2LMHeadModel, spread: float) -> GPT2LMHeadModel:
+    """A copy whose token embeddings differ in length by `spread` in log scale, and whose positions are all zero."""
+    model = copy_model(model)
+    with torch.no_grad():
+        rows = model.transformer.wte.weight
+        rows /= (rows - rows.mean(1, keepdim=True)).std(1, keepdim=True, correction=0)
+        rows *= torch.exp(spread * torch.randn(len(rows), 1, generator=torch.Generator().manual_seed(0)))
+        model.transformer.wpe.weight.zero_()
+    return model
+
+
+def test_token_scales_are_those_of_the_first_norm(tiny_model: GPT2LMHeadModel) -> None:
+    model = uneven(tiny_model, 0.5)
+    rows = model.transformer.wte.weight
+    expected = (rows - rows.mean(1, keepdim=True)).std(1, correction=0).log()
+    measured = token_log_scales(model, find_sites(model)[0])
+    torch.testing.assert_close(measured, expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("spread", "kept"), [(0.7, True), (0.0, False)])
+def test_kept_only_where_it_helps(tiny_model: GPT2LMHeadModel, spread: float, kept: bool) -> None:
+    original = uneven(tiny_model, spread)
+    student = copy_model(original)
+    sites = find_sites(student)
+    stand_ins = install(student, sites)
+    set_constants(stand_ins, collect_log_scales(student, sites, BLOCKS), "geometric")
+    weights = {name: value.clone() for name, value in student.state_dict().items()}
+    before = naive_kl(student, original, stand_ins, BLOCKS)
+
+    assert equalize_embedding(student, original, sites, stand_ins, BLOCKS, "geometric") is kept
+    after = naive_kl(student, original, stand_ins, BLOCKS)
+    tied = student.lm_head.weight is student.transformer.wte.weight
+    if kept:
+        assert after < before
+        assert not tied and not student.config.tie_word_embeddings
+        torch.testing.assert_close(student.lm_head.weight, original.lm_head.weight)
+        assert float(token_log_scales(student, sites[0]).std()) == pytest.approx(0.5 * spread, rel=0.1)
+    else:
+        assert after == before
+        assert tied and student.config.tie_word_embeddings
+        assert all(torch.equal(value, weights[name]) for name, value in student.state_dict().items())
+    assert original.config.tie_word_embeddings
+    assert original.lm_head.weight is original.transformer.wte.weight
