@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+import unnorm
 from unnorm.errors import UnnormError
 from unnorm.fold import fold, install, prove_sites
 from unnorm.sites import find_sites, norm_modules, trace_inputs
@@ -126,6 +127,23 @@ def test_checkpoint_loads_by_itself_and_generates(family: str, tmp_path: Path) -
         for cache in (True, False)
     ]
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("family", ["llama, tied, biased", "gpt_neox, parallel", "opt", "stablelm"])
+@pytest.mark.parametrize("recipe", ["taper", "sequential"])
+def test_removed_end_to_end(
+    family: str, recipe: str, tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
+) -> None:
+    config = FAMILIES[family][0]()
+    config.vocab_size = len(tiny_tokenizer)
+    random_model(lambda: config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    options: dict[str, Any] = {"context": 32, "batch_size": 8, "tokens": 30 * 256, "device": "cpu", "kl_budget": 100}
+    result = unnorm.remove(
+        model=str(tmp_path / "model"), data=str(text_file), out=tmp_path / "run", recipe=recipe, **options
+    )
+    assert (result["norm_modules_left"], result["verified"]) == (0, True)
+    assert unnorm.load(tmp_path / "run").config.model_type == f"unnorm_{config.model_type}"
 
 
 @pytest.mark.parametrize("family", REFUSED)

@@ -147,8 +147,18 @@ def test_proof_refuses_a_class_of_its_own() -> None:
             output.logits = 2 * output.logits
             return output
 
+    Doubled.__name__ = "GPT2LMHeadModel"
     model = Doubled(random_gpt2().config).eval()
     with pytest.raises(UnnormError, match="computes something else"):
+        prove_sites(model, find_sites(model))
+
+
+def test_a_class_that_transformers_does_not_have_is_refused() -> None:
+    class OwnModel(GPT2LMHeadModel):
+        pass
+
+    model = OwnModel(random_gpt2().config).eval()
+    with pytest.raises(UnnormError, match="OwnModel is no class of transformers"):
         prove_sites(model, find_sites(model))
 
 

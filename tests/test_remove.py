@@ -65,7 +65,8 @@ def test_recipes_end_to_end(recipe: str, tiny_model_dir: Path, text_file: Path, 
     assert all(check.passed for check in unnorm.verify(out))
     validation = [row for row in rows if row["kind"] == "validation" and "alpha" in row]
     assert validation[0]["alpha"] == 0.0
-    assert validation[0]["kl"] == pytest.approx(0, abs=1e-5)
+    # Before the first step only the equalized embedding, which is ours, sets the student apart.
+    assert validation[0]["kl"] == pytest.approx(0, abs=1e-3 if recipe == "taper" else 1e-5)
     assert (validation[-1]["alpha"], validation[-1]["sites_removed"]) == (1.0, 5)
     if recipe == "taper":
         # Distillation brings the twin closer than constants alone do; next-token loss on a random model need not.

@@ -91,12 +91,14 @@ def collect_log_scales(
         By site name, on the CPU in float32.
     """
     found: dict[str, list[Tensor]] = {site.name: [] for site in sites}
+    length = len(blocks[0]["input_ids"])
 
     def keep(site: NormSite) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].float()
             x = x - x.mean(-1, keepdim=True) if site.centered else x
-            found[site.name].append(0.5 * torch.log(x.square().mean(-1) + site.eps).cpu())
+            log_scale = 0.5 * torch.log(x.square().mean(-1) + site.eps).cpu()
+            found[site.name].append(log_scale.view(-1, length))  # OPT's norms see blocks and positions as one.
 
         return hook
 

@@ -120,16 +120,18 @@ class TaperedNorm(nn.Module):
         if self.keep_log_scale and self.training:
             self.kept_log_scale = self.log_scale(x).squeeze(-1)
         if self.removed:
-            y = self._affine(x * torch.exp(-self._log_constant()))
+            y = self._affine(x * torch.exp(-self._log_constant(x)))
             return torch.cat([y] * len(self.alpha), dim=-1).to(dtype)
         log_scale = self.log_scale(x)
         if self.estimating and self.training:
             self._update_constants(log_scale.detach().squeeze(-1))
-        factors = [self._factor(log_scale, alpha) for alpha in self.alpha.unbind()]
+        log_constant = self._log_constant(x)
+        factors = [self._factor(log_scale, log_constant, alpha) for alpha in self.alpha.unbind()]
         return torch.cat([self._affine(x * factor) for factor in factors], dim=-1).to(dtype)
 
-    def _factor(self, log_scale: Float[Tensor, "batch position 1"], alpha: Float[Tensor, ""]) -> Tensor:
-        log_constant = self._log_constant()
+    def _factor(
+        self, log_scale: Float[Tensor, "batch position 1"], log_constant: Tensor, alpha: Float[Tensor, ""]
+    ) -> Float[Tensor, "batch position 1"]:
         if self.interpolation == "linear":
             return torch.lerp(torch.exp(-log_scale), torch.exp(-log_constant).expand_as(log_scale), alpha)
         return torch.exp(-(log_scale + alpha * (log_constant - log_scale)))
@@ -138,16 +140,17 @@ class TaperedNorm(nn.Module):
         x = x * self.gain
         return x if self.bias is None else x + self.bias
 
-    def _log_constant(self) -> Float[Tensor, "*token_wise"]:
+    def _log_constant(self, x: Float[Tensor, "*token width"]) -> Float[Tensor, "*token_wise"]:
         mask = self.token_mask.mask
         if mask is None:
             return self.log_constant[0]
+        mask = mask.view(x.shape[:-1])  # OPT's norms see batch and position as one.
         return torch.where(mask.unsqueeze(-1), self.log_constant[1], self.log_constant[0])
 
     @torch.no_grad()
     def _update_constants(self, log_scale: Float[Tensor, "batch position"]) -> None:
         mask = self.token_mask.mask
-        special = torch.zeros_like(log_scale) if mask is None else mask.to(log_scale.dtype)
+        special = torch.zeros_like(log_scale) if mask is None else mask.view(log_scale.shape).to(log_scale.dtype)
         ordinary = estimate_log_constant(log_scale, 1 - special, self.estimator)
         if mask is None:
             new = torch.stack([ordinary, ordinary])

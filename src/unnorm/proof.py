@@ -153,7 +153,7 @@ def _read(
     """What the readers of every site compute from the given residuals."""
 
     def put(name: str) -> Callable[..., Any]:
-        return lambda module, args: (residuals[name].to(ids.device),)
+        return lambda module, args: (residuals[name].to(ids.device).view(args[0].shape),)
 
     with _hooked([(twin.get_submodule(site.name), put(site.name)) for site in sites]):
         keep = [reader for site in sites for reader in site.readers]
@@ -204,6 +204,8 @@ def _contributions_add_up(
         logits = twin(input_ids=ids, use_cache=False).logits
     unembedding = twin.get_submodule(final.readers[0])
     parts = [part for writer in final.writers for part in _contributions(twin, writer, *record[writer])]
+    # OPT's MLP gives batch and position as one.
+    parts = [part.view(*ids.shape, -1) if part.ndim == 2 else part for part in parts]
     total = sum(part @ linear_weight(unembedding).T for part in parts)
     total = total if unembedding.bias is None else total + unembedding.bias
     error = _number((total - logits).abs().max() / logits.abs().max())

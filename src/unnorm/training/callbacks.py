@@ -28,7 +28,7 @@ RESTORE_AFTER = 3
 """Refused steps in a row after which the last good weights come back."""
 SNAPSHOTS = 50
 """Times along a run that good weights are remembered."""
-PATIENCE, LEAST_PATIENCE = 0.25, 50
+PATIENCE, LEAST_PATIENCE = 0.5, 100
 """Share of the run, and steps at least, without any gain in KL after which healing ends."""
 
 
