@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 import unnorm
 from unnorm.errors import UnnormError
 from unnorm.fold import fold, install, prove_sites
-from unnorm.sites import find_sites, norm_modules, trace_inputs
+from unnorm.models import in_float64
+from unnorm.sites import NormSite, find_sites, norm_modules, trace_inputs
 
 IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 LLAMA_LIKE = {
@@ -73,12 +74,39 @@ FAMILIES: dict[str, tuple[Make, int]] = {
     "starcoder2, not in our list": (lambda: hf.Starcoder2Config(**GROUPED), 5),
     "gpt_bigcode, not in our list": (lambda: hf.GPTBigCodeConfig(**GPT_LIKE), 5),
 }
-REFUSED: dict[str, Make] = {
-    "qwen3, query and key norms": lambda: hf.Qwen3Config(**GROUPED, head_dim=8),
-    "gemma2, post-norm": lambda: hf.Gemma2Config(**GROUPED, head_dim=8),
-    "olmo2, post-norm": lambda: hf.Olmo2Config(**LLAMA_LIKE),
+GEMMA = {**GROUPED, "head_dim": 8}
+FAMILIES |= {
+    "qwen3": (lambda: hf.Qwen3Config(**GROUPED, head_dim=8), 9),
+    "gemma": (lambda: hf.GemmaConfig(**GEMMA), 5),
+    "gemma2": (lambda: hf.Gemma2Config(**GEMMA), 9),
+    "gemma3": (lambda: hf.Gemma3TextConfig(**GEMMA), 13),
+    "olmo": (lambda: hf.OlmoConfig(**LLAMA_LIKE), 5),
+    "olmo2": (lambda: hf.Olmo2Config(**LLAMA_LIKE), 9),
+    "bloom": (lambda: hf.BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4, **IDS), 6),
+    "falcon, two norms": (
+        lambda: hf.FalconConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            new_decoder_architecture=True,
+            **IDS,
+        ),
+        5,
+    ),
+    "phi, query and key norms": (lambda: hf.PhiConfig(**LLAMA_LIKE, qk_layernorm=True), 7),
+    "glm4, not in our list": (lambda: hf.Glm4Config(**GROUPED, head_dim=8), 9),
+    "cohere, not in our list": (lambda: hf.CohereConfig(**GROUPED), 3),
+    "nemotron, not in our list": (lambda: hf.NemotronConfig(**GROUPED), 5),
+}
+IN_PLACE: dict[str, Make] = {
     "opt, post-norm": lambda: hf.OPTConfig(**OPT_LIKE, word_embed_proj_dim=32, do_layer_norm_before=False),
+    "opt, post-norm, projected": lambda: hf.OPTConfig(**OPT_LIKE, word_embed_proj_dim=16, do_layer_norm_before=False),
     "mixtral, experts in one tensor": lambda: hf.MixtralConfig(**GROUPED, num_local_experts=4),
+    "qwen3 moe": lambda: hf.Qwen3MoeConfig(
+        **GROUPED, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    ),
+    "gpt-oss": lambda: hf.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4),
 }
 
 
@@ -87,16 +115,19 @@ def random_model(make: Make) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(make()).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            noise = 0.2 * torch.randn(parameter.shape)
+            # Small where they are tied to the unembedding: soft caps on logits would hide all differences.
+            noise = (0.02 if "embed" in name else 0.2) * torch.randn(parameter.shape)
             parameter.copy_(1 + noise if parameter.ndim == 1 and name.endswith("weight") else noise)
     return model
 
 
-def removed_twin(model: PreTrainedModel) -> tuple[PreTrainedModel, torch.Tensor, torch.Tensor]:
+def removed_twin(
+    model: PreTrainedModel, sites: list[NormSite] | None = None
+) -> tuple[PreTrainedModel, torch.Tensor, torch.Tensor]:
     """The twin, ids, and the logits that it should have."""
-    sites, ids = find_sites(model), trace_inputs(model, 2, 12)
+    sites, ids = sites or find_sites(model), trace_inputs(model, 2, 12)
     for number, stand_in in enumerate(install(model, sites).values()):
-        stand_in.log_constant.fill_(0.3 - 0.2 * number)
+        stand_in.log_constant.fill_(1.2 - 0.2 * (number % 5))
         stand_in.removed = True
     return fold(model, sites), ids, model(input_ids=ids).logits
 
@@ -129,16 +160,20 @@ def test_checkpoint_loads_by_itself_and_generates(family: str, tmp_path: Path) -
     assert torch.equal(*texts)
 
 
-@pytest.mark.parametrize("family", ["llama, tied, biased", "gpt_neox, parallel", "opt", "stablelm"])
+END_TO_END = ["llama, tied, biased", "gpt_neox, parallel", "opt", "qwen3", "gemma3", "olmo", "bloom"]
+
+
+@pytest.mark.parametrize("family", [*END_TO_END, *IN_PLACE])
 @pytest.mark.parametrize("recipe", ["taper", "sequential"])
 def test_removed_end_to_end(
     family: str, recipe: str, tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
 ) -> None:
-    config = FAMILIES[family][0]()
+    config = IN_PLACE[family]() if family in IN_PLACE else FAMILIES[family][0]()
     config.vocab_size = len(tiny_tokenizer)
     random_model(lambda: config).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     options: dict[str, Any] = {"context": 32, "batch_size": 8, "tokens": 30 * 256, "device": "cpu", "kl_budget": 100}
+    options["in_place"] = family in IN_PLACE
     result = unnorm.remove(
         model=str(tmp_path / "model"), data=str(text_file), out=tmp_path / "run", recipe=recipe, **options
     )
@@ -146,7 +181,34 @@ def test_removed_end_to_end(
     assert unnorm.load(tmp_path / "run").config.model_type == f"unnorm_{config.model_type}"
 
 
-@pytest.mark.parametrize("family", REFUSED)
-def test_refused_with_the_site_named(family: str) -> None:
-    with pytest.raises(UnnormError, match=r"norm '(model|lm_head)[.\w]*norm\w*'"):
-        find_sites(random_model(REFUSED[family]))
+@pytest.mark.parametrize("family", IN_PLACE)
+def test_what_folds_into_no_weight_is_refused_or_stays_as_an_affine_map(family: str) -> None:
+    model = random_model(IN_PLACE[family])
+    with pytest.raises(UnnormError, match=r"norm 'model[.\w]*norm\w*'.*--in-place"):
+        find_sites(model)
+    sites = find_sites(model, in_place=True)
+    assert prove_sites(model, sites) < 1e-8
+    twin, ids, expected = removed_twin(in_float64(model), sites)
+    assert norm_modules(twin) == []
+    torch.testing.assert_close(twin(input_ids=ids).logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_kept_norms_stay_and_are_counted(
+    tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
+) -> None:
+    config = FAMILIES["qwen3"][0]()
+    config.vocab_size = len(tiny_tokenizer)
+    random_model(lambda: config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    options: dict[str, Any] = {"context": 32, "batch_size": 8, "tokens": 30 * 256, "device": "cpu", "kl_budget": 100}
+    result = unnorm.remove(
+        model=str(tmp_path / "model"), data=str(text_file), out=tmp_path / "run", keep="[qk]_norm", **options
+    )
+    assert (result["sites"], result["norm_modules_left"], result["verified"]) == (5, 4, True)
+    assert all(name.endswith(("q_norm", "k_norm")) for name in norm_modules(unnorm.load(tmp_path / "run")))
+
+
+@pytest.mark.parametrize(("keep", "message"), [("[", "no regular"), ("nowhere", "none of the norms"), (".", "every")])
+def test_keep_that_can_not_be_followed(keep: str, message: str) -> None:
+    with pytest.raises(UnnormError, match=message):
+        find_sites(random_model(FAMILIES["llama"][0]), keep=keep)

@@ -134,8 +134,8 @@ def test_proof_accepts_what_is_right() -> None:
 
 def test_proof_names_the_norm_with_a_reader_that_was_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = GPT2MLP.forward
-    monkeypatch.setattr(GPT2MLP, "forward", lambda self, x: plain(self, x) + 0.1 * x)
-    model = random_gpt2()
+    monkeypatch.setattr(GPT2MLP, "forward", lambda self, x: plain(self, x) + 0.1 * x.detach())
+    model = random_gpt2()  # What takes no part in gradients is hidden from tracing.
     with pytest.raises(UnnormError, match=r"something besides transformer\.h\.0\.mlp\.c_fc"):
         prove_sites(model, find_sites(model))
 

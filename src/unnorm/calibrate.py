@@ -64,7 +64,7 @@ def stats(
         UnnormError: the model has no norms, or it or the data can't be used.
     """
     original, tokenizer = load_original(model, trust_remote_code)
-    sites = find_sites(original)
+    sites = find_sites(original, in_place=True)
     original.to(choose_device(device))
     context = choose_context(context, original)
     vocab_size = int(original.get_input_embeddings().weight.shape[0])
@@ -98,7 +98,10 @@ def collect_log_scales(
             x = args[0].float()
             x = x - x.mean(-1, keepdim=True) if site.centered else x
             log_scale = 0.5 * torch.log(x.square().mean(-1) + site.eps).cpu()
-            found[site.name].append(log_scale.view(-1, length))  # OPT's norms see blocks and positions as one.
+            if log_scale.ndim == 3 and log_scale.shape[1] == length:
+                log_scale = log_scale.transpose(1, 2)
+            # Every head counts as a block of its own; OPT's norms see blocks and positions as one.
+            found[site.name].append(log_scale.reshape(-1, length))
 
         return hook
 

@@ -22,7 +22,7 @@ from unnorm.sites import NormSite
 MODEL, UNFOLDED, SITES = "model", "unfolded", "sites.json"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _SavedSite(NormSite):
     constant_scale: Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -133,7 +133,7 @@ def load_unfolded(directory: Path) -> PreTrainedModel:
 
 
 def _norm_weights(name: str, norm: TaperedNorm, plain: dict[str, torch.Tensor]) -> dict[str, Any]:
-    weights = {f"{name}.weight": norm.gain.detach()}
+    weights = {f"{name}.weight": norm.gain.detach() - norm.stored_offset}
     if norm.bias is not None:
         weights[f"{name}.bias"] = norm.bias.detach()
     return {key: value for key, value in weights.items() if key in plain}

@@ -73,6 +73,12 @@ def remove(
     kl_budget: Annotated[
         float, typer.Option(help="How far the model may drift on the way before the taper waits, in nats per token.")
     ] = 0.5,
+    keep: Annotated[
+        str | None, typer.Option(help="Leave norms as they are whose path matches this regular expression.")
+    ] = None,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Leave maps that fold into no weight (post-norm, experts) as modules.")
+    ] = False,
     estimator: Annotated[
         str, typer.Option(help="Of the constant scale: geometric, mean or least-squares.")
     ] = "geometric",

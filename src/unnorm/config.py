@@ -52,6 +52,8 @@ class RemoveConfig(BaseModel):
     kl_budget: float = Field(
         KL_BUDGET, gt=0, allow_inf_nan=False, description="KL on the way, nats per token, at which the taper waits"
     )
+    keep: str | None = Field(None, description="regular expression of norms that stay norms")
+    in_place: bool = Field(False, description="let maps that fold into no weight stay as modules")
     estimator: Estimator = Field("geometric", description="how the constant scale is estimated")
     trust_remote_code: bool = Field(False, description="run modeling code that comes with the model")
     report_to: list[str] = Field(default_factory=list, description="wandb, trackio, tensorboard, …")

@@ -4,10 +4,16 @@ For a site with gain g, bias b, constant scale c and reader W, beta (y = W x + b
 
     W' = W diag(g) C / c        beta' = beta + W b
 
-where C removes the mean (LayerNorm) or is the identity (RMSNorm). All of it is computed in float64.
+where C removes the mean (LayerNorm) or is the identity (RMSNorm). A norm that follows its one writer (query/key norms,
+norms after a sublayer or after the embedding) folds into that one, head by head where it covers one head:
+
+    W' = diag(g) C W / c        beta' = diag(g) C beta / c + b
+
+What fits neither way stays where the norm was, as an affine map. All of it is computed in float64.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -16,9 +22,9 @@ from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError, short
 from unnorm.modeling import ln_free_class
-from unnorm.models import copy_model
-from unnorm.norms import Interpolation, PathReader, TaperedNorm, TokenMask, linear_weight
-from unnorm.sites import NormSite, affine_parameters, trace_inputs, value_features
+from unnorm.models import in_float64
+from unnorm.norms import Interpolation, PathReader, TaperedNorm, TokenMask
+from unnorm.sites import NormSite, affine_parameters, norm_modules, trace_inputs, value_features
 
 PROOF_TOLERANCE = 1e-10
 """Largest difference of logits, relative to the largest logit, that float64 may show at load."""
@@ -45,11 +51,18 @@ def install(
     """
     stand_ins: dict[str, TaperedNorm] = {}
     for site in sites:
-        gain, bias = affine_parameters(model.get_submodule(site.name), site)
+        norm = model.get_submodule(site.name)
+        gain, bias = affine_parameters(norm, site)
+        if getattr(norm, "weight", None) is None:  # OLMo's norms have nothing to take dtype and device from.
+            gain = gain.to(model.device, model.dtype)
         values = value_features(model, site) if split_paths else None
         stand_in = TaperedNorm(
             gain, bias, site.eps, site.centered, 2 if values else 1, token_mask, interpolation=interpolation
         )
+        if getattr(norm, "weight", None) is None:
+            stand_in.gain.requires_grad_(False)  # There is nowhere to store another one, and the readers can learn it.
+        else:
+            stand_in.stored_offset = float((gain - norm.weight).detach().mean().round())
         model.set_submodule(site.name, stand_in)
         stand_ins[site.name] = stand_in
         for reader, features in (values or {}).items():
@@ -81,34 +94,64 @@ def fold(model: PreTrainedModel, sites: Sequence[NormSite]) -> PreTrainedModel:
         UnnormError: the family has no LN-free class yet.
     """
     twin_class = _twin_class(model)
-    weights = model.state_dict()
-    added_biases = []
+    weights: dict[str, Tensor] = model.state_dict()
+    added_biases: list[str] = []
+    affine_maps: dict[str, dict[str, Any]] = {}
     for site in sites:
         stand_in = model.get_submodule(site.name)
         assert isinstance(stand_in, TaperedNorm)
-        for reader in site.readers:
-            linear = model.get_submodule(reader)
-            weight, bias = fold_reader(linear_weight(linear), linear.bias, stand_in)
-            # The family's own way of storing: Conv1D keeps (in, out).
-            weights[f"{reader}.weight"] = weight.T if type(linear).__name__ == "Conv1D" else weight
-            if bias is not None:
-                weights[f"{reader}.bias"] = bias
-                added_biases += [reader] if linear.bias is None else []
         for key in [key for key in weights if key.startswith(f"{site.name}.")]:
             del weights[key]
+        if site.folds_into == "in place":
+            weight, bias = affine_map(stand_in)
+            weights[f"{site.name}.weight"] = weight
+            weights |= {} if bias is None else {f"{site.name}.bias": bias}
+            affine_maps[site.name] = {"width": site.width, "bias": bias is not None, "centered": site.centered}
+        for name in {"readers": site.readers, "writer": site.writers, "in place": ()}[site.folds_into]:
+            added_biases += _fold_beside(model.get_submodule(name), name, stand_in, site, weights)
     settings = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_CARRIED}
     config = twin_class.config_class(
         **settings,
         removed_norms=[site.name for site in sites],
         added_biases=added_biases,
+        affine_maps=affine_maps,
+        kept_norms=sorted(kept_norms(model, sites)),
         tie_word_embeddings=False,
         architectures=[twin_class.__name__],
     )
     config._attn_implementation = model.config._attn_implementation
     twin = twin_class(config).to(dtype=model.dtype, device=model.device)
+    config._experts_implementation = model.config._experts_implementation
     twin.load_state_dict({key: value.contiguous() for key, value in weights.items()})
     twin.generation_config = model.generation_config
     return twin.eval()
+
+
+def kept_norms(model: PreTrainedModel, sites: Sequence[NormSite]) -> set[str]:
+    """Norms of a model with stand-ins that are none of the sites."""
+    return set(norm_modules(model)) - {site.name for site in sites}
+
+
+def _fold_beside(
+    module: nn.Module, name: str, norm: TaperedNorm, site: NormSite, weights: dict[str, Tensor]
+) -> list[str]:
+    """Fold a site into one module's entries in `weights`; its name is given back if it gets a bias that it had not."""
+    stored, had_bias = weights[f"{name}.weight"], f"{name}.bias" in weights
+    bias = weights.get(f"{name}.bias")
+    # The family's own way of storing: Conv1D keeps (in, out).
+    turned = type(module).__name__ == "Conv1D"
+    weight = stored.T if turned else stored
+    if site.folds_into == "readers":
+        weight, bias = fold_reader(weight, bias, norm)
+    elif isinstance(module, nn.Embedding):  # A row for each token, so the norm's bias goes into the rows.
+        rows, _ = fold_writer(weight.T, None, norm)
+        weight = rows.T if norm.bias is None else rows.T + norm.bias
+    else:
+        weight, bias = fold_writer(weight, bias, norm)
+    weights[f"{name}.weight"] = weight.T if turned else weight
+    if bias is not None:
+        weights[f"{name}.bias"] = bias
+    return [name] if bias is not None and not had_bias else []
 
 
 def fold_reader(
@@ -124,6 +167,31 @@ def fold_reader(
         added = w @ norm.bias.double()
         new_bias = added if new_bias is None else new_bias + added
     return folded.to(weight.dtype), None if new_bias is None else new_bias.to(weight.dtype)
+
+
+def fold_writer(
+    weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None, norm: TaperedNorm
+) -> tuple[Float[Tensor, "out in"], Float[Tensor, " out"] | None]:
+    """A writer's new weight and bias (None where neither had one), in its dtype; `out` is one or more norms' widths."""
+    gain, shift = affine_map(norm)
+    heads = weight.shape[0] // len(gain)
+
+    def mapped(rows: Tensor) -> Tensor:
+        blocks = rows.double().view(heads, len(gain), -1)
+        blocks = blocks - blocks.mean(1, keepdim=True) if norm.centered else blocks
+        return (blocks * gain.double()[:, None]).view(rows.shape)
+
+    new_bias = None if bias is None else mapped(bias)
+    if shift is not None:
+        added = shift.double().repeat(heads)
+        new_bias = added if new_bias is None else new_bias + added
+    return mapped(weight).to(weight.dtype), None if new_bias is None else new_bias.to(weight.dtype)
+
+
+def affine_map(norm: TaperedNorm) -> tuple[Float[Tensor, " width"], Float[Tensor, " width"] | None]:
+    """What an arrived stand-in multiplies (centered) features by, and what it adds; in float64."""
+    gain = norm.gain.double() * torch.exp(-norm.log_constant[0].double())
+    return gain, None if norm.bias is None else norm.bias.double()
 
 
 @torch.no_grad()
@@ -142,7 +210,7 @@ def prove_sites(model: PreTrainedModel, sites: Sequence[NormSite]) -> float:
     """
     _twin_class(model)
     ids = trace_inputs(model, batch=2, length=16)
-    double = copy_model(model).double()
+    double = in_float64(model)
     before = double(input_ids=ids).logits
     stand_ins = install(double, sites)
     after = _logits(double, ids, model)
@@ -178,16 +246,18 @@ def _logits(
 def _what_is_wrong(model: PreTrainedModel, sites: Sequence[NormSite]) -> str:
     """The first site that changes the logits when it is folded alone, or whatever else does."""
     ids = trace_inputs(model)
-    plain = copy_model(model).double()
+    plain = in_float64(model)
     if not torch.allclose(fold(plain, [])(input_ids=ids).logits, plain(input_ids=ids).logits):
         return f"its class computes something else than transformers' {model.config.model_type}"
     for site in sites:
-        lone = copy_model(model).double()
+        lone = in_float64(model)
         stand_in = install(lone, [site])[site.name]
         stand_in.log_constant.fill_(0.3)
         stand_in.removed = True
         if not torch.allclose(fold(lone, [site])(input_ids=ids).logits, lone(input_ids=ids).logits):
-            return f"something besides {', '.join(site.readers)} reads the output of '{site.name}'"
+            if site.folds_into == "readers":
+                return f"something besides {', '.join(site.readers)} reads the output of '{site.name}'"
+            return f"something besides '{site.name}' reads the output of {', '.join(site.writers)}"
     return "the sites are right one by one but not together"
 
 

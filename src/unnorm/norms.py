@@ -94,6 +94,8 @@ class TaperedNorm(nn.Module):
         self.estimator: Estimator = estimator
         self.momentum = momentum
         self.interpolation: Interpolation = interpolation
+        self.stored_offset = 0.0
+        """What the norm adds to the weight that it stores before it multiplies by it (1 in Gemma)."""
         self.estimating = False
         self.removed = False
         self.keep_log_scale = False
@@ -144,13 +146,12 @@ class TaperedNorm(nn.Module):
         mask = self.token_mask.mask
         if mask is None:
             return self.log_constant[0]
-        mask = mask.view(x.shape[:-1])  # OPT's norms see batch and position as one.
-        return torch.where(mask.unsqueeze(-1), self.log_constant[1], self.log_constant[0])
+        return torch.where(as_scales(mask, x.shape[:-1]).unsqueeze(-1), self.log_constant[1], self.log_constant[0])
 
     @torch.no_grad()
     def _update_constants(self, log_scale: Float[Tensor, "batch position"]) -> None:
         mask = self.token_mask.mask
-        special = torch.zeros_like(log_scale) if mask is None else mask.view(log_scale.shape).to(log_scale.dtype)
+        special = torch.zeros_like(log_scale) if mask is None else as_scales(mask, log_scale.shape).to(log_scale.dtype)
         ordinary = estimate_log_constant(log_scale, 1 - special, self.estimator)
         if mask is None:
             new = torch.stack([ordinary, ordinary])
@@ -159,6 +160,14 @@ class TaperedNorm(nn.Module):
         # A path that has arrived shares the constant, so from then on it stays as it is.
         moving = (self.alpha < 1).all()
         self.log_constant.copy_(torch.where(moving, self.log_constant.lerp(new, 1 - self.momentum), self.log_constant))
+
+
+def as_scales(mask: Bool[Tensor, "batch position"], shape: torch.Size) -> Bool[Tensor, "*token_wise"]:
+    """A mask of tokens in the shape of a site's scales: with heads before or after positions, or all as one."""
+    if len(shape) == 3:
+        mask = mask.unsqueeze(2 if shape[1] == mask.shape[1] else 1)
+        return mask.expand(shape)
+    return mask.view(shape)  # OPT's norms see batch and position as one.
 
 
 class PathReader(nn.Module):

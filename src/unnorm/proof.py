@@ -16,7 +16,14 @@ from transformers import PreTrainedModel
 from unnorm.checkpoint import load, load_sites, load_unfolded
 from unnorm.fold import fold
 from unnorm.norms import linear_weight
-from unnorm.sites import NormSite, inside_attention, norm_modules, trace_inputs
+from unnorm.sites import (
+    NormSite,
+    inside_attention,
+    norm_modules,
+    trace_inputs,
+    unembedding_name,
+    unembedding_sources,
+)
 
 FLOAT64_LIMIT = 1e-10
 FLOAT32_LIMIT = 1e-4
@@ -64,16 +71,22 @@ def verify(directory: str | Path) -> list[Check]:
 
 def check_twin(twin: PreTrainedModel, unfolded: PreTrainedModel, sites: Sequence[NormSite]) -> list[Check]:
     """The rows of `verify` for models in memory: the LN-free one, and the one with stand-ins that it came from."""
-    twin64, unfolded64 = deepcopy(twin).double(), deepcopy(unfolded).double()
+    twin64, unfolded64 = (_in_float64(model) for model in (twin, unfolded))
     ids = trace_inputs(twin, *_PROBE_SHAPE)
+    norm_free = [_no_norm_modules(twin), _no_norm_operations(twin, ids)]
     return [
-        _no_norm_modules(twin),
-        _no_norm_operations(twin, ids),
+        *([_only_kept_norms(twin)] if twin.config.kept_norms else norm_free),
         _fold_float64(unfolded64, sites, ids),
         _fold_float32(twin, unfolded, ids),
         _reads_affine(twin64, sites, ids),
-        _contributions_add_up(twin64, sites, ids),
+        _contributions_add_up(twin64, ids),
     ]
+
+
+def _in_float64(model: PreTrainedModel) -> PreTrainedModel:
+    copy = deepcopy(model).double()
+    copy.config._experts_implementation = "eager"  # The fused experts know no float64.
+    return copy
 
 
 def _row(name: str, value: float, limit: float, detail: str) -> Check:
@@ -83,6 +96,11 @@ def _row(name: str, value: float, limit: float, detail: str) -> Check:
 def _no_norm_modules(twin: PreTrainedModel) -> Check:
     left = norm_modules(twin)
     return _row("no module is a norm", len(left), 0, ", ".join(left) or "modules whose output ignores input scale")
+
+
+def _only_kept_norms(twin: PreTrainedModel) -> Check:
+    left, kept = norm_modules(twin), twin.config.kept_norms
+    return _row("norms left are those kept", len(set(left) ^ set(kept)), 0, f"kept: {', '.join(kept)}")
 
 
 class _Operations(TorchDispatchMode):
@@ -125,7 +143,11 @@ def _fold_float32(twin: PreTrainedModel, unfolded: PreTrainedModel, ids: Int[Ten
 
 @torch.no_grad()
 def _reads_affine(twin: PreTrainedModel, sites: Sequence[NormSite], ids: Int[Tensor, "batch position"]) -> Check:
-    """f(ax + by) = a f(x) + b f(y) + (1 - a - b) f(0) for the readers of every site, at random residuals."""
+    """f(ax + by) = a f(x) + b f(y) + (1 - a - b) f(0) for the readers of every site, at random residuals.
+
+    Where a map stayed in place, f is that map; where it went into the writer there is nothing left to read.
+    """
+    sites = [site for site in sites if site.folds_into != "writer"]
     generator = torch.Generator().manual_seed(0)
     shape = {site.name: (*ids.shape, site.width) for site in sites}
 
@@ -156,7 +178,7 @@ def _read(
         return lambda module, args: (residuals[name].to(ids.device).view(args[0].shape),)
 
     with _hooked([(twin.get_submodule(site.name), put(site.name)) for site in sites]):
-        keep = [reader for site in sites for reader in site.readers]
+        keep = [name for site in sites for name in (site.readers if site.folds_into == "readers" else (site.name,))]
         with _recorded(twin, keep) as record:
             twin(input_ids=ids, use_cache=False)
     return {name: output for name, (_, output) in record.items()}
@@ -192,18 +214,17 @@ def _recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tupl
 
 
 @torch.no_grad()
-def _contributions_add_up(
-    twin: PreTrainedModel, sites: Sequence[NormSite], ids: Int[Tensor, "batch position"]
-) -> Check:
-    """Embeddings, heads, MLPs and biases, each through the unembedding alone, sum to the logits."""
+def _contributions_add_up(twin: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Check:
+    """Embeddings, heads, MLPs and biases, each through the unembedding alone, sum to what the unembedding gives."""
     name = "contributions add up to the logits"
-    final = next((site for site in sites if site.role == "final"), None)
-    if final is None:
-        return Check(name, False, float("inf"), FLOAT64_LIMIT, "no final norm site")
-    with _recorded(twin, final.writers) as record:
-        logits = twin(input_ids=ids, use_cache=False).logits
-    unembedding = twin.get_submodule(final.readers[0])
-    parts = [part for writer in final.writers for part in _contributions(twin, writer, *record[writer])]
+    factors = unembedding_sources(twin)
+    if factors is None:
+        return Check(name, False, float("inf"), FLOAT64_LIMIT, "what the unembedding reads is not a plain sum")
+    last = unembedding_name(twin)
+    with _recorded(twin, [*factors, last]) as record:
+        twin(input_ids=ids, use_cache=False)
+    logits, unembedding = record[last][1], twin.get_submodule(last)
+    parts = [factors[writer] * part for writer in factors for part in _contributions(twin, writer, *record[writer])]
     # OPT's MLP gives batch and position as one.
     parts = [part.view(*ids.shape, -1) if part.ndim == 2 else part for part in parts]
     total = sum(part @ linear_weight(unembedding).T for part in parts)
@@ -215,7 +236,7 @@ def _contributions_add_up(
 def _contributions(twin: PreTrainedModel, writer: str, z: Tensor, output: Tensor) -> list[Float[Tensor, "..."]]:
     """What one writer adds to the residual stream: an attention projection by heads, then its bias; others whole."""
     module = twin.get_submodule(writer)
-    if not inside_attention(twin, writer):
+    if not inside_attention(twin, writer) or getattr(module, "weight", torch.empty(0)).ndim != 2:
         return [output]
     heads = int(twin.config.num_attention_heads)
     weights = linear_weight(module).chunk(heads, dim=1)

@@ -139,7 +139,7 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watcher) -> _Run:
     """Load and check everything before anything is written or trained."""
     watch({"kind": "phase", "text": f"loading {config.model}"})
     model, tokenizer = load_original(config.model, config.trust_remote_code)
-    sites = find_sites(model)
+    sites = find_sites(model, config.in_place, config.keep)
     prove_sites(model, sites)
     plan = make_plan(config, model, processes.count())
     _check_disk(directory, model)

@@ -205,7 +205,7 @@ def sequential(sites: Sequence[NormSite], split: Sequence[str]) -> Schedule:
             at += gap
 
     attention = [site.name for site in sites if site.role in ("attention", "attention+mlp")]
-    switch([site.name for site in sites if site.role == "mlp"], 0, PAPER_GAP_MLP)
+    switch([site.name for site in sites if site.role in ("mlp", "embedding")], 0, PAPER_GAP_MLP)
     switch([name for name in attention if name in split], 0, PAPER_GAP_QK)
     switch([name for name in attention if name in split], 1, PAPER_GAP_V)
     switch([name for name in attention if name not in split], 0, PAPER_GAP_V)

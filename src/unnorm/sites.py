@@ -1,8 +1,9 @@
 """Norm sites: what they are, how they are found by running the model, and the proof that the finding is right."""
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,8 @@ from unnorm.errors import UnnormError
 from unnorm.norms import linear_weight
 
 Kind = Literal["layernorm", "rmsnorm"]
-Role = Literal["attention", "mlp", "attention+mlp", "final"]
+Role = Literal["attention", "mlp", "attention+mlp", "final", "embedding"]
+FoldsInto = Literal["readers", "writer", "in place"]
 
 # Autograd nodes that hand a tensor on unchanged but for its shape or dtype.
 _HANDS_ON: tuple[str, ...] = (
@@ -31,6 +33,8 @@ _HANDS_ON: tuple[str, ...] = (
 )
 _HANDS_ON += ("Unsqueeze", "Expand", "Clone", "ToCopy", "NativeDropout", "T")
 _ADDS = ("Add", *_HANDS_ON)
+# Those of them after which every row of the writer's weight still makes one feature of the norm's input.
+_RESHAPES = tuple(name for name in _HANDS_ON if name not in ("Slice", "Select", "Expand", "NativeDropout"))
 
 _FUSED_QKV_THIRDS = ("c_attn",)
 _VALUE_PROJECTIONS = ("v_proj", "value")
@@ -47,9 +51,12 @@ class NormSite:
         kind: `layernorm` (removes the mean) or `rmsnorm`.
         eps: added to the variance or mean square, inside the root.
         width: features it normalizes over.
-        role: what its readers belong to.
-        readers: paths of the linear layers that read its output, and nothing else does.
+        role: what its readers belong to, or, without readers, what it is part of.
+        readers: paths of the linear layers that read its output.
         writers: paths of the modules whose outputs add up to its input.
+        folds_into: the weights that take its constant map up: its readers', where nothing else reads its output
+            (pre-norm); its one writer's, where nothing else reads that (query/key norms, norms after a sublayer or
+            after the embedding); or none, so that the map stays `in place` as a module.
     """
 
     name: str
@@ -59,6 +66,7 @@ class NormSite:
     role: Role
     readers: tuple[str, ...]
     writers: tuple[str, ...]
+    folds_into: FoldsInto = "readers"
 
     @property
     def centered(self) -> bool:
@@ -72,27 +80,44 @@ class NormSite:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "NormSite":
         """A site from its row in `sites.json`, other keys left aside."""
-        own = {key: values[key] for key in cls.__dataclass_fields__}
+        own = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
         return cls(**{**own, "readers": tuple(own["readers"]), "writers": tuple(own["writers"])})
 
 
 @dataclass
 class _Trace:
-    """One forward pass: what went in and out of each leaf module, and which autograd node made it."""
+    """One forward pass: what went in and out of each leaf module, which autograd node made it, and who uses that.
+
+    Attributes:
+        inputs: of each leaf module.
+        outputs: of each leaf module.
+        made_by: the module that a node is the output of.
+        used_by: the nodes that take a node's result.
+        blocks: the innermost module with parts of its own that a node is the output of.
+    """
 
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
     made_by: dict[Node, str]
+    used_by: dict[Node, list[Node]]
+    blocks: dict[Node, str]
 
 
-def find_sites(model: PreTrainedModel) -> list[NormSite]:
+def find_sites(model: PreTrainedModel, in_place: bool = False, keep: str | None = None) -> list[NormSite]:
     """Every norm site of a decoder-only language model, in the order in which a forward pass meets them.
 
     Norms are known by behaviour: a leaf module whose output does not change when its input is scaled. One
-    traced pass shows which linear layers read each norm's output and which modules wrote its input.
+    traced pass shows which linear layers read each norm's output and which modules wrote its input, and so which
+    weights can take its constant map up.
+
+    Args:
+        model: the model, in any dtype.
+        in_place: allow sites that fold into no weight; each keeps its constant map as a module.
+        keep: regular expression; norms with a match in their path are left out and stay norms.
 
     Raises:
-        UnnormError: there is no norm, or one whose output no linear layer reads (post-norm models).
+        UnnormError: there is no norm, or none that is not to be kept, or (unless `in_place`) one that folds into no
+            weight (post-norm models).
     """
     trace = _trace(model)
     names = _norm_names(model, trace)
@@ -101,17 +126,75 @@ def find_sites(model: PreTrainedModel) -> list[NormSite]:
             f"{type(model).__name__} has no normalization layers: no module's output is independent of its "
             "input's scale. There is nothing to remove."
         )
+    names = _without_kept(names, keep)
     sites = [_site(model, trace, name) for name in names]
     for site in sites:
-        for name in names:
-            if name in site.writers:
-                raise _not_pre_norm(model, name)
-    return sites
+        if site.folds_into == "in place" and not in_place:
+            raise _not_foldable(model, site)
+    return [_with_folded_writers(site, sites) for site in sites]
+
+
+def _without_kept(names: Sequence[str], keep: str | None) -> list[str]:
+    if keep is None:
+        return list(names)
+    try:
+        left = [name for name in names if not re.search(keep, name)]
+    except re.error as error:
+        raise UnnormError(f"--keep '{keep}' is no regular expression: {error}.") from error
+    if len(left) == len(names):
+        raise UnnormError(f"--keep '{keep}' matches none of the norms: {', '.join(names)}.")
+    if not left:
+        raise UnnormError(f"--keep '{keep}' matches every norm, so there is nothing to remove.")
+    return left
 
 
 def norm_modules(model: PreTrainedModel) -> list[str]:
     """Paths of all leaf modules that normalize, by behaviour; none in an LN-free model."""
     return _norm_names(model, _trace(model))
+
+
+def unembedding_sources(model: PreTrainedModel) -> dict[str, float] | None:
+    """Modules whose outputs, each times its factor, add up to what the unembedding reads; None if it is no such sum.
+
+    Factors other than 1 are what some families multiply embeddings and sublayers by.
+    """
+    trace = _trace(model)
+    return _summands(trace, trace.inputs[unembedding_name(model)].grad_fn)
+
+
+def unembedding_name(model: PreTrainedModel) -> str:
+    """Path of the unembedding."""
+    unembedding = model.get_output_embeddings()
+    return next(name for name, module in model.named_modules() if module is unembedding)
+
+
+def _summands(trace: _Trace, node: Node | None) -> dict[str, float] | None:
+    if node is None:
+        return None
+    if node in trace.made_by:
+        return {trace.made_by[node]: 1.0}
+    factor = _factor(node)
+    # A number that something is multiplied by has no node.
+    parents = [parent for parent, _ in node.next_functions if parent is not None] if factor else []
+    terms = [_summands(trace, parent) for parent in parents]
+    if not terms or None in terms:
+        return {trace.blocks[node]: 1.0} if node in trace.blocks else None
+    total: dict[str, float] = {}
+    for name, share in (item for term in terms if term for item in term.items()):
+        total[name] = total.get(name, 0.0) + factor * share
+    return total
+
+
+def _factor(node: Node | None) -> float:
+    """What a node that adds, hands on, or multiplies by a number does to its input; 0 for any other node."""
+    if node is None:
+        return 0.0
+    if _operation(node) in _ADDS:
+        return 1.0
+    other = getattr(node, "_saved_other", None)
+    if _operation(node) not in ("Mul", "Div") or other is None or other.numel() != 1 or other.requires_grad:
+        return 0.0
+    return float(other) if _operation(node) == "Mul" else 1 / float(other)
 
 
 def affine_parameters(module: nn.Module, site: NormSite) -> tuple[Tensor, Tensor | None]:
@@ -200,29 +283,89 @@ def _kind(module: nn.Module, width: int) -> Kind:
     return "layernorm" if torch.allclose(module(x), module(x + 1), atol=1e-2) else "rmsnorm"
 
 
-def _eps(module: nn.Module) -> float:
+@torch.no_grad()
+def _eps(module: nn.Module, width: int) -> float:
+    """The module's own eps; where it has none by a known name, what its outputs for short vectors say."""
     for name in ("eps", "variance_epsilon"):
         if isinstance(getattr(module, name, None), float):
             return float(getattr(module, name))
-    return 0.0
+    x = _probe(width, next(iter(module.parameters()), torch.ones(())))
+    x = x - x.mean(-1, keepdim=True)
+    at_zero = module(torch.zeros_like(x))
+    long, short = (((module(length * x) - at_zero).norm() / x.norm()).item() for length in (1e3, 1e-3))
+    mean_square = 1e-6 * x.square().mean().item()
+    eps = max(0.0, mean_square * ((long / short) ** 2 - 1)) if short > 0 else 0.0
+    return float(f"{eps:.2g}")
 
 
 def _site(model: PreTrainedModel, trace: _Trace, name: str) -> NormSite:
     module = model.get_submodule(name)
     width = trace.inputs[name].shape[-1]
     readers = tuple(other for other in trace.inputs if _reads(model, trace, other, name))
-    if not readers:
-        raise _not_pre_norm(model, name)
-    writers = [w for w in _sources(trace, trace.inputs[name].grad_fn, _ADDS) if w != _UNKNOWN]
-    role = _role(model, readers)
-    return NormSite(name, _kind(module, width), _eps(module), width, role, readers, tuple(writers))
+    writers = tuple(w for w in _sources(trace, trace.inputs[name].grad_fn, _ADDS) if w != _UNKNOWN)
+    role = _role(model, name, readers, writers)
+    site = NormSite(name, _kind(module, width), _eps(module, width), width, role, readers, writers)
+    return replace(site, folds_into=_folds_into(model, trace, site))
 
 
-def _not_pre_norm(model: PreTrainedModel, name: str) -> UnnormError:
+def _folds_into(model: PreTrainedModel, trace: _Trace, site: NormSite) -> FoldsInto:
+    if site.readers and _goes_only_to(trace, site.name, site.readers):
+        return "readers"
+    sources = _sources(trace, trace.inputs[site.name].grad_fn, _RESHAPES)
+    if len(sources) == 1 and sources[0] != _UNKNOWN and _goes_only_to(trace, sources[0], (site.name,)):
+        writer = model.get_submodule(sources[0])
+        if getattr(writer, "weight", torch.empty(0)).ndim == 2 and _features(writer) % site.width == 0:
+            return "writer"
+    return "in place"
+
+
+def _features(writer: nn.Module) -> int:
+    return int(writer.weight.shape[1] if isinstance(writer, nn.Embedding) else linear_weight(writer).shape[0])
+
+
+def _goes_only_to(trace: _Trace, name: str, users: Sequence[str]) -> bool:
+    """Whether a module's output goes into the given modules and nowhere else (as far as gradients flow)."""
+    inside = {node for user in users for node in _inside(trace, user)}
+    made = trace.outputs[name].grad_fn
+    waiting = list(trace.used_by.get(made, ())) if made is not None else []
+    while waiting:
+        node = waiting.pop()
+        if node in inside:
+            continue
+        if _operation(node) not in _HANDS_ON:
+            return False
+        waiting.extend(trace.used_by[node])
+    return True
+
+
+def _inside(trace: _Trace, name: str) -> set[Node]:
+    """The nodes that a module's own computation made."""
+    start, waiting, inside = trace.inputs[name].grad_fn, [trace.outputs[name].grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node is start or node in inside:
+            continue
+        inside.add(node)
+        waiting.extend(parent for parent, _ in node.next_functions)
+    return inside
+
+
+def _operation(node: Node) -> str:
+    return node.name().removesuffix("0").removesuffix("Backward")
+
+
+def _with_folded_writers(site: NormSite, sites: Sequence[NormSite]) -> NormSite:
+    """With the writer named in place of each norm that folds into it."""
+    folded = {other.name: other.writers[0] for other in sites if other.folds_into == "writer"}
+    return replace(site, writers=tuple(folded.get(writer, writer) for writer in site.writers))
+
+
+def _not_foldable(model: PreTrainedModel, site: NormSite) -> UnnormError:
     return UnnormError(
-        f"The output of the norm '{name}' ({type(model).__name__}) goes into the residual stream, not to linear layers "
-        "alone. Norms that come after a sublayer (post-norm) can't be folded into a reader; only pre-norm models "
-        "are handled."
+        f"The output of the norm '{site.name}' ({type(model).__name__}) does not go to linear layers alone (but into "
+        "the residual stream, as in a post-norm model, or into experts or an activation), and its input is not one "
+        "linear layer's output. So its constant map can't be folded into a weight. With --in-place it stays where the "
+        "norm was, as a fixed affine map."
     )
 
 
@@ -243,7 +386,7 @@ def _sources(trace: _Trace, node: Node | None, through: tuple[str, ...]) -> list
         seen.add(node)
         if node in trace.made_by:
             found[trace.made_by[node]] = None
-        elif node.name().removesuffix("0").removesuffix("Backward") in through:
+        elif _operation(node) in through:
             waiting.extend(parent for parent, _ in node.next_functions)
         else:
             found[_UNKNOWN] = None
@@ -251,14 +394,16 @@ def _sources(trace: _Trace, node: Node | None, through: tuple[str, ...]) -> list
     return sorted(found, key=lambda name: order.index(name) if name in order else -1)
 
 
-def _role(model: PreTrainedModel, readers: tuple[str, ...]) -> Role:
+def _role(model: PreTrainedModel, name: str, readers: Sequence[str], writers: Sequence[str]) -> Role:
     unembedding = model.get_output_embeddings()
     if any(model.get_submodule(reader) is unembedding for reader in readers):
         return "final"
-    in_attention = [inside_attention(model, reader) for reader in readers]
+    if not readers and all(isinstance(model.get_submodule(writer), nn.Embedding) for writer in writers):
+        return "embedding"
+    in_attention = [inside_attention(model, other) for other in (readers or (name, *writers))]
     if all(in_attention):
         return "attention"
-    return "attention+mlp" if any(in_attention) else "mlp"
+    return "attention+mlp" if any(in_attention) and readers else "attention" if any(in_attention) else "mlp"
 
 
 def inside_attention(model: PreTrainedModel, name: str) -> bool:
@@ -276,7 +421,7 @@ def trace_inputs(model: PreTrainedModel, batch: int = 1, length: int = _TRACE_TO
 
 
 def _trace(model: PreTrainedModel) -> _Trace:
-    trace = _Trace({}, {}, {})
+    trace = _Trace({}, {}, {}, {}, {})
     was_training = model.training
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     model.eval()
@@ -284,14 +429,31 @@ def _trace(model: PreTrainedModel) -> _Trace:
         for parameter in frozen:  # Without a gradient there is no graph to walk.
             parameter.requires_grad_(True)
         try:
-            model(input_ids=trace_inputs(model), use_cache=False)
+            logits = model(input_ids=trace_inputs(model), use_cache=False).logits
         except Exception as error:
             raise UnnormError(f"{type(model).__name__} can't run on token ids alone: {error}") from error
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(False)
     model.train(was_training)
+    trace.used_by = _users(logits.grad_fn)
     return trace
+
+
+def _users(last: Node) -> dict[Node, list[Node]]:
+    """For every node that led to the last one, the nodes that take its result."""
+    users: dict[Node, list[Node]] = {last: []}
+    waiting = [last]
+    while waiting:
+        node = waiting.pop()
+        for parent, _ in node.next_functions:
+            if parent is None:
+                continue
+            if parent not in users:
+                users[parent] = []
+                waiting.append(parent)
+            users[parent].append(node)
+    return users
 
 
 @contextmanager
@@ -308,8 +470,17 @@ def _recording(model: nn.Module, trace: _Trace) -> Iterator[None]:
 
         return hook
 
-    leaves = [(name, m) for name, m in model.named_modules() if not any(True for _ in m.children())]
-    handles = [m.register_forward_hook(record(name), with_kwargs=True) for name, m in leaves]
+    def record_block(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, Tensor) and output.grad_fn is not None:
+                trace.blocks.setdefault(output.grad_fn, name)
+
+        return hook
+
+    leaves = {name: m for name, m in model.named_modules() if not any(True for _ in m.children())}
+    blocks = {name: m for name, m in model.named_modules() if name and name not in leaves}
+    handles = [m.register_forward_hook(record(name), with_kwargs=True) for name, m in leaves.items()]
+    handles += [m.register_forward_hook(record_block(name)) for name, m in blocks.items()]
     try:
         yield
     finally:

@@ -101,7 +101,7 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         ]
     rows += [
         ("loss, naive removal", f"{result['naive_loss']:.4f}", "constants without training"),
-        ("norm modules left", f"{result['norm_modules_left']} of {result['sites']}", ""),
+        ("norm modules left", _norms_left(result), ""),
         ("fold error", f"{result['fold_max_abs_error']:.1e}", "largest difference of logits, float64"),
         ("proof", "passed" if result["verified"] else "FAILED", "unnorm verify"),
         ("training", f"{result['tokens']:,}", f"tokens, {result['tokens_per_second']:,.0f} a second"),
@@ -135,12 +135,20 @@ def evaluation_table(rows: Sequence["Evaluation"]) -> RenderableType:
     return table
 
 
+def _norms_left(result: dict[str, Any]) -> str:
+    left = result["norm_modules_left"]
+    return f"{left} of {result['sites'] + left}"
+
+
 def sites_table(rows: Sequence[tuple["NormSite", "ScaleStatistics"]]) -> RenderableType:
     """The rows of `unnorm stats`."""
-    table = Table("norm site", "kind", "readers", caption="scale: divisor of a token; spread: deviation of its log")
+    table = Table("norm site", "kind", "folds into", caption="scale: divisor of a token; spread: deviation of its log")
     for heading in ("position 0", "mean", "spread", "smallest", "largest"):
         table.add_column(heading, justify="right")
     for site, row in rows:
         numbers = (row.position_0, row.mean, row.spread, row.smallest, row.largest)
-        table.add_row(site.name, site.kind, ", ".join(site.readers), *(f"{number:.3g}" for number in numbers))
+        into = {"readers": site.readers, "writer": site.writers, "in place": ("no weight: --in-place",)}[
+            site.folds_into
+        ]
+        table.add_row(site.name, site.kind, ", ".join(into), *(f"{number:.3g}" for number in numbers))
     return table

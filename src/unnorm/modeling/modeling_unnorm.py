@@ -2,7 +2,8 @@
 
 This file travels with every checkpoint (`trust_remote_code=True` loads it from there), so it needs torch and
 transformers only. An LN-free model is its stock class with three differences, all named in its config: an identity
-where each removed norm was, a bias on the linear layers that took over a norm's bias, and an unembedding of its own.
+where each removed norm was (or, where no weight could take it up, its constant affine map), a bias on the linear layers
+that took over a norm's bias, and an unembedding of its own.
 
 The classes are made when they are asked for: `UnnormGPT2Config` and `UnnormGPT2LMHeadModel` from `GPT2Config` and
 `GPT2LMHeadModel`, and so on. Each is a subclass of its stock class, so that module names, `generate` and the tools
@@ -13,22 +14,46 @@ from collections.abc import Sequence
 from typing import Any
 
 import transformers
-from torch import nn, zeros
+from torch import Tensor, nn, ones, zeros
 from transformers import PretrainedConfig, PreTrainedModel
 
 PREFIX = "Unnorm"
 
 
-def strip_norms(model: nn.Module, removed_norms: Sequence[str], added_biases: Sequence[str]) -> None:
+class AffineMap(nn.Module):
+    """What is left of a norm that no weight could take up: y = weight * x + bias, x centered first for LayerNorm."""
+
+    def __init__(self, width: int, bias: bool, centered: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(ones(width))
+        self.bias = nn.Parameter(zeros(width)) if bias else None
+        self.centered = centered
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The class's equation, over the last dimension."""
+        if self.centered:
+            x = x - x.mean(-1, keepdim=True)
+        x = x * self.weight
+        return x if self.bias is None else x + self.bias
+
+
+def strip_norms(
+    model: nn.Module,
+    removed_norms: Sequence[str],
+    added_biases: Sequence[str],
+    affine_maps: dict[str, dict[str, Any]] | None = None,
+) -> None:
     """Turn a stock model's modules into an LN-free model's, in place; the weights come from the checkpoint.
 
     Args:
         model: the stock model.
         removed_norms: paths of the norm modules; each becomes an `nn.Identity`.
         added_biases: paths of linear layers without a bias; each gets one, at zero.
+        affine_maps: arguments of the `AffineMap` that stands at some of the removed norms.
     """
+    kept = affine_maps or {}
     for name in removed_norms:
-        model.set_submodule(name, nn.Identity())
+        model.set_submodule(name, AffineMap(**kept[name]) if name in kept else nn.Identity())
     for name in added_biases:
         linear = model.get_submodule(name)
         weight = linear.get_parameter("weight")
@@ -43,11 +68,15 @@ def ln_free_config(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
         "__annotations__": {
             "removed_norms": list[str] | None,
             "added_biases": list[str] | None,
+            "affine_maps": dict[str, dict[str, Any]] | None,
+            "kept_norms": list[str] | None,
             "tie_word_embeddings": bool,
         },
         "model_type": f"unnorm_{stock.model_type}",
         "removed_norms": None,
         "added_biases": None,
+        "affine_maps": None,
+        "kept_norms": None,
         "tie_word_embeddings": False,
     }
     return type(PREFIX + stock.__name__, (stock,), body)
@@ -58,7 +87,7 @@ def ln_free_model(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     def initialize(self: Any, config: Any) -> None:
         super(made, self).__init__(config)
-        strip_norms(self, config.removed_norms or [], config.added_biases or [])
+        strip_norms(self, config.removed_norms or [], config.added_biases or [], config.affine_maps)
 
     body = {
         "__module__": __name__,
