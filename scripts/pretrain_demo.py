@@ -8,6 +8,10 @@ same machine: same model. Takes about ten minutes on 2 otherwise idle CPU cores.
 The benchmarks' second model is made by the same script from other text:
 
     python scripts/pretrain_demo.py --data books_val.jsonl.xz --out books-gpt2 --steps 400
+
+and those of other families from the same text and at the same size:
+
+    python scripts/pretrain_demo.py --family llama --out demo-llama --steps 600
 """
 
 import argparse
@@ -18,7 +22,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import ByteLevelBPETokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from unnorm.data import STDLIB, build_blocks, open_documents
 
@@ -44,24 +48,27 @@ def train_tokenizer(data: str) -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(layers: int, width: int, heads: int) -> GPT2LMHeadModel:
-    config = GPT2Config(
-        vocab_size=VOCAB,
-        n_positions=CONTEXT,
-        n_layer=layers,
-        n_embd=width,
-        n_head=heads,
-        bos_token_id=0,
-        eos_token_id=0,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        use_cache=False,
-    )
-    return GPT2LMHeadModel(config)
+def build_model(family: str, layers: int, width: int, heads: int) -> PreTrainedModel:
+    ids = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
+    if family == "gpt2":
+        dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        sizes = {"n_positions": CONTEXT, "n_layer": layers, "n_embd": width, "n_head": heads}
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **dropout, **ids))
+    sizes = {
+        "max_position_embeddings": CONTEXT,
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "head_dim": width // heads,
+        "num_key_value_heads": heads,
+        # A gated MLP has three matrices for two.
+        "intermediate_size": 4 * width if family == "gpt_neox" else 8 * width // 3,
+        "tie_word_embeddings": True,
+    }
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **ids))
 
 
-def build_optimizer(model: GPT2LMHeadModel, lr: float) -> torch.optim.Optimizer:
+def build_optimizer(model: PreTrainedModel, lr: float) -> torch.optim.Optimizer:
     """AdamW, with weight decay on matrices only."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
@@ -90,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", default=STDLIB)
+    parser.add_argument("--family", default="gpt2", choices=["gpt2", "gpt_neox", "llama", "qwen3"])
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
@@ -107,7 +115,7 @@ def main() -> None:
     stream = torch.tensor(blocks.train["input_ids"]).flatten()
     held_out = torch.tensor(blocks.validation["input_ids"])
 
-    model = build_model(args.layers, args.width, args.heads).train()
+    model = build_model(args.family, args.layers, args.width, args.heads).train()
     compiled = torch.compile(model)
     optimizer = build_optimizer(model, args.lr)
     args.out.mkdir(parents=True, exist_ok=True)

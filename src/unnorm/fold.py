@@ -53,15 +53,21 @@ def install(
     for site in sites:
         norm = model.get_submodule(site.name)
         gain, bias = affine_parameters(norm, site)
-        if getattr(norm, "weight", None) is None:  # OLMo's norms have nothing to take dtype and device from.
+        weightless = getattr(norm, "weight", None) is None
+        if weightless:  # OLMo's norms have nothing to take dtype and device from.
             gain = gain.to(model.device, model.dtype)
         values = value_features(model, site) if split_paths else None
         stand_in = TaperedNorm(
-            gain, bias, site.eps, site.centered, 2 if values else 1, token_mask, interpolation=interpolation
+            gain,
+            bias,
+            site.eps,
+            site.centered,
+            paths=2 if values else 1,
+            token_mask=token_mask,
+            interpolation=interpolation,
+            fixed_gain=weightless,
         )
-        if getattr(norm, "weight", None) is None:
-            stand_in.gain.requires_grad_(False)  # There is nowhere to store another one, and the readers can learn it.
-        else:
+        if not weightless:
             stand_in.stored_offset = float((gain - norm.weight).detach().mean().round())
         model.set_submodule(site.name, stand_in)
         stand_ins[site.name] = stand_in

@@ -57,6 +57,7 @@ class TaperedNorm(nn.Module):
     along the last dimension; `PathReader` picks them apart.
     """
 
+    gain: Float[Tensor, " width"]
     alpha: Float[Tensor, " paths"]
     log_constant: Float[Tensor, "2"]
 
@@ -71,6 +72,7 @@ class TaperedNorm(nn.Module):
         estimator: Estimator = "geometric",
         momentum: float = 0.9,
         interpolation: Interpolation = "log",
+        fixed_gain: bool = False,
     ) -> None:
         """Start as the exact norm, with constant scale 1.
 
@@ -84,9 +86,13 @@ class TaperedNorm(nn.Module):
             estimator: see `estimate_log_constant`.
             momentum: share of the old value that stays at each step of the running estimate.
             interpolation: of the divisor in log scale, or of its inverse.
+            fixed_gain: the norm has no weight, so there is none to train and nowhere to store one.
         """
         super().__init__()
-        self.gain = nn.Parameter(gain.detach().clone())
+        if fixed_gain:
+            self.register_buffer("gain", gain.detach().clone())
+        else:
+            self.gain = nn.Parameter(gain.detach().clone())
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
         self.eps = eps
         self.centered = centered

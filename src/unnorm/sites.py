@@ -225,8 +225,11 @@ def affine_parameters(module: nn.Module, site: NormSite) -> tuple[Tensor, Tensor
 def value_features(model: nn.Module, site: NormSite) -> dict[str, int] | None:
     """For each reader of an attention site, how many of its last outputs are values; None if that isn't known.
 
-    Tracing can't tell a fused projection's parts, so their layout is declared here.
+    None also where something besides the readers takes the norm's output, which then must be one path. Tracing can't
+    tell a fused projection's parts, so their layout is declared here.
     """
+    if site.folds_into != "readers":
+        return None
     features: dict[str, int] = {}
     for reader in site.readers:
         leaf = reader.rpartition(".")[2]
