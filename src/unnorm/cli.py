@@ -188,7 +188,7 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="transformers (folded), stock (the original's class, huge epsilon and scaled gains) or nanogpt (GPT-2s)."
+            help="transformers (folded), stock (the original's class with a huge epsilon) or nanogpt (GPT-2s)."
         ),
     ] = "transformers",
     json_: Json = False,

@@ -22,7 +22,7 @@ _LOAD = {
     "nanogpt": 'safetensors.torch.load_file("{path}/model.safetensors")',
 }
 _NOTES = {
-    "transformers": "Norm modules are nn.Identity; the modeling file in the directory needs torch and transformers only.",
+    "transformers": "Where norms were are nn.Identity; the modeling file beside it needs torch and transformers only.",
     "stock": stock.NOTE,
     "nanogpt": nanogpt.NOTE,
 }

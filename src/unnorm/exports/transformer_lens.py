@@ -6,6 +6,7 @@ on. (The stock component computes a LayerNorm itself, whatever module it wraps; 
 fires `hook_scale` and `hook_normalized` but ignores edits at them.)
 """
 
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,17 +109,27 @@ def _norm_free_adapter(stock: type[Any], architecture: str) -> type[Any]:
 
 def _replace_norms(components: Any) -> None:
     from transformer_lens.model_bridge.generalized_components import NormalizationBridge
+
+    for key, component in list(components.items()):
+        if isinstance(component, NormalizationBridge):
+            components[key] = _no_norm()(component.name, component.config, optional=component.optional)
+        elif getattr(component, "submodules", None):
+            _replace_norms(component.submodules)
+
+
+@cache
+def _no_norm() -> type[Any]:
+    """The component's class, made when TransformerLens is there to derive it from."""
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
     class NoNorm(GeneralizedComponent):
         """Where a norm was: hands its input on, through `hook_in` and `hook_out`."""
 
         def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-            """Give the input back, as hooks leave it."""
-            return self.hook_out(self.hook_in(hidden_states))
+            """Give a copy of the input back, as hooks leave it.
 
-    for key, component in list(components.items()):
-        if isinstance(component, NormalizationBridge):
-            components[key] = NoNorm(component.name, component.config, optional=component.optional)
-        elif getattr(component, "submodules", None):
-            _replace_norms(component.submodules)
+            A copy, so that a hook at `hook_out` that writes in place leaves the residual stream alone, as at a norm.
+            """
+            return self.hook_out(self.hook_in(hidden_states).clone())
+
+    return NoNorm
