@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,15 @@ def test_command_line(finished_run: Path, tmp_path: Path, cli: Cli) -> None:
     done = cli("export", finished_run, "--to", "stock", "--out", tmp_path / "json", "--json")
     values = json.loads(done.out)
     assert values["form"] == "stock" and [row["name"] for row in values["errors"]][:2] == ["float32", "bfloat16"]
+
+
+def test_damaged_sites_are_named(finished_run: Path, tmp_path: Path, cli: Cli) -> None:
+    shutil.copytree(finished_run, tmp_path / "run")
+    sites = json.loads((tmp_path / "run" / "sites.json").read_text())
+    sites[0]["name"] = "transformer.h.9.ln_1"
+    (tmp_path / "run" / "sites.json").write_text(json.dumps(sites))
+    done = cli("export", tmp_path / "run", "--to", "stock", "--out", tmp_path / "out")
+    assert done.code == 2 and "transformer.h.9.ln_1" in done.err and not (tmp_path / "out").exists()
 
 
 def test_refusals_write_nothing(finished_run: Path, tmp_path: Path, cli: Cli) -> None:

@@ -113,8 +113,8 @@ def unfolded_weights(model: PreTrainedModel, original: PreTrainedModel, sites: S
     return stock
 
 
-def load_unfolded(directory: Path) -> PreTrainedModel:
-    """The trained model before folding: affine stand-ins with the constants of `sites.json` at every site.
+def load_trained(directory: Path) -> tuple[PreTrainedModel, list[NormSite], dict[str, float]]:
+    """The trained weights in the original's class, whose norms still normalize, with sites and constant scales.
 
     Raises:
         UnnormError: files are missing or damaged.
@@ -128,6 +128,16 @@ def load_unfolded(directory: Path) -> PreTrainedModel:
             f"'{directory / SITES}' is damaged: the model in '{directory / UNFOLDED}' has no "
             f"{', '.join(sorted(unknown))}. Do the run again."
         )
+    return model, sites, constants
+
+
+def load_unfolded(directory: Path) -> PreTrainedModel:
+    """The trained model before folding: affine stand-ins with the constants of `sites.json` at every site.
+
+    Raises:
+        UnnormError: files are missing or damaged.
+    """
+    model, sites, constants = load_trained(directory)
     for name, stand_in in install(model, sites).items():
         stand_in.log_constant = torch.full((2,), math.log(constants[name]), dtype=torch.float64)
         stand_in.removed = True

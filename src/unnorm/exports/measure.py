@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unnorm.models import context_length
+from unnorm.models import context_length, copy_model
 from unnorm.sites import trace_inputs
 
 Logits = Float[Tensor, "batch position vocab"]
@@ -65,6 +65,5 @@ def errors(folded: PreTrainedModel, form: Callable[[torch.dtype], PreTrainedMode
     ids = probe_ids(folded)
     reference = folded(input_ids=ids).logits
     rows = [compare(name, reference, form(dtype)(input_ids=ids).logits) for name, dtype in DTYPES.items()]
-    rounded = type(folded)(folded.config).to(torch.bfloat16).eval()
-    rounded.load_state_dict(folded.state_dict())
+    rounded = copy_model(folded).to(torch.bfloat16)
     return [*rows, compare("bfloat16, folded itself", reference, rounded(input_ids=ids).logits)]

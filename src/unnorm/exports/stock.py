@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from unnorm.checkpoint import UNFOLDED, load, load_sites
+from unnorm.checkpoint import load_sites, load_trained
 from unnorm.errors import UnnormError
 from unnorm.exports.measure import FormError, errors
 from unnorm.sites import NormSite, affine_parameters, gain_offset
@@ -63,15 +63,14 @@ def stock_form(directory: Path) -> PreTrainedModel:
     Raises:
         UnnormError: it is no finished run, or the family's config holds no epsilon.
     """
-    sites, constants = load_sites(directory)
-    unfolded = load(directory / UNFOLDED)
-    weights = unfolded.state_dict()
+    trained, sites, constants = load_trained(directory)
+    weights = trained.state_dict()
     for site in sites:
-        weights |= _scaled_gain(unfolded.get_submodule(site.name), site, constants[site.name])
-    config = type(unfolded.config).from_dict(unfolded.config.to_dict() | _epsilons(unfolded.config, sites))
-    stock = type(unfolded)(config)
+        weights |= _scaled_gain(trained.get_submodule(site.name), site, constants[site.name])
+    config = type(trained.config).from_dict(trained.config.to_dict() | _epsilons(trained.config, sites))
+    stock = type(trained)(config)
     stock.load_state_dict(weights)
-    stock.generation_config = unfolded.generation_config
+    stock.generation_config = trained.generation_config
     _check_epsilons(stock, sites)
     return stock.eval()
 
