@@ -113,7 +113,13 @@ def test_nanogpt_form(runs: dict[str, Path], tmp_path: Path) -> None:
     weights = load_file(tmp_path / "nano" / "model.safetensors")
     config = json.loads((tmp_path / "nano" / "config.json").read_text())
     assert weights["transformer.h.0.attn.c_attn.weight"].shape == (96, 32)
-    assert not any("ln_" in key for key in weights)
+    block = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    linear = ["lm_head", *(f"transformer.h.{layer}.{name}" for layer in (0, 1) for name in block)]
+    assert weights.keys() == {
+        *(f"{name}.{kind}" for name in linear for kind in ("weight", "bias")),
+        "transformer.wte.weight",
+        "transformer.wpe.weight",
+    }
     assert config["model_args"] == {
         "block_size": 64, "vocab_size": 300, "n_layer": 2, "n_head": 4, "n_embd": 32, "dropout": 0.0, "bias": True,
     }  # fmt: skip
@@ -258,6 +264,17 @@ def _edited(module: torch.nn.Module, of_input: bool, edit: Any, twin: Any, ids: 
         return logits(twin, ids)
     finally:
         handle.remove()
+
+
+def test_bridge_in_bfloat16(finished_run: Path) -> None:
+    pytest.importorskip("transformer_lens")
+    bridge = unnorm.to_transformer_lens(finished_run, torch.bfloat16)
+    twin = unnorm.load(finished_run)
+    ids = trace_inputs(twin, 2, 20)
+    with torch.no_grad():
+        found = bridge(ids)
+    assert found.dtype == torch.bfloat16
+    assert_alike(found.float(), logits(twin, ids), 0.05)
 
 
 def test_without_transformer_lens_the_extra_is_named(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
