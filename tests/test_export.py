@@ -19,6 +19,7 @@ from tests.test_families import FAMILIES, GROUPED, random_model
 from unnorm.errors import UnnormError
 from unnorm.exports.nanogpt import forward
 from unnorm.exports.stock import EPS
+from unnorm.exports.transformer_lens import register_adapter
 from unnorm.sites import trace_inputs
 
 CONFIGS = {name: make for name, (make, _) in FAMILIES.items()} | {
@@ -264,6 +265,16 @@ def _edited(module: torch.nn.Module, of_input: bool, edit: Any, twin: Any, ids: 
         return logits(twin, ids)
     finally:
         handle.remove()
+
+
+def test_checkpoint_boots_once_its_class_is_registered(finished_run: Path) -> None:
+    bridges = pytest.importorskip("transformer_lens.model_bridge")
+    register_adapter("UnnormGPT2LMHeadModel")
+    bridge = bridges.TransformerBridge.boot_transformers(str(finished_run / "model"), device="cpu")
+    twin = unnorm.load(finished_run)
+    ids = trace_inputs(twin, 2, 20)
+    with torch.no_grad():
+        assert_alike(bridge(ids), logits(twin, ids), 1e-5)
 
 
 def test_bridge_in_bfloat16(finished_run: Path) -> None:
