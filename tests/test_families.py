@@ -43,10 +43,10 @@ DOCS = Path(__file__).parent.parent / "docs" / "families.md"
 TABLE_HEAD = """# Families
 
 What finding sites by tracing, and folding them, gives for small models of random weights. `tests/test_families.py`
-makes this table. Sites fold into their readers (pre-norm), into their writer (query/key norms, norms after a sublayer or
-after the embedding), or into no weight: those are refused unless `--in-place` lets their affine maps stay as modules.
-Errors are the largest difference of logits between folded and unfolded models, relative to the largest logit. Families
-that are not in this list go the same way: found by tracing, proved before anything is trained, or refused.
+makes this table. Sites fold into their readers (pre-norm), into their writer (query/key norms, norms after a sublayer
+or after the embedding), or into no weight: those are refused unless `--in-place` lets their affine maps stay as
+modules. Errors are the largest difference of logits between folded and unfolded models, relative to the largest logit.
+Families that are not in this list go the same way: found by tracing, proved before anything is trained, or refused.
 
 | family | class | norms | sites | fold into | float64 | float32 |
 | --- | --- | --- | --- | --- | --- | --- |"""

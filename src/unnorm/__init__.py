@@ -9,18 +9,33 @@ if TYPE_CHECKING:
     from unnorm.calibrate import stats
     from unnorm.checkpoint import load
     from unnorm.evaluation import evaluate
+    from unnorm.exports.export import export
+    from unnorm.exports.transformer_lens import to_transformer_lens
     from unnorm.proof import verify
     from unnorm.removal import RunInterruptedError, remove
 
 __version__ = "0.1.0"
-__all__ = ["RunInterruptedError", "UnnormError", "__version__", "evaluate", "load", "remove", "stats", "verify"]
+__all__ = [
+    "RunInterruptedError",
+    "UnnormError",
+    "__version__",
+    "evaluate",
+    "export",
+    "load",
+    "remove",
+    "stats",
+    "to_transformer_lens",
+    "verify",
+]
 
 _HOMES = {
     "RunInterruptedError": "unnorm.removal",
     "evaluate": "unnorm.evaluation",
+    "export": "unnorm.exports.export",
     "load": "unnorm.checkpoint",
     "remove": "unnorm.removal",
     "stats": "unnorm.calibrate",
+    "to_transformer_lens": "unnorm.exports.transformer_lens",
     "verify": "unnorm.proof",
 }
 

@@ -17,7 +17,7 @@ import unnorm.modeling  # noqa: F401  (registers the LN-free classes)
 from unnorm.errors import UnnormError, short
 from unnorm.fold import install
 from unnorm.norms import TaperedNorm
-from unnorm.sites import NormSite
+from unnorm.sites import NormSite, gain_offset
 
 MODEL, UNFOLDED, SITES = "model", "unfolded", "sites.json"
 
@@ -94,7 +94,7 @@ def write_text(path: Path, text: str) -> None:
         raise UnnormError(f"Could not write '{path}': {error}.") from error
 
 
-def unfolded_weights(model: PreTrainedModel, original: PreTrainedModel) -> PreTrainedModel:
+def unfolded_weights(model: PreTrainedModel, original: PreTrainedModel, sites: Sequence[NormSite]) -> PreTrainedModel:
     """The model with stand-ins as one of the original's class, whose norms carry the trained gain and bias.
 
     Loaded by stock code its norms would divide by each token's own scale; `load_unfolded` puts the constants in.
@@ -102,17 +102,19 @@ def unfolded_weights(model: PreTrainedModel, original: PreTrainedModel) -> PreTr
     stock = type(original)(deepcopy(model.config))
     weights = model.state_dict()
     plain = original.state_dict()
-    for name, module in model.named_modules():
-        if isinstance(module, TaperedNorm):
-            for key in [key for key in weights if key.startswith(f"{name}.")]:
-                del weights[key]
-            weights |= _norm_weights(name, module, plain)
+    for site in sites:
+        stand_in = model.get_submodule(site.name)
+        assert isinstance(stand_in, TaperedNorm)
+        for key in [key for key in weights if key.startswith(f"{site.name}.")]:
+            del weights[key]
+        offset = gain_offset(original.get_submodule(site.name), site)
+        weights |= _norm_weights(site.name, stand_in, offset, plain)
     stock.load_state_dict(weights)
     return stock
 
 
-def load_unfolded(directory: Path) -> PreTrainedModel:
-    """The trained model before folding: affine stand-ins with the constants of `sites.json` at every site.
+def load_trained(directory: Path) -> tuple[PreTrainedModel, list[NormSite], dict[str, float]]:
+    """The trained weights in the original's class, whose norms still normalize, with sites and constant scales.
 
     Raises:
         UnnormError: files are missing or damaged.
@@ -126,14 +128,24 @@ def load_unfolded(directory: Path) -> PreTrainedModel:
             f"'{directory / SITES}' is damaged: the model in '{directory / UNFOLDED}' has no "
             f"{', '.join(sorted(unknown))}. Do the run again."
         )
+    return model, sites, constants
+
+
+def load_unfolded(directory: Path) -> PreTrainedModel:
+    """The trained model before folding: affine stand-ins with the constants of `sites.json` at every site.
+
+    Raises:
+        UnnormError: files are missing or damaged.
+    """
+    model, sites, constants = load_trained(directory)
     for name, stand_in in install(model, sites).items():
         stand_in.log_constant = torch.full((2,), math.log(constants[name]), dtype=torch.float64)
         stand_in.removed = True
     return model
 
 
-def _norm_weights(name: str, norm: TaperedNorm, plain: dict[str, torch.Tensor]) -> dict[str, Any]:
-    weights = {f"{name}.weight": norm.gain.detach() - norm.stored_offset}
+def _norm_weights(name: str, norm: TaperedNorm, offset: int, plain: dict[str, torch.Tensor]) -> dict[str, Any]:
+    weights = {f"{name}.weight": norm.gain.detach() - offset}
     if norm.bias is not None:
         weights[f"{name}.bias"] = norm.bias.detach()
     return {key: value for key, value in weights.items() if key in plain}

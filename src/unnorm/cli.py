@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from unnorm import __version__
 from unnorm.errors import UnnormError
-from unnorm.terminal import Progress, evaluation_table, proof_table, result_table, sites_table
+from unnorm.terminal import Progress, evaluation_table, export_table, proof_table, result_table, sites_table
 
 app = typer.Typer(
     name="unnorm",
@@ -185,6 +185,26 @@ def stats(
         trust_remote_code=trust_remote_code,
     )
     _print({"sites": [site.to_json() | row.to_json() for site, row in rows]}, json_, sites_table(rows))
+
+
+@app.command()
+def export(
+    directory: Annotated[Path, typer.Argument(help="Run directory.")],
+    out: Annotated[Path, typer.Option(help="Directory to write; it must not exist, or be empty.")],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="transformers (folded), stock (the original's class with a huge epsilon) or nanogpt (GPT-2s)."
+        ),
+    ] = "transformers",
+    json_: Json = False,
+) -> None:
+    """Write the model in DIRECTORY in another tool's form, and measure it against the folded one."""
+    from unnorm.exports.export import export as run
+
+    _quiet()
+    exported = run(directory, to, out=out)  # type: ignore[arg-type]  # An unknown form is refused by name.
+    _print(exported.to_json(), json_, export_table(exported))
 
 
 @app.callback(invoke_without_command=True)

@@ -67,8 +67,6 @@ def install(
             interpolation=interpolation,
             fixed_gain=weightless,
         )
-        if not weightless:
-            stand_in.stored_offset = float((gain - norm.weight).detach().mean().round())
         model.set_submodule(site.name, stand_in)
         stand_ins[site.name] = stand_in
         for reader, features in (values or {}).items():

@@ -100,8 +100,6 @@ class TaperedNorm(nn.Module):
         self.estimator: Estimator = estimator
         self.momentum = momentum
         self.interpolation: Interpolation = interpolation
-        self.stored_offset = 0.0
-        """What the norm adds to the weight that it stores before it multiplies by it (1 in Gemma)."""
         self.estimating = False
         self.removed = False
         self.keep_log_scale = False

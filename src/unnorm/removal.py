@@ -286,7 +286,7 @@ def _fold_and_save(run: _Run, student: PreTrainedModel, naive: dict[str, float])
     uninstall_paths(student)
     student.eval()
     constants = {site.name: student.get_submodule(site.name).constant for site in run.sites}
-    save_model(unfolded_weights(student, run.original), run.tokenizer, run.directory / UNFOLDED)
+    save_model(unfolded_weights(student, run.original, run.sites), run.tokenizer, run.directory / UNFOLDED)
     save_sites(run.directory, run.sites, constants)
     write_text(run.directory / DATA / "naive.json", json.dumps(naive))
     save_model(fold(student, run.sites), run.tokenizer, run.directory / MODEL)

@@ -222,6 +222,16 @@ def affine_parameters(module: nn.Module, site: NormSite) -> tuple[Tensor, Tensor
     )
 
 
+def gain_offset(module: nn.Module, site: NormSite) -> int:
+    """What the norm adds to its stored weight to have its gain: 1 for Gemma's kind, else 0.
+
+    Raises:
+        UnnormError: neither explains what the module computes.
+    """
+    weight = getattr(module, "weight", None)
+    return 0 if weight is None or affine_parameters(module, site)[0] is weight else 1
+
+
 def value_features(model: nn.Module, site: NormSite) -> dict[str, int] | None:
     """For each reader of an attention site, how many of its last outputs are values; None if that isn't known.
 

@@ -14,6 +14,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from unnorm.calibrate import ScaleStatistics
     from unnorm.evaluation import Evaluation
+    from unnorm.exports.export import Exported
     from unnorm.proof import Check
     from unnorm.sites import NormSite
 
@@ -152,3 +153,17 @@ def sites_table(rows: Sequence[tuple["NormSite", "ScaleStatistics"]]) -> Rendera
         ]
         table.add_row(site.name, site.kind, ", ".join(into), *(f"{number:.3g}" for number in numbers))
     return table
+
+
+def export_table(exported: "Exported") -> RenderableType:
+    """The summary of `unnorm export`."""
+    table = Table(
+        "precision",
+        title=f"{exported.form} form against the folded model in float32",
+        title_justify="left",
+    )
+    for heading in ("largest difference of logits", "of the largest logit", "KL, nats per token"):
+        table.add_column(heading, justify="right")
+    for row in exported.errors:
+        table.add_row(row.name, *(f"{number:.1e}" if number else "0" for number in (row.max_abs, row.relative, row.kl)))
+    return Group(table, Text(f"model  {exported.path}\nload   {exported.load}\nnote   {exported.note}"))

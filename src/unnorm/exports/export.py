@@ -1,0 +1,114 @@
+"""`unnorm.export`: a finished run's model, written in the form that another tool reads."""
+
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from unnorm.checkpoint import MODEL, load, load_sites
+from unnorm.errors import UnnormError, short
+from unnorm.exports import nanogpt, stock
+from unnorm.exports.measure import FormError, errors
+
+Form = Literal["transformers", "stock", "nanogpt"]
+
+_LOAD = {
+    "transformers": 'AutoModelForCausalLM.from_pretrained("{path}", trust_remote_code=True)',
+    "stock": 'AutoModelForCausalLM.from_pretrained("{path}")',
+    "nanogpt": 'safetensors.torch.load_file("{path}/model.safetensors")',
+}
+_NOTES = {
+    "transformers": "Where norms were are nn.Identity; the modeling file beside it needs torch and transformers only.",
+    "stock": stock.NOTE,
+    "nanogpt": nanogpt.NOTE,
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote.
+
+    Attributes:
+        form: `transformers`, `stock` or `nanogpt`.
+        path: the directory.
+        errors: differences from the folded model, as the form was read back, by precision.
+        load: the line of Python that loads it.
+        note: what to know about the form.
+    """
+
+    form: Form
+    path: Path
+    errors: list[FormError]
+    load: str
+    note: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        rows = [row.to_json() for row in self.errors]
+        return {"form": self.form, "path": str(self.path), "errors": rows, "load": self.load, "note": self.note}
+
+
+def export(directory: str | Path, to: Form = "transformers", *, out: str | Path) -> Exported:
+    """Write the model of a finished run in another form, and measure it against the folded model.
+
+    Args:
+        directory: run directory.
+        to: `transformers` (the folded model with its modeling file), `stock` (the original's class with a huge
+            epsilon and scaled gains) or `nanogpt` (GPT-2s: nanoGPT's names and layout, as safetensors and JSON).
+        out: directory to write; it must not exist, or be empty.
+
+    Raises:
+        UnnormError: no finished run, `out` is taken or can't be written, no such form, or the family doesn't have it.
+    """
+    directory, out = Path(directory), Path(out)
+    if to not in get_args(Form):
+        raise UnnormError(f"There is no form '{to}'. Forms are {', '.join(get_args(Form))}.")
+    _check_free(out)
+    load_sites(directory)
+    folded = load(directory)
+    work: Path | None = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        # Beside its place and moved there when it is whole: a refused form leaves nothing behind.
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        rows = _write(directory, folded, to, work)
+        work.chmod(0o755)
+        work.rename(out)
+    except (OSError, SafetensorError) as error:
+        raise UnnormError(
+            f"Could not write '{out}': {short(error)}. Give another --out, or free some space."
+        ) from error
+    finally:
+        if work is not None:
+            shutil.rmtree(work, ignore_errors=True)
+    return Exported(to, out, rows, _LOAD[to].format(path=out), _NOTES[to])
+
+
+def _write(directory: Path, folded: PreTrainedModel, to: Form, out: Path) -> list[FormError]:
+    if to == "transformers":
+        shutil.copytree(directory / MODEL, out, dirs_exist_ok=True)
+        return errors(folded, lambda dtype: AutoModelForCausalLM.from_pretrained(out, dtype=dtype).eval())
+    rows = nanogpt.write_nanogpt(folded, out) if to == "nanogpt" else stock.write_stock(directory, folded, out)
+    # nanoGPT's tokenizer goes by the same files.
+    AutoTokenizer.from_pretrained(directory / MODEL).save_pretrained(out)
+    (out / "README.md").write_text(_readme(folded, to, rows))
+    return rows
+
+
+def _readme(folded: PreTrainedModel, to: Form, rows: list[FormError]) -> str:
+    lines = [f"| {row.name} | {row.max_abs:.1e} | {row.relative:.1e} | {row.kl:.1e} |" for row in rows]
+    heading = "| precision | largest difference of logits | of the largest logit | KL, nats per token |"
+    table = [heading, "| --- | --- | --- | --- |", *lines]
+    title = f"# {type(folded).__name__}, {to} form"
+    return "\n".join([title, "", _NOTES[to], "", "Against the folded model in float32:", "", *table, ""])
+
+
+def _check_free(out: Path) -> None:
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists() or out.is_symlink():
+        raise UnnormError(f"'{out}' exists already and nothing is overwritten. Give another --out, or move it away.")

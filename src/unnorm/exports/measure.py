@@ -1,0 +1,69 @@
+"""How far an exported form's logits are from the folded model's."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unnorm.models import context_length, copy_model
+from unnorm.sites import trace_inputs
+
+Logits = Float[Tensor, "batch position vocab"]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PROBE_SHAPE = (2, 64)
+
+
+@dataclass(frozen=True)
+class FormError:
+    """Difference of a form, in some precision, from the folded model in float32.
+
+    Attributes:
+        name: precision of the form.
+        max_abs: largest absolute difference of logits.
+        relative: the same, divided by the largest absolute logit.
+        kl: KL(folded in float32 ‖ form), mean over tokens, in nats per token.
+    """
+
+    name: str
+    max_abs: float
+    relative: float
+    kl: float
+
+    def to_json(self) -> dict[str, str | float]:
+        """As plain values."""
+        return asdict(self)
+
+
+def probe_ids(model: PreTrainedModel) -> Int[Tensor, "batch position"]:
+    """The token ids that errors are measured on: random, seeded, no longer than the model's context."""
+    batch, length = PROBE_SHAPE
+    return trace_inputs(model, batch, min(length, context_length(model)))
+
+
+@torch.no_grad()
+def compare(name: str, reference: Logits, logits: Logits) -> FormError:
+    """The error of `logits` against `reference`, computed in float64."""
+    reference, logits = reference.double(), logits.double()
+    expected, found = reference.log_softmax(-1), logits.log_softmax(-1)
+    kl = F.kl_div(found, expected, log_target=True, reduction="sum") / reference[..., 0].numel()
+    worst = float((reference - logits).abs().max())
+    return FormError(name, worst, worst / float(reference.abs().max()), float(kl))
+
+
+@torch.no_grad()
+def errors(folded: PreTrainedModel, form: Callable[[torch.dtype], PreTrainedModel]) -> list[FormError]:
+    """Errors of a form that transformers loads, by precision; the last row is the folded model's own rounding.
+
+    Args:
+        folded: the folded model in float32; it is not changed.
+        form: loads the form in a precision.
+    """
+    ids = probe_ids(folded)
+    reference = folded(input_ids=ids).logits
+    rows = [compare(name, reference, form(dtype)(input_ids=ids).logits) for name, dtype in DTYPES.items()]
+    rounded = copy_model(folded).to(torch.bfloat16)
+    return [*rows, compare("bfloat16, folded itself", reference, rounded(input_ids=ids).logits)]

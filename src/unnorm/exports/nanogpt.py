@@ -1,0 +1,113 @@
+"""A GPT-2 twin in nanoGPT's form: its key names and `nn.Linear` layout, as safetensors plus a JSON config.
+
+nanoGPT's own class has LayerNorms and a tied unembedding without bias. To load this form, put `nn.Identity` in place of
+`ln_1`, `ln_2` and `ln_f`, and `nn.Linear(n_embd, vocab_size)` in place of `lm_head`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unnorm.errors import UnnormError
+from unnorm.exports.measure import FormError, compare, probe_ids
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+TOLERANCE = 1e-4
+NOTE = (
+    "Without LayerNorms and with an untied unembedding that has a bias: in nanoGPT's class put nn.Identity for ln_1, "
+    "ln_2 and ln_f, and a new nn.Linear for lm_head."
+)
+_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
+
+Weights = dict[str, Tensor]
+
+
+def write_nanogpt(folded: PreTrainedModel, out: Path) -> list[FormError]:
+    """Write the nanoGPT form of a GPT-2 twin, and measure it as it is read back.
+
+    Raises:
+        UnnormError: the model is no GPT-2, or one that nanoGPT's class can't compute.
+    """
+    config = nanogpt_config(folded)
+    save_file(nanogpt_weights(folded), out / WEIGHTS)
+    (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    ids = probe_ids(folded)
+    with torch.no_grad():
+        reference = folded(input_ids=ids).logits
+        row = compare("float32", reference, forward(load_file(out / WEIGHTS), config, ids))
+    if not row.relative <= TOLERANCE:
+        raise UnnormError(
+            f"nanoGPT's class would compute other logits than this model (difference {row.max_abs:.1e}): it is a GPT-2 "
+            "with an attention of its own. Use: unnorm export --to transformers"
+        )
+    return [row]
+
+
+def nanogpt_weights(folded: PreTrainedModel) -> Weights:
+    """The twin's weights under nanoGPT's names, linear layers as (out, in)."""
+    return {
+        key: (value.T if key.endswith(_TRANSPOSED) else value).contiguous().clone()
+        for key, value in folded.state_dict().items()
+    }
+
+
+def nanogpt_config(folded: PreTrainedModel) -> dict[str, Any]:
+    """`model_args` for nanoGPT's `GPTConfig`, and what is different from its class.
+
+    Raises:
+        UnnormError: the model is no GPT-2, or its MLP is not of a kind that nanoGPT has.
+    """
+    config = folded.config
+    if config.model_type.removeprefix("unnorm_") != "gpt2":
+        raise UnnormError(
+            f"A nanoGPT form is for GPT-2s; this model is a {config.model_type.removeprefix('unnorm_')}. "
+            "Use: unnorm export --to transformers"
+        )
+    if config.activation_function not in _ACTIVATIONS or config.n_inner not in (None, 4 * config.n_embd):
+        raise UnnormError(
+            f"nanoGPT has GELU and an MLP 4 times as wide as the model; this one has {config.activation_function} and "
+            f"a width of {config.n_inner or 4 * config.n_embd}. Use: unnorm export --to transformers"
+        )
+    sizes = {key: getattr(config, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
+    return {
+        "model_args": {"block_size": config.n_positions, **sizes, "dropout": 0.0, "bias": True},
+        "norms": False,
+        "tied_unembedding": False,
+        "lm_head_bias": "lm_head" in (config.added_biases or []),
+        "gelu_approximate": _ACTIVATIONS[config.activation_function],
+    }
+
+
+@torch.no_grad()
+def forward(
+    weights: Weights, config: dict[str, Any], ids: Int[Tensor, "batch position"]
+) -> Float[Tensor, "batch position vocab"]:
+    """The logits that the form stands for: nanoGPT's forward pass without norms."""
+    x = weights["transformer.wte.weight"][ids] + weights["transformer.wpe.weight"][: ids.shape[1]]
+    for layer in range(config["model_args"]["n_layer"]):
+        block = f"transformer.h.{layer}"
+        x = x + _attention(weights, block, config["model_args"]["n_head"], x)
+        hidden = F.gelu(_linear(weights, f"{block}.mlp.c_fc", x), approximate=config["gelu_approximate"])
+        x = x + _linear(weights, f"{block}.mlp.c_proj", hidden)
+    return _linear(weights, "lm_head", x)
+
+
+def _attention(
+    weights: Weights, block: str, n_head: int, x: Float[Tensor, "batch position width"]
+) -> Float[Tensor, "batch position width"]:
+    parts = _linear(weights, f"{block}.attn.c_attn", x).split(x.shape[-1], dim=-1)
+    q, k, v = (part.unflatten(-1, (n_head, -1)).transpose(1, 2) for part in parts)
+    mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return _linear(weights, f"{block}.attn.c_proj", mixed.transpose(1, 2).flatten(2))
+
+
+def _linear(weights: Weights, name: str, x: Float[Tensor, "*token width"]) -> Float[Tensor, "*token out"]:
+    return F.linear(x, weights[f"{name}.weight"], weights.get(f"{name}.bias"))

@@ -1,0 +1,108 @@
+"""The twin as a model of the original's own class: norms with a huge epsilon instead of none.
+
+With eps = 1e12 the scale of a LayerNorm or RMSNorm, sqrt(var + eps), is 1e6 for every token, to within float32. With
+gain g and constant scale c of a site, and the stored gain set to g * 1e6 / c,
+
+    g * 1e6 / c * x / sqrt(var(x) + 1e12) + b  ≈  g * x / c + b
+
+(x centered first for LayerNorm), which is the affine map that the fold multiplies into the weights. As in
+apollo-research/gpt2_noLN (arXiv 2409.13710).
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from unnorm.checkpoint import load_sites, load_trained
+from unnorm.errors import UnnormError
+from unnorm.exports.measure import FormError, errors
+from unnorm.sites import NormSite, affine_parameters, gain_offset
+
+EPS = 1e12
+TOLERANCE = 1e-4
+"""Largest difference of logits, relative to the largest logit, that the float32 form may show."""
+
+NOTE = (
+    "float32 and bfloat16 only: in float16 the gains overflow (largest number 65504). Its norms are still there, and "
+    "tools that recompute them with an epsilon of their own get them wrong; the folded model has none."
+)
+
+
+def write_stock(directory: Path, folded: PreTrainedModel, out: Path) -> list[FormError]:
+    """Write the stock form of a finished run, and measure it as stock code loads it.
+
+    Args:
+        directory: the run directory.
+        folded: its LN-free model in float32.
+        out: where config and weights go.
+
+    Raises:
+        UnnormError: the family's config holds no epsilon, so that the form would not survive saving; or the
+            form's logits are not the folded model's.
+    """
+    stock = stock_form(directory)
+    stock.save_pretrained(out)
+    sites, _ = load_sites(directory)
+    _check_epsilons(_load_stock(out, torch.float32), sites)
+    rows = errors(folded, lambda dtype: _load_stock(out, dtype))
+    if not rows[0].relative <= TOLERANCE:
+        raise UnnormError(
+            f"The stock form of {type(stock).__name__} differs from the folded model by {rows[0].relative:.1e} of the "
+            f"largest logit (limit {TOLERANCE:.0e}), so it is not written. Use the folded model: "
+            "unnorm export --to transformers"
+        )
+    return rows
+
+
+def stock_form(directory: Path) -> PreTrainedModel:
+    """The stock form of a finished run, in memory, in float32.
+
+    Raises:
+        UnnormError: it is no finished run, or the family's config holds no epsilon.
+    """
+    trained, sites, constants = load_trained(directory)
+    weights = trained.state_dict()
+    for site in sites:
+        weights |= _scaled_gain(trained.get_submodule(site.name), site, constants[site.name])
+    config = type(trained.config).from_dict(trained.config.to_dict() | _epsilons(trained.config, sites))
+    stock = type(trained)(config)
+    stock.load_state_dict(weights)
+    stock.generation_config = trained.generation_config
+    _check_epsilons(stock, sites)
+    return stock.eval()
+
+
+def _scaled_gain(norm: nn.Module, site: NormSite, constant: float) -> dict[str, torch.Tensor]:
+    gain, _ = affine_parameters(norm, site)
+    if getattr(norm, "weight", None) is None:
+        raise _refusal(type(norm).__name__, f"'{site.name}' has no gain that could carry the constant scale")
+    scaled = gain.detach().double() * (EPS**0.5 / constant)
+    stored = scaled - gain_offset(norm, site)
+    return {f"{site.name}.weight": stored.to(gain.dtype)}
+
+
+def _epsilons(config: PreTrainedConfig, sites: list[NormSite]) -> dict[str, float]:
+    """The fields of the config that hold the epsilon of the norms, each at the huge one."""
+    values = {site.eps for site in sites}
+    fields = [key for key, value in config.to_dict().items() if "eps" in key and value in values]
+    if not fields:
+        raise _refusal(config.model_type, "its config holds no epsilon, so a huge one could not be saved")
+    return dict.fromkeys(fields, EPS)
+
+
+def _check_epsilons(stock: PreTrainedModel, sites: list[NormSite]) -> None:
+    for site in sites:
+        norm: Any = stock.get_submodule(site.name)
+        if EPS not in (getattr(norm, "eps", None), getattr(norm, "variance_epsilon", None)):
+            raise _refusal(type(stock).__name__, f"the norm '{site.name}' does not take its epsilon from the config")
+
+
+def _refusal(what: str, why: str) -> UnnormError:
+    return UnnormError(f"{what} has no stock form: {why}. Use the folded model: unnorm export --to transformers")
+
+
+def _load_stock(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True).eval()

@@ -1,0 +1,135 @@
+"""The twin in TransformerLens 4: a `TransformerBridge` whose norms are no norms.
+
+TransformerLens finds an architecture adapter by the name of the model's class. The adapter registered here for
+`Unnorm<Class>` is the one of `<Class>` with each of its normalization components replaced by one that hands its input
+on. (The stock component computes a LayerNorm itself, whatever module it wraps; around an identity, the RMSNorm one
+fires `hook_scale` and `hook_normalized` but ignores edits at them.)
+"""
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoTokenizer
+
+from unnorm.checkpoint import MODEL, load
+from unnorm.errors import UnnormError, short
+from unnorm.modeling.modeling_unnorm import PREFIX
+from unnorm.sites import norm_modules
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+
+def to_transformer_lens(
+    directory: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+) -> "TransformerBridge":
+    """The LN-free model of a run as a `TransformerBridge`, its `cfg.normalization_type` None.
+
+    The logits are the checkpoint's. `ln1`, `ln2` and `ln_final` are still there, as `hook_in` and `hook_out` around
+    nothing; they have no `hook_scale` and no `hook_normalized`. The twin's unembedding has a bias where the norm
+    had one: add `b_U` when attributions are summed.
+
+    Args:
+        directory: run directory, or the `model/` in it.
+        dtype: of the weights.
+        device: where they go.
+
+    Raises:
+        UnnormError: TransformerLens is not installed or has no adapter for the family, or there is no LN-free model.
+    """
+    _import_transformer_lens()
+    from transformer_lens.model_bridge import TransformerBridge
+
+    path = Path(directory) / MODEL if (Path(directory) / MODEL).is_dir() else Path(directory)
+    twin = load(path, dtype).to(device)
+    left = norm_modules(twin)
+    if left or not type(twin).__name__.startswith(PREFIX):
+        raise UnnormError(
+            f"The model in '{path}' is no LN-free model of unnorm's. Give the directory of a finished run."
+        )
+    register_adapter(type(twin).__name__)
+    # Without a tokenizer the bridge asks the hub for one.
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    return TransformerBridge.boot_transformers(
+        str(path), hf_model=twin, tokenizer=tokenizer, dtype=dtype, device=str(twin.device)
+    )
+
+
+def register_adapter(architecture: str) -> None:
+    """Make an LN-free class known to TransformerLens, so that `boot_transformers` takes its checkpoints.
+
+    Args:
+        architecture: name of the class, such as `UnnormGPT2LMHeadModel`.
+
+    Raises:
+        UnnormError: TransformerLens is not installed, or has no adapter for the stock class.
+    """
+    _import_transformer_lens()
+    from transformer_lens.factories.architecture_adapter_factory import (
+        SUPPORTED_ARCHITECTURES,
+        ArchitectureAdapterFactory,
+    )
+
+    stock = architecture.removeprefix(PREFIX)
+    if stock not in SUPPORTED_ARCHITECTURES:
+        raise UnnormError(
+            f"TransformerLens has no adapter for {stock}. Use the model in transformers: unnorm.load(...) and hooks."
+        )
+    if architecture not in SUPPORTED_ARCHITECTURES:
+        adapter = _norm_free_adapter(SUPPORTED_ARCHITECTURES[stock], stock)
+        SUPPORTED_ARCHITECTURES[architecture] = adapter
+        ArchitectureAdapterFactory.register_adapter(architecture, adapter)
+
+
+def _import_transformer_lens() -> None:
+    try:
+        import transformer_lens.model_bridge  # noqa: F401
+    except ImportError as error:
+        raise UnnormError(
+            f"TransformerLens 4 can't be imported ({short(error)}). Install it with: pip install 'unnorm[lens]'"
+        ) from error
+
+
+def _norm_free_adapter(stock: type[Any], architecture: str) -> type[Any]:
+    """The stock adapter's subclass without norms."""
+
+    def initialize(self: Any, cfg: Any) -> None:
+        super(made, self).__init__(cfg)
+        # What TransformerLens decides by the architecture's name holds for the twin as well.
+        self.cfg.architecture = architecture
+        self.cfg.normalization_type = None
+        self.cfg.uses_rms_norm = False
+        _replace_norms(self.component_mapping)
+
+    made: type[Any] = type(PREFIX + stock.__name__, (stock,), {"__init__": initialize, "__doc__": "Without norms."})
+    return made
+
+
+def _replace_norms(components: Any) -> None:
+    from transformer_lens.model_bridge.generalized_components import NormalizationBridge
+
+    for key, component in list(components.items()):
+        if isinstance(component, NormalizationBridge):
+            components[key] = _no_norm()(component.name, component.config, optional=component.optional)
+        elif getattr(component, "submodules", None):
+            _replace_norms(component.submodules)
+
+
+@cache
+def _no_norm() -> type[Any]:
+    """The component's class, made when TransformerLens is there to derive it from."""
+    from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
+
+    class NoNorm(GeneralizedComponent):
+        """Where a norm was: hands its input on, through `hook_in` and `hook_out`."""
+
+        def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+            """Give a copy of the input back, as hooks leave it.
+
+            A copy, so that a hook at `hook_out` that writes in place leaves the residual stream alone, as at a norm.
+            """
+            return self.hook_out(self.hook_in(hidden_states).clone())
+
+    return NoNorm

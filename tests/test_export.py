@@ -1,0 +1,346 @@
+"""Other forms of the same model: each read back by the tool it is for, with the checkpoint's logits."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+import unnorm
+from tests.conftest import Cli
+from tests.test_families import FAMILIES, GROUPED, random_model
+from unnorm.errors import UnnormError
+from unnorm.exports.nanogpt import forward
+from unnorm.exports.stock import EPS
+from unnorm.exports.transformer_lens import register_adapter
+from unnorm.sites import trace_inputs
+
+CONFIGS = {name: make for name, (make, _) in FAMILIES.items()} | {
+    "gemma": lambda: hf.GemmaConfig(**GROUPED, head_dim=8)  # its gain is 1 + weight
+}
+IN_LENS = [
+    "gpt2",
+    "gpt_neox, parallel",
+    "gpt_neox, sequential",
+    "llama",
+    "llama, tied, biased",
+    "qwen2",
+    "gemma",
+    "opt",
+]
+
+
+@pytest.fixture(scope="session")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path
+) -> dict[str, Path]:
+    """Finished runs by family, made when they are first asked for."""
+
+    class Runs(dict[str, Path]):
+        def __missing__(self, family: str) -> Path:
+            root = tmp_path_factory.mktemp("family")
+            config: PretrainedConfig = CONFIGS[family]()
+            config.vocab_size = len(tiny_tokenizer)
+            random_model(lambda: config).save_pretrained(root / "model")
+            tiny_tokenizer.save_pretrained(root / "model")
+            unnorm.remove(
+                model=str(root / "model"), data=str(text_file), tokens=0, context=32, out=root / "run", device="cpu"
+            )
+            self[family] = root / "run"
+            return self[family]
+
+    return Runs()
+
+
+def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits.float()
+
+
+def assert_alike(found: torch.Tensor, expected: torch.Tensor, relative: float) -> None:
+    """Equal to within a share of the largest logit (of the random models some have logits of several hundred)."""
+    largest = max(1.0, float(expected.abs().max()))
+    torch.testing.assert_close(found, expected, rtol=0, atol=relative * largest)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox, parallel", "phi", "llama, tied, biased", "qwen2", "gemma"])
+def test_stock_form_computes_the_twin_in_stock_transformers(family: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    exported = unnorm.export(runs[family], "stock", out=tmp_path / "stock")
+    twin = unnorm.load(runs[family])
+    stock: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tmp_path / "stock")
+    assert type(stock) is getattr(hf, type(twin).__name__.removeprefix("Unnorm"))
+    ids = trace_inputs(twin, 2, 30)
+    expected = logits(twin, ids)
+    assert_alike(logits(stock, ids), expected, 1e-5)
+    # The epsilon is in the config, so saving once more keeps it.
+    stock.save_pretrained(tmp_path / "again")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
+    assert EPS in {getattr(module, "eps", getattr(module, "variance_epsilon", 0)) for module in again.modules()}
+    torch.testing.assert_close(logits(again, ids), logits(stock, ids))
+    # In bfloat16 it is about as near as the folded model itself.
+    float32, bfloat16, rounded = exported.errors
+    assert float32.relative < 1e-5 and float32.kl < 1e-8
+    assert bfloat16.relative < 3 * rounded.relative + 0.01
+    assert AutoTokenizer.from_pretrained(tmp_path / "stock")("import os").input_ids
+
+
+def test_stock_form_in_half_precision_overflows_as_its_readme_says(finished_run: Path, tmp_path: Path) -> None:
+    exported = unnorm.export(finished_run, "stock", out=tmp_path / "stock")
+    half = AutoModelForCausalLM.from_pretrained(tmp_path / "stock", dtype=torch.float16)
+    assert not all(parameter.isfinite().all() for parameter in half.parameters())
+    assert "float16" in exported.note and "float16" in (tmp_path / "stock" / "README.md").read_text()
+
+
+def test_no_stock_form_where_the_config_has_no_epsilon(runs: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UnnormError, match="opt has no stock form: its config holds no epsilon"):
+        unnorm.export(runs["opt"], "stock", out=tmp_path / "stock")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gain_of_one_plus_weight_is_stored_as_it_is_read(runs: dict[str, Path]) -> None:
+    assert all(check.passed for check in unnorm.verify(runs["gemma"]) if "unfolded" in check.name)
+
+
+def test_nanogpt_form(runs: dict[str, Path], tmp_path: Path) -> None:
+    exported = unnorm.export(runs["gpt2"], "nanogpt", out=tmp_path / "nano")
+    assert [row.name for row in exported.errors] == ["float32"] and exported.errors[0].relative < 1e-5
+    weights = load_file(tmp_path / "nano" / "model.safetensors")
+    config = json.loads((tmp_path / "nano" / "config.json").read_text())
+    assert weights["transformer.h.0.attn.c_attn.weight"].shape == (96, 32)
+    block = ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+    linear = ["lm_head", *(f"transformer.h.{layer}.{name}" for layer in (0, 1) for name in block)]
+    assert weights.keys() == {
+        *(f"{name}.{kind}" for name in linear for kind in ("weight", "bias")),
+        "transformer.wte.weight",
+        "transformer.wpe.weight",
+    }
+    assert config["model_args"] == {
+        "block_size": 64, "vocab_size": 300, "n_layer": 2, "n_head": 4, "n_embd": 32, "dropout": 0.0, "bias": True,
+    }  # fmt: skip
+    twin = unnorm.load(runs["gpt2"])
+    ids = trace_inputs(twin, 2, 20)
+    assert_alike(forward(weights, config, ids), logits(twin, ids), 1e-5)
+
+
+def test_nanogpt_form_is_for_gpt2_only(runs: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(UnnormError, match="for GPT-2s; this model is a llama"):
+        unnorm.export(runs["llama"], "nanogpt", out=tmp_path / "nano")
+
+
+def test_command_line(finished_run: Path, tmp_path: Path, cli: Cli) -> None:
+    for form in ("transformers", "stock", "nanogpt"):
+        done = cli("export", finished_run, "--to", form, "--out", tmp_path / form)
+        assert done.code == 0 and str(tmp_path / form) in done.out and "float32" in done.out
+    folded = AutoModelForCausalLM.from_pretrained(tmp_path / "transformers", trust_remote_code=True)
+    assert (tmp_path / "transformers" / "modeling_unnorm.py").is_file()
+    ids = trace_inputs(folded, 2, 20)
+    assert torch.equal(logits(folded, ids), logits(unnorm.load(finished_run), ids))
+    done = cli("export", finished_run, "--to", "stock", "--out", tmp_path / "json", "--json")
+    values = json.loads(done.out)
+    assert values["form"] == "stock" and [row["name"] for row in values["errors"]][:2] == ["float32", "bfloat16"]
+
+
+def test_damaged_sites_are_named(finished_run: Path, tmp_path: Path, cli: Cli) -> None:
+    shutil.copytree(finished_run, tmp_path / "run")
+    sites = json.loads((tmp_path / "run" / "sites.json").read_text())
+    sites[0]["name"] = "transformer.h.9.ln_1"
+    (tmp_path / "run" / "sites.json").write_text(json.dumps(sites))
+    done = cli("export", tmp_path / "run", "--to", "stock", "--out", tmp_path / "out")
+    assert done.code == 2 and "transformer.h.9.ln_1" in done.err and not (tmp_path / "out").exists()
+
+
+def test_refusals_write_nothing(finished_run: Path, tmp_path: Path, cli: Cli) -> None:
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "mine").write_text("")
+    for arguments, message in {
+        (finished_run, "--to", "stock", "--out", taken): "exists already",
+        (finished_run, "--to", "stock", "--out", taken / "mine"): "exists already",
+        (finished_run, "--to", "stock", "--out", taken / "mine" / "under"): "Could not write",
+        (finished_run, "--to", "gguf", "--out", tmp_path / "out"): "There is no form 'gguf'",
+        (tmp_path, "--out", tmp_path / "out"): "holds no finished run",
+    }.items():
+        done = cli("export", *arguments)
+        assert done.code == 2 and message in done.err and "Traceback" not in done.err
+    assert [path.name for path in tmp_path.rglob("*")] == ["taken", "mine"]
+
+
+@pytest.mark.parametrize("family", IN_LENS)
+def test_bridge_has_the_checkpoints_logits_and_no_norms(family: str, runs: dict[str, Path]) -> None:
+    pytest.importorskip("transformer_lens")
+    bridge = unnorm.to_transformer_lens(runs[family])
+    twin = unnorm.load(runs[family])
+    ids = trace_inputs(twin, 2, 20)
+    with torch.no_grad():
+        found, cache = bridge.run_with_cache(ids)
+        assert_alike(found, logits(twin, ids), 1e-5)
+        assert bridge.cfg.normalization_type is None
+        assert not [name for name in bridge.hook_dict if "ln" in name and name.endswith(("scale", "normalized"))]
+        for name in ("blocks.0.ln1", "ln_final"):
+            assert torch.equal(cache[f"{name}.hook_in"], cache[f"{name}.hook_out"])
+
+
+@pytest.mark.parametrize("family", IN_LENS[:6])
+def test_contributions_in_the_bridge_add_up_to_the_logits(family: str, runs: dict[str, Path]) -> None:
+    pytest.importorskip("transformer_lens")
+    bridge = unnorm.to_transformer_lens(runs[family])
+    ids = trace_inputs(unnorm.load(runs[family]), 2, 20)
+    with torch.no_grad():
+        found, cache = bridge.run_with_cache(ids)
+        parts = cache.get_full_resid_decomposition(expand_neurons=False)  # heads, MLPs, embeddings, biases
+        assert_alike(parts.sum(0) @ bridge.W_U + bridge.b_U, found, 1e-5)
+
+
+@pytest.mark.parametrize("family", IN_LENS[:6])
+def test_edits_in_the_bridge_take_effect_as_in_the_checkpoint(family: str, runs: dict[str, Path]) -> None:
+    """Each edit in the bridge, next to the same edit made with torch's hooks on the checkpoint."""
+    pytest.importorskip("transformer_lens")
+    bridge = unnorm.to_transformer_lens(runs[family])
+    twin = unnorm.load(runs[family])
+    ids = trace_inputs(twin, 2, 20)
+    before = logits(twin, ids)
+    for hook_name, module, of_input in _places(twin):
+
+        def edit(value: torch.Tensor, hook: Any = None) -> torch.Tensor:
+            return torch.cat([value[:, :3], 0.5 * value[:, 3:]], dim=1)
+
+        expected = _edited(twin.get_submodule(module), of_input, edit, twin, ids)
+        with torch.no_grad():
+            found = bridge.run_with_hooks(ids, fwd_hooks=[(hook_name, edit)])
+        assert (expected - before).abs().max() > 0.01, hook_name
+        assert_alike(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox, parallel", "llama"])
+def test_writing_in_place_at_a_former_norm_leaves_the_residual_stream_alone(family: str, runs: dict[str, Path]) -> None:
+    pytest.importorskip("transformer_lens")
+    bridge = unnorm.to_transformer_lens(runs[family])
+    ids = trace_inputs(unnorm.load(runs[family]), 2, 20)
+
+    def in_place(value: torch.Tensor, hook: Any) -> torch.Tensor:
+        value[:, 3:] = 0
+        return value
+
+    def elsewhere(value: torch.Tensor, hook: Any) -> torch.Tensor:
+        return in_place(value.clone(), hook)
+
+    with torch.no_grad():
+        found, expected, plain = (
+            bridge.run_with_hooks(ids, fwd_hooks=[("blocks.0.ln1.hook_out", edit)] if edit else [])
+            for edit in (in_place, elsewhere, None)
+        )
+    assert torch.equal(found, expected) and (found - plain).abs().max() > 0.01
+
+
+def _places(twin: PreTrainedModel) -> list[tuple[str, str, bool]]:
+    """TransformerLens's hook, the checkpoint's module, and whether the hook is at the module's input."""
+    family = twin.config.model_type.removeprefix("unnorm_")
+    layers, out, inner = {
+        "gpt2": ("transformer.h", "attn.c_proj", "mlp.c_fc"),
+        "gpt_neox": ("gpt_neox.layers", "attention.dense", "mlp.dense_h_to_4h"),
+    }.get(family, ("model.layers", "self_attn.o_proj", "mlp.gate_proj"))
+    return [
+        ("blocks.1.hook_resid_pre", f"{layers}.1", True),
+        ("blocks.0.hook_resid_post", f"{layers}.0", False),
+        ("blocks.1.attn.hook_z", f"{layers}.1.{out}", True),
+        ("blocks.1.mlp.hook_pre", f"{layers}.1.{inner}", False),
+    ]
+
+
+def _edited(module: torch.nn.Module, of_input: bool, edit: Any, twin: Any, ids: torch.Tensor) -> torch.Tensor:
+    if of_input:
+        handle = module.register_forward_pre_hook(lambda _, args: (edit(args[0]), *args[1:]))
+    else:
+        handle = module.register_forward_hook(
+            lambda _, args, out: (edit(out[0]), *out[1:]) if isinstance(out, tuple) else edit(out)
+        )
+    try:
+        return logits(twin, ids)
+    finally:
+        handle.remove()
+
+
+def test_checkpoint_boots_once_its_class_is_registered(finished_run: Path) -> None:
+    bridges = pytest.importorskip("transformer_lens.model_bridge")
+    register_adapter("UnnormGPT2LMHeadModel")
+    bridge = bridges.TransformerBridge.boot_transformers(str(finished_run / "model"), device="cpu")
+    twin = unnorm.load(finished_run)
+    ids = trace_inputs(twin, 2, 20)
+    with torch.no_grad():
+        assert_alike(bridge(ids), logits(twin, ids), 1e-5)
+
+
+def test_bridge_in_bfloat16(finished_run: Path) -> None:
+    pytest.importorskip("transformer_lens")
+    bridge = unnorm.to_transformer_lens(finished_run, torch.bfloat16)
+    twin = unnorm.load(finished_run)
+    ids = trace_inputs(twin, 2, 20)
+    with torch.no_grad():
+        found = bridge(ids)
+    assert found.dtype == torch.bfloat16
+    assert_alike(found.float(), logits(twin, ids), 0.05)
+
+
+def test_without_transformer_lens_the_extra_is_named(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformer_lens.model_bridge", None)
+    with pytest.raises(UnnormError, match=r"pip install 'unnorm\[lens\]'"):
+        unnorm.to_transformer_lens(finished_run)
+
+
+def test_bridge_of_a_model_with_norms_is_refused(tiny_model_dir: Path) -> None:
+    pytest.importorskip("transformer_lens")
+    with pytest.raises(UnnormError, match="no LN-free model"):
+        unnorm.to_transformer_lens(tiny_model_dir)
+
+
+USING = (Path(__file__).parents[1] / "docs" / "using.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", USING, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("package", ["transformers", "transformer_lens", "nnsight"])
+def test_snippets_of_the_docs_run(package: str, finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(package)
+    monkeypatch.chdir(finished_run.parent)
+    wanted = {"transformers": "AutoModelForCausalLM", "transformer_lens": "to_transformer_lens", "nnsight": "nnsight"}
+    snippets = [snippet for snippet in SNIPPETS if wanted[package] in snippet]
+    assert snippets
+    for snippet in snippets:
+        # A file, because nnsight reads the source of the block that it traces.
+        script = finished_run.parent / f"{package}.snippet.py"
+        script.write_text(snippet.replace("gpt2-norm-free", finished_run.name))
+        names: dict[str, Any] = {"__name__": "snippet"}
+        exec(compile(script.read_text(), str(script), "exec"), names)
+        for name, value in names.items():
+            if name.endswith("difference"):
+                assert float(value.detach()) < 1e-4, f"{name} = {value}"
+
+
+def test_interventions_through_nnsight(finished_run: Path) -> None:
+    nnsight = pytest.importorskip("nnsight")
+    twin = unnorm.load(finished_run)
+    tokenizer = AutoTokenizer.from_pretrained(finished_run / "model")
+    ids = tokenizer("import os, sys", return_tensors="pt").input_ids
+    model = nnsight.TransformersModel(unnorm.load(finished_run), tokenizer=tokenizer, task="text-generation")
+    with model.trace("import os, sys"):
+        before = model.transformer.h[1].ln_1.input.save()
+        after = model.transformer.h[1].ln_1.output.save()
+        plain = model.lm_head.output.save()
+    assert torch.equal(before, after)
+    torch.testing.assert_close(plain, twin(input_ids=ids).logits)
+    with model.trace("import os, sys"):
+        model.transformer.h[1].ln_1.output = torch.zeros_like(model.transformer.h[1].ln_1.output)
+        edited = model.lm_head.output.save()
+    handle = twin.transformer.h[1].ln_1.register_forward_hook(lambda _, args, out: torch.zeros_like(out))
+    torch.testing.assert_close(edited, twin(input_ids=ids).logits)
+    handle.remove()
+    assert (edited - plain).abs().max() > 0.01
+    with model.generate("import os, sys", max_new_tokens=4, do_sample=False) as tracer:
+        tokens = tracer.result.save()
+    assert tokens.tolist() == twin.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).tolist()
