@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from unnorm.errors import UnnormError
 
 if TYPE_CHECKING:
+    from unnorm.audit import audit
     from unnorm.calibrate import stats
     from unnorm.checkpoint import load
     from unnorm.evaluation import evaluate
@@ -13,10 +14,21 @@ if TYPE_CHECKING:
     from unnorm.removal import RunInterruptedError, remove
 
 __version__ = "0.1.0"
-__all__ = ["RunInterruptedError", "UnnormError", "__version__", "evaluate", "load", "remove", "stats", "verify"]
+__all__ = [
+    "RunInterruptedError",
+    "UnnormError",
+    "__version__",
+    "audit",
+    "evaluate",
+    "load",
+    "remove",
+    "stats",
+    "verify",
+]
 
 _HOMES = {
     "RunInterruptedError": "unnorm.removal",
+    "audit": "unnorm.audit",
     "evaluate": "unnorm.evaluation",
     "load": "unnorm.checkpoint",
     "remove": "unnorm.removal",
