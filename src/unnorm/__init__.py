@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 from unnorm.errors import UnnormError
 
 if TYPE_CHECKING:
-    from unnorm.audit import audit
     from unnorm.calibrate import stats
     from unnorm.checkpoint import load
     from unnorm.evaluation import evaluate
     from unnorm.proof import verify
     from unnorm.removal import RunInterruptedError, remove
+    from unnorm.worst_case import audit
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,7 +28,7 @@ __all__ = [
 
 _HOMES = {
     "RunInterruptedError": "unnorm.removal",
-    "audit": "unnorm.audit",
+    "audit": "unnorm.worst_case",
     "evaluate": "unnorm.evaluation",
     "load": "unnorm.checkpoint",
     "remove": "unnorm.removal",

@@ -257,16 +257,14 @@ def audit_models(
     finite: list[tuple[dict[str, bool], ...]] = [tuple({"float32": m.finite} for m in both) for both in measured]
     for dtype, of_class in inputs.items():
         name = str(dtype).removeprefix("torch.")
-        say({"kind": "phase", "text": f"all of it in {name}" if of_class == inputs[torch.bfloat16] else _SHORTENED})
+        tokens = sum(int(part.read.sum()) for some in of_class for part in some)
+        say({"kind": "phase", "text": f"{name}: {tokens:,} tokens of these"})
         for side, model in enumerate((twin, reference)):
             copy = deepcopy(model).to(dtype)
             for flags, some in zip(finite, of_class, strict=True):
                 flags[side][name] = is_finite(copy, some, sites)
             del copy
     return [_row(*these, tokenizer) for these in zip(classes, measured, finite, inputs[torch.float16], strict=True)]
-
-
-_SHORTENED = "the largest residuals of it in float16"
 
 
 def _in_float16(
