@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from unnorm.exports.transformer_lens import to_transformer_lens
     from unnorm.proof import verify
     from unnorm.removal import RunInterruptedError, remove
+    from unnorm.worst_case import audit
 
 __version__ = "0.1.0"
 __all__ = [
     "RunInterruptedError",
     "UnnormError",
     "__version__",
+    "audit",
     "evaluate",
     "export",
     "load",
@@ -30,6 +32,7 @@ __all__ = [
 
 _HOMES = {
     "RunInterruptedError": "unnorm.removal",
+    "audit": "unnorm.worst_case",
     "evaluate": "unnorm.evaluation",
     "export": "unnorm.exports.export",
     "load": "unnorm.checkpoint",

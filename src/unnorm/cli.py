@@ -12,7 +12,15 @@ from rich.markup import escape
 
 from unnorm import __version__
 from unnorm.errors import UnnormError
-from unnorm.terminal import Progress, evaluation_table, export_table, proof_table, result_table, sites_table
+from unnorm.terminal import (
+    Progress,
+    audit_tables,
+    evaluation_table,
+    export_table,
+    proof_table,
+    result_table,
+    sites_table,
+)
 
 app = typer.Typer(
     name="unnorm",
@@ -137,14 +145,10 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Loss with its confidence interval, and fidelity to the original, on held-out text."""
-    from unnorm.config import parse_count
     from unnorm.evaluation import evaluate as run
 
     _quiet()
-    try:
-        count = parse_count(tokens)
-    except ValueError as error:
-        raise UnnormError(f"--tokens: {error}.") from error
+    count = _count(tokens)
     rows = run(
         models,
         against,
@@ -158,6 +162,48 @@ def evaluate(
         trust_remote_code=trust_remote_code,
     )
     _print({"results": [row.to_json() for row in rows]}, json_, evaluation_table(rows))
+
+
+@app.command()
+def audit(
+    directory: Annotated[Path, typer.Argument(help="Run directory.")],
+    against: Annotated[
+        str | None,
+        typer.Option(help="Model with norms to compare with.", show_default="the run's control, else its original"),
+    ] = None,
+    tokens: Annotated[str, typer.Option(help="Tokens of each class of inputs.")] = "32768",
+    context: Annotated[
+        int | None, typer.Option(help="Tokens in the longest sequences.", show_default="the models', at most 4096")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Ordinary text.", show_default="the run's")] = None,
+    text_field: TextField = None,
+    split: Annotated[str | None, typer.Option(help="Split that the text comes from.", show_default="the run's")] = None,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+) -> None:
+    """Look for inputs that blow up the model in DIRECTORY, beside one with norms; exit code 1 if there are."""
+    from unnorm.worst_case import audit as run
+
+    _quiet()
+    with Progress(_progress) as progress:
+        result = run(
+            directory,
+            against,
+            tokens=_count(tokens),
+            context=context,
+            data=data,
+            text_field=text_field,
+            split=split,
+            device=device,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            watch=progress,
+        )
+    _print(result, json_, audit_tables(result))
+    if not result["passed"]:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -248,6 +294,15 @@ def _given(ctx: typer.Context, renamed: dict[str, str], left_out: set[str]) -> d
         if key not in left_out and str(ctx.get_parameter_source(key)).endswith("COMMANDLINE")
     }
     return {renamed.get(key, key): value for key, value in named.items()}
+
+
+def _count(tokens: str) -> int:
+    from unnorm.config import parse_count
+
+    try:
+        return parse_count(tokens)
+    except ValueError as error:
+        raise UnnormError(f"--tokens: {error}.") from error
 
 
 def _print(values: dict[str, Any], as_json: bool, table: Any) -> None:

@@ -141,6 +141,79 @@ def _norms_left(result: dict[str, Any]) -> str:
     return f"{left} of {result['sites'] + left}"
 
 
+def audit_tables(result: dict[str, Any]) -> RenderableType:
+    """What `unnorm audit` gives: verdicts with loss, residual norms, and the worst input of each class."""
+    reference = escape(result["reference"])
+    failed = sum(not row["passed"] for row in result["classes"])
+    total = len(result["classes"])
+    verdict = f"[bold red]{failed} of {total} classes FAILED[/]" if failed else f"[green]all {total} classes passed[/]"
+    return Group(
+        _audit_losses(result["classes"]),
+        _audit_norms(result["classes"]),
+        _audit_worst(result["classes"]),
+        Text.from_markup(f"{verdict}; in brackets the reference, {reference}"),
+    )
+
+
+def _audit_losses(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table("inputs", "", title="Loss in nats per token", title_justify="left")
+    for heading in ("tokens", *_AUDITED):
+        table.add_column(heading, justify="right")
+    table.add_column("why")
+    for row in rows:
+        shown = "[green]passed[/]" if row["passed"] else "[bold red]FAILED[/]"
+        table.add_row(row["name"], shown, f"{row['tokens']:,}", *_pairs(row, "loss", ".2f"), row["reason"])
+    return table
+
+
+def _audit_norms(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table("inputs", title="Norm of the residual that the unembedding reads", title_justify="left")
+    for heading in _AUDITED:
+        table.add_column(heading, justify="right")
+    table.add_column("NaN or infinite in")
+    for row in rows:
+        overflowed = [
+            ", ".join(name for name, finite in row[key].items() if not finite) for key in ("finite", "reference_finite")
+        ]
+        bad = f"{overflowed[0] or 'none'} ({overflowed[1] or 'none'})" if any(overflowed) else "none"
+        table.add_row(row["name"], *_pairs(row, "residual_norm", ".1f"), bad)
+    return table
+
+
+def _audit_worst(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table("inputs", title="Where the loss exceeds the reference's most", title_justify="left")
+    table.add_column("text", overflow="fold")
+    table.add_column("next")
+    table.add_column("loss", justify="right")
+    for row in rows:
+        for worst in row["worst"][:1]:
+            loss = f"{_shown(worst['loss'], '.2f')} ({_shown(worst['reference_loss'], '.2f')})"
+            table.add_row(row["name"], Text(_printable(worst["text"])), Text(_printable(worst["next"])), loss)
+    return table
+
+
+_AUDITED = ("99.9%", "99.99%", "largest")
+
+
+def _pairs(row: dict[str, Any], key: str, form: str) -> list[str]:
+    ours, theirs = row[key], row[f"reference_{key}"]
+    return [f"{_shown(ours[name], form)} ({_shown(theirs[name], form)})" for name in ours]
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "inf" if value is None else format(value, form if value < _MOST_FIXED else ".1e")
+
+
+def _printable(text: str) -> str:
+    """Text on one line; what a terminal can't show, or obeys, is escaped. The end, which is read last, is kept."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown if len(shown) <= _MOST_SHOWN else "…" + shown[-_MOST_SHOWN:]
+
+
+_MOST_SHOWN = 60
+_MOST_FIXED = 10_000
+
+
 def sites_table(rows: Sequence[tuple["NormSite", "ScaleStatistics"]]) -> RenderableType:
     """The rows of `unnorm stats`."""
     table = Table("norm site", "kind", "folds into", caption="scale: divisor of a token; spread: deviation of its log")

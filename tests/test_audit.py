@@ -1,0 +1,303 @@
+"""The worst-case audit finds what is planted, measures what it says, and refuses what it can't compare."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+import unnorm
+from tests.conftest import POSITIONS, VOCAB, Cli, randomize
+from unnorm.checkpoint import load, load_sites
+from unnorm.errors import UnnormError
+from unnorm.worst_case import Inputs, Measured, input_classes, largest_residuals, measure, summarize, verdict
+from unnorm.worst_case import _Material as Material
+
+PLANTED = 123
+FINITE = {"float32": True, "bfloat16": True, "float16": True}
+EVERY_CLASS = [
+    "ordinary text",
+    "token alone",
+    "token repeated",
+    "token after text",
+    "random tokens",
+    "byte noise",
+    "code",
+    "other scripts",
+    "digits",
+    "white space",
+    "end-of-text first",
+    "end-of-text inside",
+    "packed documents",
+    "lengths",
+    "left padding",
+]
+
+
+def as_control(run: Path, out: Path) -> Path:
+    """A copy of a run whose control is its own twin, so that every class passes unless something is planted."""
+    shutil.copytree(run, out)
+    shutil.copytree(out / "model", out / "control")
+    return out
+
+
+def plant(run: Path, factor: float) -> None:
+    """Scale one token's embedding in the twin."""
+    twin = load(run)
+    with torch.no_grad():
+        twin.get_input_embeddings().weight[PLANTED] *= factor
+    twin.save_pretrained(run / "model")
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory, finished_run: Path) -> Path:
+    return as_control(finished_run, tmp_path_factory.mktemp("audit") / "healthy")
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory, healthy: Path) -> Path:
+    out = tmp_path_factory.mktemp("audit") / "planted"
+    shutil.copytree(healthy, out)
+    plant(out, 1000)
+    return out
+
+
+@pytest.fixture(scope="module")
+def audited(healthy: Path) -> dict[str, Any]:
+    return unnorm.audit(healthy, tokens=2048)
+
+
+@pytest.fixture
+def material(tiny_tokenizer: PreTrainedTokenizerFast) -> Material:
+    text = torch.randint(1, VOCAB, (4096,), generator=torch.Generator().manual_seed(1))
+    return Material(tiny_tokenizer, text, VOCAB, POSITIONS, 48, 1024, torch.Generator().manual_seed(0))
+
+
+def by_name(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["name"]: row for row in result["classes"]}
+
+
+class TestHealthy:
+    def test_every_class_passes_beside_an_equal_model(self, audited: dict[str, Any], healthy: Path) -> None:
+        assert audited["passed"]
+        assert audited["reference"] == str(healthy / "control")
+        assert [row["name"] for row in audited["classes"]] == EVERY_CLASS
+        for row in audited["classes"]:
+            assert row["finite"] == FINITE, row["name"]
+            assert row["loss"] == row["reference_loss"]
+            assert row["residual_norm"] == row["reference_residual_norm"]
+            assert row["tokens"] > 0 and 0 < row["float16_tokens"] <= row["tokens"]
+
+    def test_the_same_seed_gives_the_same(self, audited: dict[str, Any], healthy: Path) -> None:
+        assert unnorm.audit(healthy, tokens=2048) == audited
+
+    def test_the_original_is_the_reference_of_a_run_without_control(
+        self, finished_run: Path, tiny_model_dir: Path
+    ) -> None:
+        result = unnorm.audit(finished_run, tokens=512, context=16)
+        assert result["reference"] == str(tiny_model_dir)
+        row = by_name(result)["ordinary text"]
+        assert row["loss"] != row["reference_loss"]
+
+
+class TestPlanted:
+    def test_is_found_and_named(self, planted: Path) -> None:
+        result = unnorm.audit(planted, tokens=2048)
+        rows = by_name(result)
+        assert not result["passed"]
+        for name in ("token alone", "token after text"):
+            row = rows[name]
+            assert not row["passed"], name
+            assert row["worst"][0]["tokens"][-1] == PLANTED
+            assert row["residual_norm"]["largest"] > 100 * row["reference_residual_norm"]["largest"]
+
+    def test_float16_overflows(self, tmp_path: Path, healthy: Path) -> None:
+        run = tmp_path / "overflowing"
+        shutil.copytree(healthy, run)
+        plant(run, 1e6)
+        row = by_name(unnorm.audit(run, tokens=512, context=16))["token alone"]
+        assert row["finite"] == {"float32": True, "bfloat16": True, "float16": False}
+        assert row["reason"] == "NaN or infinite in float16"
+
+
+class TestFigures:
+    def test_agree_with_an_independent_computation(self, audited: dict[str, Any], finished_run: Path) -> None:
+        """Every token alone repeats nothing of the audit but the definition: the residual, and its percentiles."""
+        twin = load(finished_run)
+        norms = []
+        for token in range(VOCAB):
+            with torch.no_grad():
+                hidden = twin(input_ids=torch.tensor([[token]]), output_hidden_states=True).hidden_states[-1]
+            norms.append(float(hidden[0, 0].double().norm()))
+        row = by_name(audited)["token alone"]["residual_norm"]
+        assert row["largest"] == pytest.approx(max(norms), rel=1e-5)
+        assert row["p99.9"] == pytest.approx(np.percentile(norms, 99.9, method="inverted_cdf"), rel=1e-5)
+
+    @pytest.mark.parametrize("name", EVERY_CLASS[:13])
+    def test_loss_is_that_of_plain_transformers(self, name: str, material: Material, finished_run: Path) -> None:
+        twin, (sites, _) = load(finished_run), load_sites(finished_run)
+        kind = next(kind for kind in input_classes(material, True) if kind.name == name)
+        (part,) = kind.inputs
+        expected = []
+        for ids, targets in zip(part.ids, part.targets, strict=True):
+            with torch.no_grad():
+                log_p = F.log_softmax(twin(input_ids=ids[None]).logits[0].double(), dim=-1)
+            expected += [-float(log_p[i, t]) for i, t in enumerate(targets.tolist()) if t >= 0]
+        measured = measure(twin, kind.inputs, sites)
+        assert measured.finite
+        np.testing.assert_allclose(measured.loss.numpy(), expected, atol=1e-4)
+        for key, q in (("p99.9", 0.999), ("p99.99", 0.9999)):
+            rank = int(np.ceil(q * len(expected))) - 1
+            assert summarize(measured.loss)[key] == pytest.approx(sorted(expected)[rank], abs=1e-4)
+
+    def test_padding_changes_nothing(self, material: Material, finished_run: Path) -> None:
+        twin, (sites, _) = load(finished_run), load_sites(finished_run)
+        (padded,) = next(kind for kind in input_classes(material, True) if kind.name == "left padding").inputs
+        parts = []
+        for ids, targets in zip(padded.ids, padded.targets, strict=True):
+            real = targets >= 0
+            parts.append(Inputs(ids[real][None], targets[real][None]))
+        with_pads, without = measure(twin, [padded], sites), measure(twin, parts, sites)
+        torch.testing.assert_close(with_pads.loss, without.loss, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(with_pads.norm, without.norm, atol=1e-4, rtol=1e-4)
+
+
+class TestClasses:
+    def test_ids_are_of_the_vocabulary_and_fit(self, material: Material) -> None:
+        for kind in input_classes(material, True):
+            for part in kind.inputs:
+                assert part.ids.shape == part.targets.shape
+                assert part.ids.shape[1] <= POSITIONS
+                assert part.ids.min() >= 0 and part.ids.max() < VOCAB
+                assert part.read.any()
+
+    def test_the_vocabulary_is_gone_through(self, material: Material) -> None:
+        kinds = {kind.name: kind for kind in input_classes(material, True)}
+        for name in ("token alone", "token after text"):
+            assert kinds[name].inputs[0].ids[:, -1].tolist() == list(range(VOCAB))
+            assert f"all {VOCAB}" in kinds[name].what
+        assert f"16 of {VOCAB} tokens" in kinds["token repeated"].what
+        assert kinds["token repeated"].inputs[0].ids[0].tolist() == [0] * POSITIONS  # end-of-text comes first
+        assert [part.ids.shape[1] for part in kinds["lengths"].inputs][:: len(kinds["lengths"].inputs) - 1] == [1, 64]
+
+    def test_late_positions_are_those_that_training_did_not_reach(self, material: Material) -> None:
+        (late,) = [kind for kind in input_classes(material, True) if kind.name == "late positions"]
+        assert late.inputs[0].read.nonzero()[:, 1].unique().tolist() == list(range(48, POSITIONS))
+
+    def test_positions_count_from_the_first_real_token(self, material: Material) -> None:
+        (part,) = next(kind for kind in input_classes(material, True) if kind.name == "left padding").inputs
+        assert part.attention_mask is not None and part.position_ids is not None
+        for mask, positions in zip(part.attention_mask, part.position_ids, strict=True):
+            pads = int((mask == 0).sum())
+            assert positions.tolist() == [0] * pads + list(range(POSITIONS - pads))
+
+
+class TestVerdict:
+    def measured(self, *losses: float) -> Measured:
+        return Measured(torch.tensor(losses, dtype=torch.float64), torch.ones(len(losses)), True)
+
+    @pytest.mark.parametrize(("loss", "passes"), [(10.9, True), (11.1, False), (float("inf"), False)])
+    def test_margin_of_the_percentile(self, loss: float, passes: bool) -> None:
+        assert (verdict(self.measured(1, loss), self.measured(1, 10), FINITE, FINITE) == "") is passes
+
+    def test_one_bad_token_among_many(self) -> None:
+        many = [10.0] * 50_000
+        assert verdict(self.measured(*many, 19), self.measured(*many, 10), FINITE, FINITE) == ""
+        assert "largest loss" in verdict(self.measured(*many, 21), self.measured(*many, 10), FINITE, FINITE)
+
+    def test_float16_counts_only_where_the_reference_is_finite(self) -> None:
+        same, overflowing = self.measured(1), {**FINITE, "float16": False}
+        assert verdict(same, same, overflowing, overflowing) == ""
+        assert "float16" in verdict(same, same, overflowing, FINITE)
+        assert "bfloat16" in verdict(same, same, {**FINITE, "bfloat16": False}, {**FINITE, "bfloat16": False})
+
+    def test_the_largest_residuals_are_taken(self) -> None:
+        parts = [Inputs(torch.zeros(3, 4, dtype=torch.long), torch.ones(3, 4, dtype=torch.long)) for _ in range(2)]
+        norm = torch.ones(24)
+        norm[21] = 50  # the last sequence of the second part
+        taken = largest_residuals(parts, [norm, torch.ones(24)], 4)
+        assert [part.ids.shape for part in taken] == [(1, 4)]
+
+
+class TestCommand:
+    def test_passes(self, healthy: Path, cli: Cli) -> None:
+        code, out, err = cli("audit", healthy, "--tokens", "512", "--context", "16")
+        assert code == 0, err
+        assert "all 15 classes passed" in out
+        assert "FAILED" not in out
+
+    def test_fails(self, planted: Path, cli: Cli) -> None:
+        code, out, _ = cli("audit", planted, "--tokens", "512", "--context", "16")
+        assert code == 1
+        assert "FAILED" in out
+
+    def test_json(self, planted: Path, cli: Cli) -> None:
+        code, out, _ = cli("audit", planted, "--tokens", "512", "--context", "16", "--json")
+        assert code == 1
+        result = json.loads(out, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+        assert not by_name(result)["token alone"]["passed"]
+
+
+@pytest.fixture
+def refused(cli: Cli) -> Callable[..., str]:
+    def run(*arguments: object) -> str:
+        code, out, err = cli("audit", *arguments)
+        assert code == 2 and not out and "Traceback" not in err
+        return " ".join(err.split())
+
+    return run
+
+
+class TestBadInput:
+    def test_no_run(self, tmp_path: Path, refused: Callable[..., str]) -> None:
+        assert "holds no finished run" in refused(tmp_path)
+
+    def test_no_reference(self, tmp_path: Path, finished_run: Path, refused: Callable[..., str]) -> None:
+        run = tmp_path / "run"
+        shutil.copytree(finished_run, run)
+        (run / "config.yaml").write_text("model: gone-away\n")
+        text = refused(run)
+        assert "No model 'gone-away'" in text and "--against" in text
+        (run / "config.yaml").unlink()
+        assert "Name the original with --against" in refused(run)
+        assert "No model 'no-such-model'" in refused(run, "--against", "no-such-model")
+
+    def test_no_text(
+        self, tmp_path: Path, finished_run: Path, tiny_model_dir: Path, refused: Callable[..., str]
+    ) -> None:
+        run = tmp_path / "run"
+        shutil.copytree(finished_run, run)
+        (run / "config.yaml").write_text(f"model: {tiny_model_dir}\ndata: {tmp_path}/gone.txt\n")
+        assert "name other text with --data" in refused(run)
+
+    def test_another_vocabulary(
+        self, tmp_path: Path, finished_run: Path, tiny_tokenizer: PreTrainedTokenizerFast, refused: Callable[..., str]
+    ) -> None:
+        config = GPT2Config(vocab_size=VOCAB + 20, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+        randomize(GPT2LMHeadModel(config)).save_pretrained(tmp_path / "other")
+        tiny_tokenizer.save_pretrained(tmp_path / "other")
+        assert "vocabularies differ" in refused(finished_run, "--against", tmp_path / "other")
+
+    @pytest.mark.parametrize(
+        ("options", "says"),
+        [
+            (("--context", "65"), "longer than the 64 tokens"),
+            (("--tokens", "0"), "1 token at least"),
+            (("--tokens", "many"), "not a number of tokens"),
+            (("--device", "abacus"), "No device 'abacus'"),
+        ],
+    )
+    def test_options(
+        self, options: tuple[str, ...], says: str, finished_run: Path, refused: Callable[..., str]
+    ) -> None:
+        assert says in refused(finished_run, *options)
+
+    def test_from_python(self, tmp_path: Path) -> None:
+        with pytest.raises(UnnormError, match="holds no finished run"):
+            unnorm.audit(tmp_path / "nothing")
