@@ -15,16 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, 
 
 import unnorm
 from tests.conftest import Cli
-from tests.test_families import FAMILIES, GROUPED, random_model
+from tests.test_families import FAMILIES, IN_PLACE, random_model
 from unnorm.errors import UnnormError
 from unnorm.exports.nanogpt import forward
 from unnorm.exports.stock import EPS
 from unnorm.exports.transformer_lens import register_adapter
 from unnorm.sites import trace_inputs
 
-CONFIGS = {name: make for name, (make, _) in FAMILIES.items()} | {
-    "gemma": lambda: hf.GemmaConfig(**GROUPED, head_dim=8)  # its gain is 1 + weight
-}
+CONFIGS = {name: make for name, (make, _) in FAMILIES.items()} | IN_PLACE
 IN_LENS = [
     "gpt2",
     "gpt_neox, parallel",
@@ -32,6 +30,7 @@ IN_LENS = [
     "llama",
     "llama, tied, biased",
     "qwen2",
+    "qwen3",
     "gemma",
     "opt",
 ]
@@ -51,7 +50,13 @@ def runs(
             random_model(lambda: config).save_pretrained(root / "model")
             tiny_tokenizer.save_pretrained(root / "model")
             unnorm.remove(
-                model=str(root / "model"), data=str(text_file), tokens=0, context=32, out=root / "run", device="cpu"
+                model=str(root / "model"),
+                data=str(text_file),
+                tokens=0,
+                context=32,
+                out=root / "run",
+                device="cpu",
+                in_place=family in IN_PLACE,
             )
             self[family] = root / "run"
             return self[family]
@@ -292,6 +297,12 @@ def test_without_transformer_lens_the_extra_is_named(finished_run: Path, monkeyp
     monkeypatch.setitem(sys.modules, "transformer_lens.model_bridge", None)
     with pytest.raises(UnnormError, match=r"pip install 'unnorm\[lens\]'"):
         unnorm.to_transformer_lens(finished_run)
+
+
+def test_bridge_of_a_model_with_maps_in_place_is_refused(runs: dict[str, Path]) -> None:
+    pytest.importorskip("transformer_lens")
+    with pytest.raises(UnnormError, match=r"affine maps.*final_layer_norm"):
+        unnorm.to_transformer_lens(runs["opt, post-norm"])
 
 
 def test_bridge_of_a_model_with_norms_is_refused(tiny_model_dir: Path) -> None:

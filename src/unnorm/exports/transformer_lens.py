@@ -37,7 +37,8 @@ def to_transformer_lens(
         device: where they go.
 
     Raises:
-        UnnormError: TransformerLens is not installed or has no adapter for the family, or there is no LN-free model.
+        UnnormError: TransformerLens is not installed or has no adapter for the family, or there is no LN-free
+            model, or maps of it stayed in place.
     """
     _import_transformer_lens()
     from transformer_lens.model_bridge import TransformerBridge
@@ -48,6 +49,12 @@ def to_transformer_lens(
     if left or not type(twin).__name__.startswith(PREFIX):
         raise UnnormError(
             f"The model in '{path}' is no LN-free model of unnorm's. Give the directory of a finished run."
+        )
+    if twin.config.affine_maps:
+        raise UnnormError(
+            f"The model in '{path}' has affine maps where norms were (--in-place), at "
+            f"{', '.join(twin.config.affine_maps)}. A bridge whose norms do nothing would leave them out; use the model "
+            "in plain transformers."
         )
     register_adapter(type(twin).__name__)
     # Without a tokenizer the bridge asks the hub for one.
