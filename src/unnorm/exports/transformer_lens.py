@@ -53,8 +53,8 @@ def to_transformer_lens(
     if twin.config.affine_maps:
         raise UnnormError(
             f"The model in '{path}' has affine maps where norms were (--in-place), at "
-            f"{', '.join(twin.config.affine_maps)}. A bridge whose norms do nothing would leave them out; use the model "
-            "in plain transformers."
+            f"{', '.join(twin.config.affine_maps)}. A bridge whose norms do nothing would leave them out; use "
+            "the model in plain transformers."
         )
     register_adapter(type(twin).__name__)
     # Without a tokenizer the bridge asks the hub for one.
