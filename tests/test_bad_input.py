@@ -15,6 +15,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerFast
 
+import unnorm.models
 from tests.conftest import VOCAB, Cli, CliResult, randomize
 
 Edit = Callable[[Path], None]
@@ -195,6 +196,18 @@ class TestModelNames:
     def test_a_pickle_by_its_name(self, work: Path, refused: Callable[..., str]) -> None:
         (work / "model.bin").write_bytes(pickle.dumps(Trap(work / "SPRUNG")))
         assert "is a file" in refused("remove", "model.bin")
+
+    def test_a_damaged_gguf(self, work: Path, refused: Callable[..., str]) -> None:
+        pytest.importorskip("gguf")
+        (work / "model.gguf").write_bytes(b"GGUF and then nothing")
+        assert "Could not read 'model.gguf'" in refused("remove", "model.gguf")
+
+    def test_a_gguf_without_its_package(
+        self, work: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(unnorm.models, "find_spec", lambda name: None)
+        (work / "model.gguf").write_bytes(b"GGUF")
+        assert "pip install 'unnorm[gguf]'" in refused("remove", "model.gguf")
 
     def test_the_original_to_compare_with(self, tiny_model_dir: Path, refused: Callable[..., str]) -> None:
         assert "No model 'no-such-model'" in refused("evaluate", tiny_model_dir, "--against", "no-such-model")

@@ -4,6 +4,7 @@ import math
 import os
 from copy import deepcopy
 from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ def load_original(model: str, trust_remote_code: bool = False) -> tuple[PreTrain
     """Load a causal language model in float32, with its tokenizer, ready for evaluation.
 
     Args:
-        model: `demo`, a local directory or a hub id.
+        model: `demo`, a local directory, a GGUF file (whose weights are dequantized) or a hub id.
         trust_remote_code: run modeling code that comes with the model.
 
     Raises:
@@ -47,9 +48,12 @@ def load_original(model: str, trust_remote_code: bool = False) -> tuple[PreTrain
             are not finite, or the tokenizer has ids that the model has no embedding for.
     """
     path = model_path(model)
-    config = _load_config(model, path, trust_remote_code)
-    loaded = _load_weights(model, path, config, trust_remote_code)
-    tokenizer = _load_tokenizer(model, path, trust_remote_code)
+    if Path(path).suffix == ".gguf" and Path(path).is_file():
+        loaded, tokenizer = _load_gguf(Path(path))
+    else:
+        config = _load_config(model, path, trust_remote_code)
+        loaded = _load_weights(model, path, config, trust_remote_code)
+        tokenizer = _load_tokenizer(model, path, trust_remote_code)
     _check_finite(model, loaded)
     _check_causal(model, loaded)
     _check_tokenizer(model, loaded, tokenizer)
@@ -144,6 +148,24 @@ def _load_weights(model: str, path: str, config: PretrainedConfig, trust_remote_
             "model; fetch it again."
         )
     return loaded.eval()
+
+
+def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if find_spec("gguf") is None:
+        raise UnnormError(f"Reading '{path}' needs the gguf package. Install it with: pip install 'unnorm[gguf]'.")
+    options = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**options)
+    except Exception as error:
+        raise UnnormError(
+            f"Could not read '{path}': {short(error)} It is damaged, or of a family that transformers does not read "
+            "from GGUF; convert it to safetensors."
+        ) from error
+    # The weights in memory are plain numbers, and what is saved of them must not say otherwise.
+    if hasattr(loaded.config, "quantization_config"):
+        del loaded.config.quantization_config
+    return loaded.eval(), tokenizer
 
 
 def _load_tokenizer(model: str, path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
