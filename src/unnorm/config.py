@@ -22,9 +22,9 @@ CONFIG_FILE = "config.yaml"
 CPU_TOKENS = 1_600_000
 GPU_TOKENS = 20_000_000
 MOST_CONTEXT = 1024
-STEPS_WANTED = 1600
+STEPS_WANTED = 3200
 """Optimizer steps that a run's tokens are divided into, as far as the limits on tokens a step allow."""
-LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 1024, 2**19
+LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 512, 2**19
 MEMORY_SHARE = 0.5
 """Share of the free memory that activations may take."""
 

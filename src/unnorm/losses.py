@@ -92,3 +92,15 @@ def scale_penalty(
     ordinary = (~special).to(scale.dtype)
     mean = (scale.detach() * ordinary).sum() / ordinary.sum()
     return (scale - (mean if penalty == "spread" else log_constant.exp())).square().mean()
+
+
+def read_mismatch(
+    read: Float[Tensor, "*token width"], teacher_read: Float[Tensor, "*token width"]
+) -> Float[Tensor, ""]:
+    """Squared distance between what a site's readers get and what they got from the teacher's norm.
+
+    As a share of the teacher's, |read - teacher_read|^2 / |teacher_read|^2 over all tokens, so that sites of any width
+    and gain count alike.
+    """
+    teacher_read = teacher_read.to(read.dtype)
+    return (read - teacher_read).square().sum() / teacher_read.square().sum()

@@ -102,8 +102,9 @@ class TaperedNorm(nn.Module):
         self.interpolation: Interpolation = interpolation
         self.estimating = False
         self.removed = False
-        self.keep_log_scale = False
+        self.keep_log_scale = self.keep_output = False
         self.kept_log_scale: Float[Tensor, "batch position"] | None = None
+        self.kept_output: Float[Tensor, "batch position out"] | None = None
         self.register_buffer("alpha", torch.zeros(paths, dtype=gain.dtype, device=gain.device))
         # [0] is for ordinary tokens, [1] for special ones.
         self.register_buffer("log_constant", torch.zeros(2, dtype=gain.dtype, device=gain.device))
@@ -126,14 +127,17 @@ class TaperedNorm(nn.Module):
         if self.keep_log_scale and self.training:
             self.kept_log_scale = self.log_scale(x).squeeze(-1)
         if self.removed:
-            y = self._affine(x * torch.exp(-self._log_constant(x)))
-            return torch.cat([y] * len(self.alpha), dim=-1).to(dtype)
-        log_scale = self.log_scale(x)
-        if self.estimating and self.training:
-            self._update_constants(log_scale.detach().squeeze(-1))
-        log_constant = self._log_constant(x)
-        factors = [self._factor(log_scale, log_constant, alpha) for alpha in self.alpha.unbind()]
-        return torch.cat([self._affine(x * factor) for factor in factors], dim=-1).to(dtype)
+            factors = [torch.exp(-self._log_constant(x))] * len(self.alpha)
+        else:
+            log_scale = self.log_scale(x)
+            if self.estimating and self.training:
+                self._update_constants(log_scale.detach().squeeze(-1))
+            log_constant = self._log_constant(x)
+            factors = [self._factor(log_scale, log_constant, alpha) for alpha in self.alpha.unbind()]
+        y = torch.cat([self._affine(x * factor) for factor in factors], dim=-1)
+        if self.keep_output and self.training:
+            self.kept_output = y
+        return y.to(dtype)
 
     def _factor(
         self, log_scale: Float[Tensor, "batch position 1"], log_constant: Tensor, alpha: Float[Tensor, ""]

@@ -44,6 +44,8 @@ from unnorm.training import Outcome, Removal, Watcher, train
 
 RESULT, REPORT, CONTROL, DATA, CHECKPOINTS = "result.json", "report.html", "control", "data", "checkpoints"
 SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 4, 32, 48
+TRAINING_SPREAD = 4
+"""Times as much training text is read, and thinned evenly: neighbouring blocks come from one document and say less."""
 DISK_COPIES = 8
 """Sizes of the model in float32 that a run may write: a checkpoint with optimizer state, the models it leaves."""
 
@@ -171,13 +173,14 @@ def _write_blocks(
     note = directory / DATA / "held_out.txt"
     if note.is_file():
         return note.read_text()
+    train_blocks = max(CALIBRATION_BLOCKS, math.ceil(plan.tokens / plan.context))
     validation_blocks = math.ceil(EVALUATION_TOKENS / plan.context)
     blocks = build_blocks(
         config.data,
         tokenizer,
         vocab_size,
         plan.context,
-        train_blocks=max(CALIBRATION_BLOCKS, math.ceil(plan.tokens / plan.context)),
+        train_blocks=TRAINING_SPREAD * train_blocks,
         validation_blocks=EVALUATION_SPREAD * validation_blocks,
         text_field=config.text_field,
         split=config.split,
@@ -185,7 +188,7 @@ def _write_blocks(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         config.save(directory / CONFIG_FILE)
-        blocks.train.save_to_disk(str(directory / DATA / "train"))
+        spread(blocks.train, train_blocks).save_to_disk(str(directory / DATA / "train"))
         spread(blocks.validation, validation_blocks).save_to_disk(str(directory / DATA / "validation"))
         note.write_text(blocks.held_out)
     except OSError as error:

@@ -1,7 +1,8 @@
 """One training run: of the model that loses its norms, or of the control that keeps them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from unnorm.calibrate import batches, evaluating, spread
 from unnorm.config import Plan
 from unnorm.errors import UnnormError
-from unnorm.losses import Penalty, distillation_losses, next_token_loss, scale_penalty
+from unnorm.losses import Penalty, distillation_losses, next_token_loss, read_mismatch, scale_penalty
 from unnorm.norms import TaperedNorm
 from unnorm.schedule import Recipe
 from unnorm.training.callbacks import (
@@ -42,13 +43,14 @@ class Optimization:
     """Settings of the optimizer that belong to a recipe.
 
     Attributes:
-        least_lr: share of the peak learning rate at the end of the cosine.
+        least_lr: share of the peak learning rate at the end of the cosine; 0 stands for a straight line to zero.
         warmup: share of the steps with rising learning rate.
         weight_decay: AdamW's.
         betas: AdamW's.
         distil: minimize KL to the teacher's logits; else next-token loss.
         penalty: what else is minimized at the final norm; see `scale_penalty`.
         penalty_weight: its weight.
+        read_weight: weight of `read_mismatch`, averaged over all sites.
     """
 
     least_lr: float
@@ -58,10 +60,11 @@ class Optimization:
     distil: bool
     penalty: Penalty | None = None
     penalty_weight: float = 0.0
+    read_weight: float = 0.0
 
 
 OPTIMIZATION: dict[Recipe, Optimization] = {
-    "taper": Optimization(0.02, 0.05, 0.0, (0.9, 0.98), distil=True),
+    "taper": Optimization(0.0, 0.05, 0.0, (0.9, 0.98), distil=True, read_weight=10.0),
     # arXiv 2409.13710 and 2507.02559: weight decay 0.01, 20 of 300 steps of warm-up, a cosine to half the peak.
     "sequential": Optimization(0.5, 20 / 300, 0.01, (0.9, 0.999), distil=False),
     # The weight is that of 2507.02559's published configuration.
@@ -116,6 +119,10 @@ class DistillationTrainer(Trainer):
         if removal is not None and optimization.penalty is not None:
             self.penalized = list(removal.stand_ins.values())[-1]
             self.penalized.keep_log_scale = True
+        self.stand_ins: dict[str, TaperedNorm] = {}
+        self.teacher_reads: dict[str, Tensor] = {}
+        if removal is not None and teacher is not None and optimization.read_weight:
+            self.stand_ins = removal.stand_ins
         self.sums = torch.zeros(3, device=self.args.device)
         self.step_kl = torch.zeros(2, device=self.args.device)
 
@@ -134,10 +141,42 @@ class DistillationTrainer(Trainer):
             loss, token_loss = distillation_losses(output.logits, teacher_logits, ids)
             shown = torch.stack([token_loss, loss.detach(), torch.ones_like(token_loss)])
             self.step_kl += shown[1:]
+            if self.stand_ins:
+                loss = loss + self.optimization.read_weight * self._read_mismatch()
         self.sums += shown
         if self.penalized is not None:
             loss = loss + self._penalty(self.penalized, ids)
         return (loss, output) if return_outputs else loss
+
+    @contextmanager
+    def matching_reads(self) -> Iterator[None]:
+        """Keep what the norms of the teacher and their stand-ins give in each training pass, if the loss needs it."""
+
+        def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                self.teacher_reads[name] = output
+
+            return hook
+
+        teacher = self.teacher
+        handles = [teacher.get_submodule(name).register_forward_hook(keep(name)) for name in self.stand_ins if teacher]
+        for stand_in in self.stand_ins.values():
+            stand_in.keep_output = True
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for stand_in in self.stand_ins.values():
+                stand_in.keep_output, stand_in.kept_output = False, None
+            self.teacher_reads.clear()
+
+    def _read_mismatch(self) -> Float[Tensor, ""]:
+        mismatches = []
+        for name, stand_in in self.stand_ins.items():
+            assert stand_in.kept_output is not None
+            mismatches.append(read_mismatch(stand_in.kept_output, self.teacher_reads[name]))
+        return torch.stack(mismatches).mean()
 
     def _penalty(self, norm: TaperedNorm, ids: Int[Tensor, "batch position"]) -> Float[Tensor, ""]:
         assert norm.kept_log_scale is not None and self.optimization.penalty is not None
@@ -226,7 +265,7 @@ def train(
     checkpoints = directory / "checkpoints"
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     use_cache = model.config.use_cache
-    with interrupt.listening():
+    with interrupt.listening(), trainer.matching_reads():
         try:
             trainer.train(resume_from_checkpoint=last)
         except torch.OutOfMemoryError as error:
@@ -283,8 +322,8 @@ def _arguments(
         per_device_train_batch_size=plan.micro_batch,
         gradient_accumulation_steps=plan.accumulation,
         learning_rate=plan.lr,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": optimization.least_lr},
+        lr_scheduler_type="cosine_with_min_lr" if optimization.least_lr else "linear",
+        lr_scheduler_kwargs={"min_lr_rate": optimization.least_lr} if optimization.least_lr else {},
         warmup_steps=math.ceil(optimization.warmup * plan.steps),
         weight_decay=optimization.weight_decay,
         adam_beta1=optimization.betas[0],
