@@ -81,6 +81,9 @@ def remove(
     kl_budget: Annotated[
         float, typer.Option(help="How far the model may drift on the way before the taper waits, in nats per token.")
     ] = 0.5,
+    stress_share: Annotated[
+        float, typer.Option(help="Share of the distilled blocks that no corpus has: random, repeated, foreign tokens.")
+    ] = 0.1,
     keep: Annotated[
         str | None, typer.Option(help="Leave norms as they are whose path matches this regular expression.")
     ] = None,

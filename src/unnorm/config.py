@@ -52,6 +52,12 @@ class RemoveConfig(BaseModel):
     kl_budget: float = Field(
         KL_BUDGET, gt=0, allow_inf_nan=False, description="KL on the way, nats per token, at which the taper waits"
     )
+    stress_share: float = Field(
+        0.1,
+        ge=0,
+        lt=1,
+        description="share of the distilled blocks that no corpus has: random, repeated, foreign tokens",
+    )
     keep: str | None = Field(None, description="regular expression of norms that stay norms")
     in_place: bool = Field(False, description="let maps that fold into no weight stay as modules")
     estimator: Estimator = Field("geometric", description="how the constant scale is estimated")

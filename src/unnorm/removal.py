@@ -11,8 +11,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, concatenate_datasets, load_from_disk
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from unnorm import processes
@@ -29,7 +30,7 @@ from unnorm.checkpoint import (
     write_text,
 )
 from unnorm.config import CONFIG_FILE, Plan, RemoveConfig, choose_device, make_plan, read_config_file
-from unnorm.data import build_blocks
+from unnorm.data import as_dataset, build_blocks, stress_blocks
 from unnorm.equalize import equalize_embedding
 from unnorm.errors import UnnormError
 from unnorm.evaluation import EVALUATION_SPREAD, EVALUATION_TOKENS, Evaluation, evaluate_model
@@ -67,6 +68,7 @@ class _Run:
     tokenizer: PreTrainedTokenizerBase
     sites: list[NormSite]
     train_blocks: Dataset
+    stress_blocks: Dataset | None
     validation_blocks: Dataset
     held_out: str
     watch: Watcher
@@ -152,7 +154,20 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watcher) -> _Run:
     model.to(plan.device).requires_grad_(False)
     disable_dropout(model)
     train_blocks, validation_blocks = (load_from_disk(str(directory / DATA / side)) for side in ("train", "validation"))
-    return _Run(directory, config, plan, model, tokenizer, sites, train_blocks, validation_blocks, held_out, watch)
+    stress = directory / DATA / "stress"
+    return _Run(
+        directory,
+        config,
+        plan,
+        model,
+        tokenizer,
+        sites,
+        train_blocks,
+        load_from_disk(str(stress)) if stress.is_dir() else None,
+        validation_blocks,
+        held_out,
+        watch,
+    )
 
 
 def _check_disk(directory: Path, model: PreTrainedModel) -> None:
@@ -188,7 +203,17 @@ def _write_blocks(
     try:
         directory.mkdir(parents=True, exist_ok=True)
         config.save(directory / CONFIG_FILE)
-        spread(blocks.train, train_blocks).save_to_disk(str(directory / DATA / "train"))
+        train = spread(blocks.train, train_blocks)
+        train.save_to_disk(str(directory / DATA / "train"))
+        stress = stress_blocks(
+            np.asarray(train["input_ids"]),
+            tokenizer,
+            vocab_size,
+            round(config.stress_share * train_blocks),
+            np.random.default_rng(config.seed),
+        )
+        if len(stress):
+            as_dataset(stress).save_to_disk(str(directory / DATA / "stress"))
         spread(blocks.validation, validation_blocks).save_to_disk(str(directory / DATA / "validation"))
         note.write_text(blocks.held_out)
     except OSError as error:
@@ -257,7 +282,7 @@ def _train(run: _Run, model: PreTrainedModel, removal: Removal | None, directory
         removal=removal,
         recipe=run.config.recipe,
         plan=run.plan,
-        train_blocks=run.train_blocks,
+        train_blocks=run.train_blocks if removal is None else _with_stress(run),
         validation_blocks=run.validation_blocks,
         directory=directory,
         seed=run.config.seed,
@@ -282,6 +307,14 @@ def _train(run: _Run, model: PreTrainedModel, removal: Removal | None, directory
             f"The last checkpoint is in '{directory / CHECKPOINTS}'. Give it more --tokens or a larger --kl-budget."
         )
     return outcome
+
+
+def _with_stress(run: _Run) -> Dataset:
+    """Training text with its share of stress blocks in place of as many others, for recipes that distil."""
+    if run.config.recipe != "taper" or run.stress_blocks is None:
+        return run.train_blocks
+    text = spread(run.train_blocks, max(1, len(run.train_blocks) - len(run.stress_blocks)))
+    return concatenate_datasets([text, run.stress_blocks])
 
 
 def _fold_and_save(run: _Run, student: PreTrainedModel, naive: dict[str, float]) -> None:

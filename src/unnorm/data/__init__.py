@@ -1,6 +1,7 @@
 """Text from any source, made into packed blocks of tokens."""
 
 from unnorm.data.documents import STDLIB, Documents, open_documents
-from unnorm.data.packing import Blocks, build_blocks
+from unnorm.data.packing import Blocks, as_dataset, build_blocks
+from unnorm.data.stress import stress_blocks
 
-__all__ = ["STDLIB", "Blocks", "Documents", "build_blocks", "open_documents"]
+__all__ = ["STDLIB", "Blocks", "Documents", "as_dataset", "build_blocks", "open_documents", "stress_blocks"]

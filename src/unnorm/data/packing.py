@@ -84,7 +84,7 @@ def build_blocks(
         )
     for blocks in (train, validation):
         _check_ids(source, blocks, vocab_size)
-    return Blocks(source, _dataset(train), _dataset(validation), held_out)
+    return Blocks(source, as_dataset(train), as_dataset(validation), held_out)
 
 
 def token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
@@ -181,6 +181,7 @@ def _check_ids(source: str, ids: Tokens, vocab_size: int) -> None:
         )
 
 
-def _dataset(blocks: Tokens) -> Dataset:
+def as_dataset(blocks: Tokens) -> Dataset:
+    """Token ids, (block, position), as rows of `input_ids`."""
     features = Features({"input_ids": List(Value("int32"), length=blocks.shape[1])})
     return Dataset.from_dict({"input_ids": blocks}, features=features)

@@ -1,0 +1,81 @@
+"""Sequences that no corpus has, for the distillation stream: nothing else teaches a twin what the original does there.
+
+A norm holds every input's scale; without it a model that has only met ordinary text may answer repeated, random or
+foreign tokens with far too much confidence. The original's logits are all the labels that such sequences need.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from jaxtyping import Int
+from numpy.random import Generator
+from transformers import PreTrainedTokenizerBase
+
+Ids = Int[np.ndarray, "block position"]
+
+_LARGEST_CODE_POINT = 0x1FBFF
+_SURROGATES = (0xD800, 0xDFFF)
+_CHARACTERS_A_TOKEN = 4
+_LONGEST_REPEAT = 16
+
+
+def stress_blocks(
+    text: Ids, tokenizer: PreTrainedTokenizerBase, vocab_size: int, count: int, generator: Generator
+) -> Ids:
+    """Blocks of tokens from small and large random vocabularies, of random characters, and of broken text, in turn.
+
+    Args:
+        text: blocks of ordinary text, (block, position); what the broken text is made of.
+        tokenizer: the model's.
+        vocab_size: ids are below it.
+        count: how many blocks.
+        generator: source of everything random.
+
+    Returns:
+        Token ids, (count, position).
+    """
+    context = text.shape[1]
+    vocabulary = np.asarray(sorted(id for id in tokenizer.get_vocab().values() if id < vocab_size))
+    kinds: list[Callable[[], np.ndarray]] = [
+        lambda: _few_tokens(vocabulary, context, generator),
+        lambda: _random_characters(tokenizer, context, generator),
+        lambda: _broken_text(text, vocabulary, generator),
+        lambda: _cycle(vocabulary, context, generator),
+    ]
+    blocks = [kinds[index % len(kinds)]() for index in range(count)]
+    return np.stack(blocks).astype(np.int32) if blocks else np.empty((0, context), np.int32)
+
+
+def _few_tokens(vocabulary: np.ndarray, length: int, generator: Generator) -> np.ndarray:
+    """Draws from 1 to all of the vocabulary's tokens; the number is log-uniform, so half of the blocks repeat a lot."""
+    size = round(math.exp(generator.uniform(0, math.log(len(vocabulary)))))
+    return generator.choice(generator.choice(vocabulary, size, replace=False), length)
+
+
+def _cycle(vocabulary: np.ndarray, length: int, generator: Generator) -> np.ndarray:
+    """A few random tokens, over and over."""
+    period = generator.choice(vocabulary, generator.integers(1, _LONGEST_REPEAT + 1))
+    return np.resize(period, length)
+
+
+def _random_characters(tokenizer: PreTrainedTokenizerBase, length: int, generator: Generator) -> np.ndarray:
+    """Random characters of a range of Unicode; its start is log-uniform, and so is its width."""
+    start = round(math.exp(generator.uniform(0, math.log(_LARGEST_CODE_POINT))))
+    width = round(math.exp(generator.uniform(0, math.log(_LARGEST_CODE_POINT - start + 1))))
+    points = start + generator.integers(0, width, _CHARACTERS_A_TOKEN * length)
+    text = "".join(chr(p) for p in points if not _SURROGATES[0] <= p <= _SURROGATES[1]) or " " * length
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] or [0]
+    return np.resize(np.asarray(ids), length)
+
+
+def _broken_text(text: Ids, vocabulary: np.ndarray, generator: Generator) -> np.ndarray:
+    """Ordinary text in which a share of the tokens, or one stretch of them, is random or one and the same."""
+    block = text[generator.integers(len(text))].copy()
+    size = 1 if generator.random() < 0.5 else len(block)
+    random = np.resize(generator.choice(vocabulary, size), len(block))
+    if generator.random() < 0.5:
+        return np.where(generator.random(len(block)) < generator.uniform(0, 0.5), random, block)
+    start, end = np.sort(generator.integers(0, len(block) + 1, 2))
+    block[start:end] = random[start:end]
+    return block
