@@ -1,0 +1,98 @@
+"""The blocks that no corpus has, and where a run uses them."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+import unnorm
+from tests.conftest import VOCAB
+from unnorm.data import stress_blocks
+from unnorm.losses import read_mismatch
+from unnorm.removal import _with_stress
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 2**16), context=st.integers(2, 48), count=st.integers(0, 9))
+def test_blocks_are_full_valid_and_reproducible(
+    tiny_tokenizer: PreTrainedTokenizerFast, seed: int, context: int, count: int
+) -> None:
+    text = np.arange(3 * context, dtype=np.int32).reshape(3, context) % VOCAB
+
+    def make() -> np.ndarray:
+        return stress_blocks(text, tiny_tokenizer, VOCAB, count, np.random.default_rng(seed))
+
+    blocks = make()
+    assert blocks.shape == (count, context)
+    assert blocks.dtype == np.int32
+    assert ((blocks >= 0) & (blocks < VOCAB)).all()
+    assert (blocks == make()).all()
+
+
+def test_blocks_range_from_one_token_to_the_whole_vocabulary(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    text = np.zeros((4, 64), dtype=np.int32)
+    blocks = stress_blocks(text, tiny_tokenizer, VOCAB, 200, np.random.default_rng(0))
+    different = np.asarray([len(np.unique(block)) for block in blocks])
+    assert (different == 1).any()
+    assert (different > 40).any()
+    assert len(np.unique(blocks)) == VOCAB
+    # What a row may start with is what `generate` may be given: nearly every token, not a few.
+    assert len(np.unique(blocks[:, 0])) > 75
+
+
+def test_stress_takes_the_place_of_text_and_only_where_the_run_distils(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {}
+
+    def remember(run: object) -> object:
+        seen["text"], seen["mixed"] = run.train_blocks, _with_stress(run)  # type: ignore[attr-defined, arg-type]
+        return seen["mixed"]
+
+    monkeypatch.setattr("unnorm.removal._with_stress", remember)
+    common = {"model": str(tiny_model_dir), "data": str(text_file), "tokens": 5_000, "device": "cpu", "context": 32}
+    unnorm.remove(out=tmp_path / "ours", stress_share=0.25, **common)
+    text, mixed = (np.asarray(seen[key]["input_ids"]) for key in ("text", "mixed"))
+    assert mixed.shape == text.shape
+    ordinary = {row.tobytes() for row in text}
+    assert np.mean([row.tobytes() in ordinary for row in mixed]) == pytest.approx(0.75, abs=0.02)
+    unnorm.remove(out=tmp_path / "theirs", recipe="sequential", stress_share=0.25, **common)
+    assert seen["mixed"] is seen["text"]
+
+
+def test_read_mismatch_is_a_share_of_the_teachers_reads() -> None:
+    teacher = torch.randn(2, 5, 7, dtype=torch.float64)
+    assert float(read_mismatch(teacher, teacher)) == 0
+    assert float(read_mismatch(3 * teacher, teacher)) == pytest.approx(4)
+    gain = torch.rand((), dtype=torch.float64) + 1
+    assert float(read_mismatch(gain * torch.zeros_like(teacher), gain * teacher)) == pytest.approx(1)
+
+
+def test_reads_are_matched_while_training_and_let_go_of_after_it(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = []
+
+    def remember(read: torch.Tensor, teacher_read: torch.Tensor) -> torch.Tensor:
+        mismatch = read_mismatch(read, teacher_read)
+        shares.append(float(mismatch.detach()))
+        return mismatch
+
+    hooks = []
+    monkeypatch.setattr("unnorm.removal.equalize_embedding", lambda *_: False)
+    monkeypatch.setattr("unnorm.training.run.read_mismatch", remember)
+    monkeypatch.setattr(
+        "unnorm.removal.evaluate_model",
+        lambda model, *rest, evaluate=unnorm.evaluation.evaluate_model: (
+            hooks.extend(m for m in model.modules() if m._forward_hooks) or evaluate(model, *rest)
+        ),
+    )
+    unnorm.remove(model=str(tiny_model_dir), data=str(text_file), tokens=20_000, out=tmp_path / "run", device="cpu")
+    sites = 2 * len(GPT2LMHeadModel.from_pretrained(tiny_model_dir).transformer.h) + 1
+    assert max(shares[:sites]) < 1e-10  # Stand-ins start as the norms themselves.
+    assert max(shares) > 1e-4
+    assert not hooks
