@@ -91,7 +91,8 @@ def test_reads_are_matched_while_training_and_let_go_of_after_it(
             hooks.extend(m for m in model.modules() if m._forward_hooks) or evaluate(model, *rest)
         ),
     )
-    unnorm.remove(model=str(tiny_model_dir), data=str(text_file), tokens=20_000, out=tmp_path / "run", device="cpu")
+    common = {"tokens": 20_000, "device": "cpu", "dtype": "float32"}
+    unnorm.remove(model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "run", **common)
     sites = 2 * len(GPT2LMHeadModel.from_pretrained(tiny_model_dir).transformer.h) + 1
     assert max(shares[:sites]) < 1e-10  # Stand-ins start as the norms themselves.
     assert max(shares) > 1e-4

@@ -192,7 +192,7 @@ def default_lr(model: PreTrainedModel, recipe: Recipe) -> float:
     The published recipes have the 6e-4 of arXiv 2409.13710 at GPT-2 small's width. `taper` takes less, since its steps
     are more and smaller and must not carry the model off where there is nothing to learn (`docs/method.md`).
     """
-    at_768 = 1.8e-4 if recipe == "taper" else 6e-4
+    at_768 = 1.25e-4 if recipe == "taper" else 6e-4
     return min(2e-3, at_768 * (768 / int(model.config.hidden_size)) ** 0.5)
 
 

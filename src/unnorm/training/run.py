@@ -36,6 +36,8 @@ QUICK_BLOCKS = 16
 """Validation blocks in the quick evaluations along the way."""
 CHECKPOINTS = 5
 LOG_LINES = 100
+READS_SHARE = 0.7
+"""Share of the run in which reads are matched; what they cost of the final KL is then made good."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Optimization:
         distil: minimize KL to the teacher's logits; else next-token loss.
         penalty: what else is minimized at the final norm; see `scale_penalty`.
         penalty_weight: its weight.
-        read_weight: weight of `read_mismatch`, averaged over all sites.
+        read_weight: weight of `read_mismatch`, averaged over all sites; it falls to 0 over the first `READS_SHARE`.
     """
 
     least_lr: float
@@ -119,10 +121,8 @@ class DistillationTrainer(Trainer):
         if removal is not None and optimization.penalty is not None:
             self.penalized = list(removal.stand_ins.values())[-1]
             self.penalized.keep_log_scale = True
-        self.stand_ins: dict[str, TaperedNorm] = {}
+        self.stand_ins = removal.stand_ins if removal is not None and optimization.read_weight else {}
         self.teacher_reads: dict[str, Tensor] = {}
-        if removal is not None and teacher is not None and optimization.read_weight:
-            self.stand_ins = removal.stand_ins
         self.sums = torch.zeros(3, device=self.args.device)
         self.step_kl = torch.zeros(2, device=self.args.device)
 
@@ -141,8 +141,8 @@ class DistillationTrainer(Trainer):
             loss, token_loss = distillation_losses(output.logits, teacher_logits, ids)
             shown = torch.stack([token_loss, loss.detach(), torch.ones_like(token_loss)])
             self.step_kl += shown[1:]
-            if self.stand_ins:
-                loss = loss + self.optimization.read_weight * self._read_mismatch()
+            if self._read_weight():
+                loss = loss + self._read_weight() * self._read_mismatch()
         self.sums += shown
         if self.penalized is not None:
             loss = loss + self._penalty(self.penalized, ids)
@@ -170,6 +170,10 @@ class DistillationTrainer(Trainer):
             for stand_in in self.stand_ins.values():
                 stand_in.keep_output, stand_in.kept_output = False, None
             self.teacher_reads.clear()
+
+    def _read_weight(self) -> float:
+        done = self.state.global_step / max(1, self.state.max_steps)
+        return self.optimization.read_weight * max(0.0, 1 - done / READS_SHARE)
 
     def _read_mismatch(self) -> Float[Tensor, ""]:
         mismatches = []
