@@ -72,6 +72,13 @@ def disable_dropout(model: PreTrainedModel) -> None:
             module.p = 0.0
 
 
+def fuse_activations(model: PreTrainedModel) -> None:
+    """GPT-2's GELU as torch's one operation in place of transformers' eight: same function, a tenth of a CPU step."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "NewGELUActivation":
+            model.set_submodule(name, torch.nn.GELU(approximate="tanh"))
+
+
 def copy_model(model: PreTrainedModel) -> PreTrainedModel:
     """An independent copy in the same dtype and on the same device."""
     copy = type(model)(deepcopy(model.config))

@@ -35,7 +35,7 @@ from unnorm.equalize import equalize_embedding
 from unnorm.errors import UnnormError
 from unnorm.evaluation import EVALUATION_SPREAD, EVALUATION_TOKENS, Evaluation, evaluate_model
 from unnorm.fold import fold, install, prove_sites, uninstall_paths
-from unnorm.models import copy_model, disable_dropout, load_original
+from unnorm.models import copy_model, disable_dropout, fuse_activations, load_original
 from unnorm.norms import TaperedNorm, TokenMask
 from unnorm.proof import check_twin
 from unnorm.report import ReportData, render_card, render_report
@@ -153,6 +153,7 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watcher) -> _Run:
     set_seed(config.seed)
     model.to(plan.device).requires_grad_(False)
     disable_dropout(model)
+    fuse_activations(model)
     train_blocks, validation_blocks = (load_from_disk(str(directory / DATA / side)) for side in ("train", "validation"))
     stress = directory / DATA / "stress"
     return _Run(
@@ -228,6 +229,7 @@ def _train_removal(run: _Run) -> tuple[dict[str, float], Outcome | None]:
         return json.loads(note.read_text()), None
     student = copy_model(run.original)
     disable_dropout(student)
+    fuse_activations(student)
     token_mask = TokenMask()
     stand_ins = install(
         student,
@@ -332,6 +334,7 @@ def _train_control(run: _Run) -> PreTrainedModel:
     directory = run.directory / CONTROL
     control = copy_model(run.original)
     disable_dropout(control)
+    fuse_activations(control)
     if not (directory / "model.safetensors").is_file():
         run.say("training the control", run.plan.training_tokens)
         _train(run, control, None, directory)
