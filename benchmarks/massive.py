@@ -63,14 +63,14 @@ def plant(model: GPT2LMHeadModel, ids: torch.Tensor) -> int:
 
 
 def heal(model: GPT2LMHeadModel, neuron: int, original: PreTrainedModel, blocks: torch.Tensor) -> float:
-    """Train all but the planted neuron, norms on, to give the original's logits; returns the last KL, nats per token."""
+    """Train all but the planted neuron, norms on, to give the original's logits; the last KL, nats per token."""
     mlp = model.transformer.h[0].mlp
     optimizer = torch.optim.AdamW(model.parameters(), lr=HEALING_LR, weight_decay=0.0)
     kl = torch.zeros(())
     for step, ids in enumerate(blocks.split(HEALING_BLOCKS)[:HEALING_STEPS]):
         with torch.no_grad():
             expected = original(input_ids=ids).logits
-        kl, _ = distillation_losses(model(input_ids=ids).logits, expected, ids)
+        kl, *_ = distillation_losses(model(input_ids=ids).logits, expected, ids)
         kl.backward()
         for planted in (mlp.c_fc.weight.grad[:, neuron], mlp.c_fc.bias.grad[neuron], mlp.c_proj.weight.grad[neuron]):
             planted.zero_()

@@ -85,11 +85,11 @@ def test_a_step_of_nan_is_not_applied(
 ) -> None:
     calls = 0
 
-    def sometimes_nan(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def sometimes_nan(*args: Any) -> tuple[torch.Tensor, ...]:
         nonlocal calls
         calls += torch.is_grad_enabled()
-        kl, loss = distillation_losses(*args)
-        return kl * (math.nan if torch.is_grad_enabled() and calls in (4, 5) else 1.0), loss
+        kl, *shown = distillation_losses(*args)
+        return kl * (math.nan if torch.is_grad_enabled() and calls in (4, 5) else 1.0), *shown
 
     monkeypatch.setattr(run, "distillation_losses", sometimes_nan)
     result = unnorm.remove(
@@ -121,9 +121,9 @@ def test_out_of_tokens_names_the_sites_that_are_still_norms(
 def test_divergence_ends_the_run_with_a_message(
     monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    def always_nan(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        kl, loss = distillation_losses(*args)
-        return kl * math.nan, loss
+    def always_nan(*args: Any) -> tuple[torch.Tensor, ...]:
+        kl, *shown = distillation_losses(*args)
+        return kl * math.nan, *shown
 
     monkeypatch.setattr(run, "distillation_losses", always_nan)
     with pytest.raises(unnorm.UnnormError, match="diverged"):
@@ -137,12 +137,22 @@ def test_losses_in_nats_per_token() -> None:
     logits, other = torch.randn(2, 5, 7), torch.randn(2, 5, 7)
     ids = torch.randint(7, (2, 5))
     p, q = other.softmax(-1), logits.softmax(-1)
-    kl, loss = distillation_losses(logits, other, ids)
+    kl, shown_kl, loss = distillation_losses(logits, other, ids)
+    assert float(shown_kl) == pytest.approx(float(kl))
     torch.testing.assert_close(kl, (p * (p / q).log()).sum(-1).mean())
     torch.testing.assert_close(loss, next_token_loss(logits, ids))
     assert float(distillation_losses(logits, logits, ids)[0]) == pytest.approx(0, abs=1e-6)
     picked = q.log()[:, :-1].gather(-1, ids[:, 1:, None])
     torch.testing.assert_close(next_token_loss(logits, ids), -picked.mean())
+
+
+def test_only_some_blocks_are_shown_but_all_are_minimized() -> None:
+    torch.manual_seed(0)
+    logits, other, ids = torch.randn(3, 5, 7), torch.randn(3, 5, 7), torch.randint(7, (3, 5))
+    kl, shown_kl, shown_loss = distillation_losses(logits, other, ids, torch.tensor([True, False, True]))
+    torch.testing.assert_close(kl, distillation_losses(logits, other, ids)[0])
+    _, *expected = distillation_losses(logits[::2], other[::2], ids[::2])
+    torch.testing.assert_close([shown_kl, shown_loss], expected)
 
 
 @pytest.mark.parametrize("cached", [1, 50, 10**6])
@@ -153,7 +163,7 @@ def test_gradient_of_kl_is_that_of_the_plain_formula(monkeypatch: pytest.MonkeyP
     plain = logits.detach().double().requires_grad_()
     p = teacher_logits.double().softmax(-1)
     expected = 3 * (p * (p.log() - plain.log_softmax(-1))).sum(-1).mean()
-    kl, loss = distillation_losses(logits, teacher_logits, torch.randint(7, (2, 5)))
+    kl, _, loss = distillation_losses(logits, teacher_logits, torch.randint(7, (2, 5)))
     (3 * kl).backward()
     expected.backward()
     assert logits.grad is not None and plain.grad is not None

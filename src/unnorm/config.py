@@ -22,6 +22,8 @@ CONFIG_FILE = "config.yaml"
 CPU_TOKENS = 1_600_000
 GPU_TOKENS = 20_000_000
 MOST_CONTEXT = 1024
+CONTROL_STEP_TOKENS = 4096
+"""Tokens that the control's steps have at least."""
 STEPS_WANTED = 3200
 """Optimizer steps that a run's tokens are divided into, as far as the limits on tokens a step allow."""
 LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 512, 2**19
@@ -184,6 +186,18 @@ def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) 
         lr=config.lr or default_lr(model, config.recipe),
         processes=processes,
     )
+
+
+def control_plan(plan: Plan) -> Plan:
+    """The same tokens in larger steps, where steps are small: labels are noisier than a teacher's logits.
+
+    The bundled model's control ends at 3.143 nats with 4,096 tokens a step, at 3.150 with 1,024, and above the original
+    (3.175) with 512. A weaker control would flatter the twin.
+    """
+    factor = max(1, round(CONTROL_STEP_TOKENS / plan.step_tokens))
+    batch_size = plan.batch_size * factor
+    steps = max(1, round(plan.tokens / (batch_size * plan.context)))
+    return plan.model_copy(update={"batch_size": batch_size, "steps": steps})
 
 
 def default_lr(model: PreTrainedModel, recipe: Recipe) -> float:

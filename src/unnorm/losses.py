@@ -24,14 +24,25 @@ def distillation_losses(
     logits: Float[Tensor, "batch position vocab"],
     teacher_logits: Float[Tensor, "batch position vocab"],
     input_ids: Int[Tensor, "batch position"],
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Mean KL(teacher || model), and the next-token loss without a gradient, from one softmax of the model's logits.
+    shown: Bool[Tensor, " batch"] | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
+    """Mean KL(teacher || model) with its gradient; and, to show, the same and the next-token loss of some blocks.
 
-    Both in nats per token. Every position counts for KL, the last too: unlike the next-token loss it needs no label.
+    All in nats per token, from one softmax of the model's logits. Every position counts for KL, the last too: unlike
+    the next-token loss it needs no label.
+
+    Args:
+        logits: the model's.
+        teacher_logits: the teacher's.
+        input_ids: what both were given.
+        shown: which blocks count for what is shown; NaN comes of none, all of them of None.
     """
     labels = F.pad(input_ids[:, 1:].long(), (0, 1), value=-1)
-    kl, loss = _Distillation.apply(logits.flatten(0, 1), teacher_logits.flatten(0, 1), labels.flatten())
-    return kl, loss
+    kl, token_kl, token_loss = _Distillation.apply(logits.flatten(0, 1), teacher_logits.flatten(0, 1), labels.flatten())
+    token_kl, token_loss = (x.view(input_ids.shape) for x in (token_kl, token_loss))
+    if shown is not None:
+        token_kl, token_loss = token_kl[shown], token_loss[shown]
+    return kl, token_kl.mean(), token_loss[:, :-1].mean()
 
 
 class _Distillation(torch.autograd.Function):
@@ -46,27 +57,26 @@ class _Distillation(torch.autograd.Function):
         logits: Float[Tensor, "row vocab"],
         teacher_logits: Float[Tensor, "row vocab"],
         labels: Int[Tensor, " row"],
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, " row"], Float[Tensor, " row"]]:
         rows, vocab = logits.shape
         precision = torch.promote_types(logits.dtype, torch.float32)
-        kl, loss = (torch.zeros((), dtype=precision, device=logits.device) for _ in range(2))
+        kl, loss = (torch.empty(rows, dtype=precision, device=logits.device) for _ in range(2))
         gradient = torch.empty_like(logits)
         at_once = max(1, (_CACHED if logits.device.type == "cpu" else _CACHED_GPU) // vocab)
         for start in range(0, rows, at_once):
             part = slice(start, start + at_once)
             log_q = F.log_softmax(logits[part].to(precision), dim=-1)
             log_p = F.log_softmax(teacher_logits[part].to(precision), dim=-1)
-            loss -= log_q.gather(-1, labels[part, None].clamp(min=0)).squeeze(-1)[labels[part] >= 0].sum()
+            loss[part] = -log_q.gather(-1, labels[part, None].clamp(min=0)).squeeze(-1)
             p = log_p.exp()
-            kl += torch.linalg.vecdot(p, log_p - log_q).sum()
+            kl[part] = torch.linalg.vecdot(p, log_p - log_q)
             gradient[part] = log_q.exp_().sub_(p).div_(rows)
         ctx.save_for_backward(gradient)
-        loss = loss / (labels >= 0).sum()
-        ctx.mark_non_differentiable(loss)
-        return kl / rows, loss
+        ctx.mark_non_differentiable(kl, loss)
+        return kl.mean(), kl, loss
 
     @staticmethod
-    def backward(ctx: Any, grad_kl: Float[Tensor, ""], grad_loss: Any) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_kl: Float[Tensor, ""], *_: Any) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * grad_kl.to(gradient.dtype), None, None
 

@@ -6,7 +6,7 @@ import resource
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from unnorm.checkpoint import (
     unfolded_weights,
     write_text,
 )
-from unnorm.config import CONFIG_FILE, Plan, RemoveConfig, choose_device, make_plan, read_config_file
+from unnorm.config import CONFIG_FILE, Plan, RemoveConfig, choose_device, control_plan, make_plan, read_config_file
 from unnorm.data import as_dataset, build_blocks, stress_blocks
 from unnorm.equalize import equalize_embedding
 from unnorm.errors import UnnormError
@@ -316,7 +316,8 @@ def _with_stress(run: _Run) -> Dataset:
     if run.config.recipe != "taper" or run.stress_blocks is None:
         return run.train_blocks
     text = spread(run.train_blocks, max(1, len(run.train_blocks) - len(run.stress_blocks)))
-    return concatenate_datasets([text, run.stress_blocks])
+    parts = ((text, False), (run.stress_blocks, True))
+    return concatenate_datasets([part.add_column("stress", [is_stress] * len(part)) for part, is_stress in parts])
 
 
 def _fold_and_save(run: _Run, student: PreTrainedModel, naive: dict[str, float]) -> None:
@@ -337,7 +338,7 @@ def _train_control(run: _Run) -> PreTrainedModel:
     fuse_activations(control)
     if not (directory / "model.safetensors").is_file():
         run.say("training the control", run.plan.training_tokens)
-        _train(run, control, None, directory)
+        _train(replace(run, plan=control_plan(run.plan)), control, None, directory)
         processes.agree(lambda: save_model(control, run.tokenizer, directory))
     return load(directory).to(run.plan.device)
 

@@ -125,12 +125,13 @@ class DistillationTrainer(Trainer):
         self.teacher_reads: dict[str, Tensor] = {}
         self.sums = torch.zeros(3, device=self.args.device)
         self.step_kl = torch.zeros(2, device=self.args.device)
+        self.last_kl = 0.0
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
     ) -> Tensor | tuple[Tensor, Any]:
-        """Loss of a batch of `input_ids`, (batch, position); sums up what the next log line shows."""
-        ids = inputs["input_ids"]
+        """Loss of a batch of `input_ids`, (batch, position); sums up what the next log line shows, of `text` rows."""
+        ids, is_text = inputs["input_ids"], inputs["text"]
         output = model(input_ids=ids, use_cache=False)
         if self.teacher is None:
             loss = next_token_loss(output.logits, ids)
@@ -138,8 +139,9 @@ class DistillationTrainer(Trainer):
         else:
             with torch.no_grad():
                 teacher_logits = self.teacher(input_ids=ids, use_cache=False).logits
-            loss, token_loss = distillation_losses(output.logits, teacher_logits, ids)
-            shown = torch.stack([token_loss, loss.detach(), torch.ones_like(token_loss)])
+            loss, text_kl, token_loss = distillation_losses(output.logits, teacher_logits, ids, is_text)
+            shown = torch.stack([token_loss, text_kl, torch.ones_like(text_kl)])
+            shown = torch.where(is_text.any(), is_text.sum() * shown, 0.0)
             self.step_kl += shown[1:]
             if self._read_weight():
                 loss = loss + self._read_weight() * self._read_mismatch()
@@ -190,13 +192,14 @@ class DistillationTrainer(Trainer):
         return self.optimization.penalty_weight * penalty
 
     def take_step_kl(self) -> float:
-        """Mean KL since the last call, over all processes."""
+        """Mean KL on text since the last call, over all processes; as it was, where all rows were stress blocks."""
         sums = self.step_kl.clone()
         if dist.is_initialized():
             dist.all_reduce(sums)
         self.step_kl.zero_()
         kl, count = sums.tolist()
-        return float(kl / count)
+        self.last_kl = float(kl / count) if count else self.last_kl
+        return self.last_kl
 
     def take_means(self) -> dict[str, float]:
         """Means of loss and KL since the last call, over all processes."""
@@ -229,7 +232,8 @@ def train(
         removal: what to remove and when; None trains the control with next-token loss.
         recipe: sets the optimizer.
         plan: sizes, precision and device.
-        train_blocks: rows of `input_ids`; gone over again if they are fewer than the plan's tokens.
+        train_blocks: rows of `input_ids`; gone over again if they are fewer than the plan's tokens. Rows whose
+            `stress` is true are trained on, but do not count in the losses that are shown and that hold the taper.
         validation_blocks: `QUICK_BLOCKS` of them, evenly spaced, show how it goes.
         directory: gets `metrics.jsonl` and `checkpoints/`.
         seed: of the order of the blocks.
@@ -307,14 +311,18 @@ def quick_evaluation(model: PreTrainedModel, teacher: PreTrainedModel, blocks: D
         for ids in batches(blocks, plan.micro_batch, model.device):
             logits = model(input_ids=ids, use_cache=False).logits
             teacher_logits = teacher(input_ids=ids, use_cache=False).logits
-            pair = torch.stack(distillation_losses(logits, teacher_logits, ids))
+            pair = torch.stack(distillation_losses(logits, teacher_logits, ids)[1:])
             totals += len(ids) * pair.double().cpu()
     kl, loss = (totals / len(blocks)).tolist()
     return {"loss": loss, "kl": kl}
 
 
-def _collate(rows: list[dict[str, list[int]]]) -> dict[str, Int[Tensor, "batch position"]]:
-    return {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
+def _collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Blocks, (batch, position), and which of them are text, (batch)."""
+    return {
+        "input_ids": torch.tensor([row["input_ids"] for row in rows]),
+        "text": torch.tensor([not row.get("stress", False) for row in rows]),
+    }
 
 
 def _arguments(
