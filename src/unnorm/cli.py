@@ -1,6 +1,5 @@
 """The command line: arguments to calls, errors to messages. No logic."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -307,6 +306,8 @@ def _count(tokens: str) -> int:
 
 def _print(values: dict[str, Any], as_json: bool, table: Any) -> None:
     if as_json:
-        print(json.dumps(values, indent=2))
+        from unnorm.json_text import json_text
+
+        print(json_text(values))
     else:
         Console().print(table)

@@ -12,7 +12,8 @@ norms after a sublayer or after the embedding) folds into that one, head by head
 What fits neither way stays where the norm was, as an affine map. All of it is computed in float64.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -215,16 +216,20 @@ def prove_sites(model: PreTrainedModel, sites: Sequence[NormSite]) -> float:
     _twin_class(model)
     ids = trace_inputs(model, batch=2, length=16)
     double = in_float64(model)
-    before = double(input_ids=ids).logits
+    try:
+        before = double(input_ids=ids).logits
+    except Exception as error:
+        raise UnnormError(
+            f"{type(model).__name__} can't compute in float64 ({short(error)}), in which folding is proved. "
+            "It would need modeling code that names no other precision; the model is refused."
+        ) from error
     stand_ins = install(double, sites)
     after = _logits(double, ids, model)
     # A norm that computes in float32 whatever it is given agrees to float32 only.
     if not torch.allclose(before, after, rtol=1e-4, atol=1e-4 * float(before.abs().max())):
         raise UnnormError(f"Stand-ins for the norms of {type(model).__name__} don't reproduce its logits.")
-    generator = torch.Generator().manual_seed(0)
-    for stand_in in stand_ins.values():
-        stand_in.log_constant.copy_(torch.randn(2, generator=generator, dtype=torch.float64) * 0.3)
-        stand_in.removed = True
+    with _random_constants(stand_ins):
+        _logits(double, ids, model)
     unfolded = _logits(double, ids, model)
     error = float((_logits(fold(double, sites), ids, model) - unfolded).abs().max())
     if not error <= PROOF_TOLERANCE * max(1.0, float(unfolded.abs().max())):
@@ -233,6 +238,30 @@ def prove_sites(model: PreTrainedModel, sites: Sequence[NormSite]) -> float:
             "The model is refused."
         )
     return error
+
+
+@contextmanager
+def _random_constants(stand_ins: dict[str, TaperedNorm]) -> Iterator[None]:
+    """In the pass that follows every stand-in is removed, its constant the scale that it meets there, times a random
+    number near 1. Without a scale that fits what the removed norms before it made, deep models with gated MLPs, whose output grows
+    with the cube of their input, would overflow.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def remove(stand_in: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].double()
+        x = x - x.mean(-1, keepdim=True) if stand_in.centered else x
+        # Over all tokens, so that the longest, too, comes out not much longer than a norm would leave it.
+        log_scale = 0.5 * torch.log(x.square().mean() + stand_in.eps)
+        stand_in.log_constant.fill_(log_scale + 0.3 * torch.randn((), generator=generator, dtype=torch.float64))
+        stand_in.removed = True
+
+    handles = [stand_in.register_forward_pre_hook(remove) for stand_in in stand_ins.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _logits(

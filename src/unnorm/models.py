@@ -62,7 +62,7 @@ def load_original(model: str, trust_remote_code: bool = False) -> tuple[PreTrain
 
 def context_length(model: PreTrainedModel) -> int:
     """Most tokens that the model takes at once, or 1024 where its config does not say."""
-    return int(getattr(model.config, "max_position_embeddings", None) or 1024)
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024)
 
 
 def disable_dropout(model: PreTrainedModel) -> None:

@@ -31,6 +31,7 @@ FLOAT32_LIMIT = 1e-4
 # What ATen calls the operations that norms are made of, and nothing else in these models is.
 _NORM_OPERATIONS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "rsqrt", "var", "std", "var_mean", "norm"}
 _PROBE_SHAPE = (2, 16)
+_OVERFLOWS = "logits are not finite: without its norms the model overflows, and there is nothing to compare"
 
 
 @dataclass(frozen=True)
@@ -129,16 +130,18 @@ def _no_norm_operations(twin: PreTrainedModel, ids: Int[Tensor, "batch position"
 
 @torch.no_grad()
 def _fold_float64(unfolded: PreTrainedModel, sites: Sequence[NormSite], ids: Int[Tensor, "batch position"]) -> Check:
-    folded = fold(unfolded, sites)
-    error = (folded(input_ids=ids).logits - unfolded(input_ids=ids).logits).abs().max()
-    return _row("folded = unfolded, float64", float(error), FLOAT64_LIMIT, "largest difference of logits")
+    expected = unfolded(input_ids=ids).logits
+    error = (fold(unfolded, sites)(input_ids=ids).logits - expected).abs().max()
+    detail = "largest difference of logits" if expected.isfinite().all() else _OVERFLOWS
+    return _row("folded = unfolded, float64", _number(error), FLOAT64_LIMIT, detail)
 
 
 @torch.no_grad()
 def _fold_float32(twin: PreTrainedModel, unfolded: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Check:
     expected = unfolded(input_ids=ids).logits
     error = (twin(input_ids=ids).logits - expected).abs().max() / expected.abs().max()
-    return _row("checkpoint = unfolded, float32", _number(error), FLOAT32_LIMIT, "relative to the largest logit")
+    detail = "relative to the largest logit" if expected.isfinite().all() else _OVERFLOWS
+    return _row("checkpoint = unfolded, float32", _number(error), FLOAT32_LIMIT, detail)
 
 
 @torch.no_grad()
@@ -149,12 +152,16 @@ def _reads_affine(twin: PreTrainedModel, sites: Sequence[NormSite], ids: Int[Ten
     """
     sites = [site for site in sites if site.folds_into != "writer"]
     generator = torch.Generator().manual_seed(0)
-    shape = {site.name: (*ids.shape, site.width) for site in sites}
+    with _recorded(twin, [site.name for site in sites]) as record:
+        twin(input_ids=ids, use_cache=False)
+    shape = {name: x.shape for name, (x, _) in record.items()}
 
     def residuals() -> dict[str, Tensor]:
         # Lengths from token to token differ by orders of magnitude, so that no norm could pass.
-        lengths = torch.exp(2 * torch.randn(*ids.shape, 1, generator=generator, dtype=torch.float64))
-        return {n: torch.randn(s, generator=generator, dtype=torch.float64) * lengths for n, s in shape.items()}
+        def draw(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, dtype=torch.float64)
+
+        return {name: draw(*size) * torch.exp(2 * draw(*size[:-1], 1)) for name, size in shape.items()}
 
     x, y, a, b = residuals(), residuals(), 0.7, -1.9
     f_x, f_y, f_0, f_mixed = (
@@ -175,7 +182,7 @@ def _read(
     """What the readers of every site compute from the given residuals."""
 
     def put(name: str) -> Callable[..., Any]:
-        return lambda module, args: (residuals[name].to(ids.device).view(args[0].shape),)
+        return lambda module, args: (residuals[name].to(ids.device),)
 
     with _hooked([(twin.get_submodule(site.name), put(site.name)) for site in sites]):
         keep = [name for site in sites for name in (site.readers if site.folds_into == "readers" else (site.name,))]
@@ -238,7 +245,7 @@ def _contributions(twin: PreTrainedModel, writer: str, z: Tensor, output: Tensor
     module = twin.get_submodule(writer)
     if not inside_attention(twin, writer) or getattr(module, "weight", torch.empty(0)).ndim != 2:
         return [output]
-    heads = int(twin.config.num_attention_heads)
+    heads = int(twin.config.get_text_config().num_attention_heads)
     weights = linear_weight(module).chunk(heads, dim=1)
     parts = [z_head @ weight.T for z_head, weight in zip(z.chunk(heads, dim=-1), weights, strict=True)]
     return parts if module.bias is None else [*parts, module.bias]

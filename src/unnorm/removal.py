@@ -34,6 +34,7 @@ from unnorm.equalize import equalize_embedding
 from unnorm.errors import UnnormError
 from unnorm.evaluation import EVALUATION_SPREAD, EVALUATION_TOKENS, Evaluation, evaluate_model
 from unnorm.fold import fold, install, prove_sites, uninstall_paths
+from unnorm.json_text import json_text
 from unnorm.models import copy_model, disable_dropout, load_original
 from unnorm.norms import TaperedNorm, TokenMask
 from unnorm.proof import check_twin
@@ -234,6 +235,8 @@ def _naive_removal(run: _Run, student: PreTrainedModel, stand_ins: dict[str, Tap
     measured = _evaluate(run, student, "naive removal")
     for stand_in in stand_ins.values():
         stand_in.removed = False
+    if not math.isfinite(measured.loss):
+        run.say("without its norms and without training the model overflows: its loss is not a number")
     return {"loss": measured.loss, "kl": float(measured.kl or 0.0)}
 
 
@@ -332,7 +335,7 @@ def _conclude(
     )
     write_text(run.directory / REPORT, render_report(data))
     write_text(run.directory / MODEL / "README.md", render_card(result))
-    write_text(run.directory / RESULT, json.dumps(result, indent=2))
+    write_text(run.directory / RESULT, json_text(result))
     for leftover in (DATA, CHECKPOINTS, f"{CONTROL}/{CHECKPOINTS}"):
         shutil.rmtree(run.directory / leftover, ignore_errors=True)
     return result

@@ -94,6 +94,7 @@ class _Trace:
         made_by: the module that a node is the output of.
         used_by: the nodes that take a node's result.
         blocks: the innermost module with parts of its own that a node is the output of.
+        gated: leaf modules that take more than one tensor.
     """
 
     inputs: dict[str, Tensor]
@@ -101,6 +102,7 @@ class _Trace:
     made_by: dict[Node, str]
     used_by: dict[Node, list[Node]]
     blocks: dict[Node, str]
+    gated: set[str]
 
 
 def find_sites(model: PreTrainedModel, in_place: bool = False, keep: str | None = None) -> list[NormSite]:
@@ -127,6 +129,9 @@ def find_sites(model: PreTrainedModel, in_place: bool = False, keep: str | None 
             "input's scale. There is nothing to remove."
         )
     names = _without_kept(names, keep)
+    for name in names:
+        if name in trace.gated:
+            raise _gated(model, name)
     sites = [_site(model, trace, name) for name in names]
     for site in sites:
         if site.folds_into == "in place" and not in_place:
@@ -382,6 +387,17 @@ def _not_foldable(model: PreTrainedModel, site: NormSite) -> UnnormError:
     )
 
 
+def _gated(model: PreTrainedModel, name: str) -> UnnormError:
+    leaf = name.rpartition(".")[2]
+    return UnnormError(
+        f"The norm '{name}' ({type(model.get_submodule(name)).__name__}) takes a second tensor besides what it "
+        "normalizes: a gate, as in state-space and linear-attention layers. What it gives is no function of its input "
+        "alone, so no constant map can stand for it; that would take a gated map, folded on both sides of the gate. "
+        f"With --keep '{re.sub('[0-9]+', '[0-9]+', re.escape(name)) if '.' in name else leaf}$' such norms stay, and "
+        "the others are removed."
+    )
+
+
 def _reads(model: PreTrainedModel, trace: _Trace, reader: str, norm: str) -> bool:
     if getattr(model.get_submodule(reader), "weight", torch.empty(0)).ndim != 2:
         return False
@@ -434,7 +450,7 @@ def trace_inputs(model: PreTrainedModel, batch: int = 1, length: int = _TRACE_TO
 
 
 def _trace(model: PreTrainedModel) -> _Trace:
-    trace = _Trace({}, {}, {}, {}, {})
+    trace = _Trace({}, {}, {}, {}, {}, set())
     was_training = model.training
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     model.eval()
@@ -477,6 +493,8 @@ def _recording(model: nn.Module, trace: _Trace) -> Iterator[None]:
             if not tensors or not isinstance(output, Tensor) or output.grad_fn is None:
                 return
             trace.inputs[name], trace.outputs[name] = tensors[0], output
+            if len(tensors) > 1:
+                trace.gated.add(name)
             # A module that only hands its input on (dropout, identity) made nothing.
             if output.grad_fn is not tensors[0].grad_fn:
                 trace.made_by[output.grad_fn] = name
