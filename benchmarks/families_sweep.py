@@ -23,7 +23,7 @@ from typing import Any
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false"}
 
-# ruff: noqa: E402 (what follows reads the environment when it is imported)
+
 import datasets
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
@@ -109,9 +109,13 @@ def small_config(model_type: str, vocab: int) -> PretrainedConfig:
 
 def _settings(config_class: type[PretrainedConfig], vocab: int) -> dict[str, Any]:
     known = set(inspect.signature(config_class.__init__).parameters)
-    sizes = {name: size for names, size in SIZES.items() for name in names.split()} | dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), vocab)
+    sizes = {name: size for names, size in SIZES.items() for name in names.split()} | dict.fromkeys(
+        ("vocab_size", "vocab_size_per_layer_input"), vocab
+    )
     sizes |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
     settings: dict[str, Any] = {name: size for name, size in sizes.items() if name in known}
+    if "kv_lora_rank" in known:  # Latent attention has no groups of heads.
+        settings |= {"num_key_value_heads": sizes["num_attention_heads"]}
     if "is_decoder" in known:
         settings["is_decoder"] = True
     for name, part in config_class.sub_configs.items():

@@ -25,7 +25,14 @@ from unnorm.errors import UnnormError, short
 from unnorm.modeling import ln_free_class
 from unnorm.models import in_float64
 from unnorm.norms import Interpolation, PathReader, TaperedNorm, TokenMask
-from unnorm.sites import NormSite, affine_parameters, norm_modules, trace_inputs, value_features
+from unnorm.sites import (
+    NormSite,
+    affine_parameters,
+    norm_modules,
+    norm_operations,
+    trace_inputs,
+    value_features,
+)
 
 PROOF_TOLERANCE = 1e-10
 """Largest difference of logits, relative to the largest logit, that float64 may show at load."""
@@ -231,19 +238,29 @@ def prove_sites(model: PreTrainedModel, sites: Sequence[NormSite]) -> float:
     with _random_constants(stand_ins):
         _logits(double, ids, model)
     unfolded = _logits(double, ids, model)
-    error = float((_logits(fold(double, sites), ids, model) - unfolded).abs().max())
+    folded = fold(double, sites)
+    error = float((_logits(folded, ids, model) - unfolded).abs().max())
     if not error <= PROOF_TOLERANCE * max(1.0, float(unfolded.abs().max())):
         raise UnnormError(
             f"Folding {type(model).__name__} changes its logits by {error:.1e}: {_what_is_wrong(model, sites)}. "
             "The model is refused."
+        )
+    left = {} if folded.config.kept_norms else norm_operations(folded, ids)
+    if left:
+        operation, place = next(iter(left.items()))
+        raise UnnormError(
+            f"{type(model).__name__} normalizes outside of its norm modules ({operation} runs in '{place}'), and that "
+            "would stay. It needs modeling code in which every norm is a module of its own; with --keep, which leaves "
+            "some norms on purpose, the others can be removed."
         )
     return error
 
 
 @contextmanager
 def _random_constants(stand_ins: dict[str, TaperedNorm]) -> Iterator[None]:
-    """In the pass that follows every stand-in is removed, its constant the scale that it meets there, times a random
-    number near 1. Without a scale that fits what the removed norms before it made, deep models with gated MLPs, whose output grows
+    """In the pass that follows every stand-in is removed; its constant is the scale it meets, times a number near 1.
+
+    Without constants that fit what the removed norms before them made, deep models with gated MLPs, whose output grows
     with the cube of their input, would overflow.
     """
     generator = torch.Generator().manual_seed(0)

@@ -118,6 +118,7 @@ def _load_weights(model: str, path: str, config: PretrainedConfig, trust_remote_
     kind = getattr(config, "model_type", "?")
     if getattr(config, "is_encoder_decoder", False):
         raise UnnormError(f"'{model}' ({kind}) is an encoder-decoder. Only decoder-only language models are handled.")
+    _refuse_quantized(model, config)
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             path,
@@ -220,6 +221,18 @@ def _check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTok
             f"The tokenizer of '{name}' has ids up to {top}, but the model has embeddings for {rows} tokens only. "
             "They don't belong together; save the model with the tokenizer that it was trained with."
         )
+
+
+def _refuse_quantized(model: str, config: PretrainedConfig) -> None:
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is None:
+        return
+    method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized.quant_method
+    raise UnnormError(
+        f"The weights of '{model}' are quantized ({getattr(method, 'value', method)}), and a constant can't be folded "
+        "into them exactly. Fetch its unquantized checkpoint, or load it with transformers, call `.dequantize()` and "
+        "`save_pretrained` it."
+    )
 
 
 def _refuse_remote_code(model: str, error: Exception) -> None:

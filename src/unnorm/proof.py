@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from unnorm.checkpoint import load, load_sites, load_unfolded
@@ -20,6 +19,7 @@ from unnorm.sites import (
     NormSite,
     inside_attention,
     norm_modules,
+    norm_operations,
     trace_inputs,
     unembedding_name,
     unembedding_sources,
@@ -28,8 +28,6 @@ from unnorm.sites import (
 FLOAT64_LIMIT = 1e-10
 FLOAT32_LIMIT = 1e-4
 
-# What ATen calls the operations that norms are made of, and nothing else in these models is.
-_NORM_OPERATIONS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "rsqrt", "var", "std", "var_mean", "norm"}
 _PROBE_SHAPE = (2, 16)
 _OVERFLOWS = "logits are not finite: without its norms the model overflows, and there is nothing to compare"
 
@@ -104,27 +102,9 @@ def _only_kept_norms(twin: PreTrainedModel) -> Check:
     return _row("norms left are those kept", len(set(left) ^ set(kept)), 0, f"kept: {', '.join(kept)}")
 
 
-class _Operations(TorchDispatchMode):
-    """Records the names of the ATen operations that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 @torch.no_grad()
 def _no_norm_operations(twin: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Check:
-    with _Operations() as operations:
-        twin(input_ids=ids, use_cache=False)
-    found = sorted(
-        name
-        for name in operations.names
-        if name.removeprefix("native_").removeprefix("_fused_").removeprefix("linalg_vector_") in _NORM_OPERATIONS
-    )
+    found = sorted(set(norm_operations(twin, ids)))
     return _row("no operation of a norm runs", len(found), 0, ", ".join(found) or "operations of a forward pass")
 
 
@@ -133,7 +113,8 @@ def _fold_float64(unfolded: PreTrainedModel, sites: Sequence[NormSite], ids: Int
     expected = unfolded(input_ids=ids).logits
     error = (fold(unfolded, sites)(input_ids=ids).logits - expected).abs().max()
     detail = "largest difference of logits" if expected.isfinite().all() else _OVERFLOWS
-    return _row("folded = unfolded, float64", _number(error), FLOAT64_LIMIT, detail)
+    limit = FLOAT64_LIMIT * max(1.0, float(expected.abs().nan_to_num().max()))  # As in the proof at load.
+    return _row("folded = unfolded, float64", _number(error), limit, detail)
 
 
 @torch.no_grad()
@@ -208,7 +189,7 @@ def _recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tupl
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            record[name] = (args[0], output)
+            record[name] = (args[0].clone(), output.clone())  # Some families go on in place.
 
         return hook
 
@@ -233,7 +214,7 @@ def _contributions_add_up(twin: PreTrainedModel, ids: Int[Tensor, "batch positio
     logits, unembedding = record[last][1], twin.get_submodule(last)
     parts = [factors[writer] * part for writer in factors for part in _contributions(twin, writer, *record[writer])]
     # OPT's MLP gives batch and position as one.
-    parts = [part.view(*ids.shape, -1) if part.ndim == 2 else part for part in parts]
+    parts = [part.view(*ids.shape, -1) if part.ndim == 2 and len(part) == ids.numel() else part for part in parts]
     total = sum(part @ linear_weight(unembedding).T for part in parts)
     total = total if unembedding.bias is None else total + unembedding.bias
     error = _number((total - logits).abs().max() / logits.abs().max())

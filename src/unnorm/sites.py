@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.module_tracker import ModuleTracker
 from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError
@@ -35,6 +37,9 @@ _HANDS_ON += ("Unsqueeze", "Expand", "Clone", "ToCopy", "NativeDropout", "T")
 _ADDS = ("Add", *_HANDS_ON)
 # Those of them after which every row of the writer's weight still makes one feature of the norm's input.
 _RESHAPES = tuple(name for name in _HANDS_ON if name not in ("Slice", "Select", "Expand", "NativeDropout"))
+
+# What ATen calls the operations that norms are made of, and nothing else in these models is.
+_NORM_OPERATIONS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "rsqrt", "var", "std", "var_mean", "norm"}
 
 _FUSED_QKV_THIRDS = ("c_attn",)
 _VALUE_PROJECTIONS = ("v_proj", "value")
@@ -95,6 +100,7 @@ class _Trace:
         used_by: the nodes that take a node's result.
         blocks: the innermost module with parts of its own that a node is the output of.
         gated: leaf modules that take more than one tensor.
+        hidden: leaf modules that were called where no gradient flows, with the width of what went in.
     """
 
     inputs: dict[str, Tensor]
@@ -103,6 +109,7 @@ class _Trace:
     used_by: dict[Node, list[Node]]
     blocks: dict[Node, str]
     gated: set[str]
+    hidden: dict[str, int]
 
 
 def find_sites(model: PreTrainedModel, in_place: bool = False, keep: str | None = None) -> list[NormSite]:
@@ -124,14 +131,16 @@ def find_sites(model: PreTrainedModel, in_place: bool = False, keep: str | None 
     trace = _trace(model)
     names = _norm_names(model, trace)
     if not names:
-        raise UnnormError(
-            f"{type(model).__name__} has no normalization layers: no module's output is independent of its "
-            "input's scale. There is nothing to remove."
-        )
+        raise _no_norms(model)
     names = _without_kept(names, keep)
     for name in names:
         if name in trace.gated:
             raise _gated(model, name)
+        if name in trace.hidden:
+            raise UnnormError(
+                f"The norm '{name}' ({type(model.get_submodule(name)).__name__}) is called where no gradient flows, so "
+                "what reads it can't be traced. That would need modeling code without gradient functions of its own."
+            )
     sites = [_site(model, trace, name) for name in names]
     for site in sites:
         if site.folds_into == "in place" and not in_place:
@@ -156,6 +165,29 @@ def _without_kept(names: Sequence[str], keep: str | None) -> list[str]:
 def norm_modules(model: PreTrainedModel) -> list[str]:
     """Paths of all leaf modules that normalize, by behaviour; none in an LN-free model."""
     return _norm_names(model, _trace(model))
+
+
+class _Operations(TorchDispatchMode):
+    """Records the ATen operations of norms that run, each with the innermost module that it runs in."""
+
+    def __init__(self, modules: ModuleTracker) -> None:
+        super().__init__()
+        self.modules = modules
+        self.found: dict[str, str] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name.removeprefix("native_").removeprefix("_fused_").removeprefix("linalg_vector_") in _NORM_OPERATIONS:
+            self.found[name] = max(self.modules.parents, key=len).partition(".")[2]
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def norm_operations(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> dict[str, str]:
+    """Operations that norms are made of and that a forward pass runs, each with a module that it runs in."""
+    with ModuleTracker() as modules, _Operations(modules) as operations:
+        model(input_ids=ids, use_cache=False)
+    return operations.found
 
 
 def unembedding_sources(model: PreTrainedModel) -> dict[str, float] | None:
@@ -219,7 +251,9 @@ def affine_parameters(module: nn.Module, site: NormSite) -> tuple[Tensor, Tensor
     with torch.no_grad():
         y = module(x)
         for gain in candidates:
-            if torch.allclose(y, _norm(x, site) * gain + (0 if bias is None else bias), rtol=1e-3, atol=1e-3):
+            if gain.shape == y.shape[-1:] and torch.allclose(
+                y, _norm(x, site) * gain + (0 if bias is None else bias), rtol=1e-3, atol=1e-3
+            ):
                 return gain, bias
     raise UnnormError(
         f"The norm '{site.name}' ({type(module).__name__}) is not gain * x / scale(x) + bias with a gain of "
@@ -261,7 +295,8 @@ def value_features(model: nn.Module, site: NormSite) -> dict[str, int] | None:
 
 
 def _norm_names(model: PreTrainedModel, trace: _Trace) -> list[str]:
-    return [name for name in trace.inputs if is_norm(model.get_submodule(name), trace.inputs[name].shape[-1])]
+    widths = trace.hidden | {name: x.shape[-1] for name, x in trace.inputs.items()}
+    return [name for name, width in widths.items() if is_norm(model.get_submodule(name), width, name in trace.gated)]
 
 
 def _norm(x: Float[Tensor, "*batch width"], site: NormSite) -> Float[Tensor, "*batch width"]:
@@ -278,20 +313,24 @@ def _probe(width: int, like: Tensor) -> Float[Tensor, "2 3 width"]:
 
 
 @torch.no_grad()
-def is_norm(module: nn.Module, width: int) -> bool:
-    """Whether a module normalizes: same shape out as in, the same for 8 times the input, but not for another one."""
+def is_norm(module: nn.Module, width: int, gated: bool = False) -> bool:
+    """Whether a module normalizes: same shape out as in, the same for 8 times the input, but not for another one.
+
+    One that is `gated` is called with a second tensor, all ones.
+    """
     like = next(iter(module.parameters()), torch.ones(()))
     if not like.is_floating_point():
         return False
     x = _probe(width, like)
+    gate = [torch.ones_like(x)] if gated else []
     try:
-        y, scaled = module(x), module(8 * x)
+        y, scaled, other = module(x, *gate), module(8 * x, *gate), module(x.flip(-1), *gate)
     except Exception:  # A module that can't take such an input is no norm.
         return False
     if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point():
         return False
     alike = torch.allclose(y, scaled, rtol=1e-3, atol=1e-2 * float(y.abs().max()))
-    differs = not torch.allclose(module(x.flip(-1)), y, rtol=1e-2)
+    differs = not torch.allclose(other, y, rtol=1e-2)
     return alike and differs
 
 
@@ -332,7 +371,7 @@ def _folds_into(model: PreTrainedModel, trace: _Trace, site: NormSite) -> FoldsI
     sources = _sources(trace, trace.inputs[site.name].grad_fn, _RESHAPES)
     if len(sources) == 1 and sources[0] != _UNKNOWN and _goes_only_to(trace, sources[0], (site.name,)):
         writer = model.get_submodule(sources[0])
-        if getattr(writer, "weight", torch.empty(0)).ndim == 2 and _features(writer) % site.width == 0:
+        if _is_matrix(writer) and _features(writer) % site.width == 0:
             return "writer"
     return "in place"
 
@@ -398,8 +437,36 @@ def _gated(model: PreTrainedModel, name: str) -> UnnormError:
     )
 
 
+def _no_norms(model: PreTrainedModel) -> UnnormError:
+    """What a model has instead of norms."""
+    said = f"{type(model).__name__} has no normalization layers"
+    if getattr(model.config, "removed_norms", None):
+        return UnnormError(f"{said}: it is a twin whose {len(model.config.removed_norms)} norms are removed already.")
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    for name, kind in kinds.items():
+        if "BatchNorm" in kind:
+            return UnnormError(
+                f"{said} that depend on the token: '{name}' ({kind}) divides by statistics fixed in training, so it is "
+                "an affine map already. Fold it with torch.nn.utils.fusion."
+            )
+        if "dyt" in kind.lower() or "dynamictanh" in kind.lower():
+            return UnnormError(
+                f"{said}: '{name}' ({kind}) squashes each feature by itself, whatever the scale of the token. To make "
+                "it affine would take another taper, from its tanh to a line; that is not handled."
+            )
+    return UnnormError(
+        f"{said}: no module's output is independent of its input's scale. There is nothing to remove. (Norms that are "
+        "no modules of their own can't be removed.)"
+    )
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 2
+
+
 def _reads(model: PreTrainedModel, trace: _Trace, reader: str, norm: str) -> bool:
-    if getattr(model.get_submodule(reader), "weight", torch.empty(0)).ndim != 2:
+    if not _is_matrix(model.get_submodule(reader)):
         return False
     return _sources(trace, trace.inputs[reader].grad_fn, _HANDS_ON) == [norm]
 
@@ -450,7 +517,7 @@ def trace_inputs(model: PreTrainedModel, batch: int = 1, length: int = _TRACE_TO
 
 
 def _trace(model: PreTrainedModel) -> _Trace:
-    trace = _Trace({}, {}, {}, {}, {}, set())
+    trace = _Trace({}, {}, {}, {}, {}, set(), {})
     was_training = model.training
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     model.eval()
@@ -490,7 +557,10 @@ def _recording(model: nn.Module, trace: _Trace) -> Iterator[None]:
     def record(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-            if not tensors or not isinstance(output, Tensor) or output.grad_fn is None:
+            if not tensors or not isinstance(output, Tensor):
+                return
+            if output.grad_fn is None:
+                trace.hidden[name] = tensors[0].shape[-1] if tensors[0].ndim else 0
                 return
             trace.inputs[name], trace.outputs[name] = tensors[0], output
             if len(tensors) > 1:
