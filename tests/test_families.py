@@ -114,14 +114,46 @@ FAMILIES |= {
     "cohere, not in our list": (lambda: hf.CohereConfig(**GROUPED), 3),
     "nemotron, not in our list": (lambda: hf.NemotronConfig(**GROUPED), 5),
 }
+FAMILIES |= {
+    "mixtral": (lambda: hf.MixtralConfig(**GROUPED, num_local_experts=4), 5),
+    "qwen3 moe": (
+        lambda: hf.Qwen3MoeConfig(
+            **GROUPED, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+        ),
+        9,
+    ),
+    "qwen2 moe, shared expert": (
+        lambda: hf.Qwen2MoeConfig(
+            **GROUPED,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=24,
+        ),
+        5,
+    ),
+    "gpt-oss": (lambda: hf.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4), 5),
+}
 IN_PLACE: dict[str, Make] = {
     "opt, post-norm": lambda: hf.OPTConfig(**OPT_LIKE, word_embed_proj_dim=32, do_layer_norm_before=False),
     "opt, post-norm, projected": lambda: hf.OPTConfig(**OPT_LIKE, word_embed_proj_dim=16, do_layer_norm_before=False),
-    "mixtral, experts in one tensor": lambda: hf.MixtralConfig(**GROUPED, num_local_experts=4),
-    "qwen3 moe": lambda: hf.Qwen3MoeConfig(
-        **GROUPED, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    "granite moe, not in our list": lambda: hf.GraniteMoeConfig(**GROUPED, num_local_experts=4),
+    "phimoe, not in our list": lambda: hf.PhimoeConfig(**GROUPED, num_local_experts=4),
+    "deepseek v3, router in float32": lambda: hf.DeepseekV3Config(
+        **LLAMA_LIKE,
+        num_key_value_heads=4,
+        first_k_dense_replace=1,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=16,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
     ),
-    "gpt-oss": lambda: hf.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4),
 }
 
 
@@ -154,7 +186,7 @@ def test_found_by_tracing_and_folded_exactly(family: str) -> None:
     sites = find_sites(model)
     assert len(sites) == count
     assert prove_sites(model, sites) < 1e-8
-    twin, ids, expected = removed_twin(model.double())
+    twin, ids, expected = removed_twin(in_float64(model))
     assert norm_modules(twin) == []
     torch.testing.assert_close(twin(input_ids=ids).logits, expected, rtol=1e-9, atol=1e-9)
 
@@ -240,7 +272,17 @@ def test_checkpoint_loads_by_itself_and_generates(family: str, tmp_path: Path) -
     assert torch.equal(*texts)
 
 
-END_TO_END = ["llama, tied, biased", "gpt_neox, parallel", "opt", "qwen3", "gemma3", "olmo", "bloom"]
+END_TO_END = [
+    "llama, tied, biased",
+    "gpt_neox, parallel",
+    "opt",
+    "qwen3",
+    "gemma3",
+    "olmo",
+    "bloom",
+    "mixtral",
+    "gpt-oss",
+]
 
 
 @pytest.mark.parametrize("family", [*END_TO_END, *IN_PLACE])

@@ -25,6 +25,7 @@ from unnorm.errors import UnnormError, short
 from unnorm.modeling import ln_free_class
 from unnorm.models import in_float64
 from unnorm.norms import Interpolation, PathReader, TaperedNorm, TokenMask
+from unnorm.reading import read_weight
 from unnorm.sites import (
     NormSite,
     affine_parameters,
@@ -148,14 +149,14 @@ def _fold_beside(
     module: nn.Module, name: str, norm: TaperedNorm, site: NormSite, weights: dict[str, Tensor]
 ) -> list[str]:
     """Fold a site into one module's entries in `weights`; its name is given back if it gets a bias that it had not."""
+    if site.folds_into == "readers":
+        return _fold_into_reader(module, name, norm, weights)
     stored, had_bias = weights[f"{name}.weight"], f"{name}.bias" in weights
     bias = weights.get(f"{name}.bias")
     # The family's own way of storing: Conv1D keeps (in, out).
     turned = type(module).__name__ == "Conv1D"
     weight = stored.T if turned else stored
-    if site.folds_into == "readers":
-        weight, bias = fold_reader(weight, bias, norm)
-    elif isinstance(module, nn.Embedding):  # A row for each token, so the norm's bias goes into the rows.
+    if isinstance(module, nn.Embedding):  # A row for each token, so the norm's bias goes into the rows.
         rows, _ = fold_writer(weight.T, None, norm)
         weight = rows.T if norm.bias is None else rows.T + norm.bias
     else:
@@ -164,6 +165,25 @@ def _fold_beside(
     if bias is not None:
         weights[f"{name}.bias"] = bias
     return [name] if bias is not None and not had_bias else []
+
+
+def _fold_into_reader(module: nn.Module, name: str, norm: TaperedNorm, weights: dict[str, Tensor]) -> list[str]:
+    read = read_weight(module)
+    assert read is not None
+    weight_key, bias_key = f"{name}.{read.weight}", f"{name}.{read.bias}"
+    stored, had = weights[weight_key], weights.get(bias_key)
+    weight = stored.transpose(-1, -2) if read.turned else stored
+    if weight.ndim == 3:  # One expert at a time, so that only one is ever held in float64.
+        biases = [None] * len(weight) if had is None else had.unbind()
+        folded = [fold_reader(w, b, norm) for w, b in zip(weight, biases, strict=True)]
+        weight = torch.stack([w for w, _ in folded])
+        bias = None if folded[0][1] is None else torch.stack([b for _, b in folded if b is not None])
+    else:
+        weight, bias = fold_reader(weight, had, norm)
+    weights[weight_key] = weight.transpose(-1, -2) if read.turned else weight
+    if bias is not None:
+        weights[bias_key] = bias
+    return [name] if bias is not None and had is None else []
 
 
 def fold_reader(

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from unnorm.checkpoint import load, load_sites, load_unfolded
 from unnorm.fold import fold
 from unnorm.norms import linear_weight
+from unnorm.reading import read_weight
 from unnorm.sites import (
     NormSite,
     inside_attention,
@@ -169,7 +170,13 @@ def _read(
         keep = [name for site in sites for name in (site.readers if site.folds_into == "readers" else (site.name,))]
         with _recorded(twin, keep) as record:
             twin(input_ids=ids, use_cache=False)
-    return {name: output for name, (_, output) in record.items()}
+    # What experts give is no linear function of what they read, so there it is the input that is looked at.
+    return {name: x if _mixes(twin.get_submodule(name)) else output for name, (x, output) in record.items()}
+
+
+def _mixes(reader: nn.Module) -> bool:
+    read = read_weight(reader)
+    return read is not None and reader.get_parameter(read.weight).ndim == 3
 
 
 @contextmanager
@@ -188,12 +195,14 @@ def _recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tupl
     record: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            record[name] = (args[0].clone(), output.clone())  # Some families go on in place.
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Any) -> None:
+            # A router gives its logits first. Some families go on in place, hence the copies.
+            first = output if isinstance(output, Tensor) else output[0]
+            record[name] = ((*args, *kwargs.values())[0].clone(), first.clone())
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True) for name in names]
     try:
         yield record
     finally:

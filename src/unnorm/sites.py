@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError
 from unnorm.norms import linear_weight
+from unnorm.reading import is_experts, read_weight
 
 Kind = Literal["layernorm", "rmsnorm"]
 Role = Literal["attention", "mlp", "attention+mlp", "final", "embedding"]
@@ -28,6 +29,7 @@ _HANDS_ON: tuple[str, ...] = (
     "Reshape",
     "Slice",
     "Select",
+    "Index",
     "Transpose",
     "Permute",
     "Alias",
@@ -36,7 +38,7 @@ _HANDS_ON: tuple[str, ...] = (
 _HANDS_ON += ("Unsqueeze", "Expand", "Clone", "ToCopy", "NativeDropout", "T")
 _ADDS = ("Add", *_HANDS_ON)
 # Those of them after which every row of the writer's weight still makes one feature of the norm's input.
-_RESHAPES = tuple(name for name in _HANDS_ON if name not in ("Slice", "Select", "Expand", "NativeDropout"))
+_RESHAPES = tuple(name for name in _HANDS_ON if name not in ("Slice", "Select", "Index", "Expand", "NativeDropout"))
 
 # What ATen calls the operations that norms are made of, and nothing else in these models is.
 _NORM_OPERATIONS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "rsqrt", "var", "std", "var_mean", "norm"}
@@ -100,6 +102,8 @@ class _Trace:
         used_by: the nodes that take a node's result.
         blocks: the innermost module with parts of its own that a node is the output of.
         gated: leaf modules that take more than one tensor.
+        ends: the nodes of each leaf module's outputs, of those with several too.
+        begins: the nodes of all tensors that went into each leaf module.
         hidden: leaf modules that were called where no gradient flows, with the width of what went in.
     """
 
@@ -110,6 +114,8 @@ class _Trace:
     blocks: dict[Node, str]
     gated: set[str]
     hidden: dict[str, int]
+    ends: dict[str, list[Node]]
+    begins: dict[str, set[Node]]
 
 
 def find_sites(model: PreTrainedModel, in_place: bool = False, keep: str | None = None) -> list[NormSite]:
@@ -277,7 +283,7 @@ def value_features(model: nn.Module, site: NormSite) -> dict[str, int] | None:
     None also where something besides the readers takes the norm's output, which then must be one path. Tracing can't
     tell a fused projection's parts, so their layout is declared here.
     """
-    if site.folds_into != "readers":
+    if site.folds_into != "readers" or site.role != "attention":
         return None
     features: dict[str, int] = {}
     for reader in site.readers:
@@ -291,7 +297,7 @@ def value_features(model: nn.Module, site: NormSite) -> dict[str, int] | None:
             features[reader] = out
         else:
             return None
-    return features if site.role == "attention" else None
+    return features
 
 
 def _norm_names(model: PreTrainedModel, trace: _Trace) -> list[str]:
@@ -397,10 +403,11 @@ def _goes_only_to(trace: _Trace, name: str, users: Sequence[str]) -> bool:
 
 def _inside(trace: _Trace, name: str) -> set[Node]:
     """The nodes that a module's own computation made."""
-    start, waiting, inside = trace.inputs[name].grad_fn, [trace.outputs[name].grad_fn], set()
+    waiting: list[Node | None] = [*trace.ends[name]]
+    inside: set[Node] = set()
     while waiting:
         node = waiting.pop()
-        if node is None or node is start or node in inside:
+        if node is None or node in trace.begins[name] or node in inside:
             continue
         inside.add(node)
         waiting.extend(parent for parent, _ in node.next_functions)
@@ -420,9 +427,10 @@ def _with_folded_writers(site: NormSite, sites: Sequence[NormSite]) -> NormSite:
 def _not_foldable(model: PreTrainedModel, site: NormSite) -> UnnormError:
     return UnnormError(
         f"The output of the norm '{site.name}' ({type(model).__name__}) does not go to linear layers alone (but into "
-        "the residual stream, as in a post-norm model, or into experts or an activation), and its input is not one "
-        "linear layer's output. So its constant map can't be folded into a weight. With --in-place it stays where the "
-        "norm was, as a fixed affine map."
+        "the residual stream, as in a post-norm model, or into an activation, or into a router that computes in "
+        "another precision or has no bias to take up the norm's), and its input is not one linear layer's output. So "
+        "its constant map can't be folded into a weight. With --in-place it stays where the norm was, as a fixed "
+        "affine map."
     )
 
 
@@ -466,9 +474,11 @@ def _is_matrix(module: nn.Module) -> bool:
 
 
 def _reads(model: PreTrainedModel, trace: _Trace, reader: str, norm: str) -> bool:
-    if not _is_matrix(model.get_submodule(reader)):
+    if _sources(trace, trace.inputs[reader].grad_fn, _HANDS_ON) != [norm]:
         return False
-    return _sources(trace, trace.inputs[reader].grad_fn, _HANDS_ON) == [norm]
+    read = read_weight(model.get_submodule(reader))
+    added = getattr(model.get_submodule(norm), "bias", None) is not None
+    return read is not None and (read.takes_bias or not added)
 
 
 def _sources(trace: _Trace, node: Node | None, through: tuple[str, ...]) -> list[str]:
@@ -517,7 +527,7 @@ def trace_inputs(model: PreTrainedModel, batch: int = 1, length: int = _TRACE_TO
 
 
 def _trace(model: PreTrainedModel) -> _Trace:
-    trace = _Trace({}, {}, {}, {}, {}, set(), {})
+    trace = _Trace({}, {}, {}, {}, {}, set(), {}, {}, {})
     was_training = model.training
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     model.eval()
@@ -557,12 +567,20 @@ def _recording(model: nn.Module, trace: _Trace) -> Iterator[None]:
     def record(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-            if not tensors or not isinstance(output, Tensor):
+            outputs = output if isinstance(output, tuple) else (output,)
+            ends = [v.grad_fn for v in outputs if isinstance(v, Tensor) and v.grad_fn is not None]
+            if not tensors:
                 return
-            if output.grad_fn is None:
+            if ends:
+                trace.ends[name] = ends
+                trace.begins[name] = {v.grad_fn for v in tensors if v.grad_fn is not None}
+                trace.inputs[name] = tensors[0]
+            if not isinstance(output, Tensor):
+                return
+            if not ends:
                 trace.hidden[name] = tensors[0].shape[-1] if tensors[0].ndim else 0
                 return
-            trace.inputs[name], trace.outputs[name] = tensors[0], output
+            trace.outputs[name] = output
             if len(tensors) > 1:
                 trace.gated.add(name)
             # A module that only hands its input on (dropout, identity) made nothing.
@@ -578,7 +596,8 @@ def _recording(model: nn.Module, trace: _Trace) -> Iterator[None]:
 
         return hook
 
-    leaves = {name: m for name, m in model.named_modules() if not any(True for _ in m.children())}
+    # Experts have their weights themselves, and a child for their activation.
+    leaves = {n: m for n, m in model.named_modules() if not any(True for _ in m.children()) or is_experts(m)}
     blocks = {name: m for name, m in model.named_modules() if name and name not in leaves}
     handles = [m.register_forward_hook(record(name), with_kwargs=True) for name, m in leaves.items()]
     handles += [m.register_forward_hook(record_block(name)) for name, m in blocks.items()]
