@@ -34,7 +34,7 @@ import unnorm
 import unnorm.fold
 from unnorm.checkpoint import load, load_sites, load_unfolded
 from unnorm.errors import UnnormError, short
-from unnorm.models import in_float64, model_path
+from unnorm.models import model_path
 from unnorm.sites import trace_inputs
 
 SECONDS = 200
@@ -153,8 +153,9 @@ def attempt(model_type: str, directory: Path, in_place: bool) -> dict[str, Any]:
         model=str(directory / "model"), data=str(text), context=32, tokens=0, device="cpu", out=out, in_place=in_place
     )
     sites, _ = load_sites(out)
-    twin, unfolded = in_float64(load(out)), load_unfolded(out).double()
-    unfolded.config._experts_implementation = "eager"
+    twin, unfolded = load(out).double(), load_unfolded(out).double()
+    for model in (twin, unfolded):
+        model.config._experts_implementation = "eager"  # The fused experts know no float64.
     checks = [check for check in unnorm.verify(out) if not check.passed]
     ids = trace_inputs(twin, 2, 24)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 import unnorm
 from unnorm.errors import UnnormError
 from unnorm.fold import fold, install, prove_sites
-from unnorm.models import in_float64
 from unnorm.sites import NormSite, find_sites, norm_modules, trace_inputs
 
 IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -166,6 +166,13 @@ def random_model(make: Make) -> PreTrainedModel:
             noise = (0.02 if "embed" in name else 0.2) * torch.randn(parameter.shape)
             parameter.copy_(1 + noise if parameter.ndim == 1 and name.endswith("weight") else noise)
     return model
+
+
+def in_float64(model: PreTrainedModel) -> PreTrainedModel:
+    """A whole copy that computes in float64."""
+    double = deepcopy(model).double()
+    double.config._experts_implementation = "eager"  # The fused experts know no float64.
+    return double
 
 
 def removed_twin(

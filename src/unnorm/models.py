@@ -72,22 +72,17 @@ def disable_dropout(model: PreTrainedModel) -> None:
             module.p = 0.0
 
 
-def copy_model(model: PreTrainedModel) -> PreTrainedModel:
-    """An independent copy in the same dtype and on the same device."""
-    copy = type(model)(deepcopy(model.config))
+def copy_model(model: PreTrainedModel, share: bool = False) -> PreTrainedModel:
+    """An independent copy in the same dtype and on the same device.
+
+    With `share` only the modules are copied: its parameters are new ones over the same memory.
+    """
+    # What stands here is taken instead of a copy.
+    taken = {id(p): torch.nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()} if share else {}
+    copy = deepcopy(model, taken)
     # Not in a config's own copy, since it hangs on the machine.
     copy.config._experts_implementation = model.config._experts_implementation
-    copy = copy.to(dtype=model.dtype, device=model.device)
-    copy.load_state_dict(model.state_dict())
-    copy.generation_config = model.generation_config
     return copy.eval()
-
-
-def in_float64(model: PreTrainedModel) -> PreTrainedModel:
-    """An independent copy that computes in float64."""
-    copy = copy_model(model).double()
-    copy.config._experts_implementation = "eager"  # The fused experts know no float64.
-    return copy
 
 
 def _load_config(model: str, path: str, trust_remote_code: bool) -> PretrainedConfig:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from unnorm.blockwise import float64_logits, in_float64
 from unnorm.checkpoint import load, load_sites, load_unfolded
-from unnorm.fold import fold
+from unnorm.fold import FoldedWeights, empty_twin
 from unnorm.norms import linear_weight
 from unnorm.reading import read_weight
 from unnorm.sites import (
@@ -71,22 +71,15 @@ def verify(directory: str | Path) -> list[Check]:
 
 def check_twin(twin: PreTrainedModel, unfolded: PreTrainedModel, sites: Sequence[NormSite]) -> list[Check]:
     """The rows of `verify` for models in memory: the LN-free one, and the one with stand-ins that it came from."""
-    twin64, unfolded64 = (_in_float64(model) for model in (twin, unfolded))
     ids = trace_inputs(twin, *_PROBE_SHAPE)
     norm_free = [_no_norm_modules(twin), _no_norm_operations(twin, ids)]
     return [
         *([_only_kept_norms(twin)] if twin.config.kept_norms else norm_free),
-        _fold_float64(unfolded64, sites, ids),
+        _fold_float64(unfolded, sites, ids),
         _fold_float32(twin, unfolded, ids),
-        _reads_affine(twin64, sites, ids),
-        _contributions_add_up(twin64, ids),
+        _reads_affine(twin, sites, ids),
+        _contributions_add_up(twin, ids),
     ]
-
-
-def _in_float64(model: PreTrainedModel) -> PreTrainedModel:
-    copy = deepcopy(model).double()
-    copy.config._experts_implementation = "eager"  # The fused experts know no float64.
-    return copy
 
 
 def _row(name: str, value: float, limit: float, detail: str) -> Check:
@@ -111,8 +104,9 @@ def _no_norm_operations(twin: PreTrainedModel, ids: Int[Tensor, "batch position"
 
 @torch.no_grad()
 def _fold_float64(unfolded: PreTrainedModel, sites: Sequence[NormSite], ids: Int[Tensor, "batch position"]) -> Check:
-    expected = unfolded(input_ids=ids).logits
-    error = (fold(unfolded, sites)(input_ids=ids).logits - expected).abs().max()
+    expected = float64_logits(unfolded, ids)
+    weights = FoldedWeights(unfolded, sites, torch.float64)
+    error = (float64_logits(empty_twin(unfolded, sites, weights), ids, weights) - expected).abs().max()
     detail = "largest difference of logits" if expected.isfinite().all() else _OVERFLOWS
     limit = FLOAT64_LIMIT * max(1.0, float(expected.abs().nan_to_num().max()))  # As in the proof at load.
     return _row("folded = unfolded, float64", _number(error), limit, detail)
@@ -146,9 +140,10 @@ def _reads_affine(twin: PreTrainedModel, sites: Sequence[NormSite], ids: Int[Ten
         return {name: draw(*size) * torch.exp(2 * draw(*size[:-1], 1)) for name, size in shape.items()}
 
     x, y, a, b = residuals(), residuals(), 0.7, -1.9
-    f_x, f_y, f_0, f_mixed = (
-        _read(twin, sites, ids, at) for at in (x, y, {n: 0 * x[n] for n in x}, {n: a * x[n] + b * y[n] for n in x})
-    )
+    with in_float64(twin):
+        f_x, f_y, f_0, f_mixed = (
+            _read(twin, sites, ids, at) for at in (x, y, {n: 0 * x[n] for n in x}, {n: a * x[n] + b * y[n] for n in x})
+        )
     errors = {
         reader: _number((f_mixed[reader] - (a * f_x[reader] + b * f_y[reader] + (1 - a - b) * f_0[reader])).abs().max())
         / float(f_mixed[reader].abs().max())
@@ -218,13 +213,14 @@ def _contributions_add_up(twin: PreTrainedModel, ids: Int[Tensor, "batch positio
     if factors is None:
         return Check(name, False, float("inf"), FLOAT64_LIMIT, "what the unembedding reads is not a plain sum")
     last = unembedding_name(twin)
-    with _recorded(twin, [*factors, last]) as record:
+    with in_float64(twin), _recorded(twin, [*factors, last]) as record:
         twin(input_ids=ids, use_cache=False)
     logits, unembedding = record[last][1], twin.get_submodule(last)
     parts = [factors[writer] * part for writer in factors for part in _contributions(twin, writer, *record[writer])]
     # OPT's MLP gives batch and position as one.
     parts = [part.view(*ids.shape, -1) if part.ndim == 2 and len(part) == ids.numel() else part for part in parts]
-    total = sum(part @ linear_weight(unembedding).T for part in parts)
+    weight = linear_weight(unembedding).double()
+    total = sum(part @ weight.T for part in parts)
     total = total if unembedding.bias is None else total + unembedding.bias
     error = _number((total - logits).abs().max() / logits.abs().max())
     return _row(name, error, FLOAT64_LIMIT, f"relative; {len(parts)} contributions and the unembedding's bias")
@@ -236,7 +232,7 @@ def _contributions(twin: PreTrainedModel, writer: str, z: Tensor, output: Tensor
     if not inside_attention(twin, writer) or getattr(module, "weight", torch.empty(0)).ndim != 2:
         return [output]
     heads = int(twin.config.get_text_config().num_attention_heads)
-    weights = linear_weight(module).chunk(heads, dim=1)
+    weights = linear_weight(module).double().chunk(heads, dim=1)
     parts = [z_head @ weight.T for z_head, weight in zip(z.chunk(heads, dim=-1), weights, strict=True)]
     return parts if module.bias is None else [*parts, module.bias]
 

@@ -23,6 +23,7 @@ from unnorm.checkpoint import (
     load,
     load_sites,
     load_unfolded,
+    save_folded,
     save_model,
     save_sites,
     unfolded_weights,
@@ -33,7 +34,7 @@ from unnorm.data import build_blocks
 from unnorm.equalize import equalize_embedding
 from unnorm.errors import UnnormError
 from unnorm.evaluation import EVALUATION_SPREAD, EVALUATION_TOKENS, Evaluation, evaluate_model
-from unnorm.fold import fold, install, prove_sites, uninstall_paths
+from unnorm.fold import install, prove_sites, uninstall_paths
 from unnorm.json_text import json_text
 from unnorm.models import copy_model, disable_dropout, load_original
 from unnorm.norms import TaperedNorm, TokenMask
@@ -199,7 +200,7 @@ def _train_removal(run: _Run) -> tuple[dict[str, float], Outcome | None]:
     note = run.directory / DATA / "naive.json"
     if note.is_file() and (run.directory / MODEL).is_dir():
         return json.loads(note.read_text()), None
-    student = copy_model(run.original)
+    student = copy_model(run.original, share=not run.plan.steps)
     disable_dropout(student)
     token_mask = TokenMask()
     stand_ins = install(
@@ -292,7 +293,7 @@ def _fold_and_save(run: _Run, student: PreTrainedModel, naive: dict[str, float])
     save_model(unfolded_weights(student, run.original, run.sites), run.tokenizer, run.directory / UNFOLDED)
     save_sites(run.directory, run.sites, constants)
     write_text(run.directory / DATA / "naive.json", json.dumps(naive))
-    save_model(fold(student, run.sites), run.tokenizer, run.directory / MODEL)
+    save_folded(student, run.sites, run.tokenizer, run.directory / MODEL)
 
 
 def _train_control(run: _Run) -> PreTrainedModel:
