@@ -1,5 +1,6 @@
 """Families beyond GPT-2: sites found by tracing alone, folded exactly, or refused."""
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from hypothesis import given, settings, strategies
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import unnorm
+from tests.conftest import Cli
 from unnorm.errors import UnnormError
 from unnorm.fold import fold, install, prove_sites
 from unnorm.sites import NormSite, find_sites, norm_modules, trace_inputs
@@ -40,15 +42,9 @@ OPT_LIKE = {
 }
 
 DOCS = Path(__file__).parent.parent / "docs" / "families.md"
-TABLE_HEAD = """# Families
-
-What finding sites by tracing, and folding them, gives for small models of random weights. `tests/test_families.py`
-makes this table. Sites fold into their readers (pre-norm), into their writer (query/key norms, norms after a sublayer
-or after the embedding), or into no weight: those are refused unless `--in-place` lets their affine maps stay as
-modules. Errors are the largest difference of logits between folded and unfolded models, relative to the largest logit.
-Families that are not in this list go the same way: found by tracing, proved before anything is trained, or refused.
-
-| family | class | norms | sites | fold into | float64 | float32 |
+# The part of the file between these is made here; what follows is written by hand.
+MADE, BY_HAND = "<!-- made by tests/test_families.py -->", "<!-- by hand -->"
+TABLE_HEAD = """| family | class | norms | sites | fold into | float64 | float32 |
 | --- | --- | --- | --- | --- | --- | --- |"""
 
 Make = Callable[[], PretrainedConfig]
@@ -205,9 +201,12 @@ def test_table_in_the_docs_is_what_the_models_show() -> None:
     assert max(float64 for _, float64, _ in rows) < 1e-10
     assert max(float32 for _, _, float32 in rows) < 1e-4
     lines = [f"{cells} {float64:.0e} | {float32:.0e} |" for cells, float64, float32 in rows]
+    before, _, rest = DOCS.read_text().partition(MADE)
+    made, _, after = rest.partition(BY_HAND)
     if os.environ.get("UNNORM_WRITE_DOCS"):
-        DOCS.write_text("\n".join([TABLE_HEAD, *lines]) + "\n")
-    written = [line for line in DOCS.read_text().splitlines() if line.startswith("| ")]
+        made = "\n".join(["", TABLE_HEAD, *lines, ""])
+        DOCS.write_text(f"{before}{MADE}{made}{BY_HAND}{after}")
+    written = made.strip().splitlines()
     assert [line.rsplit("|", 3)[0] + "|" for line in written[2:]] == [cells for cells, _, _ in rows]
 
 
@@ -320,6 +319,34 @@ def test_what_folds_into_no_weight_is_refused_or_stays_as_an_affine_map(family: 
     twin, ids, expected = removed_twin(in_float64(model), sites)
     assert norm_modules(twin) == []
     torch.testing.assert_close(twin(input_ids=ids).logits, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_model_that_overflows_without_its_norms_says_so(
+    cli: Cli, tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
+) -> None:
+    """Gated MLPs give the cube of what they get, and some tokens here are a million times longer than others."""
+    config = FAMILIES["llama"][0]()
+    config.vocab_size, config.num_hidden_layers = len(tiny_tokenizer), 6
+    model = random_model(lambda: config)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(torch.logspace(-6, 6, len(tiny_tokenizer))[:, None])
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    options = ["--data", text_file, "--tokens", 0, "--context", 32, "--device", "cpu", "--out", tmp_path / "run"]
+    done = cli("remove", tmp_path / "model", *options, "--json")
+    assert done.code == 0
+    assert "the model overflows" in done.err
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    for text in (done.out, (tmp_path / "run" / "result.json").read_text()):
+        result = json.loads(text, parse_constant=refuse)
+        assert (result["lnfree_loss"], result["naive_loss"], result["verified"]) == (None, None, False)
+    proof = cli("verify", tmp_path / "run", "--json")
+    assert proof.code == 1
+    failed = [check for check in json.loads(proof.out, parse_constant=refuse)["checks"] if not check["passed"]]
+    assert any("without its norms the model overflows" in check["detail"] for check in failed)
 
 
 def test_kept_norms_stay_and_are_counted(

@@ -1,6 +1,6 @@
 """Computing in float64 without a copy of the model in float64: one block's weights at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 @contextmanager
 def in_float64(model: PreTrainedModel, weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-    """The model computes in float64 while this lasts; between blocks it is as it was.
+    """The model computes in float64 while this lasts, and is as it was afterwards.
 
-    Each transformer block, and each module outside of the blocks, gets its weights in float64 just before it runs and
-    its own back right after. Widening is exact, so this computes what a whole copy in float64 would.
+    Each transformer block gets its weights in float64 just before it runs and its own back right after; what lies
+    outside of the blocks (embeddings, unembedding) has its own in float64 all the while. Widening is exact, so this
+    computes what a whole copy in float64 would.
 
     Args:
         model: a model in any precision, or one whose parameters are on the meta device.
@@ -24,29 +25,29 @@ def in_float64(model: PreTrainedModel, weights: Mapping[str, Tensor] | None = No
     taken: dict[nn.Module, list[tuple[dict[str, Any], str, Any]]] = {}
     paths = {module: name for name, module in model.named_modules()}
 
-    def take(module: nn.Module, deep: bool) -> None:
-        kept = taken.setdefault(module, [])
-        for part in module.modules() if deep else (module,):
+    def take(top: nn.Module, parts: Iterable[nn.Module]) -> None:
+        wide: dict[int, Tensor] = {}  # By what it was made from, so that what is tied takes room once.
+        for part in parts:
+            held: dict[str, Any]
             for held in (part._parameters, part._buffers):
                 for name, tensor in held.items():
                     key = f"{paths[part]}.{name}".lstrip(".")
                     own = tensor if weights is None else weights.get(key, tensor)
                     if own is None or not own.is_floating_point() or (own is tensor and own.dtype == torch.float64):
                         continue
-                    kept.append((held, name, tensor))
-                    wide = own.double()
-                    held[name] = nn.Parameter(wide, False) if held is part._parameters else wide
+                    taken.setdefault(top, []).append((held, name, tensor))
+                    double = own.double() if weights is not None else wide.setdefault(id(own), own.double())
+                    held[name] = nn.Parameter(double, False) if held is part._parameters else double
 
-    def give_back(module: nn.Module) -> None:
-        for held, name, tensor in taken.pop(module, []):
+    def give_back(top: nn.Module) -> None:
+        for held, name, tensor in taken.pop(top, []):
             held[name] = tensor
 
-    shells, units = _parts(model)
+    blocks, others = _parts(model)
     experts = model.config._experts_implementation
-    handles = [unit.register_forward_pre_hook(lambda module, _: take(module, True)) for unit in units]
-    handles += [unit.register_forward_hook(lambda module, *_: give_back(module), always_call=True) for unit in units]
-    for shell in shells:
-        take(shell, False)
+    handles = [block.register_forward_pre_hook(lambda block, _: take(block, block.modules())) for block in blocks]
+    handles += [block.register_forward_hook(lambda block, *_: give_back(block), always_call=True) for block in blocks]
+    take(model, others)
     model.config._experts_implementation = "eager"  # The fused experts know no float64.
     try:
         yield
@@ -54,8 +55,8 @@ def in_float64(model: PreTrainedModel, weights: Mapping[str, Tensor] | None = No
         model.config._experts_implementation = experts
         for handle in handles:
             handle.remove()
-        for module in list(taken):
-            give_back(module)
+        for top in list(taken):
+            give_back(top)
 
 
 @torch.no_grad()
@@ -68,17 +69,16 @@ def float64_logits(
 
 
 def _parts(model: PreTrainedModel) -> tuple[list[nn.Module], list[nn.Module]]:
-    """Modules whose children are told apart, and those that go whole: blocks, and what lies outside of them."""
-    blocks = set(model._no_split_modules or ())
-    shells: list[nn.Module] = []
-    units: list[nn.Module] = []
+    """Transformer blocks, and all modules that lie outside of them."""
+    kinds = set(model._no_split_modules or ())
+    blocks: list[nn.Module] = []
+    others: list[nn.Module] = []
     waiting: list[nn.Module] = [model]
     while waiting:
         module = waiting.pop()
-        children = list(module.children())
-        if children and type(module).__name__ not in blocks:
-            shells.append(module)
-            waiting.extend(children)
-        elif module not in units:
-            units.append(module)
-    return shells, units
+        if type(module).__name__ in kinds:
+            blocks.append(module)
+        else:
+            others.append(module)
+            waiting.extend(module.children())
+    return blocks, others

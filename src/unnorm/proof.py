@@ -234,7 +234,7 @@ def _contributions(twin: PreTrainedModel, writer: str, z: Tensor, output: Tensor
     heads = int(twin.config.get_text_config().num_attention_heads)
     weights = linear_weight(module).double().chunk(heads, dim=1)
     parts = [z_head @ weight.T for z_head, weight in zip(z.chunk(heads, dim=-1), weights, strict=True)]
-    return parts if module.bias is None else [*parts, module.bias]
+    return parts if module.bias is None else [*parts, module.bias.double()]
 
 
 def _number(value: Tensor) -> float:

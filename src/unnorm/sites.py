@@ -449,7 +449,8 @@ def _no_norms(model: PreTrainedModel) -> UnnormError:
     """What a model has instead of norms."""
     said = f"{type(model).__name__} has no normalization layers"
     if getattr(model.config, "removed_norms", None):
-        return UnnormError(f"{said}: it is a twin whose {len(model.config.removed_norms)} norms are removed already.")
+        count = len(model.config.removed_norms)
+        return UnnormError(f"{said}: it is a twin whose {count} norms are gone already. There is nothing to remove.")
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     for name, kind in kinds.items():
         if "BatchNorm" in kind:
@@ -577,7 +578,7 @@ def _recording(model: nn.Module, trace: _Trace) -> Iterator[None]:
                 trace.inputs[name] = tensors[0]
             if not isinstance(output, Tensor):
                 return
-            if not ends:
+            if output.grad_fn is None:
                 trace.hidden[name] = tensors[0].shape[-1] if tensors[0].ndim else 0
                 return
             trace.outputs[name] = output
