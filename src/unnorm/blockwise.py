@@ -28,8 +28,8 @@ def in_float64(model: PreTrainedModel, weights: Mapping[str, Tensor] | None = No
     def take(top: nn.Module, parts: Iterable[nn.Module]) -> None:
         wide: dict[int, Tensor] = {}  # By what it was made from, so that what is tied takes room once.
         for part in parts:
-            held: dict[str, Any]
-            for held in (part._parameters, part._buffers):
+            tables: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+            for held in tables:
                 for name, tensor in held.items():
                     key = f"{paths[part]}.{name}".lstrip(".")
                     own = tensor if weights is None else weights.get(key, tensor)

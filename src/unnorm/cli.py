@@ -84,7 +84,8 @@ def remove(
         str | None, typer.Option(help="Leave norms as they are whose path matches this regular expression.")
     ] = None,
     in_place: Annotated[
-        bool, typer.Option("--in-place", help="Leave maps that fold into no weight (post-norm, experts) as modules.")
+        bool,
+        typer.Option("--in-place", help="Leave maps that fold into no weight (post-norm, some routers) as modules."),
     ] = False,
     estimator: Annotated[
         str, typer.Option(help="Of the constant scale: geometric, mean or least-squares.")
