@@ -391,7 +391,7 @@ def _logits(
     except Exception as error:  # Whatever code that was written for a norm does without one.
         raise UnnormError(
             f"{type(model).__name__.removeprefix(PREFIX)} does more with its norms than call them ({short(error)}), so "
-            "nothing can take their place. The model is refused."
+            "nothing can take their place. It would need modeling code that only calls them; the model is refused."
         ) from error
 
 

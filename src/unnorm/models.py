@@ -78,7 +78,12 @@ def copy_model(model: PreTrainedModel, share: bool = False) -> PreTrainedModel:
     With `share` only the modules are copied: its parameters are new ones over the same memory.
     """
     # What stands here is taken instead of a copy.
-    taken = {id(p): torch.nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()} if share else {}
+    taken: dict[int, torch.Tensor] = {}
+    if share:
+        taken = {id(p): torch.nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    for module in model.modules():  # States that some families keep from the last pass can't be copied with its graph.
+        kept = (value for value in vars(module).values() if isinstance(value, torch.Tensor) and value.grad_fn)
+        taken |= {id(value): value.detach() for value in kept}
     copy = deepcopy(model, taken)
     # Not in a config's own copy, since it hangs on the machine.
     copy.config._experts_implementation = model.config._experts_implementation

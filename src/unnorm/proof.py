@@ -159,7 +159,12 @@ def _read(
     """What the readers of every site compute from the given residuals."""
 
     def put(name: str) -> Callable[..., Any]:
-        return lambda module, args: (residuals[name].to(ids.device),)
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            # A norm that is called twice, for queries and for keys, may be given two shapes; then one is looked at.
+            at = residuals[name].to(ids.device)
+            return (at if at.shape == args[0].shape else torch.zeros_like(args[0]),)
+
+        return hook
 
     with _hooked([(twin.get_submodule(site.name), put(site.name)) for site in sites]):
         keep = [name for site in sites for name in (site.readers if site.folds_into == "readers" else (site.name,))]
@@ -193,7 +198,8 @@ def _recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tupl
         def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Any) -> None:
             # A router gives its logits first. Some families go on in place, hence the copies.
             first = output if isinstance(output, Tensor) else output[0]
-            record[name] = ((*args, *kwargs.values())[0].clone(), first.clone())
+            given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            record[name] = ((given or [first])[0].clone(), first.clone())
 
         return hook
 
@@ -210,8 +216,9 @@ def _contributions_add_up(twin: PreTrainedModel, ids: Int[Tensor, "batch positio
     """Embeddings, heads, MLPs and biases, each through the unembedding alone, sum to what the unembedding gives."""
     name = "contributions add up to the logits"
     factors = unembedding_sources(twin)
+    not_a_sum = Check(name, False, float("inf"), FLOAT64_LIMIT, "what the unembedding reads is not a plain sum")
     if factors is None:
-        return Check(name, False, float("inf"), FLOAT64_LIMIT, "what the unembedding reads is not a plain sum")
+        return not_a_sum
     last = unembedding_name(twin)
     with in_float64(twin), _recorded(twin, [*factors, last]) as record:
         twin(input_ids=ids, use_cache=False)
@@ -220,8 +227,10 @@ def _contributions_add_up(twin: PreTrainedModel, ids: Int[Tensor, "batch positio
     # OPT's MLP gives batch and position as one.
     parts = [part.view(*ids.shape, -1) if part.ndim == 2 and len(part) == ids.numel() else part for part in parts]
     weight = linear_weight(unembedding).double()
-    total = sum(part @ weight.T for part in parts)
+    total: Any = sum(part @ weight.T for part in parts)
     total = total if unembedding.bias is None else total + unembedding.bias
+    if total.shape != logits.shape:
+        return not_a_sum
     error = _number((total - logits).abs().max() / logits.abs().max())
     return _row(name, error, FLOAT64_LIMIT, f"relative; {len(parts)} contributions and the unembedding's bias")
 
