@@ -213,8 +213,14 @@ def empty_twin(model: PreTrainedModel, sites: Sequence[NormSite], weights: Folde
         architectures=[twin_class.__name__],
     )
     config._attn_implementation = model.config._attn_implementation
-    with init_empty_weights(include_buffers=False):
-        twin = twin_class(config).to(dtype=weights.dtype or model.dtype)
+    try:
+        with init_empty_weights(include_buffers=False):
+            twin = twin_class(config).to(dtype=weights.dtype or model.dtype)
+    except Exception as error:
+        raise UnnormError(
+            f"{twin_class.__name__} can't be made from the config of {type(model).__name__}: {short(error)} "
+            "The model is refused."
+        ) from error
     config._experts_implementation = model.config._experts_implementation
     twin.generation_config = model.generation_config
     return twin.eval()

@@ -167,16 +167,21 @@ def _read(
         return hook
 
     with _hooked([(twin.get_submodule(site.name), put(site.name)) for site in sites]):
-        keep = [name for site in sites for name in (site.readers if site.folds_into == "readers" else (site.name,))]
+        keep = [name for site in sites for name in _looked_at(twin, site)]
         with _recorded(twin, keep) as record:
             twin(input_ids=ids, use_cache=False)
-    # What experts give is no linear function of what they read, so there it is the input that is looked at.
-    return {name: x if _mixes(twin.get_submodule(name)) else output for name, (x, output) in record.items()}
+    return {name: output for name, (_, output) in record.items()}
 
 
-def _mixes(reader: nn.Module) -> bool:
-    read = read_weight(reader)
-    return read is not None and reader.get_parameter(read.weight).ndim == 3
+def _looked_at(twin: PreTrainedModel, site: NormSite) -> Iterator[str]:
+    """A site's readers; for experts, which read some rows each and give no linear function of them, the site itself."""
+    if site.folds_into != "readers":
+        yield site.name
+        return
+    for name in site.readers:
+        read = read_weight(twin.get_submodule(name))
+        is_matrix = read is not None and twin.get_submodule(name).get_parameter(read.weight).ndim == 2
+        yield name if is_matrix else site.name
 
 
 @contextmanager
