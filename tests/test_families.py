@@ -128,11 +128,34 @@ FAMILIES |= {
         ),
         5,
     ),
+    "lfm2, not in our list": (
+        lambda: hf.Lfm2Config(**GROUPED, block_ff_dim=48, layer_types=["conv", "full_attention"]),
+        7,
+    ),
+    "exaone4, not in our list": (lambda: hf.Exaone4Config(**GROUPED), 9),
+    "jetmoe, not in our list": (
+        lambda: hf.JetMoeConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_key_value_heads=4,
+            kv_channels=8,
+            intermediate_size=48,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=64,
+            **IDS,
+        ),
+        5,
+    ),
     "gpt-oss": (lambda: hf.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4), 5),
 }
 IN_PLACE: dict[str, Make] = {
     "opt, post-norm": lambda: hf.OPTConfig(**OPT_LIKE, word_embed_proj_dim=32, do_layer_norm_before=False),
     "opt, post-norm, projected": lambda: hf.OPTConfig(**OPT_LIKE, word_embed_proj_dim=16, do_layer_norm_before=False),
+    "bart decoder, not in our list": lambda: hf.BartConfig(
+        vocab_size=64, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, **IDS
+    ),
     "granite moe, not in our list": lambda: hf.GraniteMoeConfig(**GROUPED, num_local_experts=4),
     "phimoe, not in our list": lambda: hf.PhimoeConfig(**GROUPED, num_local_experts=4),
     "deepseek v3, router in float32": lambda: hf.DeepseekV3Config(
@@ -292,7 +315,7 @@ END_TO_END = [
 ]
 
 
-@pytest.mark.parametrize("family", [*END_TO_END, *IN_PLACE])
+@pytest.mark.parametrize("family", [*END_TO_END, "opt, post-norm, projected", "phimoe, not in our list"])
 @pytest.mark.parametrize("recipe", ["taper", "sequential"])
 def test_removed_end_to_end(
     family: str, recipe: str, tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
@@ -363,6 +386,17 @@ def test_kept_norms_stay_and_are_counted(
     )
     assert (result["sites"], result["norm_modules_left"], result["verified"]) == (5, 4, True)
     assert all(name.endswith(("q_norm", "k_norm")) for name in norm_modules(unnorm.load(tmp_path / "run")))
+
+
+def test_gated_norms_may_be_kept() -> None:
+    sizes = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 8}
+    model = random_model(lambda: hf.BambaConfig(**GROUPED, **sizes, attn_layer_indices=[1]))
+    with pytest.raises(UnnormError, match=r"takes a second tensor.*--keep 'model") as refusal:
+        find_sites(model)
+    keep = str(refusal.value).partition("--keep '")[2].partition("'")[0]
+    sites = find_sites(model, keep=keep)
+    assert len(sites) == 5
+    assert prove_sites(model, sites) < 1e-10
 
 
 @pytest.mark.parametrize(("keep", "message"), [("[", "no regular"), ("nowhere", "none of the norms"), (".", "every")])
