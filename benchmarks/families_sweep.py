@@ -36,6 +36,7 @@ import unnorm.fold
 import unnorm.removal  # Once, for all families.
 from unnorm.checkpoint import load, load_sites, load_unfolded
 from unnorm.errors import UnnormError, short
+from unnorm.json_text import json_text
 from unnorm.models import model_path
 from unnorm.sites import trace_inputs
 
@@ -207,10 +208,12 @@ def sweep_one(model_type: str, pipe: Any) -> None:
                 row |= attempt(model_type, directory, in_place)
                 break
             except UnnormError as error:
-                key = "message_in_place" if in_place else "message"
-                row |= {"outcome": "refused", key: str(error).replace(name, "…")}
-                if "--in-place" not in str(error):
-                    break
+                said = str(error).replace(name, "…")
+                if not in_place and "--in-place" in said:
+                    row["without_in_place"] = said
+                    continue
+                row |= {"outcome": "refused", "message": said}
+                break
             except Exception as error:
                 row |= {"outcome": "crashed", "message": f"{type(error).__name__}: {error}"}
                 row["traceback"] = traceback.format_exc().replace(name, "…").splitlines()[-8:]
@@ -246,7 +249,7 @@ def main() -> None:
             rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)
     counts = dict(Counter(row["outcome"] for row in rows))
-    print(json.dumps({"transformers": version("transformers"), "outcomes": counts, "families": rows}, indent=2))
+    print(json_text({"transformers": version("transformers"), "outcomes": counts, "families": rows}))
 
 
 if __name__ == "__main__":

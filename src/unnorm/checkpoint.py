@@ -20,7 +20,8 @@ from unnorm.fold import FoldedWeights, empty_twin, install
 from unnorm.norms import TaperedNorm
 from unnorm.sites import NormSite, gain_offset
 
-SHARD = "2GB"
+SHARD = "500MB"
+"""Size of a weight file; writing one takes up to twice as much memory."""
 MODEL, UNFOLDED, SITES = "model", "unfolded", "sites.json"
 
 
@@ -75,7 +76,7 @@ def save_model(
     directory: Path,
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a model with its tokenizer in transformers' form, in files of 2 GB at most.
+    """Write a model with its tokenizer in transformers' form, in files of `SHARD` at most.
 
     Args:
         model: what to write.
