@@ -17,6 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 import unnorm.models
 from tests.conftest import VOCAB, Cli, CliResult, randomize
+from unnorm.errors import UnnormError
+from unnorm.sites import find_sites
 
 Edit = Callable[[Path], None]
 
@@ -285,6 +287,46 @@ class TestKindsOfModels:
         text = refused("remove", save(make()), *options)
         assert any(name in text for name in kind.split("|"))
         assert "post-norm" in text or "does more with its norms than call them" in text
+
+    @pytest.mark.parametrize("command", ["remove", "stats"])
+    def test_gated_norms(
+        self, command: str, save: Callable[..., Path], text_file: Path, refused: Callable[..., str]
+    ) -> None:
+        config = transformers.Mamba2Config(
+            vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, state_size=8, n_groups=2
+        )
+        text = refused(command, save(transformers.Mamba2ForCausalLM(config)), "--data", text_file)
+        assert "'backbone.layers.0.mixer.norm' (MambaRMSNormGated) takes a second tensor" in text
+        assert r"--keep 'backbone\.layers\.[0-9]+\.mixer\.norm$'" in text
+
+    def test_no_float64(self, save: Callable[..., Path], options: list[object], refused: Callable[..., str]) -> None:
+        config = transformers.XGLMConfig(
+            vocab_size=VOCAB, d_model=32, num_layers=2, attention_heads=4, ffn_dim=64, max_position_embeddings=64
+        )
+        assert "can't compute in float64" in refused("remove", save(transformers.XGLMForCausalLM(config)), *options)
+
+    @pytest.mark.parametrize("method", ["bitsandbytes", "gptq", "awq"])
+    def test_quantized_weights(self, method: str, damaged: Callable[..., Path], refused: Callable[..., str]) -> None:
+        text = refused("remove", damaged(edit_config(quantization_config={"quant_method": method})))
+        assert f"are quantized ({method})" in text
+        assert "dequantize" in text
+
+    @pytest.mark.parametrize(("kind", "expected"), [("DyT", "squashes each feature"), ("BatchNorm", "already")])
+    def test_what_is_no_norm(self, kind: str, expected: str) -> None:
+        class DyT(torch.nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return torch.tanh(0.5 * x)
+
+        class BatchNorm(torch.nn.BatchNorm1d):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=VOCAB, **GPT2_SIZES)).eval()
+        for name, module in list(model.named_modules()):
+            if isinstance(module, torch.nn.LayerNorm):
+                model.set_submodule(name, DyT() if kind == "DyT" else BatchNorm(32).eval())
+        with pytest.raises(UnnormError, match=f"no normalization layers.*{kind}.*{expected}"):
+            find_sites(model)
 
     @pytest.mark.parametrize("command", ["remove", "stats"])
     def test_without_norms(

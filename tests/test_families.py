@@ -1,8 +1,10 @@
 """Families beyond GPT-2: sites found by tracing alone, folded exactly, or refused."""
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ from hypothesis import given, settings, strategies
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import unnorm
+from tests.conftest import Cli
 from unnorm.errors import UnnormError
 from unnorm.fold import fold, install, prove_sites
-from unnorm.models import in_float64
 from unnorm.sites import NormSite, find_sites, norm_modules, trace_inputs
 
 IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -40,15 +42,9 @@ OPT_LIKE = {
 }
 
 DOCS = Path(__file__).parent.parent / "docs" / "families.md"
-TABLE_HEAD = """# Families
-
-What finding sites by tracing, and folding them, gives for small models of random weights. `tests/test_families.py`
-makes this table. Sites fold into their readers (pre-norm), into their writer (query/key norms, norms after a sublayer
-or after the embedding), or into no weight: those are refused unless `--in-place` lets their affine maps stay as
-modules. Errors are the largest difference of logits between folded and unfolded models, relative to the largest logit.
-Families that are not in this list go the same way: found by tracing, proved before anything is trained, or refused.
-
-| family | class | norms | sites | fold into | float64 | float32 |
+# The part of the file between these is made here; what follows is written by hand.
+MADE, BY_HAND = "<!-- made by tests/test_families.py -->", "<!-- by hand -->"
+TABLE_HEAD = """| family | class | norms | sites | fold into | float64 | float32 |
 | --- | --- | --- | --- | --- | --- | --- |"""
 
 Make = Callable[[], PretrainedConfig]
@@ -114,14 +110,69 @@ FAMILIES |= {
     "cohere, not in our list": (lambda: hf.CohereConfig(**GROUPED), 3),
     "nemotron, not in our list": (lambda: hf.NemotronConfig(**GROUPED), 5),
 }
+FAMILIES |= {
+    "mixtral": (lambda: hf.MixtralConfig(**GROUPED, num_local_experts=4), 5),
+    "qwen3 moe": (
+        lambda: hf.Qwen3MoeConfig(
+            **GROUPED, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+        ),
+        9,
+    ),
+    "qwen2 moe, shared expert": (
+        lambda: hf.Qwen2MoeConfig(
+            **GROUPED,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=24,
+        ),
+        5,
+    ),
+    "lfm2, not in our list": (
+        lambda: hf.Lfm2Config(**GROUPED, block_ff_dim=48, layer_types=["conv", "full_attention"]),
+        7,
+    ),
+    "exaone4, not in our list": (lambda: hf.Exaone4Config(**GROUPED), 9),
+    "jetmoe, not in our list": (
+        lambda: hf.JetMoeConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_key_value_heads=4,
+            kv_channels=8,
+            intermediate_size=48,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            max_position_embeddings=64,
+            **IDS,
+        ),
+        5,
+    ),
+    "gpt-oss": (lambda: hf.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4), 5),
+}
 IN_PLACE: dict[str, Make] = {
     "opt, post-norm": lambda: hf.OPTConfig(**OPT_LIKE, word_embed_proj_dim=32, do_layer_norm_before=False),
     "opt, post-norm, projected": lambda: hf.OPTConfig(**OPT_LIKE, word_embed_proj_dim=16, do_layer_norm_before=False),
-    "mixtral, experts in one tensor": lambda: hf.MixtralConfig(**GROUPED, num_local_experts=4),
-    "qwen3 moe": lambda: hf.Qwen3MoeConfig(
-        **GROUPED, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16
+    "bart decoder, not in our list": lambda: hf.BartConfig(
+        vocab_size=64, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, **IDS
     ),
-    "gpt-oss": lambda: hf.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4),
+    "granite moe, not in our list": lambda: hf.GraniteMoeConfig(**GROUPED, num_local_experts=4),
+    "phimoe, not in our list": lambda: hf.PhimoeConfig(**GROUPED, num_local_experts=4),
+    "deepseek v3, router in float32": lambda: hf.DeepseekV3Config(
+        **LLAMA_LIKE,
+        num_key_value_heads=4,
+        first_k_dense_replace=1,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        moe_intermediate_size=16,
+        kv_lora_rank=16,
+        q_lora_rank=16,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+    ),
 }
 
 
@@ -134,6 +185,13 @@ def random_model(make: Make) -> PreTrainedModel:
             noise = (0.02 if "embed" in name else 0.2) * torch.randn(parameter.shape)
             parameter.copy_(1 + noise if parameter.ndim == 1 and name.endswith("weight") else noise)
     return model
+
+
+def in_float64(model: PreTrainedModel) -> PreTrainedModel:
+    """A whole copy that computes in float64."""
+    double = deepcopy(model).double()
+    double.config._experts_implementation = "eager"  # The fused experts know no float64.
+    return double
 
 
 def removed_twin(
@@ -154,7 +212,7 @@ def test_found_by_tracing_and_folded_exactly(family: str) -> None:
     sites = find_sites(model)
     assert len(sites) == count
     assert prove_sites(model, sites) < 1e-8
-    twin, ids, expected = removed_twin(model.double())
+    twin, ids, expected = removed_twin(in_float64(model))
     assert norm_modules(twin) == []
     torch.testing.assert_close(twin(input_ids=ids).logits, expected, rtol=1e-9, atol=1e-9)
 
@@ -163,12 +221,16 @@ def test_table_in_the_docs_is_what_the_models_show() -> None:
     """Written anew with UNNORM_WRITE_DOCS=1; but for the errors, which are the machine's, it must be as it stands."""
     rows = [table_row(family, random_model(make), False) for family, (make, _) in FAMILIES.items()]
     rows += [table_row(family, random_model(make), True) for family, make in IN_PLACE.items()]
+    assert len(rows) >= 18
     assert max(float64 for _, float64, _ in rows) < 1e-10
     assert max(float32 for _, _, float32 in rows) < 1e-4
     lines = [f"{cells} {float64:.0e} | {float32:.0e} |" for cells, float64, float32 in rows]
+    before, _, rest = DOCS.read_text().partition(MADE)
+    made, _, after = rest.partition(BY_HAND)
     if os.environ.get("UNNORM_WRITE_DOCS"):
-        DOCS.write_text("\n".join([TABLE_HEAD, *lines]) + "\n")
-    written = [line for line in DOCS.read_text().splitlines() if line.startswith("| ")]
+        made = "\n".join(["", TABLE_HEAD, *lines, ""])
+        DOCS.write_text(f"{before}{MADE}{made}{BY_HAND}{after}")
+    written = made.strip().splitlines()
     assert [line.rsplit("|", 3)[0] + "|" for line in written[2:]] == [cells for cells, _, _ in rows]
 
 
@@ -240,10 +302,20 @@ def test_checkpoint_loads_by_itself_and_generates(family: str, tmp_path: Path) -
     assert torch.equal(*texts)
 
 
-END_TO_END = ["llama, tied, biased", "gpt_neox, parallel", "opt", "qwen3", "gemma3", "olmo", "bloom"]
+END_TO_END = [
+    "llama, tied, biased",
+    "gpt_neox, parallel",
+    "opt",
+    "qwen3",
+    "gemma3",
+    "olmo",
+    "bloom",
+    "mixtral",
+    "gpt-oss",
+]
 
 
-@pytest.mark.parametrize("family", [*END_TO_END, *IN_PLACE])
+@pytest.mark.parametrize("family", [*END_TO_END, "opt, post-norm, projected", "phimoe, not in our list"])
 @pytest.mark.parametrize("recipe", ["taper", "sequential"])
 def test_removed_end_to_end(
     family: str, recipe: str, tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
@@ -273,6 +345,34 @@ def test_what_folds_into_no_weight_is_refused_or_stays_as_an_affine_map(family: 
     torch.testing.assert_close(twin(input_ids=ids).logits, expected, rtol=1e-9, atol=1e-9)
 
 
+def test_a_model_that_overflows_without_its_norms_says_so(
+    cli: Cli, tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
+) -> None:
+    """Gated MLPs give the cube of what they get, and some tokens here are a million times longer than others."""
+    config = FAMILIES["llama"][0]()
+    config.vocab_size, config.num_hidden_layers = len(tiny_tokenizer), 6
+    model = random_model(lambda: config)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(torch.logspace(-6, 6, len(tiny_tokenizer))[:, None])
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    options = ["--data", text_file, "--tokens", 0, "--context", 32, "--device", "cpu", "--out", tmp_path / "run"]
+    done = cli("remove", tmp_path / "model", *options, "--json")
+    assert done.code == 0
+    assert "the model overflows" in done.err
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    for text in (done.out, (tmp_path / "run" / "result.json").read_text()):
+        result = json.loads(text, parse_constant=refuse)
+        assert (result["lnfree_loss"], result["naive_loss"], result["verified"]) == (None, None, False)
+    proof = cli("verify", tmp_path / "run", "--json")
+    assert proof.code == 1
+    failed = [check for check in json.loads(proof.out, parse_constant=refuse)["checks"] if not check["passed"]]
+    assert any("without its norms the model overflows" in check["detail"] for check in failed)
+
+
 def test_kept_norms_stay_and_are_counted(
     tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
 ) -> None:
@@ -286,6 +386,17 @@ def test_kept_norms_stay_and_are_counted(
     )
     assert (result["sites"], result["norm_modules_left"], result["verified"]) == (5, 4, True)
     assert all(name.endswith(("q_norm", "k_norm")) for name in norm_modules(unnorm.load(tmp_path / "run")))
+
+
+def test_gated_norms_may_be_kept() -> None:
+    sizes = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 2, "mamba_d_state": 8}
+    model = random_model(lambda: hf.BambaConfig(**GROUPED, **sizes, attn_layer_indices=[1]))
+    with pytest.raises(UnnormError, match=r"takes a second tensor.*--keep 'model") as refusal:
+        find_sites(model)
+    keep = str(refusal.value).partition("--keep '")[2].partition("'")[0]
+    sites = find_sites(model, keep=keep)
+    assert len(sites) == 5
+    assert prove_sites(model, sites) < 1e-10
 
 
 @pytest.mark.parametrize(("keep", "message"), [("[", "no regular"), ("nowhere", "none of the norms"), (".", "every")])

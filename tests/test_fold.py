@@ -140,6 +140,18 @@ def test_proof_names_the_norm_with_a_reader_that_was_not_found(monkeypatch: pyte
         prove_sites(model, find_sites(model))
 
 
+def test_proof_names_where_a_norm_is_no_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = GPT2MLP.forward
+    monkeypatch.setattr(GPT2MLP, "forward", lambda self, x: nn.functional.layer_norm(plain(self, x), x.shape[-1:]))
+    model = random_gpt2()
+    with pytest.raises(
+        UnnormError, match=r"outside of its norm modules \(.*layer_norm runs in 'transformer\.h\.\d\.mlp"
+    ):
+        prove_sites(model, find_sites(model))
+    sites = find_sites(model, keep="ln_f")  # Whoever leaves some norms leaves these, too.
+    assert prove_sites(model, sites) < 1e-10
+
+
 def test_proof_refuses_a_class_of_its_own() -> None:
     class Doubled(GPT2LMHeadModel):
         def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -9,16 +9,19 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+from accelerate import init_empty_weights
 from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import unnorm.modeling  # noqa: F401  (registers the LN-free classes)
 from unnorm.errors import UnnormError, short
-from unnorm.fold import install
+from unnorm.fold import FoldedWeights, empty_twin, install
 from unnorm.norms import TaperedNorm
 from unnorm.sites import NormSite, gain_offset
 
+SHARD = "500MB"
+"""Size of a weight file; writing one takes up to twice as much memory."""
 MODEL, UNFOLDED, SITES = "model", "unfolded", "sites.json"
 
 
@@ -67,19 +70,58 @@ def save_sites(directory: Path, sites: Sequence[NormSite], constants: dict[str, 
     write_text(directory / SITES, json.dumps(rows, indent=2))
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Write a model with its tokenizer in transformers' form.
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    state_dict: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Write a model with its tokenizer in transformers' form, in files of `SHARD` at most.
+
+    Args:
+        model: what to write.
+        tokenizer: its tokenizer.
+        directory: where.
+        state_dict: weights to write instead of its own.
 
     Raises:
         UnnormError: the disk is full or can't be written to.
     """
     try:
-        model.save_pretrained(directory)
+        model.save_pretrained(
+            directory, state_dict=state_dict, max_shard_size=SHARD, save_original_format=state_dict is None
+        )
         tokenizer.save_pretrained(directory)
     except (OSError, SafetensorError) as error:
         raise UnnormError(
             f"Could not write '{directory}': {error}. Free some space and run again with --resume."
         ) from error
+
+
+def save_folded(
+    model: PreTrainedModel, sites: Sequence[NormSite], tokenizer: PreTrainedTokenizerBase, directory: Path
+) -> None:
+    """Fold a model whose stand-ins have arrived, and write the twin a shard at a time; no more is ever held.
+
+    Raises:
+        UnnormError: the disk is full or can't be written to.
+    """
+    weights = FoldedWeights(model, sites)
+    twin = empty_twin(model, sites, weights)
+    save_model(twin, tokenizer, directory, state_dict=_OneByOne(twin, weights))
+
+
+class _OneByOne(dict[str, torch.Tensor]):
+    """A state dict of tensors without memory; each is folded when transformers takes it out to write its shard."""
+
+    def __init__(self, twin: PreTrainedModel, weights: FoldedWeights) -> None:
+        super().__init__(twin.state_dict())
+        self.weights = weights
+
+    def pop(self, key: str, *default: Any) -> torch.Tensor:
+        super().pop(key, *default)
+        # A copy, since what was tied in the model must not be in the file.
+        return self.weights[key].clone(memory_format=torch.contiguous_format)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -99,7 +141,8 @@ def unfolded_weights(model: PreTrainedModel, original: PreTrainedModel, sites: S
 
     Loaded by stock code its norms would divide by each token's own scale; `load_unfolded` puts the constants in.
     """
-    stock = type(original)(deepcopy(model.config))
+    with init_empty_weights(include_buffers=False):
+        stock = type(original)(deepcopy(model.config))
     weights = model.state_dict()
     plain = original.state_dict()
     for site in sites:
@@ -109,7 +152,9 @@ def unfolded_weights(model: PreTrainedModel, original: PreTrainedModel, sites: S
             del weights[key]
         offset = gain_offset(original.get_submodule(site.name), site)
         weights |= _norm_weights(site.name, stand_in, offset, plain)
-    stock.load_state_dict(weights)
+    # Its weights are the model's own, not copies.
+    stock.load_state_dict(weights, assign=True)
+    stock.tie_weights()
     return stock
 
 

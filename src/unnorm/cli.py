@@ -1,6 +1,5 @@
 """The command line: arguments to calls, errors to messages. No logic."""
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -88,7 +87,8 @@ def remove(
         str | None, typer.Option(help="Leave norms as they are whose path matches this regular expression.")
     ] = None,
     in_place: Annotated[
-        bool, typer.Option("--in-place", help="Leave maps that fold into no weight (post-norm, experts) as modules.")
+        bool,
+        typer.Option("--in-place", help="Leave maps that fold into no weight (post-norm, some routers) as modules."),
     ] = False,
     estimator: Annotated[
         str, typer.Option(help="Of the constant scale: geometric, mean or least-squares.")
@@ -310,6 +310,8 @@ def _count(tokens: str) -> int:
 
 def _print(values: dict[str, Any], as_json: bool, table: Any) -> None:
     if as_json:
-        print(json.dumps(values, indent=2))
+        from unnorm.json_text import json_text
+
+        print(json_text(values))
     else:
         Console().print(table)

@@ -207,7 +207,7 @@ def default_lr(model: PreTrainedModel, recipe: Recipe) -> float:
     are more and smaller and must not carry the model off where there is nothing to learn (`docs/method.md`).
     """
     at_768 = 1.25e-4 if recipe == "taper" else 6e-4
-    return min(2e-3, at_768 * (768 / int(model.config.hidden_size)) ** 0.5)
+    return min(2e-3, at_768 * (768 / int(model.config.get_text_config().hidden_size)) ** 0.5)
 
 
 def choose_context(asked: int | None, *models: PreTrainedModel) -> int:
@@ -254,7 +254,7 @@ def _micro_batch(model: PreTrainedModel, context: int, most: int, device: str) -
     Activations of a block's pass, in float32: some 40 widths a layer and token, and the logits and their softmax,
     of student and teacher, 6 times over.
     """
-    config = model.config
+    config = model.config.get_text_config()
     numbers = context * (40 * config.hidden_size * config.num_hidden_layers + 6 * config.vocab_size)
     states = 16 * sum(p.numel() for p in model.parameters())
     fit = max(1, int((free_memory(device) * MEMORY_SHARE - states) / (4 * numbers)))

@@ -12,19 +12,30 @@ norms after a sublayer or after the embedding) folds into that one, head by head
 What fits neither way stays where the norm was, as an affine map. All of it is computed in float64.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
+from accelerate import init_empty_weights
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from unnorm.blockwise import float64_logits, in_float64
 from unnorm.errors import UnnormError, short
 from unnorm.modeling import ln_free_class
-from unnorm.models import in_float64
-from unnorm.norms import Interpolation, PathReader, TaperedNorm, TokenMask
-from unnorm.sites import NormSite, affine_parameters, norm_modules, trace_inputs, value_features
+from unnorm.modeling.modeling_unnorm import PREFIX
+from unnorm.models import copy_model
+from unnorm.norms import Interpolation, PathReader, TaperedNorm, TokenMask, linear_weight
+from unnorm.reading import ReadWeight, read_weight
+from unnorm.sites import (
+    NormSite,
+    affine_parameters,
+    norm_modules,
+    norm_operations,
+    trace_inputs,
+    value_features,
+)
 
 PROOF_TOLERANCE = 1e-10
 """Largest difference of logits, relative to the largest logit, that float64 may show at load."""
@@ -97,38 +108,127 @@ def fold(model: PreTrainedModel, sites: Sequence[NormSite]) -> PreTrainedModel:
     Raises:
         UnnormError: the family has no LN-free class yet.
     """
+    weights = FoldedWeights(model, sites)
+    twin = empty_twin(model, sites, weights)
+    # Copies, since a weight that nothing was folded into is still the model's, and perhaps tied.
+    copies = {key: value.clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
+    twin.load_state_dict(copies, assign=True)
+    return twin.to(dtype=model.dtype, device=model.device)
+
+
+class FoldedWeights(Mapping[str, Tensor]):
+    """The state dict of a twin, each entry folded when it is asked for, so that they need never be held all at once."""
+
+    def __init__(self, model: PreTrainedModel, sites: Sequence[NormSite], dtype: torch.dtype | None = None) -> None:
+        """Set out what is folded where.
+
+        Args:
+            model: the model with stand-ins, its paths joined.
+            sites: its norm sites.
+            dtype: of the entries; by default each keeps its own.
+        """
+        self.model = model
+        self.dtype = dtype
+        self.plain: dict[str, Tensor] = model.state_dict()
+        self.beside: dict[str, list[tuple[TaperedNorm, NormSite]]] = {}
+        self.maps: dict[str, TaperedNorm] = {}
+        self.added: dict[str, Tensor] = {}
+        for site in sites:
+            stand_in = model.get_submodule(site.name)
+            assert isinstance(stand_in, TaperedNorm)
+            for key in [key for key in self.plain if key.startswith(f"{site.name}.")]:
+                del self.plain[key]
+            if site.folds_into == "in place":
+                self.maps[site.name] = stand_in
+            for name in {"readers": site.readers, "writer": site.writers, "in place": ()}[site.folds_into]:
+                self.beside.setdefault(name, []).append((stand_in, site))
+                module = model.get_submodule(name)
+                if stand_in.bias is not None and not isinstance(module, nn.Embedding):
+                    self._add_bias(module, f"{name}.{_bias_name(module)}")
+        self.names = [*self.plain, *self.added]
+        for name, stand_in in self.maps.items():
+            self.names += [f"{name}.weight"] + ([] if stand_in.bias is None else [f"{name}.bias"])
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+
+    @property
+    def added_biases(self) -> list[str]:
+        """Paths of the modules that get a bias which they had not."""
+        return [key.rpartition(".")[0] for key in self.added]
+
+    def _add_bias(self, module: nn.Module, key: str) -> None:
+        if key not in self.plain:
+            weight = linear_weight(module)
+            self.added[key] = weight.new_zeros(weight.shape[0])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    @torch.no_grad()
+    def __getitem__(self, key: str) -> Tensor:
+        """One entry; raises `KeyError` where the twin has none of that name."""
+        name, _, leaf = key.rpartition(".")
+        if name in self.maps and key not in self.plain:
+            weight, bias = affine_map(self.maps[name])
+            entry = {"weight": weight, "bias": bias}[leaf]
+            if entry is None:
+                raise KeyError(key)
+            return entry.to(self.dtype or self.model.dtype)
+        if name not in self.beside:
+            return self._stored(key)
+        if self._last[0] != name:  # Weight and bias are asked for one after the other.
+            module = self.model.get_submodule(name)
+            entries = {key: self._stored(key) for key in (*self.plain, *self.added) if key.rpartition(".")[0] == name}
+            for stand_in, site in self.beside[name]:
+                _fold_beside(module, name, stand_in, site, entries)
+            self._last = (name, entries)
+        return self._last[1][key]
+
+    def _stored(self, key: str) -> Tensor:
+        value = self.plain[key] if key in self.plain else self.added[key]
+        return value.to(self.dtype) if self.dtype is not None and value.is_floating_point() else value
+
+
+def empty_twin(model: PreTrainedModel, sites: Sequence[NormSite], weights: FoldedWeights) -> PreTrainedModel:
+    """The twin with parameters of the right shapes and dtypes, but on the meta device, where they take no memory."""
     twin_class = _twin_class(model)
-    weights: dict[str, Tensor] = model.state_dict()
-    added_biases: list[str] = []
-    affine_maps: dict[str, dict[str, Any]] = {}
-    for site in sites:
-        stand_in = model.get_submodule(site.name)
-        assert isinstance(stand_in, TaperedNorm)
-        for key in [key for key in weights if key.startswith(f"{site.name}.")]:
-            del weights[key]
-        if site.folds_into == "in place":
-            weight, bias = affine_map(stand_in)
-            weights[f"{site.name}.weight"] = weight
-            weights |= {} if bias is None else {f"{site.name}.bias": bias}
-            affine_maps[site.name] = {"width": site.width, "bias": bias is not None, "centered": site.centered}
-        for name in {"readers": site.readers, "writer": site.writers, "in place": ()}[site.folds_into]:
-            added_biases += _fold_beside(model.get_submodule(name), name, stand_in, site, weights)
     settings = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_CARRIED}
     config = twin_class.config_class(
         **settings,
         removed_norms=[site.name for site in sites],
-        added_biases=added_biases,
-        affine_maps=affine_maps,
+        added_biases=weights.added_biases,
+        affine_maps={
+            site.name: {
+                "width": site.width,
+                "bias": weights.maps[site.name].bias is not None,
+                "centered": site.centered,
+            }
+            for site in sites
+            if site.name in weights.maps
+        },
         kept_norms=sorted(kept_norms(model, sites)),
         tie_word_embeddings=False,
         architectures=[twin_class.__name__],
     )
     config._attn_implementation = model.config._attn_implementation
-    twin = twin_class(config).to(dtype=model.dtype, device=model.device)
+    try:
+        with init_empty_weights(include_buffers=False):
+            twin = twin_class(config).to(dtype=weights.dtype or model.dtype)
+    except Exception as error:
+        raise UnnormError(
+            f"{twin_class.__name__} can't be made from the config of {type(model).__name__}: {short(error)} "
+            "The model is refused."
+        ) from error
     config._experts_implementation = model.config._experts_implementation
-    twin.load_state_dict({key: value.contiguous() for key, value in weights.items()})
     twin.generation_config = model.generation_config
     return twin.eval()
+
+
+def _bias_name(module: nn.Module) -> str:
+    read = read_weight(module)
+    return "bias" if read is None else read.bias
 
 
 def kept_norms(model: PreTrainedModel, sites: Sequence[NormSite]) -> set[str]:
@@ -136,26 +236,28 @@ def kept_norms(model: PreTrainedModel, sites: Sequence[NormSite]) -> set[str]:
     return set(norm_modules(model)) - {site.name for site in sites}
 
 
-def _fold_beside(
-    module: nn.Module, name: str, norm: TaperedNorm, site: NormSite, weights: dict[str, Tensor]
-) -> list[str]:
-    """Fold a site into one module's entries in `weights`; its name is given back if it gets a bias that it had not."""
-    stored, had_bias = weights[f"{name}.weight"], f"{name}.bias" in weights
-    bias = weights.get(f"{name}.bias")
+def _fold_beside(module: nn.Module, name: str, norm: TaperedNorm, site: NormSite, weights: dict[str, Tensor]) -> None:
+    """Fold a site into one module's entries in `weights`."""
+    read = read_weight(module) or ReadWeight("weight", "bias", False, True)
+    weight_key, bias_key = f"{name}.{read.weight}", f"{name}.{read.bias}"
+    stored, bias = weights[weight_key], weights.get(bias_key)
     # The family's own way of storing: Conv1D keeps (in, out).
-    turned = type(module).__name__ == "Conv1D"
-    weight = stored.T if turned else stored
-    if site.folds_into == "readers":
-        weight, bias = fold_reader(weight, bias, norm)
-    elif isinstance(module, nn.Embedding):  # A row for each token, so the norm's bias goes into the rows.
+    weight = stored.transpose(-1, -2) if read.turned else stored
+    if isinstance(module, nn.Embedding):  # A row for each token, so the norm's bias goes into the rows.
         rows, _ = fold_writer(weight.T, None, norm)
-        weight = rows.T if norm.bias is None else rows.T + norm.bias
-    else:
+        weight = rows.T if norm.bias is None else (rows.T.double() + norm.bias.double()).to(weight.dtype)
+    elif site.folds_into == "writer":
         weight, bias = fold_writer(weight, bias, norm)
-    weights[f"{name}.weight"] = weight.T if turned else weight
+    elif weight.ndim == 3:  # One expert at a time, so that only one is ever held in float64.
+        biases = [None] * len(weight) if bias is None else bias.unbind()
+        folded = [fold_reader(w, b, norm) for w, b in zip(weight, biases, strict=True)]
+        weight = torch.stack([w for w, _ in folded])
+        bias = None if bias is None else torch.stack([b for _, b in folded if b is not None])
+    else:
+        weight, bias = fold_reader(weight, bias, norm)
+    weights[weight_key] = weight.transpose(-1, -2) if read.turned else weight
     if bias is not None:
-        weights[f"{name}.bias"] = bias
-    return [name] if bias is not None and not had_bias else []
+        weights[bias_key] = bias
 
 
 def fold_reader(
@@ -214,55 +316,113 @@ def prove_sites(model: PreTrainedModel, sites: Sequence[NormSite]) -> float:
     """
     _twin_class(model)
     ids = trace_inputs(model, batch=2, length=16)
-    double = in_float64(model)
-    before = double(input_ids=ids).logits
-    stand_ins = install(double, sites)
-    after = _logits(double, ids, model)
+    work = copy_model(model, share=True)
+    before = _float64_logits(work, ids)
+    stand_ins = install(work, sites)
+    after = _logits(work, ids)
     # A norm that computes in float32 whatever it is given agrees to float32 only.
     if not torch.allclose(before, after, rtol=1e-4, atol=1e-4 * float(before.abs().max())):
         raise UnnormError(f"Stand-ins for the norms of {type(model).__name__} don't reproduce its logits.")
-    generator = torch.Generator().manual_seed(0)
-    for stand_in in stand_ins.values():
-        stand_in.log_constant.copy_(torch.randn(2, generator=generator, dtype=torch.float64) * 0.3)
-        stand_in.removed = True
-    unfolded = _logits(double, ids, model)
-    error = float((_logits(fold(double, sites), ids, model) - unfolded).abs().max())
+    with _random_constants(stand_ins):
+        _logits(work, ids)
+    unfolded = _logits(work, ids)
+    weights = FoldedWeights(work, sites, torch.float64)
+    twin = empty_twin(work, sites, weights)
+    error = float((_logits(twin, ids, weights) - unfolded).abs().max())
     if not error <= PROOF_TOLERANCE * max(1.0, float(unfolded.abs().max())):
         raise UnnormError(
             f"Folding {type(model).__name__} changes its logits by {error:.1e}: {_what_is_wrong(model, sites)}. "
             "The model is refused."
         )
+    if not twin.config.kept_norms:
+        with in_float64(twin, weights):
+            _refuse_norms_left(model, norm_operations(twin, ids))
     return error
 
 
+def _refuse_norms_left(model: PreTrainedModel, left: dict[str, str]) -> None:
+    for operation, place in left.items():
+        raise UnnormError(
+            f"{type(model).__name__} normalizes outside of its norm modules ({operation} runs in '{place}'), and that "
+            "would stay. It needs modeling code in which every norm is a module of its own; with --keep, which leaves "
+            "some norms on purpose, the others can be removed."
+        )
+
+
+def _float64_logits(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Float[Tensor, "..."]:
+    try:
+        return float64_logits(model, ids)
+    except Exception as error:
+        raise UnnormError(
+            f"{type(model).__name__} can't compute in float64 ({short(error)}), in which folding is proved. "
+            "It would need modeling code that names no other precision; the model is refused."
+        ) from error
+
+
+@contextmanager
+def _random_constants(stand_ins: dict[str, TaperedNorm]) -> Iterator[None]:
+    """In the pass that follows every stand-in is removed; its constant is the scale it meets, times a number near 1.
+
+    Without constants that fit what the removed norms before them made, deep models with gated MLPs, whose output grows
+    with the cube of their input, would overflow.
+    """
+    generator = torch.Generator().manual_seed(0)
+    chosen: dict[TaperedNorm, Tensor] = {}
+
+    def remove(stand_in: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(stand_in, TaperedNorm)
+        x = args[0].double()
+        x = x - x.mean(-1, keepdim=True) if stand_in.centered else x
+        # Over all tokens, so that the longest, too, comes out not much longer than a norm would leave it.
+        log_scale = 0.5 * torch.log(x.square().mean() + stand_in.eps)
+        chosen[stand_in] = log_scale + 0.3 * torch.randn((), generator=generator, dtype=torch.float64)
+        stand_in.log_constant.fill_(chosen[stand_in])
+        stand_in.removed = True
+
+    handles = [stand_in.register_forward_pre_hook(remove) for stand_in in stand_ins.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for stand_in, log_constant in chosen.items():  # What the hook wrote to may be gone with its block.
+            stand_in.log_constant.fill_(log_constant)
+
+
 def _logits(
-    model: PreTrainedModel, ids: Int[Tensor, "batch position"], original: PreTrainedModel
+    model: PreTrainedModel, ids: Int[Tensor, "batch position"], weights: FoldedWeights | None = None
 ) -> Float[Tensor, "batch position vocab"]:
     try:
-        return model(input_ids=ids).logits
+        return float64_logits(model, ids, weights)
     except Exception as error:  # Whatever code that was written for a norm does without one.
         raise UnnormError(
-            f"{type(original).__name__} does more with its norms than call them ({short(error)}), so nothing can take "
-            "their place. The model is refused."
+            f"{type(model).__name__.removeprefix(PREFIX)} does more with its norms than call them ({short(error)}), so "
+            "nothing can take their place. It would need modeling code that only calls them; the model is refused."
         ) from error
 
 
 def _what_is_wrong(model: PreTrainedModel, sites: Sequence[NormSite]) -> str:
     """The first site that changes the logits when it is folded alone, or whatever else does."""
     ids = trace_inputs(model)
-    plain = in_float64(model)
-    if not torch.allclose(fold(plain, [])(input_ids=ids).logits, plain(input_ids=ids).logits):
+    work = copy_model(model, share=True)
+    if not _folds(work, [], ids):
         return f"its class computes something else than transformers' {model.config.model_type}"
     for site in sites:
-        lone = in_float64(model)
-        stand_in = install(lone, [site])[site.name]
-        stand_in.log_constant.fill_(0.3)
-        stand_in.removed = True
-        if not torch.allclose(fold(lone, [site])(input_ids=ids).logits, lone(input_ids=ids).logits):
+        norm = work.get_submodule(site.name)
+        with _random_constants(install(work, [site])):
+            float64_logits(work, ids)
+        folds = _folds(work, [site], ids)
+        work.set_submodule(site.name, norm)
+        if not folds:
             if site.folds_into == "readers":
                 return f"something besides {', '.join(site.readers)} reads the output of '{site.name}'"
             return f"something besides '{site.name}' reads the output of {', '.join(site.writers)}"
     return "the sites are right one by one but not together"
+
+
+def _folds(model: PreTrainedModel, sites: Sequence[NormSite], ids: Int[Tensor, "batch position"]) -> bool:
+    weights = FoldedWeights(model, sites, torch.float64)
+    return torch.allclose(float64_logits(empty_twin(model, sites, weights), ids, weights), float64_logits(model, ids))
 
 
 def _twin_class(model: PreTrainedModel) -> type[PreTrainedModel]:

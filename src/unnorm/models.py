@@ -62,7 +62,7 @@ def load_original(model: str, trust_remote_code: bool = False) -> tuple[PreTrain
 
 def context_length(model: PreTrainedModel) -> int:
     """Most tokens that the model takes at once, or 1024 where its config does not say."""
-    return int(getattr(model.config, "max_position_embeddings", None) or 1024)
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024)
 
 
 def disable_dropout(model: PreTrainedModel) -> None:
@@ -79,22 +79,22 @@ def fuse_activations(model: PreTrainedModel) -> None:
             model.set_submodule(name, torch.nn.GELU(approximate="tanh"))
 
 
-def copy_model(model: PreTrainedModel) -> PreTrainedModel:
-    """An independent copy in the same dtype and on the same device."""
-    copy = type(model)(deepcopy(model.config))
+def copy_model(model: PreTrainedModel, share: bool = False) -> PreTrainedModel:
+    """An independent copy in the same dtype and on the same device.
+
+    With `share` only the modules are copied: its parameters are new ones over the same memory.
+    """
+    # What stands here is taken instead of a copy.
+    taken: dict[int, torch.Tensor] = {}
+    if share:
+        taken = {id(p): torch.nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+    for module in model.modules():  # States that some families keep from the last pass can't be copied with its graph.
+        kept = (value for value in vars(module).values() if isinstance(value, torch.Tensor) and value.grad_fn)
+        taken |= {id(value): value.detach() for value in kept}
+    copy = deepcopy(model, taken)
     # Not in a config's own copy, since it hangs on the machine.
     copy.config._experts_implementation = model.config._experts_implementation
-    copy = copy.to(dtype=model.dtype, device=model.device)
-    copy.load_state_dict(model.state_dict())
-    copy.generation_config = model.generation_config
     return copy.eval()
-
-
-def in_float64(model: PreTrainedModel) -> PreTrainedModel:
-    """An independent copy that computes in float64."""
-    copy = copy_model(model).double()
-    copy.config._experts_implementation = "eager"  # The fused experts know no float64.
-    return copy
 
 
 def _load_config(model: str, path: str, trust_remote_code: bool) -> PretrainedConfig:
@@ -125,6 +125,7 @@ def _load_weights(model: str, path: str, config: PretrainedConfig, trust_remote_
     kind = getattr(config, "model_type", "?")
     if getattr(config, "is_encoder_decoder", False):
         raise UnnormError(f"'{model}' ({kind}) is an encoder-decoder. Only decoder-only language models are handled.")
+    _refuse_quantized(model, config)
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
             path,
@@ -227,6 +228,18 @@ def _check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTok
             f"The tokenizer of '{name}' has ids up to {top}, but the model has embeddings for {rows} tokens only. "
             "They don't belong together; save the model with the tokenizer that it was trained with."
         )
+
+
+def _refuse_quantized(model: str, config: PretrainedConfig) -> None:
+    quantized = getattr(config, "quantization_config", None)
+    if quantized is None:
+        return
+    method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized.quant_method
+    raise UnnormError(
+        f"The weights of '{model}' are quantized ({getattr(method, 'value', method)}), and a constant can't be folded "
+        "into them exactly. Fetch its unquantized checkpoint, or load it with transformers, call `.dequantize()` and "
+        "`save_pretrained` it."
+    )
 
 
 def _refuse_remote_code(model: str, error: Exception) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,18 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
+from unnorm.blockwise import float64_logits, in_float64
 from unnorm.checkpoint import load, load_sites, load_unfolded
-from unnorm.fold import fold
+from unnorm.fold import FoldedWeights, empty_twin
 from unnorm.norms import linear_weight
+from unnorm.reading import read_weight
 from unnorm.sites import (
     NormSite,
     inside_attention,
     norm_modules,
+    norm_operations,
     trace_inputs,
     unembedding_name,
     unembedding_sources,
@@ -28,9 +29,8 @@ from unnorm.sites import (
 FLOAT64_LIMIT = 1e-10
 FLOAT32_LIMIT = 1e-4
 
-# What ATen calls the operations that norms are made of, and nothing else in these models is.
-_NORM_OPERATIONS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "rsqrt", "var", "std", "var_mean", "norm"}
 _PROBE_SHAPE = (2, 16)
+_OVERFLOWS = "logits are not finite: without its norms the model overflows, and there is nothing to compare"
 
 
 @dataclass(frozen=True)
@@ -71,22 +71,15 @@ def verify(directory: str | Path) -> list[Check]:
 
 def check_twin(twin: PreTrainedModel, unfolded: PreTrainedModel, sites: Sequence[NormSite]) -> list[Check]:
     """The rows of `verify` for models in memory: the LN-free one, and the one with stand-ins that it came from."""
-    twin64, unfolded64 = (_in_float64(model) for model in (twin, unfolded))
     ids = trace_inputs(twin, *_PROBE_SHAPE)
     norm_free = [_no_norm_modules(twin), _no_norm_operations(twin, ids)]
     return [
         *([_only_kept_norms(twin)] if twin.config.kept_norms else norm_free),
-        _fold_float64(unfolded64, sites, ids),
+        _fold_float64(unfolded, sites, ids),
         _fold_float32(twin, unfolded, ids),
-        _reads_affine(twin64, sites, ids),
-        _contributions_add_up(twin64, ids),
+        _reads_affine(twin, sites, ids),
+        _contributions_add_up(twin, ids),
     ]
-
-
-def _in_float64(model: PreTrainedModel) -> PreTrainedModel:
-    copy = deepcopy(model).double()
-    copy.config._experts_implementation = "eager"  # The fused experts know no float64.
-    return copy
 
 
 def _row(name: str, value: float, limit: float, detail: str) -> Check:
@@ -103,42 +96,28 @@ def _only_kept_norms(twin: PreTrainedModel) -> Check:
     return _row("norms left are those kept", len(set(left) ^ set(kept)), 0, f"kept: {', '.join(kept)}")
 
 
-class _Operations(TorchDispatchMode):
-    """Records the names of the ATen operations that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.add(func.overloadpacket.__name__)
-        return func(*args, **(kwargs or {}))
-
-
 @torch.no_grad()
 def _no_norm_operations(twin: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Check:
-    with _Operations() as operations:
-        twin(input_ids=ids, use_cache=False)
-    found = sorted(
-        name
-        for name in operations.names
-        if name.removeprefix("native_").removeprefix("_fused_").removeprefix("linalg_vector_") in _NORM_OPERATIONS
-    )
+    found = sorted(set(norm_operations(twin, ids)))
     return _row("no operation of a norm runs", len(found), 0, ", ".join(found) or "operations of a forward pass")
 
 
 @torch.no_grad()
 def _fold_float64(unfolded: PreTrainedModel, sites: Sequence[NormSite], ids: Int[Tensor, "batch position"]) -> Check:
-    folded = fold(unfolded, sites)
-    error = (folded(input_ids=ids).logits - unfolded(input_ids=ids).logits).abs().max()
-    return _row("folded = unfolded, float64", float(error), FLOAT64_LIMIT, "largest difference of logits")
+    expected = float64_logits(unfolded, ids)
+    weights = FoldedWeights(unfolded, sites, torch.float64)
+    error = (float64_logits(empty_twin(unfolded, sites, weights), ids, weights) - expected).abs().max()
+    detail = "largest difference of logits" if expected.isfinite().all() else _OVERFLOWS
+    limit = FLOAT64_LIMIT * max(1.0, float(expected.abs().nan_to_num().max()))  # As in the proof at load.
+    return _row("folded = unfolded, float64", _number(error), limit, detail)
 
 
 @torch.no_grad()
 def _fold_float32(twin: PreTrainedModel, unfolded: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Check:
     expected = unfolded(input_ids=ids).logits
     error = (twin(input_ids=ids).logits - expected).abs().max() / expected.abs().max()
-    return _row("checkpoint = unfolded, float32", _number(error), FLOAT32_LIMIT, "relative to the largest logit")
+    detail = "relative to the largest logit" if expected.isfinite().all() else _OVERFLOWS
+    return _row("checkpoint = unfolded, float32", _number(error), FLOAT32_LIMIT, detail)
 
 
 @torch.no_grad()
@@ -149,17 +128,22 @@ def _reads_affine(twin: PreTrainedModel, sites: Sequence[NormSite], ids: Int[Ten
     """
     sites = [site for site in sites if site.folds_into != "writer"]
     generator = torch.Generator().manual_seed(0)
-    shape = {site.name: (*ids.shape, site.width) for site in sites}
+    with _recorded(twin, [site.name for site in sites]) as record:
+        twin(input_ids=ids, use_cache=False)
+    shape = {name: x.shape for name, (x, _) in record.items()}
 
     def residuals() -> dict[str, Tensor]:
         # Lengths from token to token differ by orders of magnitude, so that no norm could pass.
-        lengths = torch.exp(2 * torch.randn(*ids.shape, 1, generator=generator, dtype=torch.float64))
-        return {n: torch.randn(s, generator=generator, dtype=torch.float64) * lengths for n, s in shape.items()}
+        def draw(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, dtype=torch.float64)
+
+        return {name: draw(*size) * torch.exp(2 * draw(*size[:-1], 1)) for name, size in shape.items()}
 
     x, y, a, b = residuals(), residuals(), 0.7, -1.9
-    f_x, f_y, f_0, f_mixed = (
-        _read(twin, sites, ids, at) for at in (x, y, {n: 0 * x[n] for n in x}, {n: a * x[n] + b * y[n] for n in x})
-    )
+    with in_float64(twin):
+        f_x, f_y, f_0, f_mixed = (
+            _read(twin, sites, ids, at) for at in (x, y, {n: 0 * x[n] for n in x}, {n: a * x[n] + b * y[n] for n in x})
+        )
     errors = {
         reader: _number((f_mixed[reader] - (a * f_x[reader] + b * f_y[reader] + (1 - a - b) * f_0[reader])).abs().max())
         / float(f_mixed[reader].abs().max())
@@ -175,13 +159,29 @@ def _read(
     """What the readers of every site compute from the given residuals."""
 
     def put(name: str) -> Callable[..., Any]:
-        return lambda module, args: (residuals[name].to(ids.device).view(args[0].shape),)
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            # A norm that is called twice, for queries and for keys, may be given two shapes; then one is looked at.
+            at = residuals[name].to(ids.device)
+            return (at if at.shape == args[0].shape else torch.zeros_like(args[0]),)
+
+        return hook
 
     with _hooked([(twin.get_submodule(site.name), put(site.name)) for site in sites]):
-        keep = [name for site in sites for name in (site.readers if site.folds_into == "readers" else (site.name,))]
+        keep = [name for site in sites for name in _looked_at(twin, site)]
         with _recorded(twin, keep) as record:
             twin(input_ids=ids, use_cache=False)
     return {name: output for name, (_, output) in record.items()}
+
+
+def _looked_at(twin: PreTrainedModel, site: NormSite) -> Iterator[str]:
+    """A site's readers; for experts, which read some rows each and give no linear function of them, the site itself."""
+    if site.folds_into != "readers":
+        yield site.name
+        return
+    for name in site.readers:
+        read = read_weight(twin.get_submodule(name))
+        is_matrix = read is not None and twin.get_submodule(name).get_parameter(read.weight).ndim == 2
+        yield name if is_matrix else site.name
 
 
 @contextmanager
@@ -200,12 +200,15 @@ def _recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tupl
     record: dict[str, tuple[Tensor, Tensor]] = {}
 
     def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            record[name] = (args[0], output)
+        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Any) -> None:
+            # A router gives its logits first. Some families go on in place, hence the copies.
+            first = output if isinstance(output, Tensor) else output[0]
+            given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+            record[name] = ((given or [first])[0].clone(), first.clone())
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    handles = [model.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True) for name in names]
     try:
         yield record
     finally:
@@ -218,17 +221,21 @@ def _contributions_add_up(twin: PreTrainedModel, ids: Int[Tensor, "batch positio
     """Embeddings, heads, MLPs and biases, each through the unembedding alone, sum to what the unembedding gives."""
     name = "contributions add up to the logits"
     factors = unembedding_sources(twin)
+    not_a_sum = Check(name, False, float("inf"), FLOAT64_LIMIT, "what the unembedding reads is not a plain sum")
     if factors is None:
-        return Check(name, False, float("inf"), FLOAT64_LIMIT, "what the unembedding reads is not a plain sum")
+        return not_a_sum
     last = unembedding_name(twin)
-    with _recorded(twin, [*factors, last]) as record:
+    with in_float64(twin), _recorded(twin, [*factors, last]) as record:
         twin(input_ids=ids, use_cache=False)
     logits, unembedding = record[last][1], twin.get_submodule(last)
     parts = [factors[writer] * part for writer in factors for part in _contributions(twin, writer, *record[writer])]
     # OPT's MLP gives batch and position as one.
-    parts = [part.view(*ids.shape, -1) if part.ndim == 2 else part for part in parts]
-    total = sum(part @ linear_weight(unembedding).T for part in parts)
+    parts = [part.view(*ids.shape, -1) if part.ndim == 2 and len(part) == ids.numel() else part for part in parts]
+    weight = linear_weight(unembedding).double()
+    total: Any = sum(part @ weight.T for part in parts)
     total = total if unembedding.bias is None else total + unembedding.bias
+    if total.shape != logits.shape:
+        return not_a_sum
     error = _number((total - logits).abs().max() / logits.abs().max())
     return _row(name, error, FLOAT64_LIMIT, f"relative; {len(parts)} contributions and the unembedding's bias")
 
@@ -238,10 +245,10 @@ def _contributions(twin: PreTrainedModel, writer: str, z: Tensor, output: Tensor
     module = twin.get_submodule(writer)
     if not inside_attention(twin, writer) or getattr(module, "weight", torch.empty(0)).ndim != 2:
         return [output]
-    heads = int(twin.config.num_attention_heads)
-    weights = linear_weight(module).chunk(heads, dim=1)
+    heads = int(twin.config.get_text_config().num_attention_heads)
+    weights = linear_weight(module).double().chunk(heads, dim=1)
     parts = [z_head @ weight.T for z_head, weight in zip(z.chunk(heads, dim=-1), weights, strict=True)]
-    return parts if module.bias is None else [*parts, module.bias]
+    return parts if module.bias is None else [*parts, module.bias.double()]
 
 
 def _number(value: Tensor) -> float:

@@ -24,6 +24,7 @@ from unnorm.checkpoint import (
     load,
     load_sites,
     load_unfolded,
+    save_folded,
     save_model,
     save_sites,
     unfolded_weights,
@@ -34,7 +35,8 @@ from unnorm.data import as_dataset, build_blocks, stress_blocks
 from unnorm.equalize import equalize_embedding
 from unnorm.errors import UnnormError
 from unnorm.evaluation import EVALUATION_SPREAD, EVALUATION_TOKENS, Evaluation, evaluate_model
-from unnorm.fold import fold, install, prove_sites, uninstall_paths
+from unnorm.fold import install, prove_sites, uninstall_paths
+from unnorm.json_text import json_text
 from unnorm.models import copy_model, disable_dropout, fuse_activations, load_original
 from unnorm.norms import TaperedNorm, TokenMask
 from unnorm.proof import check_twin
@@ -227,7 +229,7 @@ def _train_removal(run: _Run) -> tuple[dict[str, float], Outcome | None]:
     note = run.directory / DATA / "naive.json"
     if note.is_file() and (run.directory / MODEL).is_dir():
         return json.loads(note.read_text()), None
-    student = copy_model(run.original)
+    student = copy_model(run.original, share=not run.plan.steps)
     disable_dropout(student)
     fuse_activations(student)
     token_mask = TokenMask()
@@ -264,6 +266,8 @@ def _naive_removal(run: _Run, student: PreTrainedModel, stand_ins: dict[str, Tap
     measured = _evaluate(run, student, "naive removal")
     for stand_in in stand_ins.values():
         stand_in.removed = False
+    if not math.isfinite(measured.loss):
+        run.say("without its norms and without training the model overflows: its loss is not a number")
     return {"loss": measured.loss, "kl": float(measured.kl or 0.0)}
 
 
@@ -328,7 +332,7 @@ def _fold_and_save(run: _Run, student: PreTrainedModel, naive: dict[str, float])
     save_model(unfolded_weights(student, run.original, run.sites), run.tokenizer, run.directory / UNFOLDED)
     save_sites(run.directory, run.sites, constants)
     write_text(run.directory / DATA / "naive.json", json.dumps(naive))
-    save_model(fold(student, run.sites), run.tokenizer, run.directory / MODEL)
+    save_folded(student, run.sites, run.tokenizer, run.directory / MODEL)
 
 
 def _train_control(run: _Run) -> PreTrainedModel:
@@ -372,7 +376,7 @@ def _conclude(
     )
     write_text(run.directory / REPORT, render_report(data))
     write_text(run.directory / MODEL / "README.md", render_card(result))
-    write_text(run.directory / RESULT, json.dumps(result, indent=2))
+    write_text(run.directory / RESULT, json_text(result))
     for leftover in (DATA, CHECKPOINTS, f"{CONTROL}/{CHECKPOINTS}"):
         shutil.rmtree(run.directory / leftover, ignore_errors=True)
     return result

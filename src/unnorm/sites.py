@@ -10,10 +10,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.module_tracker import ModuleTracker
 from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError
 from unnorm.norms import linear_weight
+from unnorm.reading import is_experts, read_weight
 
 Kind = Literal["layernorm", "rmsnorm"]
 Role = Literal["attention", "mlp", "attention+mlp", "final", "embedding"]
@@ -26,6 +29,7 @@ _HANDS_ON: tuple[str, ...] = (
     "Reshape",
     "Slice",
     "Select",
+    "Index",
     "Transpose",
     "Permute",
     "Alias",
@@ -34,7 +38,10 @@ _HANDS_ON: tuple[str, ...] = (
 _HANDS_ON += ("Unsqueeze", "Expand", "Clone", "ToCopy", "NativeDropout", "T")
 _ADDS = ("Add", *_HANDS_ON)
 # Those of them after which every row of the writer's weight still makes one feature of the norm's input.
-_RESHAPES = tuple(name for name in _HANDS_ON if name not in ("Slice", "Select", "Expand", "NativeDropout"))
+_RESHAPES = tuple(name for name in _HANDS_ON if name not in ("Slice", "Select", "Index", "Expand", "NativeDropout"))
+
+# What ATen calls the operations that norms are made of, and nothing else in these models is.
+_NORM_OPERATIONS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "rsqrt", "var", "std", "var_mean", "norm"}
 
 _FUSED_QKV_THIRDS = ("c_attn",)
 _VALUE_PROJECTIONS = ("v_proj", "value")
@@ -94,6 +101,10 @@ class _Trace:
         made_by: the module that a node is the output of.
         used_by: the nodes that take a node's result.
         blocks: the innermost module with parts of its own that a node is the output of.
+        gated: leaf modules that take more than one tensor.
+        ends: the nodes of each leaf module's outputs, of those with several too.
+        begins: the nodes of all tensors that went into each leaf module.
+        hidden: leaf modules that were called where no gradient flows, with the width of what went in.
     """
 
     inputs: dict[str, Tensor]
@@ -101,6 +112,10 @@ class _Trace:
     made_by: dict[Node, str]
     used_by: dict[Node, list[Node]]
     blocks: dict[Node, str]
+    gated: set[str]
+    hidden: dict[str, int]
+    ends: dict[str, list[Node]]
+    begins: dict[str, set[Node]]
 
 
 def find_sites(model: PreTrainedModel, in_place: bool = False, keep: str | None = None) -> list[NormSite]:
@@ -122,11 +137,16 @@ def find_sites(model: PreTrainedModel, in_place: bool = False, keep: str | None 
     trace = _trace(model)
     names = _norm_names(model, trace)
     if not names:
-        raise UnnormError(
-            f"{type(model).__name__} has no normalization layers: no module's output is independent of its "
-            "input's scale. There is nothing to remove."
-        )
+        raise _no_norms(model)
     names = _without_kept(names, keep)
+    for name in names:
+        if name in trace.gated:
+            raise _gated(model, name)
+        if name in trace.hidden:
+            raise UnnormError(
+                f"The norm '{name}' ({type(model.get_submodule(name)).__name__}) is called where no gradient flows, so "
+                "what reads it can't be traced. That would need modeling code without gradient functions of its own."
+            )
     sites = [_site(model, trace, name) for name in names]
     for site in sites:
         if site.folds_into == "in place" and not in_place:
@@ -151,6 +171,29 @@ def _without_kept(names: Sequence[str], keep: str | None) -> list[str]:
 def norm_modules(model: PreTrainedModel) -> list[str]:
     """Paths of all leaf modules that normalize, by behaviour; none in an LN-free model."""
     return _norm_names(model, _trace(model))
+
+
+class _Operations(TorchDispatchMode):
+    """Records the ATen operations of norms that run, each with the innermost module that it runs in."""
+
+    def __init__(self, modules: ModuleTracker) -> None:
+        super().__init__()
+        self.modules = modules
+        self.found: dict[str, str] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name.removeprefix("native_").removeprefix("_fused_").removeprefix("linalg_vector_") in _NORM_OPERATIONS:
+            self.found[name] = max(self.modules.parents, key=len).partition(".")[2]
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def norm_operations(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> dict[str, str]:
+    """Operations that norms are made of and that a forward pass runs, each with a module that it runs in."""
+    with ModuleTracker() as modules, _Operations(modules) as operations:
+        model(input_ids=ids, use_cache=False)
+    return operations.found
 
 
 def unembedding_sources(model: PreTrainedModel) -> dict[str, float] | None:
@@ -214,7 +257,9 @@ def affine_parameters(module: nn.Module, site: NormSite) -> tuple[Tensor, Tensor
     with torch.no_grad():
         y = module(x)
         for gain in candidates:
-            if torch.allclose(y, _norm(x, site) * gain + (0 if bias is None else bias), rtol=1e-3, atol=1e-3):
+            if gain.shape == y.shape[-1:] and torch.allclose(
+                y, _norm(x, site) * gain + (0 if bias is None else bias), rtol=1e-3, atol=1e-3
+            ):
                 return gain, bias
     raise UnnormError(
         f"The norm '{site.name}' ({type(module).__name__}) is not gain * x / scale(x) + bias with a gain of "
@@ -238,7 +283,7 @@ def value_features(model: nn.Module, site: NormSite) -> dict[str, int] | None:
     None also where something besides the readers takes the norm's output, which then must be one path. Tracing can't
     tell a fused projection's parts, so their layout is declared here.
     """
-    if site.folds_into != "readers":
+    if site.folds_into != "readers" or site.role != "attention":
         return None
     features: dict[str, int] = {}
     for reader in site.readers:
@@ -252,11 +297,12 @@ def value_features(model: nn.Module, site: NormSite) -> dict[str, int] | None:
             features[reader] = out
         else:
             return None
-    return features if site.role == "attention" else None
+    return features
 
 
 def _norm_names(model: PreTrainedModel, trace: _Trace) -> list[str]:
-    return [name for name in trace.inputs if is_norm(model.get_submodule(name), trace.inputs[name].shape[-1])]
+    widths = trace.hidden | {name: x.shape[-1] for name, x in trace.inputs.items()}
+    return [name for name, width in widths.items() if is_norm(model.get_submodule(name), width, name in trace.gated)]
 
 
 def _norm(x: Float[Tensor, "*batch width"], site: NormSite) -> Float[Tensor, "*batch width"]:
@@ -273,20 +319,24 @@ def _probe(width: int, like: Tensor) -> Float[Tensor, "2 3 width"]:
 
 
 @torch.no_grad()
-def is_norm(module: nn.Module, width: int) -> bool:
-    """Whether a module normalizes: same shape out as in, the same for 8 times the input, but not for another one."""
+def is_norm(module: nn.Module, width: int, gated: bool = False) -> bool:
+    """Whether a module normalizes: same shape out as in, the same for 8 times the input, but not for another one.
+
+    One that is `gated` is called with a second tensor, all ones.
+    """
     like = next(iter(module.parameters()), torch.ones(()))
     if not like.is_floating_point():
         return False
     x = _probe(width, like)
+    gate = [torch.ones_like(x)] if gated else []
     try:
-        y, scaled = module(x), module(8 * x)
+        y, scaled, other = module(x, *gate), module(8 * x, *gate), module(x.flip(-1), *gate)
     except Exception:  # A module that can't take such an input is no norm.
         return False
     if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point():
         return False
     alike = torch.allclose(y, scaled, rtol=1e-3, atol=1e-2 * float(y.abs().max()))
-    differs = not torch.allclose(module(x.flip(-1)), y, rtol=1e-2)
+    differs = not torch.allclose(other, y, rtol=1e-2)
     return alike and differs
 
 
@@ -327,7 +377,7 @@ def _folds_into(model: PreTrainedModel, trace: _Trace, site: NormSite) -> FoldsI
     sources = _sources(trace, trace.inputs[site.name].grad_fn, _RESHAPES)
     if len(sources) == 1 and sources[0] != _UNKNOWN and _goes_only_to(trace, sources[0], (site.name,)):
         writer = model.get_submodule(sources[0])
-        if getattr(writer, "weight", torch.empty(0)).ndim == 2 and _features(writer) % site.width == 0:
+        if _is_matrix(writer) and _features(writer) % site.width == 0:
             return "writer"
     return "in place"
 
@@ -353,10 +403,11 @@ def _goes_only_to(trace: _Trace, name: str, users: Sequence[str]) -> bool:
 
 def _inside(trace: _Trace, name: str) -> set[Node]:
     """The nodes that a module's own computation made."""
-    start, waiting, inside = trace.inputs[name].grad_fn, [trace.outputs[name].grad_fn], set()
+    waiting: list[Node | None] = [*trace.ends[name]]
+    inside: set[Node] = set()
     while waiting:
         node = waiting.pop()
-        if node is None or node is start or node in inside:
+        if node is None or node in trace.begins[name] or node in inside:
             continue
         inside.add(node)
         waiting.extend(parent for parent, _ in node.next_functions)
@@ -376,16 +427,59 @@ def _with_folded_writers(site: NormSite, sites: Sequence[NormSite]) -> NormSite:
 def _not_foldable(model: PreTrainedModel, site: NormSite) -> UnnormError:
     return UnnormError(
         f"The output of the norm '{site.name}' ({type(model).__name__}) does not go to linear layers alone (but into "
-        "the residual stream, as in a post-norm model, or into experts or an activation), and its input is not one "
-        "linear layer's output. So its constant map can't be folded into a weight. With --in-place it stays where the "
-        "norm was, as a fixed affine map."
+        "the residual stream, as in a post-norm model, or into an activation, or into a router that computes in "
+        "another precision or has no bias to take up the norm's), and its input is not one linear layer's output. So "
+        "its constant map can't be folded into a weight. With --in-place it stays where the norm was, as a fixed "
+        "affine map."
     )
 
 
+def _gated(model: PreTrainedModel, name: str) -> UnnormError:
+    leaf = name.rpartition(".")[2]
+    return UnnormError(
+        f"The norm '{name}' ({type(model.get_submodule(name)).__name__}) takes a second tensor besides what it "
+        "normalizes: a gate, as in state-space and linear-attention layers. What it gives is no function of its input "
+        "alone, so no constant map can stand for it; that would take a gated map, folded on both sides of the gate. "
+        f"With --keep '{re.sub('[0-9]+', '[0-9]+', re.escape(name)) if '.' in name else leaf}$' such norms stay, and "
+        "the others are removed."
+    )
+
+
+def _no_norms(model: PreTrainedModel) -> UnnormError:
+    """What a model has instead of norms."""
+    said = f"{type(model).__name__} has no normalization layers"
+    if getattr(model.config, "removed_norms", None):
+        count = len(model.config.removed_norms)
+        return UnnormError(f"{said}: it is a twin whose {count} norms are gone already. There is nothing to remove.")
+    kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+    for name, kind in kinds.items():
+        if "BatchNorm" in kind:
+            return UnnormError(
+                f"{said} that depend on the token: '{name}' ({kind}) divides by statistics fixed in training, so it is "
+                "an affine map already. Fold it with torch.nn.utils.fusion."
+            )
+        if "dyt" in kind.lower() or "dynamictanh" in kind.lower():
+            return UnnormError(
+                f"{said}: '{name}' ({kind}) squashes each feature by itself, whatever the scale of the token. To make "
+                "it affine would take another taper, from its tanh to a line; that is not handled."
+            )
+    return UnnormError(
+        f"{said}: no module's output is independent of its input's scale. There is nothing to remove. (Norms that are "
+        "no modules of their own can't be removed.)"
+    )
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 2
+
+
 def _reads(model: PreTrainedModel, trace: _Trace, reader: str, norm: str) -> bool:
-    if getattr(model.get_submodule(reader), "weight", torch.empty(0)).ndim != 2:
+    if _sources(trace, trace.inputs[reader].grad_fn, _HANDS_ON) != [norm]:
         return False
-    return _sources(trace, trace.inputs[reader].grad_fn, _HANDS_ON) == [norm]
+    read = read_weight(model.get_submodule(reader))
+    added = getattr(model.get_submodule(norm), "bias", None) is not None
+    return read is not None and (read.takes_bias or not added)
 
 
 def _sources(trace: _Trace, node: Node | None, through: tuple[str, ...]) -> list[str]:
@@ -434,7 +528,7 @@ def trace_inputs(model: PreTrainedModel, batch: int = 1, length: int = _TRACE_TO
 
 
 def _trace(model: PreTrainedModel) -> _Trace:
-    trace = _Trace({}, {}, {}, {}, {})
+    trace = _Trace({}, {}, {}, {}, {}, set(), {}, {}, {})
     was_training = model.training
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
     model.eval()
@@ -474,9 +568,22 @@ def _recording(model: nn.Module, trace: _Trace) -> Iterator[None]:
     def record(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
-            if not tensors or not isinstance(output, Tensor) or output.grad_fn is None:
+            outputs = output if isinstance(output, tuple) else (output,)
+            ends = [v.grad_fn for v in outputs if isinstance(v, Tensor) and v.grad_fn is not None]
+            if not tensors:
                 return
-            trace.inputs[name], trace.outputs[name] = tensors[0], output
+            if ends:
+                trace.ends[name] = ends
+                trace.begins[name] = {v.grad_fn for v in tensors if v.grad_fn is not None}
+                trace.inputs[name] = tensors[0]
+            if not isinstance(output, Tensor):
+                return
+            if output.grad_fn is None:
+                trace.hidden[name] = tensors[0].shape[-1] if tensors[0].ndim else 0
+                return
+            trace.outputs[name] = output
+            if len(tensors) > 1:
+                trace.gated.add(name)
             # A module that only hands its input on (dropout, identity) made nothing.
             if output.grad_fn is not tensors[0].grad_fn:
                 trace.made_by[output.grad_fn] = name
@@ -490,7 +597,8 @@ def _recording(model: nn.Module, trace: _Trace) -> Iterator[None]:
 
         return hook
 
-    leaves = {name: m for name, m in model.named_modules() if not any(True for _ in m.children())}
+    # Experts have their weights themselves, and a child for their activation.
+    leaves = {n: m for n, m in model.named_modules() if not any(True for _ in m.children()) or is_experts(m)}
     blocks = {name: m for name, m in model.named_modules() if name and name not in leaves}
     handles = [m.register_forward_hook(record(name), with_kwargs=True) for name, m in leaves.items()]
     handles += [m.register_forward_hook(record_block(name)) for name, m in blocks.items()]

@@ -1,5 +1,6 @@
 """What a run looks like in a terminal: live progress, and tables at the end."""
 
+import math
 from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -93,7 +94,7 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("KL to the original", f"{result['kl']:.4f}", "nats per token"),
         ("top-1 agreement", f"{result['top1_agreement']:.1%}", "same most likely next token"),
         ("loss, original", f"{result['teacher_loss']:.4f}", f"{result['validation_tokens']:,} held-out tokens"),
-        ("loss, norms removed", f"{result['lnfree_loss']:.4f}", f"95% interval {low:.3f} to {high:.3f}"),
+        ("loss, norms removed", f"{result['lnfree_loss']:.4f}", _interval(low, high)),
     ]
     if result["control_loss"] is not None:
         rows += [
@@ -134,6 +135,10 @@ def evaluation_table(rows: Sequence["Evaluation"]) -> RenderableType:
         numbers = (f"{row.loss:.4f}", interval, f"{row.perplexity:.3f}", *fidelity, f"{row.tokens:,}")
         table.add_row(escape(row.model), escape(row.data), *numbers)
     return table
+
+
+def _interval(low: float, high: float) -> str:
+    return f"95% interval {low:.3f} to {high:.3f}" if math.isfinite(high) else "it overflows: give it more --tokens"
 
 
 def _norms_left(result: dict[str, Any]) -> str:
