@@ -329,6 +329,7 @@ def _conclude(
         position_loss={name: list(evaluation.position_loss) for name, evaluation in evaluations.items()},
         samples=_samples(run, twin),
         checks=[check.to_json() for check in checks],
+        comparison=evaluations["lnfree"].comparison,
     )
     write_text(run.directory / REPORT, render_report(data))
     write_text(run.directory / MODEL / "README.md", render_card(result))
@@ -340,7 +341,15 @@ def _conclude(
 
 def _evaluate(run: _Run, model: PreTrainedModel, name: str) -> Evaluation:
     original = None if model is run.original else run.original
-    return evaluate_model(model, run.validation_blocks, original, name, run.config.data, run.plan.micro_batch)
+    return evaluate_model(
+        model,
+        run.validation_blocks,
+        original,
+        name,
+        run.config.data,
+        run.plan.micro_batch,
+        tokenizer=run.tokenizer,
+    )
 
 
 def _log_scales(run: _Run, model: PreTrainedModel) -> dict[str, torch.Tensor]:

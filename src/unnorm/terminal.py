@@ -1,6 +1,7 @@
 """What a run looks like in a terminal: live progress, and tables at the end."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from unnorm.calibrate import ScaleStatistics
-    from unnorm.evaluation import Evaluation
+    from unnorm.evaluation import Evaluation, Results, Score
     from unnorm.exports.export import Exported
     from unnorm.proof import Check
     from unnorm.sites import NormSite
@@ -66,11 +67,11 @@ class Progress:
 
 
 def _numbers(row: dict[str, Any]) -> str:
-    parts = [f"loss {row['loss']:.3f}"]
+    parts = [f"loss {row['loss']:.3f}"] if "loss" in row else []
     parts += [f"KL {row['kl']:.4f}"] if "kl" in row else []
     parts += [f"removed {row['sites_removed']}/{row['sites']}"] if "sites" in row else []
     parts += [f"alpha {row['alpha']:.2f}"] if 0 < row.get("alpha", 0) < 1 else []
-    parts += [f"{row['tokens_per_second']:,.0f} tokens/s"] if row["tokens"] else []
+    parts += [f"{row['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in row and row["tokens"] else []
     return "  ".join(parts)
 
 
@@ -121,19 +122,88 @@ def proof_table(checks: Sequence["Check"]) -> RenderableType:
     return table
 
 
-def evaluation_table(rows: Sequence["Evaluation"]) -> RenderableType:
-    """The rows of `unnorm evaluate`."""
-    table = Table("model", "data", "loss", "95% interval", "perplexity", "KL", "JSD", "top-1", "tokens")
-    for row in rows:
-        fidelity = (
-            ("-", "-", "-")
-            if row.kl is None or row.jsd is None or row.top1_agreement is None
-            else (f"{row.kl:.4f}", f"{row.jsd:.4f}", f"{row.top1_agreement:.1%}")
-        )
-        interval = f"{row.loss_ci[0]:.3f} to {row.loss_ci[1]:.3f}"
-        numbers = (f"{row.loss:.4f}", interval, f"{row.perplexity:.3f}", *fidelity, f"{row.tokens:,}")
+def evaluation_tables(results: "Results", out: Path | None = None) -> RenderableType:
+    """What `unnorm evaluate` gives: losses, fidelity, benchmarks, and how they were measured."""
+    rows = [*results.original, *results] if results.original else list(results)
+    parts: list[RenderableType] = [_loss_table(rows), _fidelity_table(rows)] if rows else []
+    parts += [_score_table(results.scores)] if results.scores else []
+    parts += [Text(line, style="dim") for line in _protocol_lines(results.protocol)]
+    parts += [Text(f"page  {out / 'evaluation.html'}")] if out is not None else []
+    return Group(*parts)
+
+
+def _loss_table(rows: Sequence["Evaluation"]) -> Table:
+    table = Table("model", "data", title="Loss in nats per token, 95% intervals", title_justify="left")
+    for heading in ("loss", "interval", "less original's", "interval, paired", "perplexity", "bits/byte"):
+        table.add_column(heading, justify="right")
+    for row in _once(rows):
+        numbers = (f"{row.loss:.4f}", _span(row.loss_ci if row.units > 1 else None, ".3f"))
+        numbers += (_or_dash(row.difference, "+.4f"), _span(row.difference_ci if row.units > 1 else None, "+.4f"))
+        numbers += (f"{row.perplexity:.3f}", _or_dash(row.bits_per_byte, ".4f"))
         table.add_row(escape(row.model), escape(row.data), *numbers)
     return table
+
+
+def _fidelity_table(rows: Sequence["Evaluation"]) -> Table:
+    table = Table("model", "data", title="Distance to the original, entropy, calibration", title_justify="left")
+    for heading in ("KL", "JSD", "top-1", "top-5", "entropy", "less original's", "ECE", "tokens"):
+        table.add_column(heading, justify="right")
+    for row in _once(rows):
+        numbers = (_or_dash(row.kl, ".4f"), _or_dash(row.jsd, ".4f"))
+        numbers += (_or_dash(row.top1_agreement, ".1%"), _or_dash(row.top5_agreement, ".1%"))
+        numbers += (_or_dash(row.entropy, ".4f"), _or_dash(row.entropy_difference, "+.4f"))
+        table.add_row(escape(row.model), escape(row.data), *numbers, _or_dash(row.ece, ".4f"), f"{row.tokens:,}")
+    return table
+
+
+def _once(rows: Sequence["Evaluation"]) -> list["Evaluation"]:
+    """One row for each model and corpus: the original may also be one of the models."""
+    return list({(row.model, row.data): row for row in rows}.values())
+
+
+def _score_table(scores: Sequence["Score"]) -> Table:
+    table = Table(
+        "model", "benchmark", "metric", title="Benchmarks through lm-eval, 95% intervals", title_justify="left"
+    )
+    for heading in ("value", "interval", "less original's", "interval, paired", "items"):
+        table.add_column(heading, justify="right")
+    for score in scores:
+        numbers = (
+            _number(score.value),
+            "-" if score.ci is None else f"{_number(score.ci[0])} to {_number(score.ci[1])}",
+        )
+        numbers += ("-" if score.difference is None else f"{score.difference:+.4g}", _span(score.difference_ci, "+.4f"))
+        items = f"{score.items:,} of {score.of:,}"
+        table.add_row(escape(score.model), escape(score.task), score.metric, *numbers, items)
+    return table
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < _MOST_FIXED else f"{value:.3g}"
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _span(interval: tuple[float, float] | None, form: str) -> str:
+    return "-" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
+
+
+def _protocol_lines(protocol: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{row['corpus']}: {row['blocks']:,} blocks of {row['context']} tokens, stride {row['stride']}, evenly out of "
+        f"{row['blocks_read']:,}; held out: {row['held_out']}; separator: {row['separator']}; first token "
+        f"{row['first_token']}; intervals over {row['units']:,} {row['interval_over']}"
+        for row in protocol["corpora"]
+    ]
+    lines += [
+        f"{row['task']}: {row['items']:,} of {row['of']:,} items"
+        + ("" if row["seed"] is None else f", seed {row['seed']}")
+        + f", {row['fewshot']} shots, {row['harness']}, context {protocol['context']}; {row['source']}"
+        for row in protocol["tasks"]
+    ]
+    return [*lines, f"intervals: {protocol['interval']}; {protocol['dtype']} on {protocol['device']}"]
 
 
 def _norms_left(result: dict[str, Any]) -> str:

@@ -20,7 +20,9 @@ _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 _DRAWN_AT_ONCE = 2**22
 
 
-def bootstrap_interval(sums: Sequence[float] | NDArray[Any], counts: Sequence[float] | NDArray[Any] | None = None) -> Interval:
+def bootstrap_interval(
+    sums: Sequence[float] | NDArray[Any], counts: Sequence[float] | NDArray[Any] | None = None
+) -> Interval:
     """95% interval of sum(sums) / sum(counts), by the studentized bootstrap, seeded.
 
     What is resampled are units: documents, or blocks, with the sum of a measure over each unit's tokens and their

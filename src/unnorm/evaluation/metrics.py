@@ -124,18 +124,13 @@ def _in_pieces(
         part = slice(int(rows[0]), int(rows[-1]) + 1)
         log_probabilities = [F.log_softmax(side[part].to(precision), dim=-1) for side in sides]
         likeliest = [log_p.topk(min(TOP, log_p.shape[-1]), dim=-1) for log_p in log_probabilities]
-        found = [
-            _of_model(log_p, top, targets[part])
-            for log_p, top in zip(log_probabilities, likeliest, strict=True)
-        ]
+        found = [_of_model(log_p, top, targets[part]) for log_p, top in zip(log_probabilities, likeliest, strict=True)]
         if reference is not None:
             found.append(_distances(*log_probabilities, *(top.indices for top in likeliest)))
         yield found
 
 
-def _of_model(
-    log_p: Float[Tensor, "row vocab"], likeliest: Any, targets: Int[Tensor, " row"]
-) -> dict[str, Tensor]:
+def _of_model(log_p: Float[Tensor, "row vocab"], likeliest: Any, targets: Int[Tensor, " row"]) -> dict[str, Tensor]:
     return {
         "loss": -log_p.gather(-1, targets[:, None]).squeeze(-1),
         # A probability that underflows to 0 counts nothing, though its log is -inf.

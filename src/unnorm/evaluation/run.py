@@ -218,9 +218,7 @@ def _open_corpora(
         keep = None
         if name == PILE_FILTERED and "openwebtext" in choice.corpora:
             keep = tokens_in(choice.corpora["openwebtext"], tokenizer, vocab_size, text_field=text_field, split=split)
-        opened.append(
-            open_corpus(name, source, tokenizer, vocab_size, context, choice.tokens, text_field, split, keep)
-        )
+        opened.append(open_corpus(name, source, tokenizer, vocab_size, context, choice.tokens, text_field, split, keep))
     return tuple(opened)
 
 
