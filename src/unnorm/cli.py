@@ -286,6 +286,24 @@ def export(
     _print(exported.to_json(), json_, export_table(exported))
 
 
+@app.command()
+def push(
+    directory: Annotated[Path, typer.Argument(help="Run directory.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    token: Annotated[
+        str | None, typer.Option(help="Token that may write.", show_default="HF_TOKEN, or that of `hf auth login`")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Upload the model in DIRECTORY, with its card, to a repository on the hub."""
+    from unnorm.exports.push import push as run
+
+    _quiet()
+    pushed = run(directory, repo, private=private, token=token)
+    _print(pushed.to_json(), json_, f"{len(pushed.files)} files are at {pushed.url}")
+
+
 @app.callback(invoke_without_command=True)
 def _version(
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,

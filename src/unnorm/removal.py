@@ -332,7 +332,7 @@ def _conclude(
         comparison=evaluations["lnfree"].comparison,
     )
     write_text(run.directory / REPORT, render_report(data))
-    write_text(run.directory / MODEL / "README.md", render_card(result))
+    write_text(run.directory / MODEL / "README.md", render_card(result, sites, constants))
     write_text(run.directory / RESULT, json.dumps(result, indent=2))
     for leftover in (DATA, CHECKPOINTS, f"{CONTROL}/{CHECKPOINTS}"):
         shutil.rmtree(run.directory / leftover, ignore_errors=True)
@@ -398,11 +398,13 @@ def _result(
         "teacher_loss_ci": list(original.loss_ci),
         "lnfree_loss": lnfree.loss,
         "lnfree_loss_ci": list(lnfree.loss_ci),
+        "loss_increase_ci": list(lnfree.difference_ci or ()),
         "control_loss": None if control is None else control.loss,
         "gap": None if control is None else lnfree.loss - control.loss,
         "kl": lnfree.kl,
         "jsd": lnfree.jsd,
         "top1_agreement": lnfree.top1_agreement,
+        "top5_agreement": lnfree.top5_agreement,
         "control_kl": None if control is None else control.kl,
         "naive_loss": naive["loss"],
         "naive_kl": naive["kl"],

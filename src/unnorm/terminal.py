@@ -137,10 +137,17 @@ def _loss_table(rows: Sequence["Evaluation"]) -> Table:
     for heading in ("loss", "interval", "less original's", "interval, paired", "perplexity", "bits/byte"):
         table.add_column(heading, justify="right")
     for row in _once(rows):
-        numbers = (f"{row.loss:.4f}", _span(row.loss_ci if row.units > 1 else None, ".3f"))
-        numbers += (_or_dash(row.difference, "+.4f"), _span(row.difference_ci if row.units > 1 else None, "+.4f"))
-        numbers += (f"{row.perplexity:.3f}", _or_dash(row.bits_per_byte, ".4f"))
-        table.add_row(escape(row.model), escape(row.data), *numbers)
+        several = row.units > 1
+        table.add_row(
+            escape(row.model),
+            escape(row.data),
+            f"{row.loss:.4f}",
+            _span(row.loss_ci if several else None, ".3f"),
+            _or_dash(row.difference, "+.4f"),
+            _span(row.difference_ci if several else None, "+.4f"),
+            f"{row.perplexity:.3f}",
+            _or_dash(row.bits_per_byte, ".4f"),
+        )
     return table
 
 
@@ -149,10 +156,18 @@ def _fidelity_table(rows: Sequence["Evaluation"]) -> Table:
     for heading in ("KL", "JSD", "top-1", "top-5", "entropy", "less original's", "ECE", "tokens"):
         table.add_column(heading, justify="right")
     for row in _once(rows):
-        numbers = (_or_dash(row.kl, ".4f"), _or_dash(row.jsd, ".4f"))
-        numbers += (_or_dash(row.top1_agreement, ".1%"), _or_dash(row.top5_agreement, ".1%"))
-        numbers += (_or_dash(row.entropy, ".4f"), _or_dash(row.entropy_difference, "+.4f"))
-        table.add_row(escape(row.model), escape(row.data), *numbers, _or_dash(row.ece, ".4f"), f"{row.tokens:,}")
+        table.add_row(
+            escape(row.model),
+            escape(row.data),
+            _or_dash(row.kl, ".4f"),
+            _or_dash(row.jsd, ".4f"),
+            _or_dash(row.top1_agreement, ".1%"),
+            _or_dash(row.top5_agreement, ".1%"),
+            _or_dash(row.entropy, ".4f"),
+            _or_dash(row.entropy_difference, "+.4f"),
+            _or_dash(row.ece, ".4f"),
+            f"{row.tokens:,}",
+        )
     return table
 
 
@@ -162,19 +177,21 @@ def _once(rows: Sequence["Evaluation"]) -> list["Evaluation"]:
 
 
 def _score_table(scores: Sequence["Score"]) -> Table:
-    table = Table(
-        "model", "benchmark", "metric", title="Benchmarks through lm-eval, 95% intervals", title_justify="left"
-    )
+    title = "Benchmarks through lm-eval, 95% intervals"
+    table = Table("model", "benchmark", "metric", title=title, title_justify="left")
     for heading in ("value", "interval", "less original's", "interval, paired", "items"):
         table.add_column(heading, justify="right")
     for score in scores:
-        numbers = (
+        table.add_row(
+            escape(score.model),
+            escape(score.task),
+            score.metric,
             _number(score.value),
             "-" if score.ci is None else f"{_number(score.ci[0])} to {_number(score.ci[1])}",
+            _or_dash(score.difference, "+.4g"),
+            _span(score.difference_ci, "+.4f"),
+            f"{score.items:,} of {score.of:,}",
         )
-        numbers += ("-" if score.difference is None else f"{score.difference:+.4g}", _span(score.difference_ci, "+.4f"))
-        items = f"{score.items:,} of {score.of:,}"
-        table.add_row(escape(score.model), escape(score.task), score.metric, *numbers, items)
     return table
 
 

@@ -72,9 +72,10 @@ def _items(
         row = complete(raw)
         wrong = [key for key, kind in needed.items() if not isinstance(row.get(key), kind)]
         if wrong:
+            lacking = " and no ".join(f"'{key}'" for key in wrong)
             raise UnnormError(
-                f"'{path}' is no {title} file: item {number} has no {' and no '.join(repr(key) for key in wrong)} of the "
-                f"right kind. It has: {', '.join(raw)}. Needed: {', '.join(needed)}."
+                f"'{path}' is no {title} file: item {number} has no {lacking} of the right kind. "
+                f"It has: {', '.join(raw)}. Needed: {', '.join(needed)}."
             )
         items.append(prepare(row))
     if not items:

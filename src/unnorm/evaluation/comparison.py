@@ -31,7 +31,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Context:
-    """Consecutive tokens of one block; the first two fields of each token, then what was measured where it is predicted.
+    """Consecutive tokens of one block, and what was measured where each of them is predicted.
 
     Attributes:
         block: number of the block.
@@ -102,8 +102,8 @@ def compare_tokens(
     """Summarize what was measured at every token for a reader to look at."""
     most = max(float(np.quantile(side.loss, 0.9995)) for side in (model, original))
     edges = np.linspace(0, max(most, 1.0), LOSS_BINS + 1)
-    inside = [np.clip(side.loss.ravel(), 0, edges[-1]) for side in (original, model)]
-    density = np.histogram2d(*inside, bins=[edges, edges])[0].astype(int)
+    x, y = (np.clip(side.loss.ravel(), 0, edges[-1]).astype(np.float64) for side in (original, model))
+    density = np.histogram2d(x, y, bins=[edges, edges])[0].astype(int)
     kl = np.maximum(distances.kl, LEAST_KL)
     changes = model.entropy - original.entropy
     widest = max(float(np.quantile(np.abs(changes), 0.999)), 1e-3)

@@ -214,7 +214,7 @@ def _language_model(
 ) -> Any:
     from lm_eval.models.huggingface import HFLM
 
-    class Watched(HFLM):  # type: ignore[misc]
+    class Watched(HFLM):
         """lm-eval's own model, which counts what it cuts and tells how far it is."""
 
         truncated = 0

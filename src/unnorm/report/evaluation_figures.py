@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from unnorm.evaluation.comparison import Comparison, Histogram
@@ -125,7 +126,7 @@ def kl_figure(histogram: Histogram) -> "Figure":
     edges = [math.log10(edge) for edge in histogram.edges]
     figure = Figure()
     _bars(figure, edges, histogram.counts, [f"{edge:.2g}" for edge in histogram.edges], ACCENT)
-    ticks = [tick for tick in log_ticks(histogram.edges[0], histogram.edges[-1]) if tick <= histogram.edges[-1]]
+    ticks = log_ticks(histogram.edges[0], histogram.edges[-1])[:-1:2]
     figure.update_xaxes(
         tickmode="array", tickvals=[math.log10(tick) for tick in ticks], ticktext=[f"{tick:g}" for tick in ticks]
     )
@@ -141,7 +142,7 @@ def entropy_figure(histogram: Histogram) -> "Figure":
     _bars(figure, histogram.edges, histogram.counts, [f"{edge:+.3g}" for edge in histogram.edges], ACCENT)
     figure.add_vline(x=0, line={"color": INK, "width": 1})
     name_panel(figure, 1, "tokens")
-    return finish(figure, 290, "entropy less the original’s, nats")
+    return finish(figure, 290, "difference of entropy, nats")
 
 
 def _bars(figure: "Figure", edges: Sequence[float], counts: Sequence[int], words: Sequence[str], colour: str) -> None:
@@ -150,11 +151,11 @@ def _bars(figure: "Figure", edges: Sequence[float], counts: Sequence[int], words
         y=list(counts),
         width=[(edges[i + 1] - edges[i]) * 0.92 for i in range(len(counts))],
         marker={"color": colour, "line": {"color": RULE, "width": 0}},
-        text=[f"{low} to {high}" for low, high in zip(words, words[1:], strict=False)],
+        text=[f"{low} to {high}" for low, high in pairwise(words)],
         textposition="none",
         hovertemplate="%{text}<br>%{y:,} tokens<extra></extra>",
     )
 
 
 def _middles(edges: Sequence[float]) -> list[float]:
-    return [(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
+    return [(low + high) / 2 for low, high in pairwise(edges)]

@@ -99,7 +99,7 @@ def _protocol(protocol: dict[str, Any]) -> list[tuple[str, str]]:
     for corpus in protocol.get("corpora", []):
         rows += [
             (
-                f"{corpus['corpus']}",
+                str(corpus["corpus"]),
                 f"{corpus['source']}; held out: {corpus['held_out']}. {count(corpus['blocks'])} blocks of "
                 f"{count(corpus['context'])} tokens, stride {count(corpus['stride'])}, evenly out of "
                 f"{count(corpus['blocks_read'])}: {count(corpus['predicted_tokens'])} predicted tokens, "
@@ -112,9 +112,9 @@ def _protocol(protocol: dict[str, Any]) -> list[tuple[str, str]]:
         drawn = "" if task["seed"] is None else f", drawn with seed {task['seed']}"
         rows += [
             (
-                f"{task['task']}",
-                f"{task['source']}; {count(task['items'])} of {count(task['of'])} items{drawn}, {task['fewshot']} shots, "
-                f"{task['harness']}, context {count(protocol.get('context'))}.",
+                str(task["task"]),
+                f"{task['source']}; {count(task['items'])} of {count(task['of'])} items{drawn}, "
+                f"{task['fewshot']} shots, {task['harness']}, context {count(protocol.get('context'))}.",
             )
         ]
     rows += [("intervals", f"{protocol.get('interval')}")]
