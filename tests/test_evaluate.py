@@ -157,10 +157,12 @@ class TestIntervals:
         assert least < np.mean(covered) < 0.97
 
     def test_shares_cover_the_truth(self) -> None:
+        """On average over shares, as is all that can be had with whole numbers of right items."""
         generator = np.random.default_rng(4)
-        for truth in (0.02, 0.3):
-            found = [share_interval(float(n), 200) for n in generator.binomial(200, truth, 2000)]
-            assert 0.93 < np.mean([low <= truth <= high for low, high in found]) < 0.98
+        truths = generator.uniform(0.02, 0.98, 4000)
+        found = [share_interval(float(n), 200) for n in generator.binomial(200, truths)]
+        covered = [low <= truth <= high for truth, (low, high) in zip(truths, found, strict=True)]
+        assert 0.94 < np.mean(covered) < 0.96
         assert share_interval(0, 200)[1] > 0.01  # None of 200 right is no proof that none ever is.
 
     def test_few_units_have_wide_intervals(self) -> None:
