@@ -254,6 +254,7 @@ class TestBenchmarks:
     ) -> None:
         pytest.importorskip("lm_eval")
         from lm_eval.evaluator import simple_evaluate
+        from lm_eval.tasks import TaskManager
         from lm_eval.tasks.wikitext import preprocess_wikitext
 
         pages = tmp_path / "pages.jsonl"
@@ -295,6 +296,7 @@ class TestBenchmarks:
             device="cpu",
             batch_size=4,
             bootstrap_iters=0,
+            task_manager=TaskManager(include_defaults=False),
         )["results"]
         results = evaluate(str(finished_run), str(tiny_model_dir), named(files))
         ours = {(s.task, s.metric): s for s in results.scores if s.model == str(finished_run)}

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib import resources
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -114,6 +115,7 @@ def run_benchmark(
         UnnormError: the benchmark can't be run with this model.
     """
     from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
 
     lm = _language_model(model, tokenizer, context, batch_size, watch)
     try:
@@ -123,6 +125,7 @@ def run_benchmark(
             samples={benchmark.task.task_name: list(benchmark.items)},
             bootstrap_iters=0,
             log_samples=True,
+            task_manager=TaskManager(include_defaults=False),  # The task is loaded; finding all others takes seconds.
         )
     except UnnormError:
         raise
@@ -189,7 +192,7 @@ def _load(name: str, files: dict[str, str]) -> dict[str, Any]:
         where = resources.files("unnorm.evaluation") / "tasks"
         manager = TaskManager(include_path=str(where), include_defaults=False, metadata={name: files[name]})
         return {name: manager.load(LOCAL + name)["tasks"][LOCAL + name]}
-    manager = TaskManager()
+    manager = _all_tasks()
     if name not in manager.all_tasks:
         raise UnnormError(
             f"lm-eval has no task '{name}'. `lm_eval ls tasks` lists what it has; --tasks takes several, with commas."
@@ -202,6 +205,13 @@ def _load(name: str, files: dict[str, str]) -> dict[str, Any]:
             f"The data of the benchmark '{name}' can't be had from the hub ({short(error).rstrip('.')}). "
             f"Go online, {local}leave benchmarks out with --tasks none."
         ) from error
+
+
+@lru_cache(maxsize=1)
+def _all_tasks() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _silence() -> None:

@@ -1,9 +1,9 @@
 """What is evaluated on: suites by name, and what the user names with --data and --tasks."""
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from unnorm.data import STDLIB
 from unnorm.errors import UnnormError
@@ -126,7 +126,7 @@ def _sources(data: Sequence[str]) -> dict[str, str]:
 
 def _named(given: str) -> tuple[str, str]:
     match = re.fullmatch(r"([\w.-]+)=(.+)", given)
-    if match is None or Path(given).exists():
+    if match is None or os.path.exists(given):  # noqa: PTH110 (pathlib raises where a name is too long)
         return given, given
     return ALIASES.get(match[1], match[1]), match[2]
 
