@@ -19,10 +19,10 @@ import unnorm
 import unnorm.evaluation.run
 from tests.conftest import POSITIONS, VOCAB, Cli, randomize, stdlib_text
 from unnorm.errors import UnnormError
-from unnorm.evaluation import Score, evaluate, evaluate_model
+from unnorm.evaluation import Results, Score, evaluate, evaluate_model
 from unnorm.evaluation.corpora import open_corpus
 from unnorm.evaluation.harness import against
-from unnorm.evaluation.intervals import bootstrap_interval, share_interval
+from unnorm.evaluation.intervals import bootstrap_interval, paired_share_interval, share_interval
 from unnorm.evaluation.metrics import calibration
 from unnorm.evaluation.suites import choose
 
@@ -164,6 +164,21 @@ class TestIntervals:
         covered = [low <= truth <= high for truth, (low, high) in zip(truths, found, strict=True)]
         assert 0.94 < np.mean(covered) < 0.96
         assert share_interval(0, 200)[1] > 0.01  # None of 200 right is no proof that none ever is.
+
+    def test_differences_of_shares_cover_the_truth(self) -> None:
+        generator = np.random.default_rng(5)
+        covered = []
+        for better, worse in ((0.04, 0.02), (0.01, 0.01), (0.15, 0.1)):
+            for _ in range(1500):
+                changes = generator.choice([1.0, -1.0, 0.0], 100, p=[better, worse, 1 - better - worse])
+                low, high = paired_share_interval(changes.tolist())
+                covered.append(low <= better - worse <= high)
+        assert 0.94 < np.mean(covered) < 0.99
+        assert paired_share_interval([0.0] * 50)[1] > 0.02
+
+    def test_one_unit_that_differs_gives_no_absurd_interval(self) -> None:
+        low, high = bootstrap_interval([-1.25] + [0.0] * 23)
+        assert -1 < low < -1.25 / 24 < high < 0.5
 
     def test_few_units_have_wide_intervals(self) -> None:
         low, high = bootstrap_interval([1.0, 2.0])
@@ -398,11 +413,23 @@ class TestSuites:
                 assert f"{model} on {on}" in result.err
         page = (out / "evaluation.html").read_text()
         assert page.count('class="group"') == 3 and "default-src 'none'" in page
-        assert str(finished_run) in page and "SHA-256 of the token ids" in page
+        assert f"other and {finished_run.name} against tiny" in page and "SHA-256 of the token ids" in page
 
         shown = cli("evaluate", *models, "--against", tiny_model_dir, *options, *data)
         assert "interval, paired" in shown.out and "acc_norm" in shown.out
         assert "intervals over" in shown.out
+
+
+def test_names_that_tell_models_apart() -> None:
+    names = ("/a/run/model", "/a/other/model", "./x/control", "owner/name", "demo")
+    scores = tuple(Score(name, "t", "acc", 0.5, None, 1, 1) for name in names)
+    assert list(Results((), (), scores, {}).short_names.values()) == [
+        "run/model",
+        "other/model",
+        "control",
+        "owner/name",
+        "demo",
+    ]
 
 
 class TestResume:

@@ -124,7 +124,8 @@ def proof_table(checks: Sequence["Check"]) -> RenderableType:
 
 def evaluation_tables(results: "Results", out: Path | None = None) -> RenderableType:
     """What `unnorm evaluate` gives: losses, fidelity, benchmarks, and how they were measured."""
-    rows = [*results.original, *results] if results.original else list(results)
+    results = results.with_short_names()
+    rows = [*results.original, *results]
     parts: list[RenderableType] = [_loss_table(rows), _fidelity_table(rows)] if rows else []
     parts += [_score_table(results.scores)] if results.scores else []
     parts += [Text(line, style="dim") for line in _protocol_lines(results.protocol)]

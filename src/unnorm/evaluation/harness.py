@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.errors import UnnormError, short
 from unnorm.evaluation.benchmarks import READERS
-from unnorm.evaluation.intervals import Interval, bootstrap_interval, share_interval
+from unnorm.evaluation.intervals import Interval, bootstrap_interval, paired_share_interval, share_interval
 from unnorm.evaluation.metrics import Watch
 from unnorm.evaluation.results import Score
 
@@ -174,7 +174,8 @@ def against(score: Score, original: Score) -> Score:
             "difference to give. Evaluate them anew, with one --items and --seed."
         )
     changes = [score.item_values[i] - original.item_values[i] for i in shared]
-    return replace(score, difference=float(np.mean(changes)), difference_ci=bootstrap_interval(changes))
+    found = paired_share_interval if set(changes) <= {-1.0, 0.0, 1.0} else bootstrap_interval
+    return replace(score, difference=float(np.mean(changes)), difference_ci=found(changes))
 
 
 def _draw(of: int, most: int | None, seed: int) -> tuple[int, ...]:
@@ -229,6 +230,12 @@ def _language_model(
 
         truncated = 0
         seen = 0
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
             longest = max(len(continuation) for _, _, continuation in requests)

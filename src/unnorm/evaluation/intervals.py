@@ -18,6 +18,8 @@ _FEW = 10
 # Quantile 0.975 of Student's t for 1 to 9 degrees of freedom.
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 _DRAWN_AT_ONCE = 2**22
+_ROUNDING = 1e-6
+"""A resample whose standard error is below this share of the sample's has equal units: what is left is rounding."""
 
 
 def bootstrap_interval(
@@ -51,7 +53,8 @@ def bootstrap_interval(
     r, c, rr, rc, cc = _resampled(products).T
     shift = r / c
     spread = np.sqrt(np.maximum(n / (n - 1) * (rr - 2 * shift * rc + shift**2 * cc), 0)) / c
-    t = shift[spread > 0] / spread[spread > 0]
+    varied = spread > _ROUNDING * error
+    t = shift[varied] / spread[varied]
     low, high = np.quantile(t, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return mean - float(high) * error, mean - float(low) * error
 
@@ -66,6 +69,18 @@ def share_interval(successes: float, trials: int) -> Interval:
     middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def paired_share_interval(changes: Sequence[float]) -> Interval:
+    """95% interval of the difference of two shares of the same items, each item's change being -1, 0 or 1.
+
+    Wald's interval with half an item added to each cell of the 2 by 2 table (Agresti and Min, 2005), which holds its
+    rate where few items change; a bootstrap of no change at all would have no width.
+    """
+    n, better, worse = (len(changes) + 2, *(sum(change == by for change in changes) + 0.5 for by in (1, -1)))
+    middle = (better - worse) / n
+    half = NormalDist().inv_cdf((1 + LEVEL) / 2) * math.sqrt(better + worse - (better - worse) ** 2 / n) / n
+    return max(-1.0, middle - half), min(1.0, middle + half)
 
 
 def _resampled(rows: NDArray[np.float64]) -> NDArray[np.float64]:

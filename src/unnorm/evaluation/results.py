@@ -1,7 +1,8 @@
 """What an evaluation gives: numbers of each model on each corpus and benchmark, as plain values too."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import PurePath
 from typing import Any, overload
 
 from unnorm.evaluation.comparison import Comparison
@@ -140,6 +141,33 @@ class Results(Sequence[Evaluation]):
 
     def __iter__(self) -> Iterator[Evaluation]:
         return iter(self.evaluations)
+
+    @property
+    def short_names(self) -> dict[str, str]:
+        """Every model by its name and as tables show it: of a path as little of its end as tells it from the others."""
+        rows = [*self.original, *self.evaluations, *self.scores]
+        names = list(dict.fromkeys(row.model for row in rows))
+        parts = {name: PurePath(name).parts for name in names}
+        shorts = {}
+        for name in names:
+            others = [parts[other] for other in names if other != name]
+            lengths = (n for n in range(1, len(parts[name])) if all(parts[name][-n:] != other[-n:] for other in others))
+            is_path = len(parts[name]) != 2 or name.startswith((".", "/", "~"))
+            shorts[name] = "/".join(parts[name][-next(lengths, len(parts[name])) :]) if is_path else name
+        return shorts
+
+    def with_short_names(self) -> "Results":
+        """The same, with models called by their short names."""
+        short = self.short_names
+        protocol = dict(self.protocol)
+        for key in ("models", "original"):
+            protocol[key] = {short.get(name, name): digest for name, digest in (protocol.get(key) or {}).items()}
+        return Results(
+            tuple(replace(row, model=short[row.model]) for row in self.evaluations),
+            tuple(replace(row, model=short[row.model]) for row in self.original),
+            tuple(replace(score, model=short[score.model]) for score in self.scores),
+            protocol,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """As plain values: what `unnorm evaluate --json` prints."""

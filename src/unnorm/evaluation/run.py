@@ -379,7 +379,7 @@ def _protocol(session: _Session, suite: str | None) -> dict[str, Any]:
         "tasks": [benchmark.protocol() for benchmark in session.benchmarks],
         "context": session.context,
         "interval": f"{LEVEL:.0%}, studentized bootstrap over units, {RESAMPLES} resamples, seed 0; "
-        "of shares of benchmark items Wilson's score interval; differences are paired",
+        "of shares of benchmark items Wilson's, of their differences Agresti and Min's; differences are paired",
         "dtype": "float32",
         "device": session.device,
         "versions": {name: version(name) for name in ("unnorm", "torch", "transformers", "datasets")},

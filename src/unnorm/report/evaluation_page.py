@@ -17,6 +17,7 @@ def render_evaluation(results: Results) -> str:
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
+    results = results.with_short_names()
     rows = list({(row.model, row.data): row for row in (*results.original, *results)}.values())
     original = next(iter(results.protocol.get("original") or {}), None)
     style = figures.styles([row.model for row in rows], original)
