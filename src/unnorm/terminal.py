@@ -5,6 +5,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -125,7 +126,7 @@ def proof_table(checks: Sequence["Check"]) -> RenderableType:
 def evaluation_tables(results: "Results", out: Path | None = None) -> RenderableType:
     """What `unnorm evaluate` gives: losses, fidelity, benchmarks, and how they were measured."""
     results = results.with_short_names()
-    rows = [*results.original, *results]
+    rows = results.rows
     parts: list[RenderableType] = [_loss_table(rows), _fidelity_table(rows)] if rows else []
     parts += [_score_table(results.scores)] if results.scores else []
     parts += [Text(line, style="dim") for line in _protocol_lines(results.protocol)]
@@ -134,29 +135,26 @@ def evaluation_tables(results: "Results", out: Path | None = None) -> Renderable
 
 
 def _loss_table(rows: Sequence["Evaluation"]) -> Table:
-    table = Table("model", "data", title="Loss in nats per token, 95% intervals", title_justify="left")
-    for heading in ("loss", "interval", "less original's", "interval, paired", "perplexity", "bits/byte"):
-        table.add_column(heading, justify="right")
-    for row in _once(rows):
+    numbers = ("loss", "less original's", "perplexity", "bits/byte")
+    table = _side_by_side("Loss in nats per token, 95% intervals", "data", numbers=numbers)
+    for row in rows:
         several = row.units > 1
         table.add_row(
             escape(row.model),
             escape(row.data),
-            f"{row.loss:.4f}",
-            _span(row.loss_ci if several else None, ".3f"),
-            _or_dash(row.difference, "+.4f"),
-            _span(row.difference_ci if several else None, "+.4f"),
-            f"{row.perplexity:.3f}",
+            _with_interval(f"{row.loss:.4f}", row.loss_ci if several else None, ".3f"),
+            _with_interval(_or_dash(row.difference, "+.4f"), row.difference_ci if several else None, "+.4f"),
+            f"{row.perplexity:.2f}",
             _or_dash(row.bits_per_byte, ".4f"),
         )
     return table
 
 
 def _fidelity_table(rows: Sequence["Evaluation"]) -> Table:
-    table = Table("model", "data", title="Distance to the original, entropy, calibration", title_justify="left")
-    for heading in ("KL", "JSD", "top-1", "top-5", "entropy", "less original's", "ECE", "tokens"):
-        table.add_column(heading, justify="right")
-    for row in _once(rows):
+    numbers = ("KL", "JSD", "top-1", "top-5", "entropy", "ECE")
+    table = _side_by_side("Distance to the original, entropy (less original's), calibration", "data", numbers=numbers)
+    for row in rows:
+        changed = "" if row.entropy_difference is None else f" ({row.entropy_difference:+.3f})"
         table.add_row(
             escape(row.model),
             escape(row.data),
@@ -164,36 +162,40 @@ def _fidelity_table(rows: Sequence["Evaluation"]) -> Table:
             _or_dash(row.jsd, ".4f"),
             _or_dash(row.top1_agreement, ".1%"),
             _or_dash(row.top5_agreement, ".1%"),
-            _or_dash(row.entropy, ".4f"),
-            _or_dash(row.entropy_difference, "+.4f"),
+            _or_dash(row.entropy, ".3f") + changed,
             _or_dash(row.ece, ".4f"),
-            f"{row.tokens:,}",
         )
     return table
 
 
-def _once(rows: Sequence["Evaluation"]) -> list["Evaluation"]:
-    """One row for each model and corpus: the original may also be one of the models."""
-    return list({(row.model, row.data): row for row in rows}.values())
-
-
 def _score_table(scores: Sequence["Score"]) -> Table:
-    title = "Benchmarks through lm-eval, 95% intervals"
-    table = Table("model", "benchmark", "metric", title=title, title_justify="left")
-    for heading in ("value", "interval", "less original's", "interval, paired", "items"):
-        table.add_column(heading, justify="right")
+    numbers = ("value", "less original's", "items")
+    table = _side_by_side("Benchmarks through lm-eval, 95% intervals", "benchmark", "metric", numbers=numbers)
     for score in scores:
+        interval = "" if score.ci is None else f"\n{_number(score.ci[0])} to {_number(score.ci[1])}"
         table.add_row(
             escape(score.model),
             escape(score.task),
             score.metric,
-            _number(score.value),
-            "-" if score.ci is None else f"{_number(score.ci[0])} to {_number(score.ci[1])}",
-            _or_dash(score.difference, "+.4g"),
-            _span(score.difference_ci, "+.4f"),
-            f"{score.items:,} of {score.of:,}",
+            _number(score.value) + interval,
+            _with_interval(_or_dash(score.difference, "+.4g"), score.difference_ci, "+.4f"),
+            f"{score.items:,}\nof {score.of:,}",
         )
     return table
+
+
+def _side_by_side(title: str, *words: str, numbers: Sequence[str]) -> Table:
+    """A table of models whose words may wrap and whose numbers never do."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("model", *words):
+        table.add_column(heading, overflow="fold")
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _with_interval(value: str, interval: tuple[float, float] | None, form: str) -> str:
+    return value if interval is None else f"{value}\n{interval[0]:{form}} to {interval[1]:{form}}"
 
 
 def _number(value: float) -> str:
@@ -204,15 +206,11 @@ def _or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
-def _span(interval: tuple[float, float] | None, form: str) -> str:
-    return "-" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
-
-
 def _protocol_lines(protocol: dict[str, Any]) -> list[str]:
     lines = [
         f"{row['corpus']}: {row['blocks']:,} blocks of {row['context']} tokens, stride {row['stride']}, evenly out of "
-        f"{row['blocks_read']:,}; held out: {row['held_out']}; separator: {row['separator']}; first token "
-        f"{row['first_token']}; intervals over {row['units']:,} {row['interval_over']}"
+        f"{row['blocks_read']:,}; {row['predicted_tokens']:,} predicted tokens; held out: {row['held_out']}; separator: "
+        f"{row['separator']}; first token {row['first_token']}; intervals over {row['units']:,} {row['interval_over']}"
         for row in protocol["corpora"]
     ]
     lines += [

@@ -143,6 +143,13 @@ class Results(Sequence[Evaluation]):
         return iter(self.evaluations)
 
     @property
+    def rows(self) -> list[Evaluation]:
+        """The original's, then every model's; where the original is one of the models, once."""
+        return list({(row.model, row.data): row for row in reversed([*self.original, *self.evaluations])}.values())[
+            ::-1
+        ]
+
+    @property
     def short_names(self) -> dict[str, str]:
         """Every model by its name and as tables show it: of a path as little of its end as tells it from the others."""
         rows = [*self.original, *self.evaluations, *self.scores]

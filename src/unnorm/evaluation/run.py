@@ -237,7 +237,7 @@ def _measure(session: _Session, suite: str | None) -> Results:
                 of_original.setdefault(corpus.name, theirs)
         same = original is not None and entrant == original.entrant
         for benchmark, found in (original_scores if same else _scores(session, model)).items():
-            base = {score.metric: score for score in original_scores.get(benchmark, [])}
+            base = {} if same else {score.metric: score for score in original_scores.get(benchmark, [])}
             scores += [against(score, base[score.metric]) if score.metric in base else score for score in found]
     if original is not None and original.entrant not in session.entrants:
         scores = [score for found in original_scores.values() for score in found] + scores

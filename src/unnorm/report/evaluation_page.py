@@ -18,12 +18,12 @@ def render_evaluation(results: Results) -> str:
     from plotly.offline import get_plotlyjs
 
     results = results.with_short_names()
-    rows = list({(row.model, row.data): row for row in (*results.original, *results)}.values())
+    rows = results.rows
     original = next(iter(results.protocol.get("original") or {}), None)
     style = figures.styles([row.model for row in rows], original)
     drawn = {"positions": figures.position_figure(rows, style), "calibration": figures.calibration_figure(rows, style)}
     kept = {name: figure for name, figure in drawn.items() if figure is not None}
-    pairs = [make_pair(f"{row.model} on {row.data}", row.comparison) for row in results if row.comparison is not None]
+    pairs = [make_pair(f"{row.model} on {row.data}", row.comparison) for row in rows if row.comparison is not None]
     return (
         environment()
         .get_template("evaluation.html")
