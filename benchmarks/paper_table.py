@@ -45,15 +45,21 @@ PUBLISHED = (
 
 
 def make_runs(model: str, args: argparse.Namespace, console: Console) -> dict[str, Path]:
-    """A finished run by each recipe; the first one also trains the control."""
-    runs = {}
-    for number, recipe in enumerate(args.recipes):
+    """A finished run by each recipe, the first of which also trained the control; recipes that fail are left out."""
+    runs: dict[str, Path] = {}
+    for recipe in args.recipes:
         out = args.out / Path(model).name / recipe
         if not (out / "result.json").is_file():
             console.rule(f"{model}, {recipe}")
-            options = {} if (out / "config.yaml").is_file() else _options(model, recipe, number == 0, args)
-            with Progress(console) as progress:
-                unnorm.remove(out=out, resume=not options, watch=progress, **options)
+            options = {} if (out / "config.yaml").is_file() else _options(model, recipe, not runs, args)
+            try:
+                with Progress(console) as progress:
+                    unnorm.remove(out=out, resume=not options, watch=progress, **options)
+            except unnorm.RunInterruptedError:
+                raise
+            except unnorm.UnnormError as error:
+                console.print(f"{recipe} gave no twin: {error}", markup=False)
+                continue
         runs[recipe] = out
     return runs
 
@@ -66,8 +72,8 @@ def _options(model: str, recipe: str, control: bool, args: argparse.Namespace) -
 def table_of(model: str, args: argparse.Namespace, console: Console) -> tuple[list[dict[str, Any]], Results]:
     """Rows of one model: losses by corpus, scores by benchmark, KL, each with what stands beside it in `Results`."""
     runs = make_runs(model, args, console)
-    control = runs[args.recipes[0]] / "control"
-    names = {model: "original", **({str(control): "control"} if control.is_dir() else {})}
+    controls = [path / "control" for path in runs.values() if (path / "control").is_dir()]
+    names = {model: "original", **{str(control): "control" for control in controls}}
     names |= {str(path): f"LN-free, {recipe}" for recipe, path in runs.items()}
     with Progress(console) as progress:
         results = unnorm.evaluate(

@@ -414,6 +414,7 @@ class TestSuites:
         page = (out / "evaluation.html").read_text()
         assert page.count('class="group"') == 2 and "default-src 'none'" in page
         assert f"other and {finished_run.name} against tiny" in page and "SHA-256 of the token ids" in page
+        assert "24 of 24" in page and "built-in" not in page
 
         shown = cli("evaluate", *models, "--against", tiny_model_dir, *options, *data)
         assert "less original's" in shown.out and "acc_norm" in shown.out

@@ -86,7 +86,7 @@ def _score(score: Score, original: str | None) -> dict[str, Any]:
         "interval": MISSING if score.ci is None else f"{shown(score.ci[0])} to {shown(score.ci[1])}",
         "difference": fixed(score.difference, sign=True) if small else significant(score.difference),
         "difference_interval": _signed(score.difference_ci),
-        "items": f"{count(score.items)} of {count(score.of)}",
+        "count": f"{count(score.items)} of {count(score.of)}",
     }
 
 
