@@ -210,7 +210,8 @@ def _protocol_lines(protocol: dict[str, Any]) -> list[str]:
     lines = [
         f"{row['corpus']}: {row['blocks']:,} blocks of {row['context']} tokens, stride {row['stride']}, evenly out of "
         f"{row['blocks_read']:,}; {row['predicted_tokens']:,} predicted tokens; held out: {row['held_out']}; "
-        f"separator: {row['separator']}; first token {row['first_token']}; intervals over {row['units']:,} {row['interval_over']}"
+        f"separator: {row['separator']}; first token {row['first_token']}; "
+        f"intervals over {row['units']:,} {row['interval_over']}"
         for row in protocol["corpora"]
     ]
     lines += [

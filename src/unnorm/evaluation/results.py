@@ -145,9 +145,10 @@ class Results(Sequence[Evaluation]):
     @property
     def rows(self) -> list[Evaluation]:
         """The original's, then every model's; where the original is one of the models, once."""
-        return list({(row.model, row.data): row for row in reversed([*self.original, *self.evaluations])}.values())[
-            ::-1
-        ]
+        once: dict[tuple[str, str], Evaluation] = {}
+        for row in (*self.original, *self.evaluations):
+            once.setdefault((row.model, row.data), row)
+        return list(once.values())
 
     @property
     def short_names(self) -> dict[str, str]:
