@@ -581,6 +581,13 @@ class TestComparison:
         assert context.kl == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), abs=1e-4)
         assert list(context.guess) == [tiny_tokenizer.decode([i]) for i in q.argmax(-1).tolist()]
 
+    def test_is_part_of_a_runs_report(self, finished_run: Path) -> None:
+        page = (finished_run / "report.html").read_text()
+        assert "Token by token" in page
+        assert page.count('class="group"') == 1 and page.count('class="context"') >= 3
+        for place in ("density", "kl", "entropy"):
+            assert page.count(f'id="{place}"') == 1
+
     def test_texts_are_escaped_on_the_page(self, tokens: Path, tiny_model_dir: Path, other_dir: Path) -> None:
         from unnorm.report.evaluation_page import render_evaluation
 
