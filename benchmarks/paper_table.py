@@ -106,7 +106,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(headings)} |", f"| --- | --- |{' ---: |' * (len(headings) - 2)}"]
     for line in rows:
         losses = {row["data"]: row for row in line["corpora"]}
-        cells = [line["model"], line["row"], *(_loss(losses.get(name)) for name in corpora)]
+        cells = [Path(line["model"]).name, line["row"], *(_loss(losses.get(name)) for name in corpora)]
         kls = [row["kl"] for row in line["corpora"] if row["kl"] is not None]
         cells.append("" if line["row"] == "original" else ", ".join(f"{kl:.4f}" for kl in kls))
         scores = {(score["task"], score["metric"]): score for score in line["scores"]}
