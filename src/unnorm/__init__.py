@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from unnorm.checkpoint import load
     from unnorm.evaluation import evaluate
     from unnorm.exports.export import export
+    from unnorm.exports.push import push
     from unnorm.exports.transformer_lens import to_transformer_lens
     from unnorm.proof import verify
     from unnorm.removal import RunInterruptedError, remove
@@ -24,6 +25,7 @@ __all__ = [
     "evaluate",
     "export",
     "load",
+    "push",
     "remove",
     "stats",
     "to_transformer_lens",
@@ -36,6 +38,7 @@ _HOMES = {
     "evaluate": "unnorm.evaluation",
     "export": "unnorm.exports.export",
     "load": "unnorm.checkpoint",
+    "push": "unnorm.exports.push",
     "remove": "unnorm.removal",
     "stats": "unnorm.calibrate",
     "to_transformer_lens": "unnorm.exports.transformer_lens",

@@ -14,7 +14,7 @@ from unnorm.errors import UnnormError
 from unnorm.terminal import (
     Progress,
     audit_tables,
-    evaluation_table,
+    evaluation_tables,
     export_table,
     proof_table,
     result_table,
@@ -134,37 +134,70 @@ def verify(
 @app.command()
 def evaluate(
     models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Run directories, model directories, hub ids.")
+        list[str], typer.Argument(metavar="MODEL...", help="Run directories, model directories, hub ids, 'demo'.")
     ],
-    against: Annotated[str | None, typer.Option(help="Original that fidelity is measured to.")] = None,
-    data: Data = "stdlib",
+    against: Annotated[
+        str | None, typer.Option(metavar="ORIGINAL", help="Model that fidelity and differences are measured to.")
+    ] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="quick, full or paper: corpora and benchmarks by name.", show_default="none")
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]SOURCE",
+            help="A corpus, as for remove; or hellaswag=FILE, lambada=FILE, wikitext=FILE. May be repeated.",
+            show_default="the suite's, else stdlib",
+        ),
+    ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(help="lm-eval tasks besides the suite's, with commas; 'none': no benchmarks."),
+    ] = None,
     text_field: TextField = None,
     split: Split = "train",
-    tokens: Annotated[str, typer.Option(help="Held-out tokens at most.")] = "50k",
+    tokens: Annotated[
+        str | None, typer.Option(help="Held-out tokens of each corpus at most.", show_default="the suite's, else 50k")
+    ] = None,
+    items: Annotated[
+        str | None,
+        typer.Option(help="Items of each benchmark at most, drawn at random, or 'all'.", show_default="the suite's"),
+    ] = None,
     context: Context = None,
     batch_size: Annotated[int, typer.Option(help="Blocks in one forward pass.", min=1)] = 4,
     device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the draw of benchmark items.", min=0)] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for results, page and every measurement; run again, it goes on.")
+    ] = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
-    """Loss with its confidence interval, and fidelity to the original, on held-out text."""
+    """Models side by side on held-out text and benchmarks: loss, fidelity, calibration, with confidence intervals."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars can't be turned off otherwise.
     from unnorm.evaluation import evaluate as run
 
     _quiet()
-    count = _count(tokens)
-    rows = run(
-        models,
-        against,
-        data,
-        text_field=text_field,
-        split=split,
-        tokens=count,
-        context=context,
-        batch_size=batch_size,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
-    _print({"results": [row.to_json() for row in rows]}, json_, evaluation_table(rows))
+    with Progress(_progress) as progress:
+        results = run(
+            models,
+            against,
+            data,
+            suite=suite,
+            tasks=tasks,
+            text_field=text_field,
+            split=split,
+            tokens=None if tokens is None else _count(tokens),
+            items=items,
+            context=context,
+            batch_size=batch_size,
+            device=device,
+            seed=seed,
+            out=out,
+            trust_remote_code=trust_remote_code,
+            watch=progress,
+        )
+    _print(results.to_json(), json_, evaluation_tables(results, out))
 
 
 @app.command()
@@ -254,6 +287,24 @@ def export(
     _quiet()
     exported = run(directory, to, out=out)  # type: ignore[arg-type]  # An unknown form is refused by name.
     _print(exported.to_json(), json_, export_table(exported))
+
+
+@app.command()
+def push(
+    directory: Annotated[Path, typer.Argument(help="Run directory.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    token: Annotated[
+        str | None, typer.Option(help="Token that may write.", show_default="HF_TOKEN, or that of `hf auth login`")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Upload the model in DIRECTORY, with its card, to a repository on the hub."""
+    from unnorm.exports.push import push as run
+
+    _quiet()
+    pushed = run(directory, repo, private=private, token=token)
+    _print(pushed.to_json(), json_, f"{len(pushed.files)} files are at {pushed.url}")
 
 
 @app.callback(invoke_without_command=True)

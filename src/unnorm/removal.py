@@ -373,9 +373,10 @@ def _conclude(
         position_loss={name: list(evaluation.position_loss) for name, evaluation in evaluations.items()},
         samples=_samples(run, twin),
         checks=[check.to_json() for check in checks],
+        comparison=evaluations["lnfree"].comparison,
     )
     write_text(run.directory / REPORT, render_report(data))
-    write_text(run.directory / MODEL / "README.md", render_card(result))
+    write_text(run.directory / MODEL / "README.md", render_card(result, sites, constants))
     write_text(run.directory / RESULT, json_text(result))
     for leftover in (DATA, CHECKPOINTS, f"{CONTROL}/{CHECKPOINTS}"):
         shutil.rmtree(run.directory / leftover, ignore_errors=True)
@@ -384,7 +385,15 @@ def _conclude(
 
 def _evaluate(run: _Run, model: PreTrainedModel, name: str) -> Evaluation:
     original = None if model is run.original else run.original
-    return evaluate_model(model, run.validation_blocks, original, name, run.config.data, run.plan.micro_batch)
+    return evaluate_model(
+        model,
+        run.validation_blocks,
+        original,
+        name,
+        run.config.data,
+        run.plan.micro_batch,
+        tokenizer=run.tokenizer,
+    )
 
 
 def _log_scales(run: _Run, model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -433,11 +442,13 @@ def _result(
         "teacher_loss_ci": list(original.loss_ci),
         "lnfree_loss": lnfree.loss,
         "lnfree_loss_ci": list(lnfree.loss_ci),
+        "loss_increase_ci": list(lnfree.difference_ci or ()),
         "control_loss": None if control is None else control.loss,
         "gap": None if control is None else lnfree.loss - control.loss,
         "kl": lnfree.kl,
         "jsd": lnfree.jsd,
         "top1_agreement": lnfree.top1_agreement,
+        "top5_agreement": lnfree.top5_agreement,
         "control_kl": None if control is None else control.kl,
         "naive_loss": naive["loss"],
         "naive_kl": naive["kl"],

@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -14,7 +16,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from unnorm.calibrate import ScaleStatistics
-    from unnorm.evaluation import Evaluation
+    from unnorm.evaluation import Evaluation, Results, Score
     from unnorm.exports.export import Exported
     from unnorm.proof import Check
     from unnorm.sites import NormSite
@@ -67,11 +69,11 @@ class Progress:
 
 
 def _numbers(row: dict[str, Any]) -> str:
-    parts = [f"loss {row['loss']:.3f}"]
+    parts = [f"loss {row['loss']:.3f}"] if "loss" in row else []
     parts += [f"KL {row['kl']:.4f}"] if "kl" in row else []
     parts += [f"removed {row['sites_removed']}/{row['sites']}"] if "sites" in row else []
     parts += [f"alpha {row['alpha']:.2f}"] if 0 < row.get("alpha", 0) < 1 else []
-    parts += [f"{row['tokens_per_second']:,.0f} tokens/s"] if row["tokens"] else []
+    parts += [f"{row['tokens_per_second']:,.0f} tokens/s"] if "tokens_per_second" in row and row["tokens"] else []
     return "  ".join(parts)
 
 
@@ -122,23 +124,108 @@ def proof_table(checks: Sequence["Check"]) -> RenderableType:
     return table
 
 
-def evaluation_table(rows: Sequence["Evaluation"]) -> RenderableType:
-    """The rows of `unnorm evaluate`."""
-    table = Table("model", "data", "loss", "95% interval", "perplexity", "KL", "JSD", "top-1", "tokens")
+def evaluation_tables(results: "Results", out: Path | None = None) -> RenderableType:
+    """What `unnorm evaluate` gives: losses, fidelity, benchmarks, and how they were measured."""
+    results = results.with_short_names()
+    rows = results.rows
+    parts: list[RenderableType] = [_loss_table(rows), _fidelity_table(rows)] if rows else []
+    parts += [_score_table(results.scores)] if results.scores else []
+    parts += [Text(line, style="dim") for line in _protocol_lines(results.protocol)]
+    parts += [Text(f"page  {out / 'evaluation.html'}")] if out is not None else []
+    return Group(*parts)
+
+
+def _loss_table(rows: Sequence["Evaluation"]) -> Table:
+    numbers = ("loss", "less original's", "perplexity", "bits/byte")
+    table = _side_by_side("Loss in nats per token, 95% intervals", "data", numbers=numbers)
     for row in rows:
-        fidelity = (
-            ("-", "-", "-")
-            if row.kl is None or row.jsd is None or row.top1_agreement is None
-            else (f"{row.kl:.4f}", f"{row.jsd:.4f}", f"{row.top1_agreement:.1%}")
+        several = row.units > 1
+        table.add_row(
+            escape(row.model),
+            escape(row.data),
+            _with_interval(f"{row.loss:.4f}", row.loss_ci if several else None, ".3f"),
+            _with_interval(_or_dash(row.difference, "+.4f"), row.difference_ci if several else None, "+.4f"),
+            f"{row.perplexity:.2f}",
+            _or_dash(row.bits_per_byte, ".4f"),
         )
-        interval = f"{row.loss_ci[0]:.3f} to {row.loss_ci[1]:.3f}"
-        numbers = (f"{row.loss:.4f}", interval, f"{row.perplexity:.3f}", *fidelity, f"{row.tokens:,}")
-        table.add_row(escape(row.model), escape(row.data), *numbers)
     return table
 
 
 def _interval(low: float, high: float) -> str:
     return f"95% interval {low:.3f} to {high:.3f}" if math.isfinite(high) else "it overflows: give it more --tokens"
+
+
+def _fidelity_table(rows: Sequence["Evaluation"]) -> Table:
+    numbers = ("KL", "JSD", "top-1", "top-5", "entropy", "ECE")
+    table = _side_by_side("Distance to the original, entropy (less original's), calibration", "data", numbers=numbers)
+    for row in rows:
+        changed = "" if row.entropy_difference is None else f" ({row.entropy_difference:+.3f})"
+        table.add_row(
+            escape(row.model),
+            escape(row.data),
+            _or_dash(row.kl, ".4f"),
+            _or_dash(row.jsd, ".4f"),
+            _or_dash(row.top1_agreement, ".1%"),
+            _or_dash(row.top5_agreement, ".1%"),
+            _or_dash(row.entropy, ".3f") + changed,
+            _or_dash(row.ece, ".4f"),
+        )
+    return table
+
+
+def _score_table(scores: Sequence["Score"]) -> Table:
+    numbers = ("value", "less original's", "items")
+    table = _side_by_side("Benchmarks through lm-eval, 95% intervals", "benchmark", "metric", numbers=numbers)
+    for score in scores:
+        interval = "" if score.ci is None else f"\n{_number(score.ci[0])} to {_number(score.ci[1])}"
+        table.add_row(
+            escape(score.model),
+            escape(score.task),
+            score.metric,
+            _number(score.value) + interval,
+            _with_interval(_or_dash(score.difference, "+.4g"), score.difference_ci, "+.4f"),
+            f"{score.items:,}\nof {score.of:,}",
+        )
+    return table
+
+
+def _side_by_side(title: str, *words: str, numbers: Sequence[str]) -> Table:
+    """A table of models whose words may wrap and whose numbers never do."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("model", *words):
+        table.add_column(heading, overflow="fold")
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _with_interval(value: str, interval: tuple[float, float] | None, form: str) -> str:
+    return value if interval is None else f"{value}\n{interval[0]:{form}} to {interval[1]:{form}}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < _MOST_FIXED else f"{value:.3g}"
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _protocol_lines(protocol: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{row['corpus']}: {row['blocks']:,} blocks of {row['context']} tokens, stride {row['stride']}, evenly out of "
+        f"{row['blocks_read']:,}; {row['predicted_tokens']:,} predicted tokens; held out: {row['held_out']}; "
+        f"separator: {row['separator']}; first token {row['first_token']}; "
+        f"intervals over {row['units']:,} {row['interval_over']}"
+        for row in protocol["corpora"]
+    ]
+    lines += [
+        f"{row['task']}: {row['items']:,} of {row['of']:,} items"
+        + ("" if row["seed"] is None else f", seed {row['seed']}")
+        + f", {row['fewshot']} shots, {row['harness']}, context {protocol['context']}; {row['source']}"
+        for row in protocol["tasks"]
+    ]
+    return [*lines, f"intervals: {protocol['interval']}; {protocol['dtype']} on {protocol['device']}"]
 
 
 def _norms_left(result: dict[str, Any]) -> str:

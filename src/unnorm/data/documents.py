@@ -87,6 +87,24 @@ def open_documents(source: str, text_field: str | None = None, split: str = "tra
     return _hub(source, text_field, split)
 
 
+def open_rows(source: str) -> Iterator[dict[str, object]]:
+    """Rows of local files as they are, every field of them: the items of a benchmark.
+
+    Raises:
+        UnnormError: nothing is there, it is empty or damaged.
+    """
+    files = find_files(source)
+    if not files:
+        raise UnnormError(f"No data at '{source}'. Give a file, a directory or a glob.")
+    suffix = _common_suffix(source, files)
+    for path in files:
+        _check_decompresses(path)
+    filled = [path for path in files if path.stat().st_size > 0]
+    if not filled:
+        raise _empty(source)
+    return _readable(source, lambda: _rows(suffix, filled))
+
+
 def find_files(source: str) -> list[Path]:
     """Data files that a path, a directory or a glob stands for, sorted; empty if there are none."""
     if not source or source == STDLIB:
@@ -253,20 +271,24 @@ def _last_tenth(text: str) -> int:
 def _texts(source: str, rows: Callable[[], Iterable[dict[str, object]]], field: str | None) -> Iterator[str]:
     column: str | None = None
     found = False
+    for row in _readable(source, rows):
+        column = column or _text_column(source, row, field)
+        text = row[column]
+        if text is not None and not isinstance(text, str):
+            raise UnnormError(
+                f"The field '{column}' of '{source}' holds {type(text).__name__}, not text. "
+                f"Name another with --text-field: {', '.join(row)}."
+            )
+        if text and text.strip():
+            found = True
+            yield text
+    if not found:
+        raise _empty(source)
+
+
+def _readable(source: str, rows: Callable[[], Iterable[dict[str, object]]]) -> Iterator[dict[str, object]]:
     try:
-        for row in rows():
-            column = column or _text_column(source, row, field)
-            text = row[column]
-            if text is not None and not isinstance(text, str):
-                raise UnnormError(
-                    f"The field '{column}' of '{source}' holds {type(text).__name__}, not text. "
-                    f"Name another with --text-field: {', '.join(row)}."
-                )
-            if text and text.strip():
-                found = True
-                yield text
-    except UnnormError:
-        raise
+        yield from rows()
     except StopIteration as error:  # How `datasets` meets a file without a row.
         raise _empty(source) from error
     except Exception as error:
@@ -274,8 +296,6 @@ def _texts(source: str, rows: Callable[[], Iterable[dict[str, object]]], field: 
             f"Could not read '{source}': {short(error).rstrip('.')}. It is damaged, or not what its name says; "
             "fetch or write it again."
         ) from error
-    if not found:
-        raise _empty(source)
 
 
 def _text_column(source: str, row: dict[str, object], field: str | None) -> str:

@@ -1,24 +1,154 @@
-"""The model card: what a reader of the checkpoint must know, in Markdown."""
+"""The model card: what a reader of the checkpoint must know, in Markdown with the hub's front matter."""
 
+import re
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
-from unnorm.report.numbers import count, fixed, percent
+import yaml
+
+from unnorm.report.numbers import count, finite, fixed, interval, percent, shortest
+from unnorm.sites import NormSite
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def render_card(result: dict[str, Any]) -> str:
-    """The card of an LN-free model from what stands in `result.json`."""
+def render_card(
+    result: Mapping[str, Any], sites: Sequence[NormSite] = (), constants: Mapping[str, float] | None = None
+) -> str:
+    """The card of an LN-free model.
+
+    Args:
+        result: what stands in `result.json`.
+        sites: the former norms.
+        constants: the constant scale of each, as folded.
+    """
     from jinja2 import Environment, StrictUndefined
 
     values = {
-        **{key: result[key] for key in ("model", "sites", "recipe", "data", "norm_modules_left", "seed")},
-        **{key: fixed(result.get(key), 4) for key in ("kl", "teacher_loss", "lnfree_loss", "control_loss")},
+        **{key: result[key] for key in ("sites", "recipe", "held_out", "norm_modules_left")},
+        **{key: _published(str(result[key])) for key in ("model", "data")},
         **{key: count(result.get(key)) for key in ("tokens", "validation_tokens")},
-        "name": str(result["model"]).rstrip("/").rpartition("/")[2],
-        "top1_agreement": percent(result["top1_agreement"]),
+        "front_matter": yaml.safe_dump(front_matter(result), sort_keys=False, allow_unicode=True).strip(),
+        "name": _name(result),
+        "trained": bool(result.get("tokens")),
         "context": result["plan"]["context"],
-        "version": result["versions"]["unnorm"],
+        "results": _results(result),
+        "proof": _proof(result),
+        "folds": _folds(sites, constants or {}),
+        "settings": _settings(result),
     }
     template = files("unnorm.report").joinpath("card.md").read_text(encoding="utf-8")
-    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)  # Markdown
+    environment = Environment(
+        undefined=StrictUndefined, keep_trailing_newline=True, trim_blocks=True, autoescape=False
+    )  # Markdown
     return environment.from_string(template).render(values)
+
+
+def front_matter(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the hub reads: how to load the model, what it comes from, and its loss and KL as results."""
+    model, data = (_published(str(result[key])) for key in ("model", "data"))
+    named = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["unnorm", "interpretability", "norm-free", "layernorm-free"],
+    }
+    if _HUB_NAME.fullmatch(model):
+        named |= {"base_model": model, "base_model_relation": "finetune"}
+    if _HUB_NAME.fullmatch(data.partition(":")[0]):
+        named["datasets"] = [data.partition(":")[0]]
+    measured = (("loss", "loss, nats per token", "lnfree_loss"), ("kl", "KL to the original, nats per token", "kl"))
+    metrics = [
+        {"type": kind, "name": words, "value": round(float(result[key]), 5)}
+        for kind, words, key in measured
+        if finite(result.get(key)) is not None
+    ]
+    entry = {
+        "task": {"type": "text-generation", "name": "Language modelling"},
+        "dataset": {"type": data, "name": f"{data}, held-out part"},
+        "metrics": metrics,
+    }
+    return (
+        named | {"model-index": [{"name": f"{_name(result)} without norms", "results": [entry]}]} if metrics else named
+    )
+
+
+def _name(result: Mapping[str, Any]) -> str:
+    return str(result["model"]).rstrip("/").rpartition("/")[2]
+
+
+def _published(source: str) -> str:
+    """A model's or data's name on the hub; of a local path only its end, since cards are read elsewhere."""
+    return source if _HUB_NAME.fullmatch(source.partition(":")[0]) else Path(source).name
+
+
+def _results(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    def loss(key: str) -> str:
+        ends = result.get(f"{key}_loss_ci")
+        return fixed(result.get(f"{key}_loss")) + (f" ({interval(ends)})" if ends else "")
+
+    increase = [finite(result.get(key)) for key in ("lnfree_loss", "teacher_loss")]
+    ends = result.get("loss_increase_ci")
+    paired = f" ({fixed(ends[0], sign=True)} to {fixed(ends[1], sign=True)})" if ends else ""
+    rows = [
+        ("loss of the original", loss("teacher")),
+        ("loss of this model", loss("lnfree")),
+        ("increase", "" if None in increase else fixed(increase[0] - increase[1], sign=True) + paired),  # type: ignore[operator]
+        ("loss of the control (norms kept, same tokens)", loss("control")),
+        ("loss with constants alone, before training", loss("naive") if result.get("tokens") else ""),
+        ("KL(original, this model)", fixed(result.get("kl"))),
+        ("Jensen-Shannon divergence", fixed(result.get("jsd"))),
+        ("top-1 agreement with the original", percent(result.get("top1_agreement"))),
+    ]
+    missing = fixed(None)
+    return [(words, value) for words, value in rows if value not in ("", missing)]
+
+
+def _proof(result: Mapping[str, Any]) -> str:
+    if not result.get("verified"):
+        return "The proof of this model did not pass: `unnorm verify` says where."
+    error = shortest(result["fold_max_abs_error"])
+    return f"Folding was exact: logits of the folded and the unfolded model differ by {error} at most in float64."
+
+
+def _folds(sites: Sequence[NormSite], constants: Mapping[str, float]) -> list[dict[str, str]]:
+    """One row for the same norm of all layers."""
+    groups: dict[tuple[str, str, str], list[float]] = {}
+    for site in sites:
+        into = {
+            "readers": site.readers,
+            "writer": site.writers,
+            "in place": ("nothing: its map stays as a module",),
+        }[site.folds_into]
+        words = ", ".join(
+            dict.fromkeys(f"`{_any_layer(name)}`" if site.folds_into != "in place" else name for name in into)
+        )
+        groups.setdefault((_any_layer(site.name), site.kind, words), []).append(constants.get(site.name, float("nan")))
+    return [
+        {
+            "name": name,
+            "times": f" ({len(scales)} of them)" if len(scales) > 1 else "",
+            "kind": {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}.get(kind, kind),
+            "into": into,
+            "scale": " to ".join(dict.fromkeys(shortest(end) for end in (min(scales), max(scales)))),
+        }
+        for (name, kind, into), scales in groups.items()
+    ]
+
+
+def _any_layer(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def _settings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
+    plan, versions = result["plan"], result["versions"]
+    return [
+        ("recipe", f"`{result['recipe']}`"),
+        ("training tokens", count(result.get("tokens"))),
+        ("data", f"`{_published(str(result['data']))}`"),
+        ("batch size", f"{plan.get('batch_size')} blocks of {plan['context']} tokens"),
+        ("peak learning rate", shortest(plan.get("lr"))),
+        ("seed", str(result.get("seed"))),
+        ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
+    ]

@@ -2,12 +2,14 @@
 
 import json
 from dataclasses import dataclass
-from importlib.resources import files
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from unnorm.calibrate import ScaleStatistics
+from unnorm.evaluation.comparison import Comparison
 from unnorm.report import figures
+from unnorm.report.comparison import make_pair, pair_variables, script_json
+from unnorm.report.drawing import DARK_COLOURS
 from unnorm.report.numbers import (
     MISSING,
     count,
@@ -20,6 +22,7 @@ from unnorm.report.numbers import (
     shortest,
     significant,
 )
+from unnorm.report.templates import environment
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -39,6 +42,7 @@ class ReportData:
         position_loss: "original", "lnfree" and maybe "control" to the mean loss in nats at each predicted position.
         samples: `prompt`, `original` and `lnfree`, the two greedy continuations.
         checks: the proof: `name`, `passed`, `value`, `limit` (the largest value that passes) and `detail`.
+        comparison: original and LN-free model token by token; None leaves it out.
     """
 
     result: dict[str, Any]
@@ -50,35 +54,39 @@ class ReportData:
     position_loss: dict[str, list[float]]
     samples: list[dict[str, str]]
     checks: list[dict[str, Any]]
+    comparison: Comparison | None = None
 
 
 def render_report(data: ReportData) -> str:
     """The whole HTML page, self-contained: scripts and styles are in it, and it loads nothing from the network."""
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
     drawn = _figures(data)
-    page = files("unnorm.report").joinpath("page.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(page).render(
-        headline=headline(data.result),
-        notes=_notes(data),
-        model=data.result.get("model") or "model",
-        tiles=_tiles(data.result),
-        losses=_losses(data.result),
-        has_control=_has_control(data),
-        in_context="control" in data.position_loss,
-        scales_complete=bool(data.scales_before and data.scales_after),
-        figures=drawn.keys(),
-        checks=[_check(check) for check in data.checks],
-        failed=sum(not check.get("passed") for check in data.checks),
-        samples=[_sample(sample) for sample in data.samples],
-        settings=_settings(data.result),
-        versions=sorted(_mapping(data.result.get("versions")).items()),
-        plotly=Markup(get_plotlyjs()) if drawn else "",
-        specs=Markup(_script_json({name: json.loads(figure.to_json()) for name, figure in drawn.items()})),
-        dark=Markup(_script_json(figures.DARK_COLOURS)),
+    pairs = [] if data.comparison is None else [make_pair(f"{data.result.get('model')}", data.comparison)]
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            headline=headline(data.result),
+            notes=_notes(data),
+            model=data.result.get("model") or "model",
+            tiles=_tiles(data.result),
+            losses=_losses(data.result),
+            has_control=_has_control(data),
+            in_context="control" in data.position_loss,
+            scales_complete=bool(data.scales_before and data.scales_after),
+            figures=drawn.keys(),
+            checks=[_check(check) for check in data.checks],
+            failed=sum(not check.get("passed") for check in data.checks),
+            samples=[_sample(sample) for sample in data.samples],
+            settings=_settings(data.result),
+            versions=sorted(_mapping(data.result.get("versions")).items()),
+            plotly=Markup(get_plotlyjs()) if drawn or pairs else "",
+            specs=Markup(script_json({name: json.loads(figure.to_json()) for name, figure in drawn.items()})),
+            dark=Markup(script_json(DARK_COLOURS)),
+            **pair_variables(pairs),
+        )
     )
 
 
@@ -277,8 +285,3 @@ def _plain(value: Any) -> str:
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _script_json(value: Any) -> str:
-    """JSON that can stand in a script element: no text in it can end the element."""
-    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")

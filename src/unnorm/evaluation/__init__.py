@@ -1,0 +1,15 @@
+"""Loss, fidelity and benchmarks: what an LN-free model costs and how far it is from the original."""
+
+from unnorm.evaluation.corpora import EVALUATION_SPREAD, EVALUATION_TOKENS
+from unnorm.evaluation.results import Evaluation, Results, Score
+from unnorm.evaluation.run import evaluate, evaluate_model
+
+__all__ = [
+    "EVALUATION_SPREAD",
+    "EVALUATION_TOKENS",
+    "Evaluation",
+    "Results",
+    "Score",
+    "evaluate",
+    "evaluate_model",
+]

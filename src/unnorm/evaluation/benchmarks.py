@@ -1,0 +1,107 @@
+"""HellaSwag, LAMBADA and WikiText from local files, in the form that the tasks in `tasks/` read.
+
+lm-eval calls these functions with its `metadata`: the path of each benchmark's file by the benchmark's name.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+
+from unnorm.data.documents import open_rows
+from unnorm.errors import UnnormError
+
+_ARTICLE = re.compile(r"^ ?= [^=].*[^=] = *$", re.MULTILINE)
+"""The line with an article's title: one equals sign; headings in it have two or more."""
+
+
+def hellaswag(hellaswag: str, **_: Any) -> DatasetDict:
+    """Rows of `query`, `endings` and `label` from a file with `ctx`, `endings` and `label`.
+
+    Raw items, as in the original release (with `activity_label`, `ctx_a` and `ctx_b`), are prepared as lm-eval does.
+
+    Raises:
+        UnnormError: there is no such file, or it has other fields.
+    """
+    rows = _items(hellaswag, "HellaSwag", {"ctx": str, "endings": list, "label": (int, str)}, _hellaswag_item)
+    return _as_test_split(rows)
+
+
+def lambada_openai(lambada_openai: str, **_: Any) -> DatasetDict:
+    """Rows of `context` and `continuation`, the last word, from a file with these, or with `text` alone.
+
+    Raises:
+        UnnormError: there is no such file, or it has other fields.
+    """
+    return _as_test_split(_items(lambada_openai, "LAMBADA", {"context": str, "continuation": str}, dict, _split_text))
+
+
+def wikitext(wikitext: str, **_: Any) -> DatasetDict:
+    """Rows of `page`: the articles of a WikiText file, which begin with ` = Title = `.
+
+    Raises:
+        UnnormError: there is no such file.
+    """
+    whole = "".join(str(row.get("text") or "") for row in open_rows(wikitext))
+    if not whole.strip():
+        raise UnnormError(f"'{wikitext}' is empty: there is no WikiText article in it.")
+    starts = [match.start() for match in _ARTICLE.finditer(whole)] or [0]
+    ends = [*starts[1:], len(whole)]
+    return _as_test_split([{"page": whole[start:end]} for start, end in zip(starts, ends, strict=True)])
+
+
+READERS: dict[str, Callable[..., DatasetDict]] = {
+    "hellaswag": hellaswag,
+    "lambada_openai": lambada_openai,
+    "wikitext": wikitext,
+}
+"""By lm-eval's name of the task."""
+ALIASES = {"lambada": "lambada_openai", "wikitext2": "wikitext"}
+
+
+def _items(
+    path: str,
+    title: str,
+    needed: dict[str, Any],
+    prepare: Callable[[dict[str, Any]], dict[str, Any]],
+    complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> list[dict[str, Any]]:
+    items = []
+    for number, raw in enumerate(open_rows(path), start=1):
+        row = complete(raw)
+        wrong = [key for key, kind in needed.items() if not isinstance(row.get(key), kind)]
+        if wrong:
+            lacking = " and no ".join(f"'{key}'" for key in wrong)
+            raise UnnormError(
+                f"'{path}' is no {title} file: item {number} has no {lacking} of the right kind. "
+                f"It has: {', '.join(raw)}. Needed: {', '.join(needed)}."
+            )
+        items.append(prepare(row))
+    if not items:
+        raise UnnormError(f"'{path}' is empty: there is no {title} item in it.")
+    return items
+
+
+def _hellaswag_item(row: dict[str, Any]) -> dict[str, Any]:
+    label, endings = int(row["label"]), list(row["endings"])
+    if not 0 <= label < len(endings):
+        raise UnnormError(f"A HellaSwag item has label {label}, but {len(endings)} endings: '{row['ctx'][:60]}'.")
+    if not {"activity_label", "ctx_a", "ctx_b"} <= row.keys():
+        return {"query": row["ctx"], "endings": endings, "label": label}
+    from lm_eval.tasks.hellaswag.utils import preprocess
+
+    query = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+    return {"query": preprocess(query), "endings": [preprocess(ending) for ending in endings], "label": label}
+
+
+def _split_text(row: dict[str, Any]) -> dict[str, Any]:
+    """LAMBADA's `text` into context and last word, where that is the form that it has."""
+    if "context" in row or not isinstance(row.get("text"), str):
+        return row
+    context, _, word = row["text"].rpartition(" ")
+    return {"context": context, "continuation": word}
+
+
+def _as_test_split(rows: list[dict[str, Any]]) -> DatasetDict:
+    return DatasetDict(test=Dataset.from_list(rows))

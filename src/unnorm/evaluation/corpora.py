@@ -1,0 +1,199 @@
+"""Text to evaluate on: held-out blocks of tokens, and which document each token belongs to."""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from jaxtyping import Bool, Int
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from unnorm.calibrate import spread
+from unnorm.data import build_blocks, open_documents
+from unnorm.data.packing import token_stream
+from unnorm.errors import UnnormError
+
+EVALUATION_TOKENS = 50_000
+"""Tokens of held-out text that numbers are measured on, or all there are."""
+EVALUATION_SPREAD = 4
+"""Times as much held-out text is read, and thinned evenly: neighbouring blocks come from one document."""
+LEAST_DOCUMENTS = 30
+"""Documents from which on intervals are over documents. Fewer say little about what other documents would give."""
+FILTER_TOKENS = 10_000_000
+"""Tokens of text that tell which tokens occur in it, where another corpus is filtered by that."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Packed blocks of one corpus.
+
+    Attributes:
+        name: what it is called in results.
+        source: where it comes from, as in `--data`.
+        blocks: rows of `input_ids`, all of one length.
+        documents: for every token the number of its document, or None where nothing separates documents.
+        read: blocks that were read, of which these are evenly spaced ones.
+        separator: the token after every document, in words.
+        held_out: how it was kept apart from training text, in words.
+        text_bytes: bytes of UTF-8 text in the predicted tokens.
+    """
+
+    name: str
+    source: str
+    blocks: Dataset
+    documents: Int[NDArray[np.int64], "block position"] | None
+    read: int
+    separator: str
+    held_out: str
+    text_bytes: int
+
+    @property
+    def context(self) -> int:
+        """Tokens in a block."""
+        return len(self.blocks[0]["input_ids"])
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the token ids in their order, as little-endian 32-bit integers."""
+        return hashlib.sha256(_column(self.blocks, "input_ids").astype("<i4").tobytes()).hexdigest()
+
+    def units(self) -> tuple[str, Int[NDArray[np.int64], "block predicted"]]:
+        """What intervals are over, `documents` or `blocks`, and the unit of each predicted token."""
+        predicted = (len(self.blocks), self.context - 1)
+        if self.documents is not None:
+            of_token = np.unique(self.documents[:, 1:], return_inverse=True)[1].reshape(predicted)
+            if of_token.max() + 1 >= LEAST_DOCUMENTS:
+                return "documents", of_token
+        return "blocks", np.broadcast_to(np.arange(predicted[0])[:, None], predicted)
+
+    def protocol(self) -> dict[str, Any]:
+        """Exactly what was predicted from what, as plain values."""
+        kind, units = self.units()
+        return {
+            "corpus": self.name,
+            "source": self.source,
+            "held_out": self.held_out,
+            "context": self.context,
+            "stride": self.context,
+            "blocks": len(self.blocks),
+            "blocks_read": self.read,
+            "predicted_tokens": units.size,
+            "bytes": self.text_bytes,
+            "separator": self.separator,
+            "first_token": "of each block is given, not predicted; no beginning-of-text token is added",
+            "interval_over": kind,
+            "units": int(units.max()) + 1,
+            "documents": None if self.documents is None else len(np.unique(self.documents[:, 1:])),
+            "tokens_sha256": self.fingerprint,
+        }
+
+
+def open_corpus(
+    name: str,
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    context: int,
+    tokens: int,
+    text_field: str | None = None,
+    split: str = "train",
+    keep: Bool[NDArray[np.bool_], " vocab"] | None = None,
+) -> Corpus:
+    """The held-out part of a source, packed; the same blocks for whoever asks with the same tokenizer.
+
+    Args:
+        name: what it is called in results.
+        source: as for `build_blocks`.
+        tokenizer: whose end-of-text separates documents.
+        vocab_size: ids that the models have embeddings for.
+        context: tokens in a block.
+        tokens: how many at most, rounded up to whole blocks.
+        text_field: column that holds the text.
+        split: split that the text comes from, where the source names no validation split.
+        keep: ids that may occur; blocks with others are left out.
+
+    Raises:
+        UnnormError: the source can't be read or holds too little text, or no block is left.
+    """
+    count = max(1, math.ceil(tokens / context))
+    found = build_blocks(source, tokenizer, vocab_size, context, 1, EVALUATION_SPREAD * count, text_field, split)
+    blocks = _with_documents(found.validation, tokenizer)
+    if keep is not None:
+        blocks = blocks.select(np.flatnonzero(keep[_column(blocks, "input_ids")].all(1)))
+    if not len(blocks):
+        raise UnnormError(
+            f"Nothing is left of '{name}': each of its {len(found.validation)} blocks has a token that the text it is "
+            "filtered by lacks. Give more of that text, or evaluate on the unfiltered corpus."
+        )
+    blocks = spread(blocks, count)
+    return Corpus(
+        name=name,
+        source=source,
+        blocks=blocks.select_columns("input_ids"),
+        documents=_column(blocks, "document") if "document" in blocks.column_names else None,
+        read=len(found.validation),
+        separator=_separator(tokenizer),
+        held_out=found.held_out,
+        text_bytes=count_bytes(_column(blocks, "input_ids"), tokenizer),
+    )
+
+
+def tokens_in(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    most: int = FILTER_TOKENS,
+    text_field: str | None = None,
+    split: str = "train",
+) -> Bool[NDArray[np.bool_], " vocab"]:
+    """Which ids occur in the first `most` tokens of a source's training text.
+
+    Raises:
+        UnnormError: the source can't be read.
+    """
+    occurs = np.zeros(vocab_size, dtype=np.bool_)
+    seen = 0
+    for ids in token_stream(open_documents(source, text_field, split).train(), tokenizer):
+        occurs[ids] = True
+        seen += len(ids)
+        if seen >= most:
+            break
+    return occurs
+
+
+def count_bytes(ids: Int[NDArray[np.int32], "block position"], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Bytes of UTF-8 text that the tokens after the first of each block stand for; special tokens have none.
+
+    A character whose bytes are cut by the edge of a block is off by some bytes.
+    """
+
+    def total(rows: Int[NDArray[np.int32], "block position"]) -> int:
+        texts = tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return sum(len(text.encode("utf-8", errors="replace")) for text in texts)
+
+    return total(ids) - total(ids[:, :1])
+
+
+def _with_documents(blocks: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Contiguous blocks with the number of each token's document, if the tokenizer has a token between documents.
+
+    The separator belongs to the document before it.
+    """
+    if tokenizer.eos_token_id is None:
+        return blocks
+    ends = _column(blocks, "input_ids").ravel() == int(tokenizer.eos_token_id)
+    numbers = np.cumsum(ends) - ends
+    return blocks.add_column("document", list(numbers.reshape(len(blocks), -1)))
+
+
+def _column(blocks: Dataset, name: str) -> NDArray[Any]:
+    return np.asarray(blocks.with_format("numpy")[name][:])
+
+
+def _separator(tokenizer: PreTrainedTokenizerBase) -> str:
+    if tokenizer.eos_token_id is None:
+        return "none"
+    return f"{tokenizer.eos_token} (id {tokenizer.eos_token_id}) after each document, predicted like any other token"

@@ -1,0 +1,291 @@
+"""Benchmarks through lm-eval: HellaSwag, LAMBADA, WikiText from local files, and whatever task it has."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib import resources
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from unnorm.errors import UnnormError, short
+from unnorm.evaluation.benchmarks import READERS
+from unnorm.evaluation.intervals import Interval, bootstrap_interval, paired_share_interval, share_interval
+from unnorm.evaluation.metrics import Watch
+from unnorm.evaluation.results import Score
+
+LOCAL = "local_"
+"""What the names of the tasks in `tasks/` begin with."""
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One lm-eval task, ready to run, and the items of it that are evaluated.
+
+    Attributes:
+        name: lm-eval's name of it.
+        task: lm-eval's object.
+        source: the local file, or `hub`.
+        items: numbers of the chosen items, in order.
+        of: how many there are.
+        seed: that they were drawn with.
+    """
+
+    name: str
+    task: Any
+    source: str
+    items: tuple[int, ...]
+    of: int
+    seed: int
+
+    @property
+    def requests(self) -> int:
+        """Sequences that a model scores, about."""
+        doc = self.task.eval_docs[self.items[0]]
+        choices = len(self.task.doc_to_choice(doc)) if self.task.OUTPUT_TYPE == "multiple_choice" else 1
+        return choices * len(self.items)
+
+    def protocol(self) -> dict[str, Any]:
+        """What was run, as plain values."""
+        return {
+            "task": self.name,
+            "source": self.source,
+            "items": len(self.items),
+            "of": self.of,
+            "seed": self.seed if len(self.items) < self.of else None,
+            "fewshot": int(self.task.config.num_fewshot or 0),
+            "harness": f"lm-eval {version('lm_eval')}",
+        }
+
+
+def open_benchmarks(names: Sequence[str], files: dict[str, str], most: int | None, seed: int) -> list[Benchmark]:
+    """Load tasks, from local files where there are, else from the hub.
+
+    Args:
+        names: lm-eval's names; a group gives all of its tasks.
+        files: local file of a benchmark, by its name.
+        most: items of each at most, drawn at random; None for all.
+        seed: of that draw.
+
+    Raises:
+        UnnormError: lm-eval is not installed, has no such task, or its data can't be read.
+    """
+    if not names:
+        return []
+    if find_spec("lm_eval") is None:
+        raise UnnormError(
+            f"The benchmarks ({', '.join(names)}) need lm-eval. Install it with: pip install 'unnorm[eval]', "
+            "or leave them out with --tasks none."
+        )
+    for name in files:
+        READERS[name](**{name: files[name]})  # Refused here by its own message, and not in the middle of lm-eval.
+    return [
+        Benchmark(name, task, files.get(name, "hub"), _draw(len(task.eval_docs), most, seed), len(task.eval_docs), seed)
+        for asked in names
+        for name, task in _load(asked, files).items()
+    ]
+
+
+def run_benchmark(
+    benchmark: Benchmark,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    context: int,
+    batch_size: int = 4,
+    watch: Watch | None = None,
+) -> list[Score]:
+    """Every metric of one benchmark, as lm-eval gives it.
+
+    Args:
+        benchmark: what to run.
+        model: in evaluation mode.
+        tokenizer: its tokenizer.
+        name: stands in the scores.
+        context: tokens that the model sees at most; longer requests lose their beginning.
+        batch_size: sequences in one forward pass.
+        watch: called with `{"kind": "progress", "tokens": requests so far}`.
+
+    Raises:
+        UnnormError: the benchmark can't be run with this model.
+    """
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    lm = _language_model(model, tokenizer, context, batch_size, watch)
+    try:
+        results = simple_evaluate(
+            model=lm,
+            tasks=[benchmark.task],
+            samples={benchmark.task.task_name: list(benchmark.items)},
+            bootstrap_iters=0,
+            log_samples=True,
+            task_manager=TaskManager(include_defaults=False),  # The task is loaded; finding all others takes seconds.
+        )
+    except UnnormError:
+        raise
+    except Exception as error:
+        raise UnnormError(f"lm-eval could not run '{benchmark.name}' on '{name}': {short(error)}") from error
+    task = benchmark.task.task_name
+    found = results["results"][task]
+    better = results.get("higher_is_better", {}).get(task, {})
+    samples = [row for row in results["samples"][task] if row["filter"] == results["samples"][task][0]["filter"]]
+    scores = []
+    for key, value in found.items():
+        metric, _, of_filter = key.partition(",")
+        if not of_filter or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        values = {int(row["doc_id"]): row[metric] for row in samples if metric in row}
+        ci, single = _interval(values, float(value))
+        scores.append(
+            Score(
+                model=name,
+                task=benchmark.name,
+                metric=metric,
+                value=float(value),
+                ci=ci,
+                items=len(benchmark.items),
+                of=benchmark.of,
+                higher_is_better=better.get(metric),
+                truncated=lm.truncated,
+                item_values=single,
+            )
+        )
+    return scores
+
+
+def against(score: Score, original: Score) -> Score:
+    """The score with its difference from the original's on the same items.
+
+    Raises:
+        UnnormError: they share no item.
+    """
+    if not score.item_values or not original.item_values:
+        return replace(score, difference=score.value - original.value)
+    shared = sorted(score.item_values.keys() & original.item_values.keys())
+    if not shared:
+        raise UnnormError(
+            f"'{score.model}' and '{original.model}' have no item of '{score.task}' in common, so that there is no "
+            "difference to give. Evaluate them anew, with one --items and --seed."
+        )
+    changes = [score.item_values[i] - original.item_values[i] for i in shared]
+    found = paired_share_interval if set(changes) <= {-1.0, 0.0, 1.0} else bootstrap_interval
+    return replace(score, difference=float(np.mean(changes)), difference_ci=found(changes))
+
+
+def _draw(of: int, most: int | None, seed: int) -> tuple[int, ...]:
+    if most is None or most >= of:
+        return tuple(range(of))
+    return tuple(sorted(np.random.default_rng(seed).choice(of, most, replace=False).tolist()))
+
+
+def _load(name: str, files: dict[str, str]) -> dict[str, Any]:
+    """lm-eval's tasks for one name, by the name that is shown."""
+    _silence()
+    from lm_eval.tasks import TaskManager
+
+    if name in files:
+        where = resources.files("unnorm.evaluation") / "tasks"
+        manager = TaskManager(include_path=str(where), include_defaults=False, metadata={name: files[name]})
+        return {name: manager.load(LOCAL + name)["tasks"][LOCAL + name]}
+    manager = _all_tasks()
+    if name not in manager.all_tasks:
+        raise UnnormError(
+            f"lm-eval has no task '{name}'. `lm_eval ls tasks` lists what it has; --tasks takes several, with commas."
+        )
+    try:
+        return dict(manager.load(name)["tasks"])
+    except Exception as error:
+        local = f"give its file with --data {name}=PATH, or " if name in READERS else ""
+        raise UnnormError(
+            f"The data of the benchmark '{name}' can't be had from the hub ({short(error).rstrip('.')}). "
+            f"Go online, {local}leave benchmarks out with --tasks none."
+        ) from error
+
+
+@lru_cache(maxsize=1)
+def _all_tasks() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def _silence() -> None:
+    # What it says of every choice that is made here; what matters (cut requests) is counted instead.
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def _language_model(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: int, batch_size: int, watch: Watch | None
+) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    class Watched(HFLM):
+        """lm-eval's own model, which counts what it cuts and tells how far it is."""
+
+        truncated = 0
+        seen = 0
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: Any = None) -> Any:
+            longest = max(len(continuation) for _, _, continuation in requests)
+            if longest > context:
+                raise UnnormError(
+                    f"A continuation of {longest} tokens is longer than the context of {context}. "
+                    "Leave this benchmark out for this model (--tasks)."
+                )
+            self.truncated += sum(len(start or []) + len(rest) > context + 1 for _, start, rest in requests)
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
+        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+            logits = super()._model_call(inps, *args, **kwargs)
+            self.seen += len(inps)
+            if watch is not None:
+                watch({"kind": "progress", "tokens": self.seen})
+            return logits
+
+    return Watched(
+        pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, max_length=context, dtype=None
+    )
+
+
+def _interval(values: dict[int, Any], reported: float) -> tuple[Interval | None, dict[int, float]]:
+    """95% interval of a metric from its values by item; and these, if the metric is their mean.
+
+    Which aggregation lm-eval used is told by what gives the number that it reports.
+    """
+    rows = list(values.values())
+    if not rows:
+        return None, {}
+    if all(isinstance(row, int | float) for row in rows):
+        mean = float(np.mean(rows))
+        if math.isclose(mean, reported, rel_tol=1e-9, abs_tol=1e-12):
+            single = {item: float(value) for item, value in values.items()}
+            shares = set(single.values()) <= {0.0, 1.0}
+            return share_interval(sum(rows), len(rows)) if shares else bootstrap_interval(rows), single
+        if _same(math.exp(min(-mean, 700)), reported):
+            low, high = bootstrap_interval([-row for row in rows])
+            return (math.exp(min(low, 700)), math.exp(min(high, 700))), {}
+    elif all(isinstance(row, tuple | list) and len(row) == 2 for row in rows):
+        sums, weights = np.array([(-total, weight) for total, weight in rows], dtype=np.float64).T
+        mean = float(sums.sum() / weights.sum())
+        low, high = bootstrap_interval(sums, weights)
+        if _same(math.exp(min(mean, 700)), reported):
+            return (math.exp(min(low, 700)), math.exp(min(high, 700))), {}
+        if _same(mean / math.log(2), reported):
+            return (low / math.log(2), high / math.log(2)), {}
+    return None, {}
+
+
+def _same(a: float, b: float) -> bool:
+    return math.isclose(a, b, rel_tol=1e-9)

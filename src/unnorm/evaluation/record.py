@@ -1,0 +1,92 @@
+"""Measurements on disk, each written when it is made, so that an interrupted evaluation goes on."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from unnorm.checkpoint import write_text
+from unnorm.errors import UnnormError
+from unnorm.evaluation.results import Results
+
+MEASUREMENTS, RESULTS, PAGE = "measurements", "evaluation.json", "evaluation.html"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Record:
+    """Where measurements are kept; nowhere without a directory."""
+
+    directory: Path | None
+
+    @classmethod
+    def open(cls, directory: str | Path | None) -> "Record":
+        """The record in a directory, new or begun before.
+
+        Raises:
+            UnnormError: something else is there.
+        """
+        if directory is None:
+            return cls(None)
+        path = Path(directory).expanduser()
+        if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / MEASUREMENTS).is_dir())):
+            raise UnnormError(f"'{path}' holds something else than an evaluation. Choose another --out.")
+        above = next(parent for parent in path.absolute().parents if parent.exists())
+        if not above.is_dir():
+            raise UnnormError(f"'{path}' can't be made: '{above}' is a file. Choose another --out.")
+        return cls(path)
+
+    def recall(self, kind: type[T], key: dict[str, Any], measure: Callable[[], T]) -> T:
+        """What was measured before under the same key, else what `measure` gives, which is written at once.
+
+        Args:
+            kind: dataclass of the measurement, or a list of one.
+            key: all that the measurement depends on, as plain values.
+            measure: makes it.
+        """
+        if self.directory is None:
+            return measure()
+        path = self.directory / MEASUREMENTS / f"{_slug(key)}.json"
+        known = _read(path, kind, key)
+        if known is not None:
+            return known
+        measured = measure()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UnnormError(f"Could not write to '{self.directory}': {error}.") from error
+        # Under another name first: a file that was cut off in the middle must not be taken for a measurement.
+        part = path.with_suffix(".part")
+        write_text(part, json.dumps({"key": key, "measured": TypeAdapter(kind).dump_python(measured, mode="json")}))
+        part.replace(path)
+        return measured
+
+    def conclude(self, results: Results) -> None:
+        """Write the results and the page."""
+        if self.directory is None:
+            return
+        from unnorm.report.evaluation_page import render_evaluation
+
+        write_text(self.directory / RESULTS, json.dumps(results.to_json(), indent=2))
+        write_text(self.directory / PAGE, render_evaluation(results))
+
+
+def _read(path: Path, kind: type[T], key: dict[str, Any]) -> T | None:
+    """The measurement in a file, if there is one of this key; one that is damaged is made again."""
+    try:
+        found = json.loads(path.read_text())
+        return TypeAdapter(kind).validate_python(found["measured"]) if found["key"] == key else None
+    except (OSError, ValueError, KeyError, TypeError, ValidationError):
+        return None
+
+
+def _slug(key: dict[str, Any]) -> str:
+    """A file name that a person can tell, and no two keys share."""
+    words = "--".join(re.sub(r"[^\w.-]+", "_", str(key[name])).strip("_.")[-40:] for name in ("model", "on"))
+    return f"{words}--{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"

@@ -1,0 +1,187 @@
+"""What an evaluation gives: numbers of each model on each corpus and benchmark, as plain values too."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import PurePath
+from typing import Any, overload
+
+from unnorm.evaluation.comparison import Comparison
+from unnorm.evaluation.intervals import Interval
+from unnorm.evaluation.metrics import CalibrationBin
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on one corpus. Losses, divergences and entropies are in nats per token.
+
+    Attributes:
+        model: its name.
+        data: the corpus.
+        loss: of the next token.
+        loss_ci: 95% confidence interval of the loss, by bootstrap over documents or blocks (`interval_over`).
+        perplexity: exp(loss).
+        tokens: predicted tokens.
+        context: tokens in a block; each block is evaluated on its own.
+        kl: KL(original || model), or None without an original.
+        jsd: Jensen-Shannon divergence to the original, at most log 2.
+        top1_agreement: share of tokens where both have the same most likely next token.
+        position_loss: mean loss at each predicted position, context - 1 of them.
+        top5_agreement: share of the original's five likeliest tokens that are among the model's five.
+        bits_per_byte: loss in bits per byte of text, or None where the bytes are not known.
+        entropy: of the predicted distribution.
+        entropy_difference: the model's entropy less the original's.
+        ece: expected calibration error of the most likely token, 0 to 1.
+        calibration: its bins.
+        difference: the model's loss less the original's on the same tokens.
+        difference_ci: 95% confidence interval of that, paired: by bootstrap over the units' differences.
+        interval_over: what intervals are over, `documents` or `blocks`.
+        units: how many of them.
+        unit_losses: sum of the losses in each.
+        unit_tokens: predicted tokens in each.
+        comparison: model and original token by token, for the page.
+    """
+
+    model: str
+    data: str
+    loss: float
+    loss_ci: Interval
+    perplexity: float
+    tokens: int
+    context: int
+    kl: float | None
+    jsd: float | None
+    top1_agreement: float | None
+    position_loss: tuple[float, ...]
+    top5_agreement: float | None = None
+    bits_per_byte: float | None = None
+    entropy: float | None = None
+    entropy_difference: float | None = None
+    ece: float | None = None
+    calibration: tuple[CalibrationBin, ...] = ()
+    difference: float | None = None
+    difference_ci: Interval | None = None
+    interval_over: str = "blocks"
+    units: int = 0
+    unit_losses: tuple[float, ...] = field(default=(), repr=False)
+    unit_tokens: tuple[int, ...] = field(default=(), repr=False)
+    comparison: Comparison | None = field(default=None, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, without the losses of single units and tokens."""
+        values = asdict(self)
+        for key in ("unit_losses", "unit_tokens", "comparison"):
+            del values[key]
+        return values
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one model on one benchmark.
+
+    Attributes:
+        model: its name.
+        task: lm-eval's name of the benchmark.
+        metric: lm-eval's name of the metric.
+        value: as lm-eval reports it.
+        ci: 95% confidence interval over items; None where lm-eval gives no value for each item.
+        items: how many were evaluated.
+        of: how many there are.
+        higher_is_better: whether it is, or None where lm-eval does not say.
+        truncated: requests that lost their beginning, being longer than the context.
+        difference: the value less the original's on the same items.
+        difference_ci: 95% confidence interval of that, paired; for perplexities none is given.
+        item_values: what each item adds to the metric, by its number in the benchmark.
+    """
+
+    model: str
+    task: str
+    metric: str
+    value: float
+    ci: Interval | None
+    items: int
+    of: int
+    higher_is_better: bool | None = None
+    truncated: int = 0
+    difference: float | None = None
+    difference_ci: Interval | None = None
+    item_values: dict[int, float] = field(default_factory=dict, repr=False)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, without those of single items."""
+        values = asdict(self)
+        del values["item_values"]
+        return values
+
+
+@dataclass(frozen=True)
+class Results(Sequence[Evaluation]):
+    """Every model on every corpus, in that order; a sequence of `Evaluation`.
+
+    Attributes:
+        evaluations: one for each model and corpus.
+        original: the original's own on each corpus; empty without one.
+        scores: one for each model, benchmark and metric.
+        protocol: what was evaluated on what and how, as plain values.
+    """
+
+    evaluations: tuple[Evaluation, ...]
+    original: tuple[Evaluation, ...]
+    scores: tuple[Score, ...]
+    protocol: dict[str, Any]
+
+    @overload
+    def __getitem__(self, index: int) -> Evaluation: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Evaluation]: ...
+    def __getitem__(self, index: int | slice) -> Evaluation | Sequence[Evaluation]:
+        return self.evaluations[index]
+
+    def __len__(self) -> int:
+        return len(self.evaluations)
+
+    def __iter__(self) -> Iterator[Evaluation]:
+        return iter(self.evaluations)
+
+    @property
+    def rows(self) -> list[Evaluation]:
+        """The original's, then every model's; where the original is one of the models, once."""
+        once: dict[tuple[str, str], Evaluation] = {}
+        for row in (*self.original, *self.evaluations):
+            once.setdefault((row.model, row.data), row)
+        return list(once.values())
+
+    @property
+    def short_names(self) -> dict[str, str]:
+        """Every model by its name and as tables show it: of a path as little of its end as tells it from the others."""
+        rows = [*self.original, *self.evaluations, *self.scores]
+        names = list(dict.fromkeys(row.model for row in rows))
+        parts = {name: PurePath(name).parts for name in names}
+        shorts = {}
+        for name in names:
+            others = [parts[other] for other in names if other != name]
+            lengths = (n for n in range(1, len(parts[name])) if all(parts[name][-n:] != other[-n:] for other in others))
+            is_path = len(parts[name]) != 2 or name.startswith((".", "/", "~"))
+            shorts[name] = "/".join(parts[name][-next(lengths, len(parts[name])) :]) if is_path else name
+        return shorts
+
+    def with_short_names(self) -> "Results":
+        """The same, with models called by their short names."""
+        short = self.short_names
+        protocol = dict(self.protocol)
+        for key in ("models", "original"):
+            protocol[key] = {short.get(name, name): digest for name, digest in (protocol.get(key) or {}).items()}
+        return Results(
+            tuple(replace(row, model=short[row.model]) for row in self.evaluations),
+            tuple(replace(row, model=short[row.model]) for row in self.original),
+            tuple(replace(score, model=short[score.model]) for score in self.scores),
+            protocol,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values: what `unnorm evaluate --json` prints."""
+        return {
+            "results": [row.to_json() for row in self.evaluations],
+            "original": [row.to_json() for row in self.original],
+            "tasks": [score.to_json() for score in self.scores],
+            "protocol": self.protocol,
+        }

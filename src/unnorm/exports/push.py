@@ -1,0 +1,145 @@
+"""`unnorm push`: the LN-free model of a finished run, with its card, to a repository on the Hugging Face hub."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from unnorm.checkpoint import MODEL, load_sites
+from unnorm.errors import UnnormError, short
+
+CARD = "README.md"
+_RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """What was uploaded, and where it is now.
+
+    Attributes:
+        repo: the repository's full name.
+        url: its page.
+        files: paths in it, sorted.
+        private: whether it was asked to be private.
+    """
+
+    repo: str
+    url: str
+    files: tuple[str, ...]
+    private: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return asdict(self)
+
+
+def push(directory: str | Path, repo: str, *, private: bool = False, token: str | None = None) -> Pushed:
+    """Upload `model/` of a run to the hub; the repository is made if it is not there.
+
+    Args:
+        directory: a finished run whose proof passed.
+        repo: `owner/name`, or `name` for one of your own.
+        private: make a new repository private.
+        token: with the right to write; by default that of `HF_TOKEN` or of `hf auth login`.
+
+    Raises:
+        UnnormError: the run is not finished or its proof failed, the card is damaged, there is no token, or the hub
+            can't be reached or refuses.
+    """
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    folder = check_run(Path(directory).expanduser())
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UnnormError(f"'{repo}' can't be a repository's name: give OWNER/NAME. {short(error)}") from error
+    known = token or huggingface_hub.get_token()
+    if not known:
+        raise UnnormError(
+            "There is no token to write to the hub with. Make one at https://huggingface.co/settings/tokens, then "
+            "run `hf auth login`, set HF_TOKEN, or give it with --token."
+        )
+    files = tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
+    api = huggingface_hub.HfApi(token=known)
+    try:
+        made = api.create_repo(repo, private=private, exist_ok=True, repo_type="model")
+        full = made.repo_id
+        api.upload_folder(
+            repo_id=full,
+            folder_path=str(folder),
+            repo_type="model",
+            commit_message="LN-free model made with unnorm",
+        )
+    except Exception as error:
+        raise UnnormError(_why(repo, error)) from error
+    return Pushed(full, str(made), files, private)
+
+
+def check_run(directory: Path) -> Path:
+    """The folder to upload, of a run that is fit to be published.
+
+    Raises:
+        UnnormError: what is missing or wrong, and how to mend it.
+    """
+    load_sites(directory)
+    try:
+        result = json.loads((directory / _RESULT).read_text())
+    except (OSError, ValueError) as error:
+        raise UnnormError(
+            f"The run in '{directory}' is not finished: there is no {_RESULT} that can be read. Finish it with: "
+            f"unnorm remove --resume --out {directory}"
+        ) from error
+    if not result.get("verified"):
+        raise UnnormError(
+            f"The proof of the run in '{directory}' did not pass, so that it is not published: see unnorm verify "
+            f"{directory}"
+        )
+    folder = directory / MODEL
+    lacking = [name for name in ("config.json", "modeling_unnorm.py", CARD) if not (folder / name).is_file()]
+    lacking += [] if any(folder.glob("*.safetensors")) else ["the weights"]
+    if lacking:
+        raise UnnormError(f"'{folder}' lacks {', '.join(lacking)}. Do the run again, or copy it again.")
+    check_card(folder / CARD)
+    return folder
+
+
+def check_card(path: Path) -> None:
+    """Whether the hub can read the card's front matter.
+
+    Raises:
+        UnnormError: there is none, or it is no YAML mapping with what a model needs.
+    """
+    text = path.read_text(encoding="utf-8")
+    opening, _, rest = text.partition("---\n")
+    block, closing, body = rest.partition("\n---\n")
+    remedy = "Write it anew, between two lines of three hyphens at the top of the card."
+    if opening or not closing or not body.strip():
+        raise UnnormError(f"'{path}' has no front matter, or nothing after it. {remedy}")
+    try:
+        values = yaml.safe_load(block)
+    except yaml.YAMLError as error:
+        raise UnnormError(
+            f"The front matter of '{path}' is no YAML ({' '.join(str(error).split())}). {remedy}"
+        ) from error
+    needed = {"library_name": str, "pipeline_tag": str, "tags": list}
+    wrong = [
+        key for key, kind in needed.items() if not isinstance(values, dict) or not isinstance(values.get(key), kind)
+    ]
+    if wrong:
+        raise UnnormError(f"The front matter of '{path}' lacks {', '.join(wrong)}. {remedy}")
+
+
+def _why(repo: str, error: Exception) -> str:
+    """What went wrong on the way to the hub, in the user's terms."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return f"The hub does not know the token ({short(error)}). Make a new one and run `hf auth login` again."
+    if status in (403, 404):
+        return f"The token may not write to '{repo}' ({short(error)}). Give one that has the right, or another REPO."
+    if status is not None:
+        return f"The hub refused the upload to '{repo}' ({short(error)}). Try again later."
+    return f"The hub could not be reached, so that nothing was published ({short(error)}). Go online and try again."

@@ -1,0 +1,107 @@
+"""What all figures are drawn with: colours, panels, axes."""
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from unnorm.report.numbers import finite
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+# Light colour -> dark colour. The page replaces these exact strings, so figures use no others.
+ACCENT, INK, SOFT, RULE = "#0a6c74", "#24292e", "#6f777e", "#dfe2e4"
+RUST, PLUM, OLIVE = "#a8481f", "#7a3e9d", "#7c7a12"
+DARK_COLOURS = {
+    ACCENT: "#54bfc4",
+    INK: "#e4e6e8",
+    SOFT: "#979fa6",
+    RULE: "#33383d",
+    RUST: "#f0a070",
+    PLUM: "#c9a0e6",
+    OLIVE: "#c8c35a",
+}
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers from `low` to `high`: 1, 2 and 5 of each decade, or powers of ten over many decades."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    digits = (1, 2, 5) if len(decades) <= 4 else (1,)
+    return [digit * 10.0**decade for decade in decades for digit in digits]
+
+
+def draw_line(
+    figure: "Figure", panel: int, x: Iterable[float], y: list[float], name: str, colour: str, dash: str
+) -> None:
+    """Add a line to a panel."""
+    line = {"color": colour, "width": 1.8, "dash": dash}
+    figure.add_scatter(x=list(x), y=y, name=name, mode="lines", line=line, hovertemplate="%{y:.4f}", row=panel, col=1)
+
+
+def panels(heights: list[float]) -> "Figure":
+    """Panels below each other on one axis, their heights as shares of 1."""
+    from plotly.subplots import make_subplots
+
+    figure = make_subplots(
+        rows=len(heights), cols=1, shared_xaxes=True, row_heights=heights, vertical_spacing=0.2 / (1 + len(heights))
+    )
+    figure.update_layout(hovermode="x")
+    return figure
+
+
+def name_panel(figure: "Figure", panel: int, title: str) -> None:
+    """A title over a panel."""
+    # Above the panel and not along the axis: that is read without turning one's head and leaves phones their width.
+    axis = "" if panel == 1 else str(panel)
+    figure.add_annotation(
+        text=title,
+        x=0,
+        y=1,
+        xref="paper",
+        yref=f"y{axis} domain",
+        xanchor="left",
+        yanchor="bottom",
+        yshift=5,
+        showarrow=False,
+        font={"color": INK, "size": 13},
+    )
+
+
+def log_axis(figure: "Figure", panel: int, values: Iterable[float]) -> None:
+    """Make a panel's axis logarithmic, with round ticks around the values."""
+    positive = [v for v in values if finite(v) is not None and v > 0]
+    if not positive:
+        return
+    low, high = min(positive) / 1.15, max(positive) * 1.15
+    ticks = log_ticks(low, high)
+    axis = figure.layout["yaxis" if panel == 1 else f"yaxis{panel}"]
+    axis.update(
+        type="log",
+        range=[math.log10(low), math.log10(high)],
+        tickmode="array",
+        tickvals=ticks,
+        ticktext=[f"{tick:g}" for tick in ticks],
+    )
+
+
+def finish(figure: "Figure", height: int, x_title: str) -> "Figure":
+    """The look that all figures share; the page draws the legend, so that it wraps like text."""
+    # Of plotly's own template nothing is wanted: empty, it also leaves the page smaller.
+    figure.update_layout(
+        template="none",
+        height=height,
+        showlegend=False,
+        margin={"l": 48, "r": 8, "t": 28, "b": 44},
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        font={"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12, "color": SOFT},
+        hoverlabel={"font": {"size": 12}},
+        dragmode=False,
+    )
+    figure.update_xaxes(
+        showgrid=False, zeroline=False, linecolor=RULE, showline=True, tickcolor=RULE, ticks="outside", automargin=True
+    )
+    figure.update_yaxes(gridcolor=RULE, zeroline=False, automargin=True)
+    last = max(axis for axis in figure.layout if axis.startswith("xaxis"))
+    figure.layout[last].title = {"text": x_title, "standoff": 8}
+    return figure

@@ -1,0 +1,124 @@
+"""The page of an evaluation: models side by side, and each token by token against the original."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from unnorm.evaluation.results import Evaluation, Results, Score
+from unnorm.report import evaluation_figures as figures
+from unnorm.report.comparison import make_pair, pair_variables, script_json
+from unnorm.report.drawing import DARK_COLOURS
+from unnorm.report.numbers import MISSING, count, fixed, interval, percent, significant
+from unnorm.report.templates import environment
+
+
+def render_evaluation(results: Results) -> str:
+    """The whole HTML page, self-contained: scripts and styles are in it, and it loads nothing from the network."""
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    results = results.with_short_names()
+    rows = results.rows
+    original = next(iter(results.protocol.get("original") or {}), None)
+    style = figures.styles([row.model for row in rows], original)
+    drawn = {"positions": figures.position_figure(rows, style), "calibration": figures.calibration_figure(rows, style)}
+    kept = {name: figure for name, figure in drawn.items() if figure is not None}
+    pairs = [make_pair(f"{row.model} on {row.data}", row.comparison) for row in rows if row.comparison is not None]
+    return (
+        environment()
+        .get_template("evaluation.html")
+        .render(
+            title=headline(results, original),
+            rows=[_row(row, original) for row in rows],
+            scores=[_score(score, original) for score in results.scores],
+            style=style,
+            original=original,
+            heights={name: int(figure.layout.height) for name, figure in kept.items()},
+            protocol=_protocol(results.protocol),
+            plotly=Markup(get_plotlyjs()) if kept or pairs else "",
+            specs=Markup(script_json({name: json.loads(str(figure.to_json())) for name, figure in kept.items()})),
+            dark=Markup(script_json(DARK_COLOURS)),
+            **pair_variables(pairs),
+        )
+    )
+
+
+def headline(results: Results, original: str | None) -> str:
+    """Which models on what."""
+    models = list(dict.fromkeys([*(row.model for row in results), *(score.model for score in results.scores)]))
+    others = [name for name in models if name != original]
+    named = ", ".join(others[:-1]) + " and " + others[-1] if len(others) > 1 else "".join(others or models)
+    return named if original is None or not others else f"{named} against {original}"
+
+
+def _row(row: Evaluation, original: str | None) -> dict[str, Any]:
+    has_interval = row.units > 1
+    return {
+        "model": row.model,
+        "is_original": row.model == original,
+        "data": row.data,
+        "loss": fixed(row.loss),
+        "interval": interval(row.loss_ci) if has_interval else MISSING,
+        "difference": fixed(row.difference, sign=True),
+        "difference_interval": _signed(row.difference_ci) if has_interval else MISSING,
+        "resolved": row.difference_ci is not None and not row.difference_ci[0] <= 0 <= row.difference_ci[1],
+        "perplexity": fixed(row.perplexity, 2),
+        "bits_per_byte": fixed(row.bits_per_byte),
+        "kl": significant(row.kl),
+        "jsd": significant(row.jsd),
+        "top1": percent(row.top1_agreement),
+        "top5": percent(row.top5_agreement),
+        "entropy": fixed(row.entropy, 3),
+        "entropy_difference": fixed(row.entropy_difference, 3, sign=True),
+        "ece": fixed(row.ece),
+    }
+
+
+def _score(score: Score, original: str | None) -> dict[str, Any]:
+    small = abs(score.value) < 1e4
+    shown = (lambda value: fixed(value, 4)) if small else (lambda value: significant(value))
+    return {
+        "model": score.model,
+        "is_original": score.model == original,
+        "task": score.task,
+        "metric": score.metric,
+        "value": shown(score.value),
+        "interval": MISSING if score.ci is None else f"{shown(score.ci[0])} to {shown(score.ci[1])}",
+        "difference": fixed(score.difference, sign=True) if small else significant(score.difference),
+        "difference_interval": _signed(score.difference_ci),
+        "count": f"{count(score.items)} of {count(score.of)}",
+    }
+
+
+def _signed(ends: Sequence[float] | None) -> str:
+    return MISSING if ends is None else f"{fixed(ends[0], sign=True)} to {fixed(ends[1], sign=True)}"
+
+
+def _protocol(protocol: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and words of how it was measured."""
+    rows = []
+    for corpus in protocol.get("corpora", []):
+        rows += [
+            (
+                str(corpus["corpus"]),
+                f"{corpus['source']}; held out: {corpus['held_out']}. {count(corpus['blocks'])} blocks of "
+                f"{count(corpus['context'])} tokens, stride {count(corpus['stride'])}, evenly out of "
+                f"{count(corpus['blocks_read'])}: {count(corpus['predicted_tokens'])} predicted tokens, "
+                f"{count(corpus['bytes'])} bytes of text. Separator: {corpus['separator']}. The first token "
+                f"{corpus['first_token']}. Intervals are over {count(corpus['units'])} {corpus['interval_over']}. "
+                f"SHA-256 of the token ids: {corpus['tokens_sha256']}.",
+            )
+        ]
+    for task in protocol.get("tasks", []):
+        drawn = "" if task["seed"] is None else f", drawn with seed {task['seed']}"
+        rows += [
+            (
+                str(task["task"]),
+                f"{task['source']}; {count(task['items'])} of {count(task['of'])} items{drawn}, "
+                f"{task['fewshot']} shots, {task['harness']}, context {count(protocol.get('context'))}.",
+            )
+        ]
+    rows += [("intervals", f"{protocol.get('interval')}")]
+    rows += [("weights, SHA-256", ", ".join(f"{name} {digest}" for name, digest in protocol.get("models", {}).items()))]
+    versions = ", ".join(f"{name} {number}" for name, number in protocol.get("versions", {}).items())
+    return [*rows, ("run", f"{protocol.get('dtype')} on {protocol.get('device')}; {versions}")]

@@ -1,0 +1,166 @@
+"""The model card, and `unnorm push` against a stand-in of the hub's client."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import huggingface_hub
+import pytest
+import yaml
+
+from tests.conftest import Cli
+from unnorm.checkpoint import load_sites
+from unnorm.errors import UnnormError
+from unnorm.exports.push import check_card, push
+from unnorm.report import render_card
+
+
+class Hub:
+    """What was asked of the client, and repositories as folders."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.calls = root, []  # type: ignore[var-annotated]
+        self.error: Exception | None = None
+
+    def client(self, token: str) -> SimpleNamespace:
+        return SimpleNamespace(
+            create_repo=lambda repo, **options: self.create(token, repo, **options), upload_folder=self.upload
+        )
+
+    def create(
+        self, token: str, repo: str, *, private: bool, exist_ok: bool, repo_type: str
+    ) -> huggingface_hub.RepoUrl:
+        self.calls.append((token, repo, private, exist_ok, repo_type))
+        if self.error is not None:
+            raise self.error
+        full = repo if "/" in repo else f"me/{repo}"
+        return huggingface_hub.RepoUrl(f"https://huggingface.co/{full}")
+
+    def upload(self, *, repo_id: str, folder_path: str, repo_type: str, commit_message: str) -> None:
+        assert repo_type == "model" and commit_message
+        shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    stand_in = Hub(tmp_path / "hub")
+    monkeypatch.setattr(huggingface_hub, "HfApi", stand_in.client)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "from-login")
+    return stand_in
+
+
+@pytest.fixture
+def run(tmp_path: Path, finished_run: Path) -> Path:
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+def refusal(*arguments: Any, **options: Any) -> str:
+    with pytest.raises(UnnormError) as caught:
+        push(*arguments, **options)
+    return str(caught.value)
+
+
+def test_uploads_the_model_as_it_is(hub: Hub, run: Path, cli: Cli) -> None:
+    result = cli("push", run, "me/twin", "--private", "--json")
+    assert result.code == 0, result.err
+    values = json.loads(result.out)
+    assert (values["repo"], values["url"]) == ("me/twin", "https://huggingface.co/me/twin")
+    assert hub.calls == [("from-login", "me/twin", True, True, "model")]
+    there, here = hub.root / "me/twin", run / "model"
+    assert set(values["files"]) == {path.name for path in here.iterdir()} == {path.name for path in there.iterdir()}
+    assert {"README.md", "config.json", "model.safetensors", "modeling_unnorm.py"} <= set(values["files"])
+    assert all((there / name).read_bytes() == (here / name).read_bytes() for name in values["files"])
+
+
+def test_token_given_and_name_without_owner(hub: Hub, run: Path) -> None:
+    assert push(run, "twin", token="given").repo == "me/twin"
+    assert hub.calls[0][:2] == ("given", "twin")
+
+
+def test_without_a_token(hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    text = refusal(run, "me/twin")
+    assert "no token" in text and "hf auth login" in text and "--token" in text
+    assert hub.calls == []
+
+
+def failed(status: int) -> Exception:
+    error = RuntimeError("said the hub")
+    error.response = SimpleNamespace(status_code=status)  # type: ignore[attr-defined]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ConnectionError("no route"), "could not be reached"),
+        (huggingface_hub.errors.OfflineModeIsEnabled("offline mode"), "could not be reached"),
+        (failed(401), "does not know the token"),
+        (failed(403), "may not write to 'me/twin'"),
+        (failed(500), "refused the upload"),
+    ],
+)
+def test_what_the_hub_may_answer(hub: Hub, run: Path, error: Exception, expected: str) -> None:
+    hub.error = error
+    assert expected in refusal(run, "me/twin")
+
+
+def test_only_finished_and_proved_runs(hub: Hub, run: Path, tmp_path: Path) -> None:
+    assert "can't be a repository's name" in refusal(run, "a/b/c")
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps(result | {"verified": False}))
+    assert "did not pass" in refusal(run, "me/twin")
+    (run / "result.json").unlink()
+    assert "unnorm remove --resume --out" in refusal(run, "me/twin")
+    assert "holds no finished run" in refusal(tmp_path, "me/twin")
+    assert hub.calls == []
+
+
+@pytest.mark.parametrize(
+    ("edit", "expected"),
+    [
+        (lambda text: text.partition("---\n")[2], "has no front matter"),
+        (lambda text: text.replace("tags:", "tags: [oops"), "is no YAML"),
+        (lambda text: text.replace("pipeline_tag", "pipe"), "lacks pipeline_tag"),
+        (lambda text: text[: text.index("\n# ")], "nothing after it"),
+    ],
+)
+def test_card_is_checked(hub: Hub, run: Path, edit: Callable[[str], str], expected: str) -> None:
+    card = run / "model/README.md"
+    card.write_text(edit(card.read_text()))
+    assert expected in refusal(run, "me/twin")
+    (run / "model/README.md").unlink()
+    assert "lacks README.md" in refusal(run, "me/twin")
+    assert hub.calls == []
+
+
+class TestCard:
+    @pytest.fixture
+    def result(self, finished_run: Path) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads((finished_run / "result.json").read_text())
+        return values
+
+    def test_of_a_run(self, finished_run: Path, result: dict[str, Any], tmp_path: Path) -> None:
+        path = finished_run / "model/README.md"
+        check_card(path)
+        text = path.read_text()
+        data = huggingface_hub.ModelCard(text).data
+        assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
+        assert data.eval_results[0].metric_value == pytest.approx(result["lnfree_loss"], abs=1e-4)  # type: ignore[index]
+        assert f"{result['kl']:.4f}" in text and f"{result['lnfree_loss']:.4f}" in text
+        assert "`transformer.h.*.ln_1` (2 of them) | LayerNorm | `transformer.h.*.attn.c_attn`" in text
+        assert "`transformer.ln_f` | LayerNorm | `lm_head`" in text
+        assert "trust_remote_code=True" in text and "Nothing bounds the residual stream" in text
+        assert str(finished_run.parent) not in text  # a card is read elsewhere
+
+    def test_hub_names_are_linked(self, finished_run: Path, result: dict[str, Any]) -> None:
+        named = result | {"model": "openai-community/gpt2", "data": "Skylion007/openwebtext:plain", "tokens": 2_000_000}
+        text = render_card(named, *load_sites(finished_run))
+        values = yaml.safe_load(text.split("---\n")[1])
+        assert values["base_model"] == "openai-community/gpt2"
+        assert values["datasets"] == ["Skylion007/openwebtext"]
+        assert "fine-tuning run of 2\u202f000\u202f000 tokens" in text
+        assert "base_model" not in yaml.safe_load(render_card(result).split("---\n")[1])
