@@ -1,7 +1,6 @@
 """Proof, from a run directory alone, that the model in it is norm-free and is the one that was trained."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,21 +8,15 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from unnorm.checkpoint import load, load_sites, load_unfolded
 from unnorm.fold import fold
 from unnorm.norms import linear_weight
-from unnorm.sites import (
-    NormSite,
-    inside_attention,
-    norm_modules,
-    trace_inputs,
-    unembedding_name,
-    unembedding_sources,
-)
+from unnorm.residual import recorded, replaced_inputs, residual_writers, split_output
+from unnorm.sites import NormSite, norm_modules, trace_inputs, unembedding_name
 
 FLOAT64_LIMIT = 1e-10
 FLOAT32_LIMIT = 1e-4
@@ -174,74 +167,33 @@ def _read(
 ) -> dict[str, Float[Tensor, "batch position out"]]:
     """What the readers of every site compute from the given residuals."""
 
-    def put(name: str) -> Callable[..., Any]:
-        return lambda module, args: (residuals[name].to(ids.device).view(args[0].shape),)
+    def put(name: str) -> Callable[[Tensor], Tensor]:
+        return lambda x: residuals[name].to(x.device).view(x.shape)
 
-    with _hooked([(twin.get_submodule(site.name), put(site.name)) for site in sites]):
-        keep = [name for site in sites for name in (site.readers if site.folds_into == "readers" else (site.name,))]
-        with _recorded(twin, keep) as record:
-            twin(input_ids=ids, use_cache=False)
+    keep = [name for site in sites for name in (site.readers if site.folds_into == "readers" else (site.name,))]
+    with replaced_inputs(twin, {site.name: put(site.name) for site in sites}), recorded(twin, keep) as record:
+        twin(input_ids=ids, use_cache=False)
     return {name: output for name, (_, output) in record.items()}
-
-
-@contextmanager
-def _hooked(pairs: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    handles = [module.register_forward_pre_hook(hook) for module, hook in pairs]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Input and output of each named module in the pass that follows."""
-    record: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            record[name] = (args[0], output)
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
-        yield record
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
 def _contributions_add_up(twin: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Check:
     """Embeddings, heads, MLPs and biases, each through the unembedding alone, sum to what the unembedding gives."""
     name = "contributions add up to the logits"
-    factors = unembedding_sources(twin)
-    if factors is None:
-        return Check(name, False, float("inf"), FLOAT64_LIMIT, "what the unembedding reads is not a plain sum")
     last = unembedding_name(twin)
-    with _recorded(twin, [*factors, last]) as record:
+    writers = residual_writers(twin, last)
+    if writers is None:
+        return Check(name, False, float("inf"), FLOAT64_LIMIT, "what the unembedding reads is not a plain sum")
+    with recorded(twin, [*(writer.name for writer in writers), last]) as record:
         twin(input_ids=ids, use_cache=False)
     logits, unembedding = record[last][1], twin.get_submodule(last)
-    parts = [factors[writer] * part for writer in factors for part in _contributions(twin, writer, *record[writer])]
+    parts = [part for writer in writers for part in split_output(twin, writer, *record[writer.name])]
     # OPT's MLP gives batch and position as one.
     parts = [part.view(*ids.shape, -1) if part.ndim == 2 else part for part in parts]
     total = sum(part @ linear_weight(unembedding).T for part in parts)
     total = total if unembedding.bias is None else total + unembedding.bias
     error = _number((total - logits).abs().max() / logits.abs().max())
     return _row(name, error, FLOAT64_LIMIT, f"relative; {len(parts)} contributions and the unembedding's bias")
-
-
-def _contributions(twin: PreTrainedModel, writer: str, z: Tensor, output: Tensor) -> list[Float[Tensor, "..."]]:
-    """What one writer adds to the residual stream: an attention projection by heads, then its bias; others whole."""
-    module = twin.get_submodule(writer)
-    if not inside_attention(twin, writer) or getattr(module, "weight", torch.empty(0)).ndim != 2:
-        return [output]
-    heads = int(twin.config.num_attention_heads)
-    weights = linear_weight(module).chunk(heads, dim=1)
-    parts = [z_head @ weight.T for z_head, weight in zip(z.chunk(heads, dim=-1), weights, strict=True)]
-    return parts if module.bias is None else [*parts, module.bias]
 
 
 def _number(value: Tensor) -> float:

@@ -6,17 +6,23 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from unnorm.calibrate import ScaleStatistics
+from unnorm.report.look import (
+    ACCENT,
+    INK,
+    MOST_TICKS,
+    SOFT,
+    finish,
+    log_axis,
+    name_panel,
+    panels,
+    short_names,
+)
 from unnorm.report.numbers import finite
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-# Light colour -> dark colour. The page replaces these exact strings, so figures use no others.
-ACCENT, INK, SOFT, RULE = "#0a6c74", "#24292e", "#6f777e", "#dfe2e4"
-DARK_COLOURS = {ACCENT: "#54bfc4", INK: "#e4e6e8", SOFT: "#979fa6", RULE: "#33383d"}
-
 MOST_POSITION_BINS = 48
-MOST_TICKS = 24
 
 Rows = Sequence[dict[str, Any]]
 
@@ -34,7 +40,7 @@ def run_figure(rows: Rows, control_rows: Rows, original_loss: float | None) -> "
     if "loss" not in keys:
         return None
     heights = {"loss": 0.4, "kl": 0.4, "alpha": 0.2}
-    figure = _panels([heights[key] for key in keys])
+    figure = panels([heights[key] for key in keys])
     for panel, key in enumerate(keys, start=1):
         if key == "alpha":
             _draw_alpha(figure, panel, rows)
@@ -47,8 +53,8 @@ def run_figure(rows: Rows, control_rows: Rows, original_loss: float | None) -> "
         figure.add_vrect(x0=stretch[0], x1=stretch[1], fillcolor=SOFT, opacity=0.12, line_width=0, layer="below")
     titles = {"loss": "loss, nats per token", "kl": "KL to the original, nats per token (log)", "alpha": "alpha"}
     for panel, key in enumerate(keys, start=1):
-        _name_panel(figure, panel, titles[key])
-    return _finish(figure, 560 if len(keys) == 3 else 200 * len(keys) + 60, "training tokens")
+        name_panel(figure, panel, titles[key])
+    return finish(figure, 560 if len(keys) == 3 else 200 * len(keys) + 60, "training tokens")
 
 
 def removal_stretch(rows: Rows) -> tuple[float, float] | None:
@@ -88,9 +94,9 @@ def scale_figure(
         range=[-0.7, len(names) - 0.3],
     )
     values = [v for r in (*before, *after) for v in (r.position_0, r.smallest, r.largest)]
-    _log_axis(figure, 1, [*values, *(value for _, value in placed)])
-    _name_panel(figure, 1, "scale (log)")
-    return _finish(figure, 440, "")
+    log_axis(figure, 1, [*values, *(value for _, value in placed)])
+    name_panel(figure, 1, "scale (log)")
+    return finish(figure, 440, "")
 
 
 def position_figure(position_loss: dict[str, list[float]]) -> "Figure | None":
@@ -99,20 +105,20 @@ def position_figure(position_loss: dict[str, list[float]]) -> "Figure | None":
     if not binned:
         return None
     both = len(position_loss.get("original", [])) == len(position_loss.get("lnfree", [])) > 0
-    figure = _panels([0.64, 0.36] if both else [1.0])
+    figure = panels([0.64, 0.36] if both else [1.0])
     for name, colour, dash in (("control", SOFT, "dash"), ("original", INK, "solid"), ("lnfree", ACCENT, "solid")):
         if name in binned:
             _line(figure, 1, *binned[name], LABELS[name], colour, dash)
-    _name_panel(figure, 1, "loss, nats per token")
+    name_panel(figure, 1, "loss, nats per token")
     if both:
         (x, original), (_, lnfree) = binned["original"], binned["lnfree"]
         _line(figure, 2, x, [b - a for a, b in zip(original, lnfree, strict=True)], "difference", ACCENT, "solid")
         figure.add_hline(y=0, row=2, col=1, line={"color": INK, "width": 1.2}, layer="below")
-        _name_panel(figure, 2, "LN-free less original")
+        name_panel(figure, 2, "LN-free less original")
     longest = max(len(losses) for losses in position_loss.values())
     ticks = [2**i for i in range(0, longest.bit_length(), 1 if longest <= 256 else 2)]
     figure.update_xaxes(type="log", tickmode="array", tickvals=ticks, ticktext=[str(t) for t in ticks])
-    return _finish(figure, 440, "position of the predicted token (log)")
+    return finish(figure, 440, "position of the predicted token (log)")
 
 
 LABELS = {"original": "original", "lnfree": "LN-free", "control": "control"}
@@ -127,22 +133,6 @@ def bin_positions(losses: Sequence[float], most: int = MOST_POSITION_BINS) -> tu
     edges = range(n + 1) if n <= most else sorted({round((n + 1) ** (i / most)) - 1 for i in range(most + 1)})
     bins = [(start, losses[start:end]) for start, end in pairwise(edges)]
     return [start + (len(part) + 1) / 2 for start, part in bins], [sum(part) / len(part) for _, part in bins]
-
-
-def short_names(names: Sequence[str]) -> list[str]:
-    """Site names less the dotted prefix that all of them share."""
-    parts = [name.split(".") for name in names]
-    shared = 0
-    while all(len(p) > shared + 1 for p in parts) and len({p[shared] for p in parts}) == 1:
-        shared += 1
-    return [".".join(p[shared:]) for p in parts]
-
-
-def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers from `low` to `high`: 1, 2 and 5 of each decade, or powers of ten over many decades."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    digits = (1, 2, 5) if len(decades) <= 4 else (1,)
-    return [digit * 10.0**decade for decade in decades for digit in digits]
 
 
 def _points(rows: Rows, key: str, kind: str | None = None) -> tuple[list[float], list[float]]:
@@ -178,7 +168,7 @@ def _draw_metric(figure: "Figure", panel: int, key: str, rows: Rows, control_row
             col=1,
         )
     if key == "kl" and drawn:
-        _log_axis(figure, panel, drawn)
+        log_axis(figure, panel, drawn)
 
 
 LEAST_KL = 1e-6
@@ -246,69 +236,3 @@ def _draw_scales(
 def _line(figure: "Figure", panel: int, x: Iterable[float], y: list[float], name: str, colour: str, dash: str) -> None:
     line = {"color": colour, "width": 1.8, "dash": dash}
     figure.add_scatter(x=list(x), y=y, name=name, mode="lines", line=line, hovertemplate="%{y:.4f}", row=panel, col=1)
-
-
-def _panels(heights: list[float]) -> "Figure":
-    from plotly.subplots import make_subplots
-
-    figure = make_subplots(
-        rows=len(heights), cols=1, shared_xaxes=True, row_heights=heights, vertical_spacing=0.2 / (1 + len(heights))
-    )
-    figure.update_layout(hovermode="x")
-    return figure
-
-
-def _name_panel(figure: "Figure", panel: int, title: str) -> None:
-    # Above the panel and not along the axis: that is read without turning one's head and leaves phones their width.
-    axis = "" if panel == 1 else str(panel)
-    figure.add_annotation(
-        text=title,
-        x=0,
-        y=1,
-        xref="paper",
-        yref=f"y{axis} domain",
-        xanchor="left",
-        yanchor="bottom",
-        yshift=5,
-        showarrow=False,
-        font={"color": INK, "size": 13},
-    )
-
-
-def _log_axis(figure: "Figure", panel: int, values: Iterable[float]) -> None:
-    positive = [v for v in values if finite(v) is not None and v > 0]
-    if not positive:
-        return
-    low, high = min(positive) / 1.15, max(positive) * 1.15
-    ticks = log_ticks(low, high)
-    axis = figure.layout["yaxis" if panel == 1 else f"yaxis{panel}"]
-    axis.update(
-        type="log",
-        range=[math.log10(low), math.log10(high)],
-        tickmode="array",
-        tickvals=ticks,
-        ticktext=[f"{tick:g}" for tick in ticks],
-    )
-
-
-def _finish(figure: "Figure", height: int, x_title: str) -> "Figure":
-    """The look that all figures share; the page draws the legend, so that it wraps like text."""
-    # Of plotly's own template nothing is wanted: empty, it also leaves the page smaller.
-    figure.update_layout(
-        template="none",
-        height=height,
-        showlegend=False,
-        margin={"l": 48, "r": 8, "t": 28, "b": 44},
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        font={"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12, "color": SOFT},
-        hoverlabel={"font": {"size": 12}},
-        dragmode=False,
-    )
-    figure.update_xaxes(
-        showgrid=False, zeroline=False, linecolor=RULE, showline=True, tickcolor=RULE, ticks="outside", automargin=True
-    )
-    figure.update_yaxes(gridcolor=RULE, zeroline=False, automargin=True)
-    last = max(axis for axis in figure.layout if axis.startswith("xaxis"))
-    figure.layout[last].title = {"text": x_title, "standoff": 8}
-    return figure

@@ -1,13 +1,12 @@
 """The report page: what a removal did, for which proof, and how it was run."""
 
-import json
 from dataclasses import dataclass
-from importlib.resources import files
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from unnorm.calibrate import ScaleStatistics
 from unnorm.report import figures
+from unnorm.report.look import render_page
 from unnorm.report.numbers import (
     MISSING,
     count,
@@ -54,32 +53,23 @@ class ReportData:
 
 def render_report(data: ReportData) -> str:
     """The whole HTML page, self-contained: scripts and styles are in it, and it loads nothing from the network."""
-    from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
     drawn = _figures(data)
-    page = files("unnorm.report").joinpath("page.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.from_string(page).render(
-        headline=headline(data.result),
-        notes=_notes(data),
-        model=data.result.get("model") or "model",
-        tiles=_tiles(data.result),
-        losses=_losses(data.result),
-        has_control=_has_control(data),
-        in_context="control" in data.position_loss,
-        scales_complete=bool(data.scales_before and data.scales_after),
-        figures=drawn.keys(),
-        checks=[_check(check) for check in data.checks],
-        failed=sum(not check.get("passed") for check in data.checks),
-        samples=[_sample(sample) for sample in data.samples],
-        settings=_settings(data.result),
-        versions=sorted(_mapping(data.result.get("versions")).items()),
-        plotly=Markup(get_plotlyjs()) if drawn else "",
-        specs=Markup(_script_json({name: json.loads(figure.to_json()) for name, figure in drawn.items()})),
-        dark=Markup(_script_json(figures.DARK_COLOURS)),
-    )
+    values = {
+        "headline": headline(data.result),
+        "notes": _notes(data),
+        "model": data.result.get("model") or "model",
+        "tiles": _tiles(data.result),
+        "losses": _losses(data.result),
+        "has_control": _has_control(data),
+        "in_context": "control" in data.position_loss,
+        "scales_complete": bool(data.scales_before and data.scales_after),
+        "checks": [_check(check) for check in data.checks],
+        "failed": sum(not check.get("passed") for check in data.checks),
+        "samples": [_sample(sample) for sample in data.samples],
+        "settings": _settings(data.result),
+        "versions": sorted(_mapping(data.result.get("versions")).items()),
+    }
+    return render_page("page.html", values, drawn)
 
 
 def headline(result: dict[str, Any]) -> str:
@@ -277,8 +267,3 @@ def _plain(value: Any) -> str:
 
 def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _script_json(value: Any) -> str:
-    """JSON that can stand in a script element: no text in it can end the element."""
-    return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
