@@ -5,8 +5,8 @@ projection's input, cut alike, the attention adds
 
     sum over heads h of W_O[h] z[h]  +  bias
 
-(Elhage et al. 2021, *A Mathematical Framework for Transformer Circuits*). An MLP's projection adds W_out a + bias, a sum
-over neurons in the same way.
+(Elhage et al. 2021, *A Mathematical Framework for Transformer Circuits*). An MLP's projection adds W_out a + bias, a
+sum over neurons in the same way.
 """
 
 from collections.abc import Callable, Iterator, Sequence

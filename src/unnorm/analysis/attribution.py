@@ -1,15 +1,15 @@
 """Direct logit attribution: what each head, MLP, neuron and bias adds to a logit, and how exact that is.
 
 In a twin the logit of token t is x . w_t + b_t with x the last residual vector, a sum of contributions, so that the
-direct effect of a contribution c, the change of the logit when c is taken out of x, is c . w_t exactly. In a model with a
-final norm of gain g and scale s(x), with w'_t = C diag(g) w_t (C removes the mean, for LayerNorm),
+direct effect of a contribution c, the change of the logit when c is taken out of x, is c . w_t exactly. In a model with
+a final norm of gain g and scale s(x), with w'_t = C diag(g) w_t (C removes the mean, for LayerNorm),
 
     attribution, scale frozen        DLA(c) = c . w'_t / s(x)
     direct effect                    DE(c)  = x . w'_t / s(x) - (x - c) . w'_t / s(x - c)
     normalized mean absolute error   NMAE   = mean |DLA - DE| / mean |DE|, over tokens
 
-(Elhage et al. 2021, *A Mathematical Framework for Transformer Circuits*, for attribution with the scale frozen; Baroni et
-al. 2025, arXiv 2507.02559, for its error against the direct effect.)
+(Elhage et al. 2021, *A Mathematical Framework for Transformer Circuits*, for attribution with the scale frozen; Baroni
+et al. 2025, arXiv 2507.02559, for its error against the direct effect.)
 """
 
 from dataclasses import dataclass
@@ -109,7 +109,7 @@ def frozen_scale_error(
 
 def find(material: Material) -> Finding:
     """Attribution in both models on the material's text, in float64."""
-    measured = {subject.name: _measure(subject, material) for subject in material.subjects_in_float64()}
+    measured: dict[str, Any] = {s.name: _measure(s, material) for s in material.subjects_in_float64()}
     twin, original = measured["twin"], measured["original"]
     heads = original["heads"]
     return Finding(

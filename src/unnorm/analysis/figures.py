@@ -1,7 +1,7 @@
 """The kinds of figure that analyses draw: the original in soft grey, the twin in the accent colour."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from plotly.graph_objects import Figure
@@ -21,7 +21,7 @@ def heat_map(grid: Grid, columns: Sequence[str], rows: Sequence[str], form: str,
     return heat_maps({"": grid}, columns, rows, form, what)
 
 
-def heat_maps(grids: dict[str, Grid], columns: Sequence[str], rows: Sequence[str], form: str, what: str) -> Figure:
+def heat_maps(grids: Mapping[str, Grid], columns: Sequence[str], rows: Sequence[str], form: str, what: str) -> Figure:
     """Several of them below one another, on one scale of colours."""
     figure = panels([1 / len(grids)] * len(grids))
     values = [v for grid in grids.values() for row in grid for v in row if v is not None]
@@ -52,7 +52,9 @@ def heat_maps(grids: dict[str, Grid], columns: Sequence[str], rows: Sequence[str
     return figure
 
 
-def dot_rows(names: Sequence[str], values: dict[str, Sequence[float | None]], title: str, log: bool = False) -> Figure:
+def dot_rows(
+    names: Sequence[str], values: Mapping[str, Sequence[float | None]], title: str, log: bool = False
+) -> Figure:
     """A dot for each name (along the x axis) and model."""
     figure = panels([1.0])
     places = list(range(len(names)))
@@ -78,7 +80,7 @@ def dot_rows(names: Sequence[str], values: dict[str, Sequence[float | None]], ti
 
 
 def range_rows(
-    names: Sequence[str], ranges: dict[str, Sequence[Sequence[float | None]]], title: str, at: float | None = None
+    names: Sequence[str], ranges: Mapping[str, Sequence[Sequence[float | None]]], title: str, at: float | None = None
 ) -> Figure:
     """For each name and model a bar from low to high with a dot between, and maybe a diamond; on a log axis.
 
@@ -121,7 +123,7 @@ def range_rows(
 
 
 def scatter(
-    points: dict[str, tuple[Sequence[float], Sequence[float], Sequence[str]]],
+    points: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[str]]],
     x_title: str,
     y_title: str,
     *,
@@ -195,7 +197,7 @@ def bundle(
     return finish(figure, 440, x_title)
 
 
-def line_panels(names: Sequence[str], by_panel: dict[str, dict[str, Sequence[float]]], x_title: str) -> Figure:
+def line_panels(names: Sequence[str], by_panel: Mapping[str, Mapping[str, Sequence[float]]], x_title: str) -> Figure:
     """Panels below one another with a line for each model over the same named places."""
     figure = panels([1 / len(by_panel)] * len(by_panel))
     for panel, (title, lines) in enumerate(by_panel.items(), start=1):

@@ -5,8 +5,8 @@ For a site with gain g and constant scale c, and a reader whose weight was W in 
     original, gain in it     M  = W diag(g) C       (reads the vector divided by its own scale)
     twin, times c            M' = c W'              (reads the residual vector divided by c)
 
-so that without training M' = M (C removes the mean, for LayerNorm). Singular values of both, and the effective gain of each
-residual feature j: how strongly it is read, over the original's weight as stored,
+so that without training M' = M (C removes the mean, for LayerNorm). Singular values of both, and the effective gain of
+each residual feature j: how strongly it is read, over the original's weight as stored,
 
     original |M_j| / |W_j|         twin |M'_j| / |W_j|        (norms of columns)
 
@@ -85,14 +85,14 @@ def find(material: Material) -> Finding:
         key="geometry",
         title="Weights that took the norms up",
         text=(
-            "Each weight beside a former norm, as the original has it with the norm’s gain in it, and as the twin has "
+            "Each weight beside a former norm, as the original has it with the norm's gain in it, and as the twin has "
             "it times the constant scale. Without training the two are the same; what differs is what training did."
         ),
         numbers={"weights": rows},
         figures={"geometry_singular": _singular_figure(found), "geometry_gain": _gain_figure(rows)},
         captions={
             "geometry_singular": "Singular values of each weight, largest first; hover for its name.",
-            "geometry_gain": "Effective gain of the residual stream’s features: median, with bars from the 5th to the "
+            "geometry_gain": "Effective gain of the residual stream's features: median, with bars from the 5th to the "
             "95th percentile.",
         },
         legends={
@@ -102,7 +102,7 @@ def find(material: Material) -> Finding:
             ],
             "geometry_gain": [("original", "s", "range"), ("twin", "a", "range")],
         },
-        headline=("Change of weights", percent(change), f"of the weight’s size, mean of {len(found)} weights"),
+        headline=("Change of weights", percent(change), f"of the weight's size, mean of {len(found)} weights"),
     )
 
 

@@ -1,8 +1,8 @@
 """The logit lens: what the model would say if the layers after some depth wrote nothing.
 
-lens_d(x) = unembed(norm(x_d)), with x_d what layer d reads (nostalgebraist 2020, *interpreting GPT: the logit lens*). In
-the original the final norm divides each intermediate vector by that vector's own scale, which the later layers would have
-changed; in a twin the lens is the last residual vector's linear read with the later terms left out.
+lens_d(x) = unembed(norm(x_d)), with x_d what layer d reads (nostalgebraist 2020, *interpreting GPT: the logit lens*).
+In the original the final norm divides each intermediate vector by that vector's own scale, which the later layers would
+have changed; in a twin the lens is the last residual vector's linear read with the later terms left out.
 """
 
 from dataclasses import dataclass
@@ -68,10 +68,8 @@ def find(material: Material) -> Finding:
     measured = {}
     for name, model in (("original", material.original), ("twin", material.twin)):
         found = [lens(model, ids) for ids in material.batches(model.device)]
-        measured[name] = Lens(
-            *(torch.cat([getattr(one, key) for one in found], dim=1) for key in ("loss", "kl", "agrees")),
-            torch.cat([one.forms_at for one in found]),
-        )
+        loss, kl, agrees = (torch.cat([getattr(one, k) for one in found], dim=1) for k in ("loss", "kl", "agrees"))
+        measured[name] = Lens(loss, kl, agrees, torch.cat([one.forms_at for one in found]))
     depths = len(measured["twin"].loss)
     numbers = {name: _numbers(value, depths) for name, value in measured.items()}
     formed = [fixed(numbers[name]["mean_forms_at"], 2) for name in ("original", "twin")]

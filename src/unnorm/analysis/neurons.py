@@ -1,27 +1,28 @@
 """Entropy neurons: neurons of the last MLP that write much and, but for the final norm, say nothing.
 
-A neuron with output weights w writes a * w into the residual stream. Its effect on the logits before the norm's scale is
-W w, with W the unembedding with the final norm's gain in it. An entropy neuron has a long w and a W w that is nearly the
-same for all tokens, so that it shifts no logit against another, but lengthens the residual vector, and so makes the final
-norm flatten the distribution (Gurnee et al. 2024, arXiv 2401.12181; Stolfo et al. 2024, *Confidence Regulation Neurons*,
-arXiv 2406.16254). They are found, as there, by
+A neuron with output weights w writes a * w into the residual stream. Its effect on the logits before the norm's scale
+is W w, with W the unembedding with the final norm's gain in it. An entropy neuron has a long w and a W w that is nearly
+the same for all tokens, so that it shifts no logit against another, but lengthens the residual vector, and so makes the
+final norm flatten the distribution (Gurnee et al. 2024, arXiv 2401.12181; Stolfo et al. 2024, *Confidence Regulation
+Neurons*, arXiv 2406.16254). They are found, as there, by
 
     LogitVar(w) = Var over tokens t of  W_t . w / (|W_t| |w|)
 
-the lowest among the neurons with the longest w. A neuron is ablated by putting its mean activation in its place. Without a
-norm to act through, it should do nothing (Baroni et al. 2025, arXiv 2507.02559).
+the lowest among the neurons with the longest w. A neuron is ablated by putting its mean activation in its place.
+Without a norm to act through, it should do nothing (Baroni et al. 2025, arXiv 2507.02559).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unnorm.analysis.anatomy import anatomy, readout
+from unnorm.analysis.anatomy import Anatomy, Readout, anatomy, readout
 from unnorm.analysis.material import Finding, Material
 from unnorm.errors import UnnormError
 from unnorm.evaluation import token_losses
@@ -61,10 +62,12 @@ class Ablation:
     Attributes:
         entropy: of the prediction, after less before, in nats.
         loss: likewise.
+        direct_entropy: as `entropy`, with the final norm's scale held where it was before; the same without a norm.
     """
 
     entropy: Float[Tensor, " token"]
     loss: Float[Tensor, " token"]
+    direct_entropy: Float[Tensor, " token"]
 
 
 @torch.no_grad()
@@ -72,7 +75,8 @@ def output_weights(model: PreTrainedModel) -> OutputWeights:
     """|w| and LogitVar of each neuron of the last MLP.
 
     Raises:
-        UnnormError: the last MLP's output is no linear projection of neurons, or no plain term that the unembedding reads.
+        UnnormError: the last MLP's output is no linear projection of neurons, or no plain term that the unembedding
+        reads.
     """
     writer = _last_mlp(model)
     last = readout(model, anatomy(model))
@@ -96,7 +100,7 @@ def ablate(
     Raises:
         UnnormError: the last MLP's output is no linear projection of neurons.
     """
-    writer = _last_mlp(model)
+    parts, writer = anatomy(model), _last_mlp(model)
     texts = list(batches)
     total, tokens = torch.zeros(()), 0
     for ids in texts:
@@ -114,13 +118,18 @@ def ablate(
 
         return edit
 
-    results: list[list[tuple[Tensor, Tensor]]] = [[] for _ in sets]
+    last = readout(model, parts)
+    results: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in sets]
     for ids in texts:
-        entropy, loss = _entropy_and_loss(model, ids)
+        with recorded(model, [parts.final]) as record:
+            entropy, loss = _entropy_and_loss(model, ids)
+        scale = last.scale(record[parts.final][0])
         for found, neurons in zip(results, sets, strict=True):
             with replaced_inputs(model, {writer.name: at_means(neurons.to(ids.device))}):
                 changed = _entropy_and_loss(model, ids)
-            found.append((changed[0] - entropy, changed[1] - loss))
+                with _held_scale(model, parts, last, scale):
+                    direct = changed if last.norm is None else _entropy_and_loss(model, ids)
+            found.append((changed[0] - entropy, changed[1] - loss, direct[0] - entropy))
     return [Ablation(*(torch.cat(values) for values in zip(*found, strict=True))) for found in results]
 
 
@@ -144,31 +153,40 @@ def find(material: Material) -> Finding:
     numbers: dict[str, Any] = {"neurons": rows}
     for name in results:
         numbers[name] = {"entropy_neurons": _effect(results[name][-2]), "random_neurons": _effect(results[name][-1])}
-    before, after = (numbers[n]["entropy_neurons"]["mean_abs_entropy"] for n in ("original", "twin"))
+    before, after = (numbers[n]["entropy_neurons"]["mean_abs_entropy_through_norm"] for n in ("original", "twin"))
+    total = [significant(numbers[n]["entropy_neurons"]["mean_abs_entropy"], 2) for n in ("original", "twin")]
     return Finding(
         key="neurons",
         title="Entropy neurons",
         text=(
             "Neurons of the last MLP that write long vectors which favour no token over another can act through the "
             "final norm alone: they make it divide by more, and so flatten the prediction. The "
-            f"{len(chosen)} most of that kind in the original are set to their mean activation, in both models; as many "
-            "random neurons are for comparison."
+            f"{len(chosen)} most of that kind in the original are set to their mean activation, in both models; as "
+            "many random neurons are for comparison. What goes through the norm is the effect less that with the "
+            "norm's scale held where it was."
         ),
         numbers=numbers,
-        figures={"neurons_weights": _weights_figure(weights, chosen), "neurons_ablation": _ablation_figure(rows)},
+        figures={
+            "neurons_weights": _weights_figure(weights, chosen),
+            "neurons_ablation": _ablation_figure(rows, "mean_abs_entropy"),
+            "neurons_norm": _ablation_figure(rows, "mean_abs_entropy_through_norm"),
+        },
         captions={
             "neurons_weights": "Each neuron of the last MLP: how long the vector is that it writes, and how much that "
-            "varies over logits. Large marks are the original’s entropy neurons, low on the right.",
-            "neurons_ablation": "Mean absolute change of the prediction’s entropy when one neuron is ablated.",
+            "varies over logits. Large marks are the original's entropy neurons, low on the right.",
+            "neurons_ablation": "Mean absolute change of the prediction's entropy when one neuron is ablated.",
+            "neurons_norm": "The part of it that goes through the final norm; none in the twin.",
         },
         legends={
             "neurons_weights": [("original", "s", "dots"), ("twin", "a", "dots")],
             "neurons_ablation": [("original", "s", "dots"), ("twin", "a", "dots")],
+            "neurons_norm": [("original", "s", "dots")],
         },
         headline=(
-            "Entropy neurons’ effect",
+            "Entropy neurons' effect",
             f"{significant(before, 2)} → {significant(after, 2)}",
-            f"nats of entropy when all {len(chosen)} are ablated (mean absolute)",
+            "nats of entropy through the final norm when they are ablated (mean absolute); "
+            f"in all {total[0]} → {total[1]}",
         ),
     )
 
@@ -184,6 +202,25 @@ def _last_mlp(model: PreTrainedModel) -> Writer:
     return writer
 
 
+@contextmanager
+def _held_scale(model: PreTrainedModel, parts: Anatomy, last: Readout, scale: Tensor) -> Iterator[None]:
+    """The final norm divides by the given scale and not by its input's."""
+
+    def hold(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        bias = getattr(norm, "bias", None)
+        shift = 0 if bias is None else bias
+        return (output - shift) * (last.scale(args[0]) / scale).unsqueeze(-1) + shift
+
+    if last.norm is None:
+        yield
+        return
+    handle = model.get_submodule(parts.final).register_forward_hook(hold)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def _entropy_and_loss(model: PreTrainedModel, ids: Tensor) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"]]:
     logits = model(input_ids=ids, use_cache=False).logits.float()
     log_p = logits[:, :-1].log_softmax(-1)
@@ -194,6 +231,7 @@ def _effect(found: Ablation) -> dict[str, float]:
     return {
         "mean_entropy": float(found.entropy.mean()),
         "mean_abs_entropy": float(found.entropy.abs().mean()),
+        "mean_abs_entropy_through_norm": float((found.entropy - found.direct_entropy).abs().mean()),
         "mean_loss": float(found.loss.mean()),
         "mean_abs_loss": float(found.loss.abs().mean()),
     }
@@ -214,9 +252,9 @@ def _weights_figure(weights: dict[str, OutputWeights], chosen: Tensor) -> "Figur
     return scatter(points, "length of the output vector", "LogitVar (log)", log_y=True, marked=marked)
 
 
-def _ablation_figure(rows: list[dict[str, Any]]) -> "Figure":
+def _ablation_figure(rows: list[dict[str, Any]], effect: str) -> "Figure":
     from unnorm.analysis.figures import dot_rows
 
     names = [f"{row['kind']} {row['neuron']}" for row in rows]
-    values = {name: [row[name]["mean_abs_entropy"] for row in rows] for name in ("original", "twin")}
+    values = {name: [row[name][effect] for row in rows] for name in ("original", "twin")}
     return dot_rows(names, values, "nats (log)", True)

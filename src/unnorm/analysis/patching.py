@@ -6,8 +6,8 @@ head h hands to its projection, at all positions,
     activation patching       m(corrupted prompt with z_h of the clean one) - m(corrupted)
     attribution patching      (z_h(clean) - z_h(corrupted)) . dm/dz_h (corrupted)
 
-The second is the first to first order, for all heads at once from one backward pass (Nanda 2023, *Attribution Patching*;
-Syed et al. 2023, arXiv 2310.10348). What norms do to it is what original and twin differ in.
+The second is the first to first order, for all heads at once from one backward pass (Nanda 2023, *Attribution
+Patching*; Syed et al. 2023, arXiv 2310.10348). What norms do to it is what original and twin differ in.
 """
 
 from collections.abc import Callable, Sequence
@@ -95,7 +95,7 @@ def patch(
         )
         ids = [torch.tensor(values, device=model.device) for values in (clean, corrupted)]
         for rows in torch.arange(len(group)).split(batch_size):
-            found.append(_patch_batch(model, parts, *(i[rows] for i in ids), answers[rows].to(model.device)))
+            found.append(_patch_batch(model, parts, ids[0][rows], ids[1][rows], answers[rows].to(model.device)))
     return Patching(*(torch.cat(values) for values in zip(*found, strict=True)))
 
 

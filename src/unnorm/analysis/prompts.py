@@ -1,7 +1,7 @@
 """Pairs of prompts to patch between: indirect-object identification, generated for a tokenizer, or a file's own.
 
-Indirect-object identification (Wang et al. 2022, arXiv 2211.00593): "When Anna and Mark sat down, Mark gave the book to" is
-to go on with the name that was not said again. The corrupted prompt says the other name again, so that the other
+Indirect-object identification (Wang et al. 2022, arXiv 2211.00593): "When Anna and Mark sat down, Mark gave the book
+to" is to go on with the name that was not said again. The corrupted prompt says the other name again, so that the other
 answer is right; names are one token each, so that both prompts have the same tokens but one. Where a tokenizer cuts up
 people's names, as one trained on code does, the same task is set with the arguments of a function.
 """
@@ -19,7 +19,12 @@ from unnorm.errors import UnnormError, short
 FIELDS = ("clean", "corrupted", "answer", "wrong_answer")
 LEAST_NAMES = 4
 
-_PEOPLE = ["Anna", "Mark", "Laura", "Peter", "Emma", "Paul", "Sarah", "David", "Julia", "Simon", "Alice", "Martin", "Maria", "Thomas", "Helen", "Daniel", "Rose", "Jack", "Kate", "Robert", "Lucy", "Henry", "Grace", "George", "Ruth", "Charles", "Jane", "Frank", "Mary", "John", "Anne", "James", "Susan", "Richard", "Lisa", "Michael", "Amy", "William", "Nancy", "Kevin", "Karen", "Brian", "Linda", "Steven", "Rachel", "Edward", "Diana", "Adam", "Sophie", "Max", "Clara", "Tom", "Bob", "Sam", "Ben", "Dan"]
+_PEOPLE = (
+    "Anna Mark Laura Peter Emma Paul Sarah David Julia Simon Alice Martin Maria Thomas Helen Daniel Rose Jack "
+    "Kate Robert Lucy Henry Grace George Ruth Charles Jane Frank Mary John Anne James Susan Richard Lisa Michael "
+    "Amy William Nancy Kevin Karen Brian Linda Steven Rachel Edward Diana Adam Sophie Max Clara Tom Bob Sam Ben "
+    "Dan"
+).split()  # noqa: SIM905 (a word in quotes a line would be long)
 _PROSE = (
     "When {A} and {B} sat down in the garden, {S} handed the letter to",
     "After {A} and {B} came back from the market, {S} gave the basket to",
@@ -28,11 +33,16 @@ _PROSE = (
     "Once {A} and {B} had cleaned the kitchen, {S} offered the last apple to",
     "Yesterday {A} and {B} met at the library, and {S} lent the book to",
 )
-_ARGUMENTS = ["key", "value", "name", "path", "data", "text", "index", "size", "start", "end", "list", "result", "item", "func", "line", "code", "type", "count", "offset", "width", "height", "first", "last", "left", "right", "other", "source", "target", "parent", "child", "node", "state", "error", "message", "args", "dict", "string", "number", "length", "prefix", "suffix", "mode", "flags", "host", "port", "user", "group", "year", "month", "day", "x", "y", "a", "b"]
+_ARGUMENTS = (
+    "key value name path data text index size start end list result item func line code type count offset width "
+    "height first last left right other source target parent child node state error message args dict string "
+    "number length prefix suffix mode flags host port user group year month day x y a b"
+).split()  # noqa: SIM905 (a word in quotes a line would be long)
 _CODE = (
     "def update(self, {A}, {B}):\n    self.set({S},",
     "def call(self, {A}, {B}):\n    return self.run({S},",
     "def copy(self, {A}, {B}):\n    if self.find({S},",
+    "def __init__(self, {A}, {B}):\n        super().__init__({S},",
     "def check(self, {A}, {B}):\n    assert self.compare({S},",
 )
 
@@ -69,8 +79,8 @@ def indirect_object_prompts(tokenizer: PreTrainedTokenizerBase, count: int = 64,
             if alike:
                 return alike[:count]
     raise UnnormError(
-        f"Neither people's names nor names of arguments are single tokens of this tokenizer (at least {LEAST_NAMES} are "
-        "needed), so no prompts can be generated for it. Give some of your own with --prompts FILE."
+        f"Neither people's names nor names of arguments are single tokens of this tokenizer (at least {LEAST_NAMES} "
+        "are needed), so no prompts can be generated for it. Give some of your own with --prompts FILE."
     )
 
 
@@ -78,7 +88,8 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[PromptP
     """Prompts from a JSONL file with the fields `clean`, `corrupted`, `answer` and `wrong_answer`.
 
     Raises:
-        UnnormError: it can't be read, or a line has other fields, prompts of different lengths or the same answer twice.
+        UnnormError: it can't be read, or a line has other fields, prompts of different lengths or the same answer
+        twice.
     """
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -115,13 +126,14 @@ def by_length(
         clean, corrupted = (tokenizer(text, verbose=False)["input_ids"] for text in (pair.clean, pair.corrupted))
         group = groups.setdefault(len(clean), ([], [], []))
         for kept, value in zip(group, (pair, clean, corrupted), strict=True):
-            kept.append(value)  # type: ignore[attr-defined]
+            kept.append(value)
     return [groups[length] for length in sorted(groups)]
 
 
 _FORM = (
-    'Each line is an object such as {"clean": "When Anna and Mark sat down, Mark gave it to", "corrupted": "When Anna '
-    'and Mark sat down, Anna gave it to", "answer": " Anna", "wrong_answer": " Mark"}, both prompts with as many tokens.'
+    'Each line is an object such as {"clean": "When Anna and Mark sat down, Mark gave it to", "corrupted": '
+    '"When Anna and Mark sat down, Anna gave it to", "answer": " Anna", "wrong_answer": " Mark"}, both prompts with '
+    "as many tokens."
 )
 
 
@@ -149,9 +161,8 @@ def _problem(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -> str | None
     clean, corrupted = (tokenizer(text, verbose=False)["input_ids"] for text in (pair.clean, pair.corrupted))
     if len(clean) != len(corrupted):
         return f"'clean' has {len(clean)} tokens and 'corrupted' {len(corrupted)}"
-    answers = [
-        answer_token(tokenizer, p, a) for p in (pair.clean, pair.corrupted) for a in (pair.answer, pair.wrong_answer)
-    ]
+    prompts, both = (pair.clean, pair.corrupted), (pair.answer, pair.wrong_answer)
+    answers = [answer_token(tokenizer, prompt, answer) for prompt in prompts for answer in both]
     if None in answers:
         return "an answer runs together with the prompt in one token"
     if answers[0] == answers[1]:

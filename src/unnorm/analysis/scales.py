@@ -1,7 +1,8 @@
 """Scale spread: how far from one constant each former norm site's divisor was over tokens, and is.
 
-The scale of a token is sqrt(var + eps) (LayerNorm) or sqrt(mean(x^2) + eps) (RMSNorm) of what the site reads. The spread is
-the standard deviation of its log over tokens: 0 would mean that the norm was affine to begin with. Position 0 apart.
+The scale of a token is sqrt(var + eps) (LayerNorm) or sqrt(mean(x^2) + eps) (RMSNorm) of what the site reads. The
+spread is the standard deviation of its log over tokens: 0 would mean that the norm was affine to begin with. Position 0
+apart.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -24,8 +25,8 @@ QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
 def log_scales(material: Material) -> dict[str, dict[str, Float[Tensor, "block position"]]]:
     """Log scale of every token at every site that folded into its readers, in `original` and `twin`.
 
-    Where a norm folded into the layer before it (query/key norms), the twin's site reads what is mapped already, and has
-    no scale of the norm's any more.
+    Where a norm folded into the layer before it (query/key norms), the twin's site reads what is mapped already, and
+    has no scale of the norm's any more.
     """
     sites = [site for site in material.sites if site.folds_into == "readers"]
     if not sites:

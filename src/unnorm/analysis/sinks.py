@@ -77,7 +77,7 @@ def find(material: Material) -> Finding:
         numbers=numbers | {"threshold": THRESHOLD},
         figures={"sinks_share": _share_figure(measured), "sinks_norm": _norm_figure(measured)},
         captions={
-            "sinks_share": "Mean share of attention on position 0, by layer and head: the original above, the twin below.",
+            "sinks_share": "Mean share of attention on position 0, by layer and head.",
             "sinks_norm": "Mean length of the residual vector that each layer reads (lines from thin to thick, the "
             "thickest what the final norm reads), by position.",
         },
