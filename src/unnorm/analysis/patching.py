@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.analysis.anatomy import Anatomy, anatomy, without_heads
 from unnorm.analysis.material import Finding, Material
-from unnorm.analysis.prompts import PromptPair, answer_token, by_length
+from unnorm.analysis.prompts import PromptPair, answer_token, by_length, problem_with
 from unnorm.errors import UnnormError
 from unnorm.report.numbers import fixed
 from unnorm.residual import recorded, replaced_inputs
@@ -79,8 +79,13 @@ def patch(
     """Patch every head from clean prompts into corrupted ones, really and to first order.
 
     Raises:
-        UnnormError: the model's heads can't be told apart, or the prompts are longer than it takes.
+        UnnormError: the model's heads can't be told apart, the two prompts of a pair differ in length or their answers
+            begin alike, or they are longer than the model takes.
     """
+    for pair in pairs:
+        problem = problem_with(pair, tokenizer)
+        if problem:
+            raise UnnormError(f"The prompt '{pair.clean}' can't be used: {problem}.")
     parts = anatomy(model)
     unknown = without_heads(model, parts)
     if unknown is not None:

@@ -24,7 +24,7 @@ _PEOPLE = (
     "Kate Robert Lucy Henry Grace George Ruth Charles Jane Frank Mary John Anne James Susan Richard Lisa Michael "
     "Amy William Nancy Kevin Karen Brian Linda Steven Rachel Edward Diana Adam Sophie Max Clara Tom Bob Sam Ben "
     "Dan"
-).split()  # noqa: SIM905 (a word in quotes a line would be long)
+)
 _PROSE = (
     "When {A} and {B} sat down in the garden, {S} handed the letter to",
     "After {A} and {B} came back from the market, {S} gave the basket to",
@@ -37,7 +37,7 @@ _ARGUMENTS = (
     "key value name path data text index size start end list result item func line code type count offset width "
     "height first last left right other source target parent child node state error message args dict string "
     "number length prefix suffix mode flags host port user group year month day x y a b"
-).split()  # noqa: SIM905 (a word in quotes a line would be long)
+)
 _CODE = (
     "def update(self, {A}, {B}):\n    self.set({S},",
     "def call(self, {A}, {B}):\n    return self.run({S},",
@@ -72,10 +72,10 @@ def indirect_object_prompts(tokenizer: PreTrainedTokenizerBase, count: int = 64,
     """
     draw = random.Random(seed)
     for words, templates, before in ((_PEOPLE, _PROSE, "and"), (_ARGUMENTS, _CODE, "(self,")):
-        names = [word for word in words if one_token(tokenizer, before, word)]
+        names = [word for word in words.split() if one_token(tokenizer, before, word)]
         if len(names) >= LEAST_NAMES:
             pairs = (_pair(draw.choice(templates), *draw.sample(names, 2)) for _ in range(10 * count))
-            alike = list(dict.fromkeys(pair for pair in pairs if _problem(pair, tokenizer) is None))
+            alike = list(dict.fromkeys(pair for pair in pairs if problem_with(pair, tokenizer) is None))
             if alike:
                 return alike[:count]
     raise UnnormError(
@@ -99,7 +99,7 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[PromptP
         raise UnnormError(f"'{path}' is empty: there are no prompts in it. {_FORM}")
     pairs = [_parsed(path, number, line) for number, line in enumerate(lines, start=1)]
     for number, pair in enumerate(pairs, start=1):
-        problem = _problem(pair, tokenizer)
+        problem = problem_with(pair, tokenizer)
         if problem:
             raise UnnormError(f"Line {number} of '{path}' can't be used: {problem}. {_FORM}")
     return pairs
@@ -157,7 +157,8 @@ def _parsed(path: Path, number: int, line: str) -> PromptPair:
     return PromptPair(*(values[name] for name in FIELDS))
 
 
-def _problem(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def problem_with(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Why a pair can't be patched between; None if it can."""
     clean, corrupted = (tokenizer(text, verbose=False)["input_ids"] for text in (pair.clean, pair.corrupted))
     if len(clean) != len(corrupted):
         return f"'clean' has {len(clean)} tokens and 'corrupted' {len(corrupted)}"
