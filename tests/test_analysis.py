@@ -466,7 +466,7 @@ BAD_PROMPTS = {
         "'clean' has",
     ),
     "answers": (
-        '{"clean": "a b", "corrupted": "a c", "answer": " x", "wrong_answer": " x"}',
+        '{"clean": "k a c", "corrupted": "k a i", "answer": " x", "wrong_answer": " x"}',
         "both answers begin with the same token",
     ),
 }

@@ -226,7 +226,7 @@ def analyze(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory to write.", show_default="DIRECTORY/analysis")] = None,
-    tokens: Annotated[str, typer.Option(help="Held-out tokens at most.")] = "8192",
+    tokens: Annotated[str, typer.Option(help="Held-out tokens at most.")] = "4096",
     context: Annotated[
         int | None, typer.Option(help="Tokens in a block.", show_default="the models', at most 256")
     ] = None,

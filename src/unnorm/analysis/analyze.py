@@ -35,7 +35,7 @@ ANALYSES: dict[str, Callable[[Material], Finding]] = {
     "geometry": geometry.find,
 }
 PAGE, NUMBERS = "analysis.html", "analysis.json"
-TOKENS, PROMPTS = 8192, 64
+TOKENS, PROMPTS = 4096, 64
 """Held-out tokens that are analyzed, and generated pairs of prompts."""
 MOST_CONTEXT = 256
 """Longest blocks by default: attention weights of all pairs of positions are kept."""

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 FOUND = 8
 LONGEST_SHARE = 0.25
+ABLATION_TOKENS = 2048
+"""Tokens that neurons are ablated on: the model runs anew for each of them."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ def find(material: Material) -> Finding:
     neurons = [*chosen.cpu(), *random]
     sets = [*(neuron.view(1) for neuron in neurons), chosen.cpu(), random]
     results = {
-        name: ablate(model, material.batches(model.device), sets)
+        name: ablate(model, _some(material.batches(model.device)), sets)
         for name, model in (("original", material.original), ("twin", material.twin))
     }
     rows = [
@@ -189,6 +191,15 @@ def find(material: Material) -> Finding:
             f"in all {total[0]} → {total[1]}",
         ),
     )
+
+
+def _some(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    tokens = 0
+    for ids in batches:
+        yield ids
+        tokens += ids.numel()
+        if tokens >= ABLATION_TOKENS:
+            return
 
 
 def _last_mlp(model: PreTrainedModel) -> Writer:

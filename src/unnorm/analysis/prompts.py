@@ -108,7 +108,7 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[PromptP
 def one_token(tokenizer: PreTrainedTokenizerBase, before: str, word: str) -> bool:
     """Whether a word after a space is one token, and leaves the tokens before it alone."""
     start, both = (tokenizer(text, verbose=False)["input_ids"] for text in (before, f"{before} {word}"))
-    return both[: len(start)] == start and len(both) == len(start) + 1
+    return both[: len(start)] == start and len(both) == len(start) + 1 and both[-1] != tokenizer.unk_token_id
 
 
 def answer_token(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> int | None:
