@@ -262,7 +262,6 @@ def test_entropy_neurons_are_those_that_act_through_the_norm_alone(runs: dict[st
     original, twin = original_of(runs["gpt2"]), unnorm.load(runs["gpt2"])
     batches = list(trace_inputs(original, 4, 24).split(2))
     for model in (original, twin):
-        width = model.lm_head.weight.shape[1]
         with torch.no_grad():
             model.lm_head.weight[:, 5:7] = 0
             model.transformer.h[1].mlp.c_proj.weight[7] = 0
