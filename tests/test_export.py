@@ -162,7 +162,7 @@ def test_bridge_has_the_checkpoints_logits_and_no_norms(family: str, runs: dict[
             assert torch.equal(cache[f"{name}.hook_in"], cache[f"{name}.hook_out"])
 
 
-@pytest.mark.parametrize("family", IN_LENS[:6])
+@pytest.mark.parametrize("family", IN_LENS[:7])
 def test_contributions_in_the_bridge_add_up_to_the_logits(family: str, runs: dict[str, Path]) -> None:
     pytest.importorskip("transformer_lens")
     bridge = unnorm.to_transformer_lens(runs[family])
@@ -173,7 +173,7 @@ def test_contributions_in_the_bridge_add_up_to_the_logits(family: str, runs: dic
         assert_alike(parts.sum(0) @ bridge.W_U + bridge.b_U, found, 1e-5)
 
 
-@pytest.mark.parametrize("family", IN_LENS[:6])
+@pytest.mark.parametrize("family", IN_LENS[:7])
 def test_edits_in_the_bridge_take_effect_as_in_the_checkpoint(family: str, runs: dict[str, Path]) -> None:
     """Each edit in the bridge, next to the same edit made with torch's hooks on the checkpoint."""
     pytest.importorskip("transformer_lens")

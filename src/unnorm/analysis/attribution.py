@@ -131,7 +131,7 @@ def find(material: Material) -> Finding:
             + ("." if heads else "; its heads can't be told apart, so there is one column for all."),
             "attribution_parts": "Mean absolute contribution to the logit of the next token.",
         },
-        legends={"attribution_parts": [("original", "s", "dots"), ("twin", "a", "dots")]},
+        legends={"attribution_parts": [("original", "s", "point"), ("twin", "a", "point")]},
         headline=(
             "Error of attribution",
             f"{percent(original['error_of_heads'] if heads else original['error'])} → {percent(twin['error'])}",

@@ -31,7 +31,7 @@ def heat_maps(grids: Mapping[str, Grid], columns: Sequence[str], rows: Sequence[
             z=grid,
             customdata=[[f"{row}, {column}" for column in columns] for row in rows],
             zmin=0,
-            zmax=max([1e-9, *values]),
+            zmax=1.7 * max([1e-9, *values]),  # So that numbers can be read on the darkest cell.
             colorscale=[[0, PAPER], [1, ACCENT]],
             showscale=False,
             xgap=2,
@@ -44,7 +44,7 @@ def heat_maps(grids: Mapping[str, Grid], columns: Sequence[str], rows: Sequence[
         )
         if name:
             name_panel(figure, panel, name)
-    height = len(grids) * (40 + 24 * min(len(rows), 18)) + 60
+    height = len(grids) * (70 + 26 * min(len(rows), 18)) + 50
     finish(figure, height, "")
     figure.update_yaxes(autorange="reversed", showgrid=False, **_thinned(rows))
     figure.update_xaxes(showline=False, ticks="", tickangle=0 if len(columns) <= 8 else -90, **_thinned(columns))
@@ -68,6 +68,7 @@ def dot_rows(
             marker={"color": COLOURS[model], "size": 8 if len(names) <= 80 else 5},
             text=list(names),
             hovertemplate=f"%{{text}}, {model}: %{{y:.4g}}<extra></extra>",
+            cliponaxis=False,
         )
     _name_places(figure, names)
     if log:

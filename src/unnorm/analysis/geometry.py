@@ -160,7 +160,9 @@ def _singular_figure(found: list[Geometry]) -> "Figure":
     lines, places = [], []
     for place, name in enumerate(("original", "twin")):
         for row, label in zip(found, labels, strict=True):
-            at, values = _thinned(row.singular_values[place])
+            # A centered weight has no rank along one direction.
+            of_rank = row.singular_values[place] > 1e-5 * row.singular_values[place, 0]
+            at, values = _thinned(row.singular_values[place][of_rank])
             lines.append((name, f"{name}, {label}", 0.3, values))
             places.append([float(x) for x in at])
     return bundle(lines, "place (log)", "singular value (log)", log_x=True, places=places)

@@ -180,9 +180,9 @@ def find(material: Material) -> Finding:
             "neurons_norm": "The part of it that goes through the final norm; none in the twin.",
         },
         legends={
-            "neurons_weights": [("original", "s", "dots"), ("twin", "a", "dots")],
-            "neurons_ablation": [("original", "s", "dots"), ("twin", "a", "dots")],
-            "neurons_norm": [("original", "s", "dots")],
+            "neurons_weights": [("original", "s", "point"), ("twin", "a", "point")],
+            "neurons_ablation": [("original", "s", "point"), ("twin", "a", "point")],
+            "neurons_norm": [("original", "s", "point")],
         },
         headline=(
             "Entropy neurons' effect",

@@ -23,7 +23,7 @@ from unnorm.analysis.anatomy import Anatomy, anatomy, without_heads
 from unnorm.analysis.material import Finding, Material
 from unnorm.analysis.prompts import PromptPair, answer_token, by_length, problem_with
 from unnorm.errors import UnnormError
-from unnorm.report.numbers import fixed
+from unnorm.report.numbers import fixed, percent
 from unnorm.residual import recorded, replaced_inputs
 
 if TYPE_CHECKING:
@@ -130,13 +130,13 @@ def find(material: Material) -> Finding:
             "patching_error": "Mean absolute error of attribution patching over the mean absolute effect, by head.",
         },
         legends={
-            "patching_scatter": [("original", "s", "dots"), ("twin", "a", "dots")],
-            "patching_error": [("original", "s", "dots"), ("twin", "a", "dots")],
+            "patching_scatter": [("original", "s", "point"), ("twin", "a", "point")],
+            "patching_error": [("original", "s", "point"), ("twin", "a", "point")],
         },
         headline=(
-            "Attribution patching",
-            f"{fixed(original.correlation, 3)} → {fixed(twin.correlation, 3)}",
-            f"correlation with activation patching; error {fixed(original.error, 2)} → {fixed(twin.error, 2)}",
+            "Error of attribution patching",
+            f"{percent(original.error)} → {percent(twin.error)}",
+            f"of the effect; correlation over heads {fixed(original.correlation, 4)} → {fixed(twin.correlation, 4)}",
         ),
     )
 

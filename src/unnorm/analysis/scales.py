@@ -46,14 +46,14 @@ def find(material: Material) -> Finding:
         key="scales",
         title="Scale of each former norm site",
         text=(
-            "What each norm divided a token by, and would divide it by in the twin, relative to the constant that was "
-            "folded in. A twin whose scales stayed where they were spread computes something else than norms did; one "
-            "whose scales drew together lost little."
+            "What each norm divided a token by, and would divide it by in the twin, over one number: in the original "
+            "the geometric mean, in the twin the constant that was folded in. The narrower the bars, the less it "
+            "changes to divide by a constant."
         ),
         numbers=numbers | {"sites_left_out": [s.name for s in material.sites if s.folds_into != "readers"]},
         figures={"scales": _figure(numbers)},
         captions={
-            "scales": "Scale over the constant scale, tokens after position 0: median, with bars from the 5th to the "
+            "scales": "Scale over that number, tokens after position 0: median, with bars from the 5th to the "
             "95th percentile; diamonds are the mean at position 0."
         },
         legends={"scales": [("original", "s", "range"), ("twin", "a", "range"), ("position 0", "s", "diamond")]},
@@ -80,12 +80,9 @@ def _figure(numbers: dict[str, list[dict[str, Any]]]) -> "Figure":
     from unnorm.report.look import short_names
 
     names = short_names([row["site"] for row in numbers["twin"]])
-    ranges = {
-        name: [
-            [row["quantiles"][1] / row["constant"], row["quantiles"][2] / row["constant"],
-             row["quantiles"][3] / row["constant"], row["position_0"] / row["constant"]]
-            for row in rows
-        ]
-        for name, rows in numbers.items()
-    }  # fmt: skip
-    return range_rows(names, ranges, "scale / constant (log)", at=1.0)
+    ranges = {}
+    for name, rows in numbers.items():
+        ones = [row["geometric_mean"] if name == "original" else row["constant"] for row in rows]
+        values = [(*row["quantiles"][1:4], row["position_0"]) for row in rows]
+        ranges[name] = [[value / one for value in some] for some, one in zip(values, ones, strict=True)]
+    return range_rows(names, ranges, "scale over its constant (log)", at=1.0)
