@@ -25,7 +25,6 @@ from unnorm.analysis.patching import patch
 from unnorm.analysis.prompts import PromptPair, by_length, indirect_object_prompts
 from unnorm.analysis.scales import log_scales
 from unnorm.analysis.sinks import sinks
-from unnorm.calibrate import evaluating
 from unnorm.checkpoint import load_sites
 from unnorm.errors import UnnormError
 from unnorm.models import in_float64, load_original
@@ -510,11 +509,16 @@ def test_models_are_left_as_they_were(finished_run: Path) -> None:
     twin = unnorm.load(finished_run)
     ids = trace_inputs(twin, 2, 16)
     before = logits(twin, ids)
+    twin(input_ids=ids, output_attentions=True)  # From then on transformers has hooks of its own there.
+    hooks = hooks_of(twin)
     attribute(twin, ids)
     sinks(twin, ids)
     lens(twin, ids)
     ablate(twin, [ids], [torch.tensor([1])])
     patch(twin, AutoTokenizer.from_pretrained(finished_run / "model"), PAIRS)
-    with evaluating(twin):
-        assert torch.equal(logits(twin, ids), before)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in twin.modules())
+    assert torch.equal(logits(twin, ids), before)
+    assert hooks_of(twin) == hooks and not twin.training
+
+
+def hooks_of(model: PreTrainedModel) -> list[list[int]]:
+    return [[*module._forward_hooks, *module._forward_pre_hooks] for module in model.modules()]

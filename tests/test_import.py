@@ -13,7 +13,9 @@ def run(code: str) -> list[str]:
 
 
 def test_import_is_fast_and_leaves_torch_for_later() -> None:
-    code = "import sys, time; start = time.process_time(); import unnorm, unnorm.cli; print(time.process_time() - start)"
+    code = (
+        "import sys, time; start = time.process_time(); import unnorm, unnorm.cli; print(time.process_time() - start)"
+    )
     heavy = "print(*({'torch', 'transformers', 'datasets', 'plotly'} & set(sys.modules)))"
     seconds, *loaded = run(f"{code}; {heavy}")
     assert float(seconds) < 3 and loaded == []

@@ -163,16 +163,17 @@ def _check_pair(original: PreTrainedModel, twin: PreTrainedModel, sites: Sequenc
             f"'{name}' is a {type(original).__name__} and the twin was a {kind}. Name the model that the twin was made "
             "from with --against."
         )
-    shapes = [{key: value.shape for key, value in model.named_parameters()} for model in (original, twin)]
-    other = [key for key, shape in shapes[1].items() if shapes[0].get(key, shape) != shape]
+    norms = tuple(f"{site.name}." for site in sites)
+    shapes = [{k: v.shape for k, v in m.state_dict().items() if not k.startswith(norms)} for m in (original, twin)]
+    for added in twin.config.added_biases or ():
+        shapes[1].pop(f"{added}.bias", None)
     modules = {key for key, _ in original.named_modules()}
-    missing = [key for site in sites for key in (site.name, *site.readers, *site.writers) if key not in modules]
-    missing += [key for key, _ in twin.named_modules() if key and key not in modules]
-    more = sorted(modules - {key for key, _ in twin.named_modules()})
-    if other or missing or more:
+    differ = sorted(key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key))
+    differ += [key for site in sites for key in (site.name, *site.readers, *site.writers) if key not in modules]
+    if differ:
         raise UnnormError(
-            f"'{name}' is built otherwise than the twin: they differ in {', '.join([*other, *missing, *more][:3])}. "
-            "Name the model that the twin was made from with --against."
+            f"'{name}' is built otherwise than the twin: they differ in {', '.join(differ[:3])}"
+            f"{' and more' if len(differ) > 3 else ''}. Name the model that the twin was made from with --against."
         )
 
 

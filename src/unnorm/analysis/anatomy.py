@@ -57,9 +57,8 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     """
     sites = [] if is_norm_free(model) else find_sites(model, in_place=True)
     former = [*(getattr(model.config, "removed_norms", None) or ()), *(site.name for site in sites)]
-    final = _final(model, former)
-    writers = None if final is None else residual_writers(model, final)
-    if final is None or writers is None or not any(writer.kind == "mlp" for writer in writers):
+    final, writers = _last_reader(model, former)
+    if final is None:
         raise UnnormError(
             f"The residual stream of {type(model).__name__} is no plain sum that a last norm reads (as in a post-norm "
             "model), so there are no contributions to it. This analysis is for pre-norm models."
@@ -204,13 +203,13 @@ def without_heads(model: PreTrainedModel, parts: Anatomy) -> UnnormError | None:
     )
 
 
-def _final(model: PreTrainedModel, former: Sequence[str]) -> str | None:
-    """The last (former) norm after the layers."""
-    order = [name for name, _ in model.named_modules()]
-    in_layers = [order.index(name) for name in former if layer_number(name) is not None]
-    outside = [name for name in former if layer_number(name) is None]
-    after = [name for name in outside if not in_layers or order.index(name) > max(in_layers)]
-    return after[-1] if after else None
+def _last_reader(model: PreTrainedModel, former: Sequence[str]) -> tuple[str | None, list[Writer]]:
+    """The (former) norm outside the layers that reads what the layers add up to, and what writes that."""
+    for name in reversed([name for name in former if layer_number(name) is None]):
+        writers = residual_writers(model, name) or []
+        if any(writer.kind == "mlp" for writer in writers):
+            return name, writers
+    return None, []
 
 
 def _named_by(model: PreTrainedModel, writer: Writer, behind: str | None) -> Writer:

@@ -10,7 +10,8 @@ each residual feature j: how strongly it is read, over the original's weight as 
 
     original |M_j| / |W_j|         twin |M'_j| / |W_j|        (norms of columns)
 
-For a norm that folded into the layer before it, M = C W with rows times g, M' = c W', and rows in place of columns.
+For a norm that folded into the layer before it (query/key norms), M has rows centered and times g, and M' another
+factor c; where a layer took no other norm up, gains are of rows in place of columns.
 """
 
 from collections.abc import Sequence
@@ -39,14 +40,14 @@ class Geometry:
     """One weight beside a former norm; see the head of this file for M, M' and gains.
 
     Attributes:
-        site: the norm's path.
-        weight: path of the layer that its map folded into.
+        sites: paths of the norms whose maps folded into the weight: the one it reads, the one that reads it, or both.
+        weight: path of the layer.
         singular_values: of M, and of M', in descending order.
         gain: effective gain of each feature, of M and of M'; NaN where the stored weight is zero.
         change: |M' - M| / |M|, in Frobenius norms.
     """
 
-    site: str
+    sites: tuple[str, ...]
     weight: str
     singular_values: Float[Tensor, "model rank"]
     gain: Float[Tensor, "model feature"]
@@ -65,12 +66,19 @@ def geometry(
         sites: the former norm sites.
         constants: the constant scale of each.
     """
-    rows = []
+    beside: dict[str, list[NormSite]] = {}
     for site in sites:
         for name in {"readers": site.readers, "writer": site.writers, "in place": ()}[site.folds_into]:
-            stored, folded = (_weight(model.get_submodule(name)) for model in (original, twin))
+            beside.setdefault(name, []).append(site)
+    rows = []
+    for name, its_sites in beside.items():
+        stored, folded = (_weight(model.get_submodule(name)) for model in (original, twin))
+        mapped = stored
+        for site in its_sites:
             gain, _ = affine_parameters(original.get_submodule(site.name), site)
-            rows.append(_compare(site, name, stored, constants[site.name] * folded, gain.double().cpu()))
+            mapped = _mapped(mapped, site, gain.double().cpu())
+            folded = constants[site.name] * folded
+        rows.append(_compare(its_sites, name, stored, mapped, folded))
     return rows
 
 
@@ -112,27 +120,30 @@ def _weight(module: nn.Module) -> Float[Tensor, "out in"]:
     return linear_weight(module).double().cpu()
 
 
-def _compare(site: NormSite, name: str, stored: Tensor, now: Tensor, gain: Tensor) -> Geometry:
+def _mapped(weight: Tensor, site: NormSite, gain: Tensor) -> Tensor:
+    """The weight with the norm's gain and centering in it."""
     if site.folds_into == "readers":
-        before = stored * gain
-        before = before - before.mean(1, keepdim=True) if site.centered else before
-        axis = 0
-    else:
-        blocks = stored.view(-1, site.width, stored.shape[1])
-        blocks = blocks - blocks.mean(1, keepdim=True) if site.centered else blocks
-        before = (blocks * gain[:, None]).view(stored.shape)
-        axis = 1
+        weight = weight * gain
+        return weight - weight.mean(1, keepdim=True) if site.centered else weight
+    blocks = weight.view(-1, site.width, weight.shape[1])
+    blocks = blocks - blocks.mean(1, keepdim=True) if site.centered else blocks
+    return (blocks * gain[:, None]).view(weight.shape)
+
+
+def _compare(sites: Sequence[NormSite], name: str, stored: Tensor, before: Tensor, now: Tensor) -> Geometry:
+    axis = 0 if any(site.folds_into == "readers" for site in sites) else 1
     size = stored.norm(dim=axis)
     gains = torch.stack([before.norm(dim=axis), now.norm(dim=axis)]) / torch.where(size > 0, size, torch.nan)
     values = torch.stack([torch.linalg.svdvals(before), torch.linalg.svdvals(now)])
-    return Geometry(site.name, name, values, gains, float((now - before).norm() / before.norm()))
+    change = float((now - before).norm() / before.norm())
+    return Geometry(tuple(site.name for site in sites), name, values, gains, change)
 
 
 def _numbers(row: Geometry) -> dict[str, Any]:
     levels = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
     gains = [torch.nanquantile(gain, levels).tolist() for gain in row.gain]
     sizes = row.singular_values.square().sum(1).sqrt().tolist()
-    values: dict[str, Any] = {"site": row.site, "weight": row.weight, "change": row.change}
+    values: dict[str, Any] = {"sites": list(row.sites), "weight": row.weight, "change": row.change}
     for place, name in enumerate(("original", "twin")):
         largest = float(row.singular_values[place, 0])
         values[name] = {
