@@ -118,6 +118,38 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path,
     return out
 
 
+@pytest.fixture(scope="session")
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path
+) -> dict[str, Path]:
+    """Finished runs by family of `test_families`, made when first asked for; the original is in `../model`."""
+    from tests.test_families import FAMILIES, IN_PLACE, random_model
+    from unnorm.removal import remove
+
+    configs = {name: make for name, (make, _) in FAMILIES.items()} | IN_PLACE
+
+    class Runs(dict[str, Path]):
+        def __missing__(self, family: str) -> Path:
+            root = tmp_path_factory.mktemp("family")
+            config = configs[family]()
+            config.vocab_size = len(tiny_tokenizer)
+            random_model(lambda: config).save_pretrained(root / "model")
+            tiny_tokenizer.save_pretrained(root / "model")
+            remove(
+                model=str(root / "model"),
+                data=str(text_file),
+                tokens=0,
+                context=32,
+                out=root / "run",
+                device="cpu",
+                in_place=family in IN_PLACE,
+            )
+            self[family] = root / "run"
+            return self[family]
+
+    return Runs()
+
+
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Cli:
     """Runs the command line in this process: `cli("stats", directory)` gives exit code, stdout and stderr.

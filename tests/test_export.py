@@ -11,18 +11,16 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import unnorm
 from tests.conftest import Cli
-from tests.test_families import FAMILIES, IN_PLACE, random_model
 from unnorm.errors import UnnormError
 from unnorm.exports.nanogpt import forward
 from unnorm.exports.stock import EPS
 from unnorm.exports.transformer_lens import register_adapter
 from unnorm.sites import trace_inputs
 
-CONFIGS = {name: make for name, (make, _) in FAMILIES.items()} | IN_PLACE
 IN_LENS = [
     "gpt2",
     "gpt_neox, parallel",
@@ -34,34 +32,6 @@ IN_LENS = [
     "gemma",
     "opt",
 ]
-
-
-@pytest.fixture(scope="session")
-def runs(
-    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path
-) -> dict[str, Path]:
-    """Finished runs by family, made when they are first asked for."""
-
-    class Runs(dict[str, Path]):
-        def __missing__(self, family: str) -> Path:
-            root = tmp_path_factory.mktemp("family")
-            config: PretrainedConfig = CONFIGS[family]()
-            config.vocab_size = len(tiny_tokenizer)
-            random_model(lambda: config).save_pretrained(root / "model")
-            tiny_tokenizer.save_pretrained(root / "model")
-            unnorm.remove(
-                model=str(root / "model"),
-                data=str(text_file),
-                tokens=0,
-                context=32,
-                out=root / "run",
-                device="cpu",
-                in_place=family in IN_PLACE,
-            )
-            self[family] = root / "run"
-            return self[family]
-
-    return Runs()
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -192,7 +162,7 @@ def test_bridge_has_the_checkpoints_logits_and_no_norms(family: str, runs: dict[
             assert torch.equal(cache[f"{name}.hook_in"], cache[f"{name}.hook_out"])
 
 
-@pytest.mark.parametrize("family", IN_LENS[:6])
+@pytest.mark.parametrize("family", IN_LENS[:7])
 def test_contributions_in_the_bridge_add_up_to_the_logits(family: str, runs: dict[str, Path]) -> None:
     pytest.importorskip("transformer_lens")
     bridge = unnorm.to_transformer_lens(runs[family])
@@ -203,7 +173,7 @@ def test_contributions_in_the_bridge_add_up_to_the_logits(family: str, runs: dic
         assert_alike(parts.sum(0) @ bridge.W_U + bridge.b_U, found, 1e-5)
 
 
-@pytest.mark.parametrize("family", IN_LENS[:6])
+@pytest.mark.parametrize("family", IN_LENS[:7])
 def test_edits_in_the_bridge_take_effect_as_in_the_checkpoint(family: str, runs: dict[str, Path]) -> None:
     """Each edit in the bridge, next to the same edit made with torch's hooks on the checkpoint."""
     pytest.importorskip("transformer_lens")

@@ -11,8 +11,8 @@ import pytest
 
 from unnorm.calibrate import ScaleStatistics
 from unnorm.report import ReportData, render_report
-from unnorm.report.drawing import ACCENT, log_ticks
-from unnorm.report.figures import bin_positions, removal_stretch, run_figure, short_names
+from unnorm.report.drawing import ACCENT, log_ticks, short_names
+from unnorm.report.figures import bin_positions, removal_stretch, run_figure
 from unnorm.report.numbers import MISSING, count, duration, fixed, interval, percent, short_count, shortest, significant
 from unnorm.report.page import headline
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from unnorm.errors import UnnormError
 
 if TYPE_CHECKING:
+    from unnorm.analysis.analyze import analyze
     from unnorm.calibrate import stats
     from unnorm.checkpoint import load
     from unnorm.evaluation import evaluate
@@ -21,6 +22,7 @@ __all__ = [
     "RunInterruptedError",
     "UnnormError",
     "__version__",
+    "analyze",
     "audit",
     "evaluate",
     "export",
@@ -34,6 +36,7 @@ __all__ = [
 
 _HOMES = {
     "RunInterruptedError": "unnorm.removal",
+    "analyze": "unnorm.analysis.analyze",
     "audit": "unnorm.worst_case",
     "evaluate": "unnorm.evaluation",
     "export": "unnorm.exports.export",

@@ -13,6 +13,7 @@ from unnorm import __version__
 from unnorm.errors import UnnormError
 from unnorm.terminal import (
     Progress,
+    analysis_table,
     audit_tables,
     evaluation_tables,
     export_table,
@@ -240,6 +241,60 @@ def audit(
     _print(result, json_, audit_tables(result))
     if not result["passed"]:
         raise typer.Exit(1)
+
+
+@app.command()
+def analyze(
+    directory: Annotated[Path, typer.Argument(help="Run directory.")],
+    against: Annotated[str | None, typer.Option(help="Model with norms.", show_default="the run's original")] = None,
+    what: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="attribution, patching, sinks, neurons, lens, scales or geometry; may be given more than once.",
+            show_default="all",
+        ),
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Text to analyze.", show_default="the run's")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSONL file with clean, corrupted, answer and wrong_answer.", show_default="indirect-object prompts"
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory to write.", show_default="DIRECTORY/analysis")] = None,
+    tokens: Annotated[str, typer.Option(help="Held-out tokens at most.")] = "4096",
+    context: Annotated[
+        int | None, typer.Option(help="Tokens in a block.", show_default="the models', at most 256")
+    ] = None,
+    text_field: TextField = None,
+    split: Annotated[str | None, typer.Option(help="Split that the text comes from.", show_default="the run's")] = None,
+    device: Device = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the generated prompts.")] = 0,
+    trust_remote_code: Trust = False,
+    json_: Json = False,
+) -> None:
+    """What norms do to attribution, patching, sinks, neurons and the logit lens: the twin beside its original."""
+    from unnorm.analysis.analyze import analyze as run
+
+    _quiet()
+    with Progress(_progress) as progress:
+        result = run(
+            directory,
+            against,
+            what=what,
+            data=data,
+            prompts=prompts,
+            out=out,
+            tokens=_count(tokens),
+            context=context,
+            text_field=text_field,
+            split=split,
+            device=device,
+            seed=seed,
+            trust_remote_code=trust_remote_code,
+            watch=progress,
+        )
+    _print(result, json_, analysis_table(result))
 
 
 @app.command()

@@ -1,14 +1,13 @@
 """Proof, from a run directory alone, that the model in it is norm-free and is the one that was trained."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from unnorm.blockwise import float64_logits, in_float64
@@ -16,15 +15,8 @@ from unnorm.checkpoint import load, load_sites, load_unfolded
 from unnorm.fold import FoldedWeights, empty_twin
 from unnorm.norms import linear_weight
 from unnorm.reading import read_weight
-from unnorm.sites import (
-    NormSite,
-    inside_attention,
-    norm_modules,
-    norm_operations,
-    trace_inputs,
-    unembedding_name,
-    unembedding_sources,
-)
+from unnorm.residual import recorded, replaced_inputs, residual_writers, split_output
+from unnorm.sites import NormSite, norm_modules, norm_operations, trace_inputs, unembedding_name
 
 FLOAT64_LIMIT = 1e-10
 FLOAT32_LIMIT = 1e-4
@@ -128,7 +120,7 @@ def _reads_affine(twin: PreTrainedModel, sites: Sequence[NormSite], ids: Int[Ten
     """
     sites = [site for site in sites if site.folds_into != "writer"]
     generator = torch.Generator().manual_seed(0)
-    with _recorded(twin, [site.name for site in sites]) as record:
+    with recorded(twin, [site.name for site in sites]) as record:
         twin(input_ids=ids, use_cache=False)
     shape = {name: x.shape for name, (x, _) in record.items()}
 
@@ -158,19 +150,19 @@ def _read(
 ) -> dict[str, Float[Tensor, "batch position out"]]:
     """What the readers of every site compute from the given residuals."""
 
-    def put(name: str) -> Callable[..., Any]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+    def put(name: str) -> Callable[[Tensor], Tensor]:
+        def edit(x: Tensor) -> Tensor:
             # A norm that is called twice, for queries and for keys, may be given two shapes; then one is looked at.
-            at = residuals[name].to(ids.device)
-            return (at if at.shape == args[0].shape else torch.zeros_like(args[0]),)
+            at = residuals[name].to(x.device)
+            return at if at.shape == x.shape else torch.zeros_like(x)
 
-        return hook
+        return edit
 
-    with _hooked([(twin.get_submodule(site.name), put(site.name)) for site in sites]):
-        keep = [name for site in sites for name in _looked_at(twin, site)]
-        with _recorded(twin, keep) as record:
-            twin(input_ids=ids, use_cache=False)
-    return {name: output for name, (_, output) in record.items()}
+    keep = [name for site in sites for name in _looked_at(twin, site)]
+    edits = {site.name: put(site.name) for site in sites}
+    with replaced_inputs(twin, edits), recorded(twin, keep, copies=True) as record:
+        twin(input_ids=ids, use_cache=False)
+    return {name: _first(output) for name, (_, output) in record.items()}
 
 
 def _looked_at(twin: PreTrainedModel, site: NormSite) -> Iterator[str]:
@@ -184,51 +176,22 @@ def _looked_at(twin: PreTrainedModel, site: NormSite) -> Iterator[str]:
         yield name if is_matrix else site.name
 
 
-@contextmanager
-def _hooked(pairs: Sequence[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    handles = [module.register_forward_pre_hook(hook) for module, hook in pairs]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _recorded(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Input and output of each named module in the pass that follows."""
-    record: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Any) -> None:
-            # A router gives its logits first. Some families go on in place, hence the copies.
-            first = output if isinstance(output, Tensor) else output[0]
-            given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-            record[name] = ((given or [first])[0].clone(), first.clone())
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True) for name in names]
-    try:
-        yield record
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def _contributions_add_up(twin: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Check:
     """Embeddings, heads, MLPs and biases, each through the unembedding alone, sum to what the unembedding gives."""
     name = "contributions add up to the logits"
-    factors = unembedding_sources(twin)
     not_a_sum = Check(name, False, float("inf"), FLOAT64_LIMIT, "what the unembedding reads is not a plain sum")
-    if factors is None:
-        return not_a_sum
     last = unembedding_name(twin)
-    with in_float64(twin), _recorded(twin, [*factors, last]) as record:
+    writers = residual_writers(twin, last)
+    if writers is None:
+        return not_a_sum
+    with in_float64(twin), recorded(twin, [*(writer.name for writer in writers), last], copies=True) as record:
         twin(input_ids=ids, use_cache=False)
     logits, unembedding = record[last][1], twin.get_submodule(last)
-    parts = [factors[writer] * part for writer in factors for part in _contributions(twin, writer, *record[writer])]
+    parts = []
+    for writer in writers:
+        z, output = record[writer.name]
+        parts += split_output(twin, writer, z, _first(output))
     # OPT's MLP gives batch and position as one.
     parts = [part.view(*ids.shape, -1) if part.ndim == 2 and len(part) == ids.numel() else part for part in parts]
     weight = linear_weight(unembedding).double()
@@ -240,15 +203,9 @@ def _contributions_add_up(twin: PreTrainedModel, ids: Int[Tensor, "batch positio
     return _row(name, error, FLOAT64_LIMIT, f"relative; {len(parts)} contributions and the unembedding's bias")
 
 
-def _contributions(twin: PreTrainedModel, writer: str, z: Tensor, output: Tensor) -> list[Float[Tensor, "..."]]:
-    """What one writer adds to the residual stream: an attention projection by heads, then its bias; others whole."""
-    module = twin.get_submodule(writer)
-    if not inside_attention(twin, writer) or getattr(module, "weight", torch.empty(0)).ndim != 2:
-        return [output]
-    heads = int(twin.config.get_text_config().num_attention_heads)
-    weights = linear_weight(module).double().chunk(heads, dim=1)
-    parts = [z_head @ weight.T for z_head, weight in zip(z.chunk(heads, dim=-1), weights, strict=True)]
-    return parts if module.bias is None else [*parts, module.bias.double()]
+def _first(output: Any) -> Tensor:
+    """A router gives its logits first."""
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def _number(value: Tensor) -> float:

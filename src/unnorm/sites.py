@@ -196,13 +196,13 @@ def norm_operations(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) 
     return operations.found
 
 
-def unembedding_sources(model: PreTrainedModel) -> dict[str, float] | None:
-    """Modules whose outputs, each times its factor, add up to what the unembedding reads; None if it is no such sum.
+def residual_sources(model: PreTrainedModel, reader: str) -> dict[str, float] | None:
+    """Modules whose outputs, each times its factor, add up to what a module reads; None if it is no such sum.
 
     Factors other than 1 are what some families multiply embeddings and sublayers by.
     """
     trace = _trace(model)
-    return _summands(trace, trace.inputs[unembedding_name(model)].grad_fn)
+    return _summands(trace, trace.inputs[reader].grad_fn)
 
 
 def unembedding_name(model: PreTrainedModel) -> str:

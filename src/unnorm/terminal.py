@@ -332,3 +332,42 @@ def export_table(exported: "Exported") -> RenderableType:
     for row in exported.errors:
         table.add_row(row.name, *(f"{number:.1e}" if number else "0" for number in (row.max_abs, row.relative, row.kl)))
     return Group(table, Text(f"model  {exported.path}\nload   {exported.load}\nnote   {exported.note}"))
+
+
+def analysis_table(result: dict[str, Any]) -> RenderableType:
+    """The summary of `unnorm analyze`."""
+    table = Table("analysis", "what", title=escape(f"{result['directory']} beside {result['original']}"))
+    table.title_justify = "left"
+    for heading in ("original", "twin"):
+        table.add_column(heading, justify="right")
+    for key, name, what, form in _ANALYZED:
+        numbers = result["findings"].get(name)
+        if numbers is not None:
+            values = (_at(numbers, key.format(model)) for model in ("original", "twin"))
+            table.add_row(name, what, *("-" if value is None else format(value, form) for value in values))
+    skipped = [Text(f"{name} left out: {reason}") for name, reason in result["skipped"].items()]
+    return Group(table, *skipped, Text(f"page     {result['page']}\nnumbers  {result['numbers']}"))
+
+
+_ANALYZED = (
+    ("{}.error", "attribution", "error of attribution, of the direct effect", ".2%"),
+    ("{}.error_of_heads", "attribution", "the same, heads alone", ".2%"),
+    ("{}.sum_error", "attribution", "sum of contributions less the logit, largest", ".1e"),
+    ("{}.correlation", "patching", "correlation of attribution with activation patching", ".4f"),
+    ("{}.error", "patching", "error, of the mean absolute effect", ".1%"),
+    ("{}.right_answers", "patching", "right answers", ".0%"),
+    ("{}.mean_sink_rate", "sinks", "sink rate, mean of heads", ".1%"),
+    ("{}.mean_share", "sinks", "share of attention on position 0, mean of heads", ".1%"),
+    ("{}.longest_over_median", "sinks", "longest residual vector over the median", ".2f"),
+    ("{}.entropy_neurons.mean_abs_entropy", "neurons", "entropy neurons ablated: entropy, nats", ".2e"),
+    ("{}.entropy_neurons.mean_loss", "neurons", "entropy neurons ablated: loss, nats", "+.2e"),
+    ("{}.entropy_neurons.mean_abs_entropy_through_norm", "neurons", "of which through the final norm", ".2e"),
+    ("{}.random_neurons.mean_abs_entropy", "neurons", "random neurons ablated: entropy, nats", ".2e"),
+    ("{}.mean_forms_at", "lens", "depth at which predictions form, mean", ".2f"),
+)
+
+
+def _at(numbers: dict[str, Any], path: str) -> float | None:
+    for key in path.split("."):
+        numbers = numbers[key]
+    return numbers  # type: ignore[return-value]

@@ -1,6 +1,7 @@
 """Two models token by token, as the report and the evaluation's page show them."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def make_pair(name: str, comparison: Comparison) -> Pair:
     )
 
 
-def pair_variables(pairs: list[Pair]) -> dict[str, Any]:
+def pair_variables(pairs: Sequence[Pair]) -> dict[str, Any]:
     """What the templates need of the pairs."""
     specs = [{place: json.loads(str(figure.to_json())) for place, figure in pair.figures.items()} for pair in pairs]
     return {

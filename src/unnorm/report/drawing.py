@@ -1,7 +1,7 @@
 """What all figures are drawn with: colours, panels, axes."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from unnorm.report.numbers import finite
@@ -10,17 +10,29 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 # Light colour -> dark colour. The page replaces these exact strings, so figures use no others.
-ACCENT, INK, SOFT, RULE = "#0a6c74", "#24292e", "#6f777e", "#dfe2e4"
+ACCENT, INK, SOFT, RULE, PAPER = "#0a6c74", "#24292e", "#6f777e", "#dfe2e4", "#fdfdfc"
 RUST, PLUM, OLIVE = "#a8481f", "#7a3e9d", "#7c7a12"
 DARK_COLOURS = {
     ACCENT: "#54bfc4",
     INK: "#e4e6e8",
     SOFT: "#979fa6",
     RULE: "#33383d",
+    PAPER: "#16191c",
     RUST: "#f0a070",
     PLUM: "#c9a0e6",
     OLIVE: "#c8c35a",
 }
+
+MOST_TICKS = 24
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Site names less the dotted prefix that all of them share."""
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while all(len(p) > shared + 1 for p in parts) and len({p[shared] for p in parts}) == 1:
+        shared += 1
+    return [".".join(p[shared:]) for p in parts]
 
 
 def log_ticks(low: float, high: float) -> list[float]:

@@ -1,22 +1,17 @@
 """The page of an evaluation: models side by side, and each token by token against the original."""
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from unnorm.evaluation.results import Evaluation, Results, Score
 from unnorm.report import evaluation_figures as figures
-from unnorm.report.comparison import make_pair, pair_variables, script_json
-from unnorm.report.drawing import DARK_COLOURS
+from unnorm.report.comparison import make_pair
 from unnorm.report.numbers import MISSING, count, fixed, interval, percent, significant
-from unnorm.report.templates import environment
+from unnorm.report.templates import render_page
 
 
 def render_evaluation(results: Results) -> str:
     """The whole HTML page, self-contained: scripts and styles are in it, and it loads nothing from the network."""
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
     results = results.with_short_names()
     rows = results.rows
     original = next(iter(results.protocol.get("original") or {}), None)
@@ -24,23 +19,16 @@ def render_evaluation(results: Results) -> str:
     drawn = {"positions": figures.position_figure(rows, style), "calibration": figures.calibration_figure(rows, style)}
     kept = {name: figure for name, figure in drawn.items() if figure is not None}
     pairs = [make_pair(f"{row.model} on {row.data}", row.comparison) for row in rows if row.comparison is not None]
-    return (
-        environment()
-        .get_template("evaluation.html")
-        .render(
-            title=headline(results, original),
-            rows=[_row(row, original) for row in rows],
-            scores=[_score(score, original) for score in results.scores],
-            style=style,
-            original=original,
-            heights={name: int(figure.layout.height) for name, figure in kept.items()},
-            protocol=_protocol(results.protocol),
-            plotly=Markup(get_plotlyjs()) if kept or pairs else "",
-            specs=Markup(script_json({name: json.loads(str(figure.to_json())) for name, figure in kept.items()})),
-            dark=Markup(script_json(DARK_COLOURS)),
-            **pair_variables(pairs),
-        )
-    )
+    values = {
+        "title": headline(results, original),
+        "rows": [_row(row, original) for row in rows],
+        "scores": [_score(score, original) for score in results.scores],
+        "style": style,
+        "original": original,
+        "heights": {name: int(figure.layout.height) for name, figure in kept.items()},
+        "protocol": _protocol(results.protocol),
+    }
+    return render_page("evaluation.html", values, kept, pairs)
 
 
 def headline(results: Results, original: str | None) -> str:

@@ -9,12 +9,14 @@ from unnorm.calibrate import ScaleStatistics
 from unnorm.report.drawing import (
     ACCENT,
     INK,
+    MOST_TICKS,
     SOFT,
     draw_line,
     finish,
     log_axis,
     name_panel,
     panels,
+    short_names,
 )
 from unnorm.report.numbers import finite
 
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 MOST_POSITION_BINS = 48
-MOST_TICKS = 24
 
 Rows = Sequence[dict[str, Any]]
 
@@ -133,15 +134,6 @@ def bin_positions(losses: Sequence[float], most: int = MOST_POSITION_BINS) -> tu
     edges = range(n + 1) if n <= most else sorted({round((n + 1) ** (i / most)) - 1 for i in range(most + 1)})
     bins = [(start, losses[start:end]) for start, end in pairwise(edges)]
     return [start + (len(part) + 1) / 2 for start, part in bins], [sum(part) / len(part) for _, part in bins]
-
-
-def short_names(names: Sequence[str]) -> list[str]:
-    """Site names less the dotted prefix that all of them share."""
-    parts = [name.split(".") for name in names]
-    shared = 0
-    while all(len(p) > shared + 1 for p in parts) and len({p[shared] for p in parts}) == 1:
-        shared += 1
-    return [".".join(p[shared:]) for p in parts]
 
 
 def _points(rows: Rows, key: str, kind: str | None = None) -> tuple[list[float], list[float]]:

@@ -1,6 +1,5 @@
 """The report page: what a removal did, for which proof, and how it was run."""
 
-import json
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
@@ -8,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 from unnorm.calibrate import ScaleStatistics
 from unnorm.evaluation.comparison import Comparison
 from unnorm.report import figures
-from unnorm.report.comparison import make_pair, pair_variables, script_json
-from unnorm.report.drawing import DARK_COLOURS
+from unnorm.report.comparison import make_pair
 from unnorm.report.numbers import (
     MISSING,
     count,
@@ -22,7 +20,7 @@ from unnorm.report.numbers import (
     shortest,
     significant,
 )
-from unnorm.report.templates import environment
+from unnorm.report.templates import render_page
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -59,35 +57,24 @@ class ReportData:
 
 def render_report(data: ReportData) -> str:
     """The whole HTML page, self-contained: scripts and styles are in it, and it loads nothing from the network."""
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
     drawn = _figures(data)
+    values = {
+        "headline": headline(data.result),
+        "notes": _notes(data),
+        "model": data.result.get("model") or "model",
+        "tiles": _tiles(data.result),
+        "losses": _losses(data.result),
+        "has_control": _has_control(data),
+        "in_context": "control" in data.position_loss,
+        "scales_complete": bool(data.scales_before and data.scales_after),
+        "checks": [_check(check) for check in data.checks],
+        "failed": sum(not check.get("passed") for check in data.checks),
+        "samples": [_sample(sample) for sample in data.samples],
+        "settings": _settings(data.result),
+        "versions": sorted(_mapping(data.result.get("versions")).items()),
+    }
     pairs = [] if data.comparison is None else [make_pair(f"{data.result.get('model')}", data.comparison)]
-    return (
-        environment()
-        .get_template("page.html")
-        .render(
-            headline=headline(data.result),
-            notes=_notes(data),
-            model=data.result.get("model") or "model",
-            tiles=_tiles(data.result),
-            losses=_losses(data.result),
-            has_control=_has_control(data),
-            in_context="control" in data.position_loss,
-            scales_complete=bool(data.scales_before and data.scales_after),
-            figures=drawn.keys(),
-            checks=[_check(check) for check in data.checks],
-            failed=sum(not check.get("passed") for check in data.checks),
-            samples=[_sample(sample) for sample in data.samples],
-            settings=_settings(data.result),
-            versions=sorted(_mapping(data.result.get("versions")).items()),
-            plotly=Markup(get_plotlyjs()) if drawn or pairs else "",
-            specs=Markup(script_json({name: json.loads(figure.to_json()) for name, figure in drawn.items()})),
-            dark=Markup(script_json(DARK_COLOURS)),
-            **pair_variables(pairs),
-        )
-    )
+    return render_page("page.html", values, drawn, pairs)
 
 
 def headline(result: dict[str, Any]) -> str:

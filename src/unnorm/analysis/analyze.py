@@ -1,0 +1,237 @@
+"""`unnorm analyze`: what norms do to the analysis of a model, with the original and its twin side by side."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from unnorm.analysis import attribution, geometry, lens, neurons, patching, scales, sinks
+from unnorm.analysis.material import Finding, Material
+from unnorm.analysis.page import Skipped, render_analysis
+from unnorm.analysis.prompts import PromptPair, indirect_object_prompts, read_prompts
+from unnorm.calibrate import spread
+from unnorm.checkpoint import load, load_sites, write_text
+from unnorm.config import CONFIG_FILE, choose_context, choose_device, read_config_file
+from unnorm.data import STDLIB, build_blocks
+from unnorm.errors import UnnormError
+from unnorm.evaluation import EVALUATION_SPREAD
+from unnorm.modeling.modeling_unnorm import PREFIX
+from unnorm.models import load_original
+from unnorm.report.numbers import count, short_count
+from unnorm.sites import NormSite
+
+ANALYSES: dict[str, Callable[[Material], Finding]] = {
+    "attribution": attribution.find,
+    "patching": patching.find,
+    "sinks": sinks.find,
+    "neurons": neurons.find,
+    "lens": lens.find,
+    "scales": scales.find,
+    "geometry": geometry.find,
+}
+PAGE, NUMBERS = "analysis.html", "analysis.json"
+TOKENS, PROMPTS = 4096, 64
+"""Held-out tokens that are analyzed, and generated pairs of prompts."""
+MOST_CONTEXT = 256
+"""Longest blocks by default: attention weights of all pairs of positions are kept."""
+
+Watch = Callable[[dict[str, Any]], None]
+
+
+def analyze(
+    directory: str | Path,
+    against: str | None = None,
+    *,
+    what: Sequence[str] | None = None,
+    data: str | None = None,
+    prompts: str | Path | None = None,
+    out: str | Path | None = None,
+    tokens: int = TOKENS,
+    context: int | None = None,
+    text_field: str | None = None,
+    split: str | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    watch: Watch | None = None,
+) -> dict[str, Any]:
+    """Analyze a twin and its original side by side; write `analysis.html` and `analysis.json`; `unnorm analyze`.
+
+    Args:
+        directory: a finished run.
+        against: the model with norms; by default the run's original.
+        what: which of attribution, patching, sinks, neurons, lens, scales and geometry; by default all that these
+            models allow.
+        data: text, of which the held-out part is used; by default the run's.
+        prompts: JSONL file of prompt pairs to patch between; by default indirect-object prompts that are generated.
+        out: directory to write; by default `analysis` in the run directory. Earlier results in it are replaced.
+        tokens: how many tokens of text at most.
+        context: tokens in a block; by default the longest that both models take, at most 256.
+        text_field: column that holds the text; by default the run's.
+        split: split that the text comes from; by default the run's.
+        device: `auto`, `cpu`, `cuda` or `mps`.
+        seed: of the generated prompts.
+        trust_remote_code: run modeling code that comes with the original.
+        watch: called with `{"kind": "phase", "text": …}` as it goes on.
+
+    Returns:
+        What stands in `analysis.json`: settings, `findings` by name, `skipped` with reasons, `page` and `numbers`.
+
+    Raises:
+        UnnormError: there is no finished run, the original is no model that the twin can come from, the text or the
+            prompts can't be used, an analysis is not known, or one that was named can't be made of these models.
+    """
+    say: Watch = watch or (lambda _: None)
+    started = time.perf_counter()
+    directory = Path(directory).expanduser()
+    names = _chosen(what)
+    place = choose_device(device)
+    out = directory / "analysis" if out is None else Path(out).expanduser()
+    _check_out(out)
+    sites, constants = load_sites(directory)
+    settings = read_config_file(directory / CONFIG_FILE) if (directory / CONFIG_FILE).is_file() else {}
+    name = against or str(settings.get("model") or "")
+    if not name:
+        raise UnnormError(f"'{directory / CONFIG_FILE}' does not name the original. Name it with --against.")
+    say({"kind": "phase", "text": f"loading {directory} and {name}"})
+    original, tokenizer = load_original(name, trust_remote_code)
+    twin = load(directory)
+    _check_pair(original, twin, sites, name)
+    pairs = _prompts(prompts, tokenizer, seed)
+    text = data or str(settings.get("data") or STDLIB)
+    blocks = _text(
+        (original, twin), tokenizer, text, tokens, context,
+        text_field if data or text_field else settings.get("text_field"),
+        split or ("train" if data else str(settings.get("split") or "train")),
+    )  # fmt: skip
+    material = Material(original.to(place), twin.to(place), tokenizer, blocks, pairs, sites, constants)
+    findings, skipped = [], []
+    for key in names:
+        say({"kind": "phase", "text": f"analyzing {key}"})
+        try:
+            findings.append(ANALYSES[key](material))
+        except UnnormError as error:
+            if what:
+                raise
+            skipped.append(Skipped(key, str(error)))
+    result = {
+        "directory": str(directory),
+        "original": name,
+        "data": text,
+        "tokens": len(blocks) * len(blocks[0]["input_ids"]),
+        "context": len(blocks[0]["input_ids"]),
+        "prompts": str(prompts) if prompts else f"{len(pairs)} generated" if not isinstance(pairs, str) else "none",
+        "seed": seed,
+        "seconds": time.perf_counter() - started,
+        "findings": {finding.key: _plain(finding.numbers) for finding in findings},
+        "skipped": {row.key: row.reason for row in skipped},
+        "page": str(out / PAGE),
+        "numbers": str(out / NUMBERS),
+    }
+    _write(out, result, render_analysis(name, findings, skipped, _settings(result)))
+    return result
+
+
+def _chosen(what: Sequence[str] | None) -> list[str]:
+    unknown = [key for key in what or () if key not in ANALYSES]
+    if unknown:
+        raise UnnormError(f"There is no analysis '{unknown[0]}'. Analyses are {', '.join(ANALYSES)}.")
+    return [key for key in ANALYSES if not what or key in what]
+
+
+def _check_out(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise UnnormError(f"'{out}' is a file, and results go to a directory. Give another --out.")
+
+
+def _check_pair(original: PreTrainedModel, twin: PreTrainedModel, sites: Sequence[NormSite], name: str) -> None:
+    """That the twin can have come from the original."""
+    vocabularies = [int(model.get_input_embeddings().weight.shape[0]) for model in (original, twin)]
+    if vocabularies[0] != vocabularies[1]:
+        raise UnnormError(
+            f"'{name}' has a vocabulary of {vocabularies[0]:,} tokens and the twin one of {vocabularies[1]:,}. "
+            "Name the model that the twin was made from with --against."
+        )
+    kind = type(twin).__name__.removeprefix(PREFIX)
+    if type(original).__name__ != kind:
+        raise UnnormError(
+            f"'{name}' is a {type(original).__name__} and the twin was a {kind}. Name the model that the twin was made "
+            "from with --against."
+        )
+    norms = tuple(f"{site.name}." for site in sites)
+    shapes = [{k: v.shape for k, v in m.state_dict().items() if not k.startswith(norms)} for m in (original, twin)]
+    for added in twin.config.added_biases or ():
+        shapes[1].pop(f"{added}.bias", None)
+    modules = {key for key, _ in original.named_modules()}
+    differ = sorted(key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key))
+    differ += [key for site in sites for key in (site.name, *site.readers, *site.writers) if key not in modules]
+    if differ:
+        raise UnnormError(
+            f"'{name}' is built otherwise than the twin: they differ in {', '.join(differ[:3])}"
+            f"{' and more' if len(differ) > 3 else ''}. Name the model that the twin was made from with --against."
+        )
+
+
+def _prompts(path: str | Path | None, tokenizer: PreTrainedTokenizerBase, seed: int) -> Sequence[PromptPair] | str:
+    if path is not None:
+        return read_prompts(Path(path).expanduser(), tokenizer)
+    try:
+        return indirect_object_prompts(tokenizer, PROMPTS, seed)
+    except UnnormError as error:
+        return str(error)
+
+
+def _text(
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    data: str,
+    tokens: int,
+    context: int | None,
+    text_field: str | None,
+    split: str,
+) -> Dataset:
+    if tokens < 2:
+        raise UnnormError(f"--tokens {tokens}: there is nothing to predict in fewer than 2 tokens.")
+    length = choose_context(context, *models)
+    length = min(length, MOST_CONTEXT) if context is None else length
+    blocks = max(1, math.ceil(tokens / length))
+    vocabulary = int(models[0].get_input_embeddings().weight.shape[0])
+    found = build_blocks(
+        data, tokenizer, vocabulary, length, 1, EVALUATION_SPREAD * blocks, text_field=text_field, split=split
+    )
+    return spread(found.validation, blocks)
+
+
+def _plain(value: Any) -> Any:
+    """Numbers as JSON has them: what is not finite becomes null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _settings(result: dict[str, Any]) -> dict[str, str]:
+    return {
+        "original": result["original"],
+        "twin": result["directory"],
+        "held-out text": result["data"],
+        "tokens": f"{count(result['tokens'])} in blocks of {count(result['context'])}",
+        "prompts": result["prompts"],
+        "seed": str(result["seed"]),
+        "time": f"{short_count(result['seconds'])} seconds",
+    }
+
+
+def _write(out: Path, result: dict[str, Any], page: str) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnnormError(f"Could not write '{out}': {error}. Give another --out.") from error
+    write_text(out / PAGE, page)
+    write_text(out / NUMBERS, json.dumps(result, indent=2))

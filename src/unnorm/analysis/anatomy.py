@@ -1,0 +1,223 @@
+"""Where layers, heads, neurons and the last norm of a model are, with norms or without, found by running it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from unnorm.errors import UnnormError
+from unnorm.modeling.modeling_unnorm import PREFIX
+from unnorm.norms import linear_weight
+from unnorm.residual import Writer, layer_number, recorded, replaced_inputs, residual_writers
+from unnorm.sites import NormSite, find_sites, inside_attention, unembedding_name
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Parts of one model, as paths of its modules.
+
+    Attributes:
+        layers: the layers, in order; each reads and writes the residual stream.
+        final: what reads the residual stream last: the final norm, or the identity in its place.
+        norm: the final norm, if it still is one.
+        writers: all that is added to the residual stream, in the order of the model.
+    """
+
+    layers: tuple[str, ...]
+    final: str
+    norm: NormSite | None
+    writers: tuple[Writer, ...]
+
+    @property
+    def attentions(self) -> tuple[Writer, ...]:
+        """Each layer's attention, in order."""
+        return tuple(writer for writer in self.writers if writer.kind == "attention")
+
+    @property
+    def mlps(self) -> tuple[Writer, ...]:
+        """Each layer's MLP, in order."""
+        return tuple(writer for writer in self.writers if writer.kind == "mlp")
+
+    @property
+    def heads(self) -> int:
+        """Heads of a layer; 0 where they can't be known."""
+        counts = {writer.heads for writer in self.attentions}
+        return counts.pop() if len(counts) == 1 else 0
+
+
+def anatomy(model: PreTrainedModel) -> Anatomy:
+    """Find the parts of a decoder-only model, with its norms or without.
+
+    Raises:
+        UnnormError: the residual stream is no plain sum up to a last (former) norm, as in a post-norm model.
+    """
+    sites = [] if is_norm_free(model) else find_sites(model, in_place=True)
+    former = [*(getattr(model.config, "removed_norms", None) or ()), *(site.name for site in sites)]
+    final, writers = _last_reader(model, former)
+    if final is None:
+        raise UnnormError(
+            f"The residual stream of {type(model).__name__} is no plain sum that a last norm reads (as in a post-norm "
+            "model), so there are no contributions to it. This analysis is for pre-norm models."
+        )
+    # A norm after a sublayer stands for what it reads.
+    behind = {site.name: site.writers[0] for site in sites if site.writers}
+    writers = [_named_by(model, writer, behind.get(writer.name)) for writer in writers]
+    order = [name for name, _ in model.named_modules()]
+    writers.sort(key=lambda writer: order.index(writer.name))
+    layers = sorted({_layer_path(w.name) for w in writers if w.layer is not None}, key=order.index)
+    norm = next((site for site in sites if site.name == final), None)
+    return Anatomy(tuple(layers), final, norm, tuple(writers))
+
+
+def is_norm_free(model: PreTrainedModel) -> bool:
+    """Whether a model is a twin in which no norm was kept."""
+    return type(model).__name__.startswith(PREFIX) and not getattr(model.config, "kept_norms", None)
+
+
+@torch.no_grad()
+def residual_stream(
+    model: PreTrainedModel, parts: Anatomy, ids: Int[Tensor, "batch position"]
+) -> tuple[Float[Tensor, "depth batch position width"], Float[Tensor, "batch position vocab"]]:
+    """What each layer reads, and at last the final norm (or the identity in its place); and the logits."""
+    places = [*parts.layers, parts.final]
+    read: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            read[name] = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+        return hook
+
+    handles = [model.get_submodule(n).register_forward_pre_hook(keep(n), with_kwargs=True) for n in places]
+    try:
+        logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack([read[name].view(*ids.shape, -1) for name in places]), logits
+
+
+@torch.no_grad()
+def logits_from(
+    model: PreTrainedModel,
+    parts: Anatomy,
+    ids: Int[Tensor, "batch position"],
+    residual: Float[Tensor, "batch position width"],
+) -> Float[Tensor, "batch position vocab"]:
+    """The logits that the model gives if the last thing to read the residual stream reads this one.
+
+    The whole model runs, so that whatever it does after the final norm (projections, soft caps, scaling) is done.
+    """
+    with replaced_inputs(model, {parts.final: lambda x: residual.view(x.shape)}):
+        return model(input_ids=ids, use_cache=False).logits
+
+
+@dataclass(frozen=True)
+class Readout:
+    """How the unembedding reads the residual stream x: logit_t = (x . direction_t) / s(x) + bias_t.
+
+    s(x) is the final norm's scale, 1 in a twin; the direction has the norm's gain in it, and is centered where the
+    norm centers x.
+    """
+
+    directions: Float[Tensor, "vocab width"]
+    biases: Float[Tensor, " vocab"]
+    norm: NormSite | None
+
+    def scale(self, x: Float[Tensor, "*token width"]) -> Float[Tensor, "*token"]:
+        """What the final norm divides each token by."""
+        if self.norm is None:
+            return torch.ones(x.shape[:-1], dtype=x.dtype, device=x.device)
+        x = self.centered(x)
+        return (x.square().mean(-1) + self.norm.eps).sqrt()
+
+    def centered(self, x: Float[Tensor, "*token width"]) -> Float[Tensor, "*token width"]:
+        """A vector as the final norm sees it: less its mean, for LayerNorm."""
+        return x - x.mean(-1, keepdim=True) if self.norm is not None and self.norm.centered else x
+
+
+@torch.no_grad()
+def readout(model: PreTrainedModel, parts: Anatomy) -> Readout:
+    """The unembedding together with the final norm, if there is one.
+
+    Raises:
+        UnnormError: something else lies between the final norm and the unembedding.
+    """
+    from unnorm.sites import affine_parameters, trace_inputs
+
+    last = unembedding_name(model)
+    with recorded(model, [parts.final, last]) as record:
+        model(input_ids=trace_inputs(model), use_cache=False)
+    given, read = record[parts.final][1], record[last][0]
+    if given.shape != read.shape or not torch.equal(given, read):
+        raise UnnormError(
+            f"In {type(model).__name__} something lies between '{parts.final}' and the unembedding '{last}', so what "
+            "the residual stream adds to a logit is not known."
+        )
+    unembedding = model.get_submodule(last)
+    directions = linear_weight(unembedding)
+    own = getattr(unembedding, "bias", None)
+    biases = directions.new_zeros(len(directions)) if own is None else own
+    if parts.norm is None:
+        return Readout(directions, biases, None)
+    gain, bias = affine_parameters(model.get_submodule(parts.norm.name), parts.norm)
+    biases = biases if bias is None else biases + directions @ bias
+    directions = directions * gain
+    if parts.norm.centered:
+        directions = directions - directions.mean(-1, keepdim=True)
+    return Readout(directions, biases, parts.norm)
+
+
+def attention_patterns(
+    model: PreTrainedModel, parts: Anatomy, ids: Int[Tensor, "batch position"]
+) -> Float[Tensor, "layer batch head query key"]:
+    """Attention weights of every head, from the model's own eager attention.
+
+    Raises:
+        UnnormError: the family doesn't give them, or for other heads than its projections have.
+    """
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            patterns = model(input_ids=ids, use_cache=False, output_attentions=True).attentions
+    finally:
+        model.set_attn_implementation(before)
+    heads = {writer.heads for writer in parts.attentions if writer.heads}
+    if not patterns or any(p is None for p in patterns) or (heads and heads != {p.shape[1] for p in patterns}):
+        raise UnnormError(f"{type(model).__name__} does not give the attention weights of its heads.")
+    return torch.stack(list(patterns))
+
+
+def without_heads(model: PreTrainedModel, parts: Anatomy) -> UnnormError | None:
+    """Why the heads of a model can't be told apart; None if they can."""
+    if parts.heads and len(parts.attentions) == len(parts.layers):
+        return None
+    return UnnormError(
+        f"The heads of {type(model).__name__} can't be told apart: what its attention adds to the residual stream is "
+        "not one linear projection of as many heads as its config says (a norm may follow it)."
+    )
+
+
+def _last_reader(model: PreTrainedModel, former: Sequence[str]) -> tuple[str | None, list[Writer]]:
+    """The (former) norm outside the layers that reads what the layers add up to, and what writes that."""
+    for name in reversed([name for name in former if layer_number(name) is None]):
+        writers = residual_writers(model, name) or []
+        if any(writer.kind == "mlp" for writer in writers):
+            return name, writers
+    return None, []
+
+
+def _named_by(model: PreTrainedModel, writer: Writer, behind: str | None) -> Writer:
+    if behind is None or writer.layer is None:
+        return writer
+    return replace(writer, kind="attention" if inside_attention(model, behind) else "mlp", heads=0, linear=False)
+
+
+def _layer_path(name: str) -> str:
+    parts = name.split(".")
+    return ".".join(parts[: 1 + next(i for i, part in enumerate(parts) if part.isdigit())])

@@ -1,0 +1,247 @@
+"""Direct logit attribution: what each head, MLP, neuron and bias adds to a logit, and how exact that is.
+
+In a twin the logit of token t is x . w_t + b_t with x the last residual vector, a sum of contributions, so that the
+direct effect of a contribution c, the change of the logit when c is taken out of x, is c . w_t exactly. In a model with
+a final norm of gain g and scale s(x), with w'_t = C diag(g) w_t (C removes the mean, for LayerNorm),
+
+    attribution, scale frozen        DLA(c) = c . w'_t / s(x)
+    direct effect                    DE(c)  = x . w'_t / s(x) - (x - c) . w'_t / s(x - c)
+    normalized mean absolute error   NMAE   = mean |DLA - DE| / mean |DE|, over tokens
+
+(Elhage et al. 2021, *A Mathematical Framework for Transformer Circuits*, for attribution with the scale frozen; Baroni
+et al. 2025, arXiv 2507.02559, for its error against the direct effect.)
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unnorm.analysis.anatomy import Anatomy, Readout, anatomy, readout
+from unnorm.analysis.material import Finding, Material, Subject
+from unnorm.norms import linear_weight
+from unnorm.report.numbers import percent, significant
+from unnorm.residual import Part, Writer, parts_of, recorded, split_output
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+TOP_NEURONS = 20
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Contributions to the logit of one token at each position.
+
+    Attributes:
+        parts: what is attributed to; the last one is the bias of the unembedding, with what the final norm's bias adds.
+        contributions: to the logit, the final norm's scale frozen where there is one; they sum to `logits`.
+        direct_effects: the change of the logit when the part is taken out of the last residual vector; not known for
+            the last part, so one fewer.
+        neurons: by layer, those of its MLP's neurons; they sum to its MLP's. Layers whose MLP is no linear projection
+            of neurons are left out.
+        logits: what is attributed.
+    """
+
+    parts: list[Part]
+    contributions: Float[Tensor, "part batch position"]
+    direct_effects: Float[Tensor, "part_less_one batch position"]
+    neurons: dict[int, Float[Tensor, "batch position neuron"]]
+    logits: Float[Tensor, "batch position"]
+
+
+@torch.no_grad()
+def attribute(
+    model: PreTrainedModel, ids: Int[Tensor, "batch position"], targets: Int[Tensor, "batch position"] | None = None
+) -> Attribution:
+    """Attribute a logit at each position to the parts of the residual stream, in the model's own dtype.
+
+    The equations are in the head of this file. The logit is the unembedding's output, before any soft cap.
+
+    Args:
+        model: a twin, or a model with norms.
+        ids: token ids.
+        targets: the token whose logit is attributed, at each position; by default the next one, so that the last
+            position is left out.
+
+    Raises:
+        UnnormError: the model's residual stream is no plain sum that the unembedding reads.
+    """
+    parts = anatomy(model)
+    last = readout(model, parts)
+    end = ids.shape[1] - (targets is None)
+    targets = ids[:, 1:] if targets is None else targets
+    with recorded(model, [*(writer.name for writer in parts.writers), parts.final]) as record:
+        model(input_ids=ids, use_cache=False)
+    x = record[parts.final][0].view(*ids.shape, -1)[:, :end]
+    direction = last.directions[targets]
+    named: list[Part] = []
+    rows: list[tuple[Tensor, Tensor]] = []
+    neurons: dict[int, Tensor] = {}
+    for writer in parts.writers:
+        z, output = (value.reshape(*ids.shape, -1)[:, :end] for value in _tensors(record[writer.name], ids))
+        named += parts_of(model, writer)
+        for vector in split_output(model, writer, z, output):
+            rows.append(_effects(vector, x, direction, last))
+        if writer.kind == "mlp" and writer.linear:
+            neurons[int(writer.layer or 0)] = _neurons(model, writer, z, direction, last.scale(x))
+    bias = last.biases[targets]
+    return Attribution(
+        parts=[*named, Part("unembedding's bias", "bias", parts.final, None)],
+        contributions=torch.stack([*(dla for dla, _ in rows), bias]),
+        direct_effects=torch.stack([de for _, de in rows]),
+        neurons=neurons,
+        logits=(x * direction).sum(-1) / last.scale(x) + bias,
+    )
+
+
+def frozen_scale_error(
+    contributions: Float[Tensor, "part *token"], direct_effects: Float[Tensor, "part *token"]
+) -> Float[Tensor, " part"]:
+    """NMAE of attributions against direct effects, over tokens, for each part; 0 where the part does nothing."""
+    miss = (contributions - direct_effects).abs().flatten(1).sum(1)
+    effect = direct_effects.abs().flatten(1).sum(1)
+    return torch.where(effect > 0, miss / effect.clamp_min(torch.finfo(effect.dtype).tiny), miss)
+
+
+def find(material: Material) -> Finding:
+    """Attribution in both models on the material's text, in float64."""
+    measured: dict[str, Any] = {s.name: _measure(s, material) for s in material.subjects_in_float64()}
+    twin, original = measured["twin"], measured["original"]
+    heads = original["heads"]
+    return Finding(
+        key="attribution",
+        title="Direct logit attribution",
+        text=(
+            "How much each head, MLP, embedding and bias adds to the logit of the next token. In the twin these sum to "
+            "the logit and each is what the logit loses when the part is taken out. In the original a norm comes "
+            "between: attributions hold only while its scale is frozen. The map shows how far off that is, as the "
+            "mean absolute error over the mean absolute direct effect; 100% is an error as large as the effect itself."
+        ),
+        numbers=measured,
+        figures={
+            "attribution_error": _error_figure(original),
+            "attribution_parts": _parts_figure(original, twin),
+        },
+        captions={
+            "attribution_error": "Error of attribution with the scale frozen, in the original"
+            + ("." if heads else "; its heads can't be told apart, so there is one column for all."),
+            "attribution_parts": "Mean absolute contribution to the logit of the next token.",
+        },
+        legends={"attribution_parts": [("original", "s", "point"), ("twin", "a", "point")]},
+        headline=(
+            "Error of attribution",
+            f"{percent(original['error_of_heads'] if heads else original['error'])} → {percent(twin['error'])}",
+            f"of the direct effect{', heads' if heads else ''}; in the twin sums are off by "
+            f"{significant(twin['sum_error'], 2)} of a logit",
+        ),
+    )
+
+
+def _tensors(pair: tuple[Tensor, Any], ids: Tensor) -> tuple[Tensor, Tensor]:
+    z, output = pair
+    output = output[0] if isinstance(output, tuple) else output
+    # Positions are embedded once for all sequences.
+    if output.shape[0] == 1 and output.ndim == 3:
+        output = output.expand(len(ids), -1, -1)
+    return (z if z.is_floating_point() else output), output.reshape(*ids.shape, -1)
+
+
+def _effects(
+    vector: Float[Tensor, "..."], x: Float[Tensor, "batch position width"], direction: Tensor, last: Readout
+) -> tuple[Float[Tensor, "batch position"], Float[Tensor, "batch position"]]:
+    """DLA and DE of one part, a vector for each token or one for all."""
+    scale = last.scale(x)
+    frozen = (vector * direction).sum(-1) / scale
+    if last.norm is None:
+        return frozen, frozen
+    without = x - vector
+    return frozen, (x * direction).sum(-1) / scale - (without * direction).sum(-1) / last.scale(without)
+
+
+def _neurons(
+    model: PreTrainedModel, writer: Writer, z: Tensor, direction: Tensor, scale: Tensor
+) -> Float[Tensor, "batch position neuron"]:
+    read = direction @ linear_weight(model.get_submodule(writer.name))
+    return writer.factor * z * read / scale.unsqueeze(-1)
+
+
+def _measure(subject: Subject, material: Material) -> dict[str, Any]:
+    """Sums over the text, batch by batch."""
+    parts, tokens, sum_error, largest = [], 0, 0.0, 0.0
+    totals: dict[str, Any] = {}
+    neurons: dict[int, Tensor] = {}
+    for ids in material.batches(subject.model.device):
+        found = attribute(subject.model, ids)
+        parts, effects = found.parts, found.direct_effects
+        own = found.contributions[:-1]
+        for name, value in {
+            "size": found.contributions.abs(), "signed": found.contributions, "miss": (own - effects).abs(),
+            "effect": effects.abs(),
+        }.items():  # fmt: skip
+            totals[name] = totals.get(name, 0) + value.sum((1, 2))
+        for layer, value in found.neurons.items():
+            neurons[layer] = neurons.get(layer, torch.zeros(())) + value.abs().sum((0, 1))
+        sum_error = max(sum_error, float((found.contributions.sum(0) - found.logits).abs().max()))
+        largest = max(largest, float(found.logits.abs().max()))
+        tokens += found.logits.numel()
+    return _numbers(subject.anatomy, parts, totals, neurons, tokens) | {
+        "sum_error": sum_error,
+        "largest_logit": largest,
+        "tokens": tokens,
+    }
+
+
+def _numbers(
+    shape: Anatomy, parts: list[Part], totals: dict[str, Tensor], neurons: dict[int, Tensor], tokens: int
+) -> dict[str, Any]:
+    miss, effect = totals["miss"], totals["effect"]
+    error = [*(miss / effect.clamp_min(1e-300)).tolist(), None]
+    size, signed = ((totals[key] / tokens).tolist() for key in ("size", "signed"))
+    rows = [
+        {"part": p.name, "kind": p.kind, "layer": p.layer, "head": p.head, "mean_abs": s, "mean": m, "error": e}
+        for p, s, m, e in zip(parts, size, signed, error, strict=True)
+    ]
+    is_head = torch.tensor([part.kind == "head" for part in parts[:-1]])
+    ranked = sorted(
+        ((float(value) / tokens, layer, index) for layer, sums in neurons.items() for index, value in enumerate(sums)),
+        reverse=True,
+    )
+    return {
+        "heads": shape.heads,
+        "layers": len(shape.layers),
+        "error": float(miss.sum() / effect.sum()),
+        "error_of_heads": float(miss[is_head].sum() / effect[is_head].sum()) if bool(is_head.any()) else None,
+        "parts": rows,
+        "neurons": [
+            {"layer": layer, "neuron": index, "mean_abs": value} for value, layer, index in ranked[:TOP_NEURONS]
+        ],
+        "neurons_unknown_in_layers": [w.layer for w in shape.mlps if not w.linear],
+    }
+
+
+def _error_figure(original: dict[str, Any]) -> "Figure":
+    from unnorm.analysis.figures import heat_map
+
+    columns = [f"head {head}" for head in range(original["heads"])] or ["attention"]
+    columns.append("MLP")
+    grid: list[list[float | None]] = [[None] * len(columns) for _ in range(original["layers"])]
+    for row in original["parts"]:
+        if row["kind"] in ("head", "attention"):
+            grid[row["layer"]][row["head"] or 0] = row["error"]
+        elif row["kind"] == "mlp":
+            grid[row["layer"]][-1] = row["error"]
+    return heat_map(grid, columns, [f"layer {layer}" for layer in range(len(grid))], ".1%", "error")
+
+
+def _parts_figure(original: dict[str, Any], twin: dict[str, Any]) -> "Figure":
+    from unnorm.analysis.figures import dot_rows
+
+    names = [row["part"] for row in twin["parts"] if row["kind"] != "bias" or row["layer"] is None]
+    of = {name: {row["part"]: row["mean_abs"] for row in rows} for name, rows in
+          (("original", original["parts"]), ("twin", twin["parts"]))}  # fmt: skip
+    values = {name: [of[name].get(part) for part in names] for name in of}
+    return dot_rows(names, values, "nats of the logit (mean absolute)")

@@ -1,0 +1,233 @@
+"""The kinds of figure that analyses draw: the original in soft grey, the twin in the accent colour."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from plotly.graph_objects import Figure
+
+from unnorm.report.drawing import ACCENT, INK, MOST_TICKS, PAPER, SOFT, finish, log_axis, name_panel, panels
+from unnorm.report.numbers import finite
+
+COLOURS = {"original": SOFT, "twin": ACCENT}
+WRITTEN_CELLS = 120
+"""Most cells of a heat map that have their number written in them."""
+
+Grid = Sequence[Sequence[float | None]]
+
+
+def heat_map(grid: Grid, columns: Sequence[str], rows: Sequence[str], form: str, what: str) -> Figure:
+    """One value for each layer (from the top down) and head, with the numbers in the cells where there is room."""
+    return heat_maps({"": grid}, columns, rows, form, what)
+
+
+def heat_maps(grids: Mapping[str, Grid], columns: Sequence[str], rows: Sequence[str], form: str, what: str) -> Figure:
+    """Several of them below one another, on one scale of colours."""
+    figure = panels([1 / len(grids)] * len(grids))
+    values = [v for grid in grids.values() for row in grid for v in row if v is not None]
+    written = len(columns) * len(rows) <= WRITTEN_CELLS
+    for panel, (name, grid) in enumerate(grids.items(), start=1):
+        figure.add_heatmap(
+            z=grid,
+            customdata=[[f"{row}, {column}" for column in columns] for row in rows],
+            zmin=0,
+            zmax=1.7 * max([1e-9, *values]),  # So that numbers can be read on the darkest cell.
+            colorscale=[[0, PAPER], [1, ACCENT]],
+            showscale=False,
+            xgap=2,
+            ygap=2,
+            hoverongaps=False,
+            hovertemplate=f"%{{customdata}}: {what} %{{z:{form}}}<extra>{name}</extra>",
+            **({"texttemplate": f"%{{z:{form}}}", "textfont": {"color": INK, "size": 11}} if written else {}),
+            row=panel,
+            col=1,
+        )
+        if name:
+            name_panel(figure, panel, name)
+    height = len(grids) * (70 + 26 * min(len(rows), 18)) + 50
+    finish(figure, height, "")
+    figure.update_yaxes(autorange="reversed", showgrid=False, **_thinned(rows))
+    figure.update_xaxes(showline=False, ticks="", tickangle=0 if len(columns) <= 8 else -90, **_thinned(columns))
+    figure.update_layout(hovermode="closest")
+    return figure
+
+
+def dot_rows(
+    names: Sequence[str], values: Mapping[str, Sequence[float | None]], title: str, log: bool = False
+) -> Figure:
+    """A dot for each name (along the x axis) and model."""
+    figure = panels([1.0])
+    places = list(range(len(names)))
+    for model, column in values.items():
+        # A log axis has no place for zero.
+        shown = [v if not log or (finite(v) or 0) > 0 else None for v in column]
+        figure.add_scatter(
+            x=places,
+            y=shown,
+            mode="markers",
+            marker={"color": COLOURS[model], "size": 8 if len(names) <= 80 else 5},
+            text=list(names),
+            hovertemplate=f"%{{text}}, {model}: %{{y:.4g}}<extra></extra>",
+            cliponaxis=False,
+        )
+    _name_places(figure, names)
+    if log:
+        log_axis(figure, 1, [v for column in values.values() for v in column if v is not None])
+    else:
+        figure.update_yaxes(rangemode="tozero")
+    name_panel(figure, 1, title)
+    figure.update_layout(hovermode="closest")
+    return finish(figure, 380, "")
+
+
+def range_rows(
+    names: Sequence[str], ranges: Mapping[str, Sequence[Sequence[float | None]]], title: str, at: float | None = None
+) -> Figure:
+    """For each name and model a bar from low to high with a dot between, and maybe a diamond; on a log axis.
+
+    Args:
+        names: along the x axis.
+        ranges: by model, low, middle, high and diamond (or None) for each name.
+        title: of the y axis.
+        at: where to draw a level line.
+    """
+    figure = panels([1.0])
+    if at is not None:
+        figure.add_hline(y=at, line={"color": INK, "width": 1.2}, layer="below")
+    crowded = len(names) > 16
+    for model, rows in ranges.items():
+        places = [place + {"original": -0.17, "twin": 0.17}[model] for place in range(len(names))]
+        figure.add_scatter(
+            x=[x for place in places for x in (place, place, None)],
+            y=[y for row in rows for y in (row[0], row[2], None)],
+            mode="lines",
+            line={"color": COLOURS[model], "width": 3 if crowded else 7},
+            opacity=0.35,
+            hoverinfo="skip",
+        )
+        texts = [f"{name}<br>{model}: {row[0]:.3g} to {row[2]:.3g}" for name, row in zip(names, rows, strict=True)]
+        for column, symbol, what in ((1, "circle", "median"), (3, "diamond-open", "position 0")):
+            size = (4 if crowded else 8) + (column == 3)
+            figure.add_scatter(
+                x=places,
+                y=[row[column] for row in rows],
+                mode="markers",
+                marker={"color": COLOURS[model], "symbol": symbol, "size": size, "line": {"width": 1.6}},
+                text=texts,
+                hovertemplate=f"%{{text}}<br>{what} %{{y:.4g}}<extra></extra>",
+            )
+    _name_places(figure, names)
+    log_axis(figure, 1, [v for rows in ranges.values() for row in rows for v in row if v is not None])
+    name_panel(figure, 1, title)
+    figure.update_layout(hovermode="closest")
+    return finish(figure, 440, "")
+
+
+def scatter(
+    points: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[str]]],
+    x_title: str,
+    y_title: str,
+    *,
+    diagonal: bool = False,
+    log_y: bool = False,
+    marked: dict[str, list[int]] | None = None,
+) -> Figure:
+    """Points by model, with their names; some of them may be marked, and equality drawn."""
+    figure = panels([1.0])
+    if diagonal:
+        ends = [v for x, y, _ in points.values() for v in (*x, *y)]
+        low, high = min(ends, default=0.0), max(ends, default=1.0)
+        line = {"color": INK, "width": 1.2}
+        figure.add_scatter(x=[low, high], y=[low, high], mode="lines", line=line, hoverinfo="skip")
+    for model, (x, y, names) in points.items():
+        many = len(x) > 200
+        chosen = (marked or {}).get(model, [])
+        sizes = [(5 if many else 9) * (2 if place in chosen else 1) for place in range(len(x))]
+        figure.add_scatter(
+            x=list(x),
+            y=list(y),
+            mode="markers",
+            marker={"color": COLOURS[model], "size": sizes, "opacity": 0.6, "line": {"width": 0}},
+            text=list(names),
+            hovertemplate=f"%{{text}}, {model}<br>{x_title} %{{x:.4g}}<br>{y_title} %{{y:.4g}}<extra></extra>",
+        )
+    if log_y:
+        log_axis(figure, 1, [v for _, y, _ in points.values() for v in y])
+    name_panel(figure, 1, y_title)
+    figure.update_layout(hovermode="closest")
+    return finish(figure, 440, x_title)
+
+
+def bundle(
+    lines: Sequence[tuple[str, str, float, Sequence[float]]],
+    x_title: str,
+    y_title: str,
+    *,
+    log_x: bool = False,
+    places: Sequence[Sequence[float]] | None = None,
+) -> Figure:
+    """Many lines, on a log y axis.
+
+    Args:
+        lines: model, name, weight from 0 (thin) to 1 (thick), and values.
+        x_title: of the x axis.
+        y_title: of the y axis.
+        log_x: x as well, the first value at 1.
+        places: x of each line's values; by default 0, 1, 2, … (from 1, if logarithmic).
+    """
+    figure = panels([1.0])
+    start = 1 if log_x else 0
+    at = places or [[float(start + i) for i in range(len(values))] for *_, values in lines]
+    for (model, name, weight, values), x in zip(lines, at, strict=True):
+        figure.add_scatter(
+            x=list(x),
+            y=[v if v > 0 else None for v in values],
+            mode="lines",
+            line={"color": COLOURS[model], "width": 0.8 + 2 * weight},
+            opacity=0.5 + 0.5 * weight,
+            name=name,
+            hovertemplate=f"{name}: %{{y:.4g}} at %{{x}}<extra></extra>",
+        )
+    longest = max((max(x) for x in at), default=1.0)
+    if log_x:
+        ticks = [2**i for i in range(0, int(longest).bit_length(), 1 if longest <= 256 else 2)]
+        figure.update_xaxes(type="log", tickmode="array", tickvals=ticks, ticktext=[str(t) for t in ticks])
+    log_axis(figure, 1, [v for *_, values in lines for v in values])
+    name_panel(figure, 1, y_title)
+    figure.update_layout(hovermode="closest")
+    return finish(figure, 440, x_title)
+
+
+def line_panels(names: Sequence[str], by_panel: Mapping[str, Mapping[str, Sequence[float]]], x_title: str) -> Figure:
+    """Panels below one another with a line for each model over the same named places."""
+    figure = panels([1 / len(by_panel)] * len(by_panel))
+    for panel, (title, lines) in enumerate(by_panel.items(), start=1):
+        for model, values in lines.items():
+            figure.add_scatter(
+                x=list(range(len(names))),
+                y=list(values),
+                mode="lines+markers",
+                line={"color": COLOURS[model], "width": 1.8},
+                marker={"color": COLOURS[model], "size": 6},
+                hovertemplate=f"{model}: %{{y:.4g}}",
+                name=model,
+                row=panel,
+                col=1,
+            )
+        name_panel(figure, panel, title)
+    figure.update_yaxes(rangemode="tozero")
+    figure.update_xaxes(**_thinned(names))
+    return finish(figure, 200 * len(by_panel) + 60, x_title)
+
+
+def _name_places(figure: Figure, names: Sequence[str]) -> None:
+    longest = max((len(name) for name in names), default=0)
+    figure.update_xaxes(
+        tickangle=-90 if len(names) * longest > 90 else 0, range=[-0.7, len(names) - 0.3], **_thinned(names)
+    )
+
+
+def _thinned(names: Sequence[str]) -> dict[str, Any]:
+    """At most `MOST_TICKS` ticks, at whole places."""
+    shown = list(range(0, len(names), math.ceil(max(1, len(names)) / MOST_TICKS)))
+    return {"tickmode": "array", "tickvals": shown, "ticktext": [names[place] for place in shown]}

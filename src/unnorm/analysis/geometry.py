@@ -1,0 +1,190 @@
+"""Weight geometry: what the fold, and the training before it, did to each weight beside a former norm.
+
+For a site with gain g and constant scale c, and a reader whose weight was W in the original and is W' in the twin,
+
+    original, gain in it     M  = W diag(g) C       (reads the vector divided by its own scale)
+    twin, times c            M' = c W'              (reads the residual vector divided by c)
+
+so that without training M' = M (C removes the mean, for LayerNorm). Singular values of both, and the effective gain of
+each residual feature j: how strongly it is read, over the original's weight as stored,
+
+    original |M_j| / |W_j|         twin |M'_j| / |W_j|        (norms of columns)
+
+For a norm that folded into the layer before it (query/key norms), M has rows centered and times g, and M' another
+factor c; where a layer took no other norm up, gains are of rows in place of columns.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from unnorm.analysis.material import Finding, Material
+from unnorm.errors import UnnormError
+from unnorm.norms import linear_weight
+from unnorm.report.numbers import percent
+from unnorm.sites import NormSite, affine_parameters
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+SHOWN_VALUES = 48
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One weight beside a former norm; see the head of this file for M, M' and gains.
+
+    Attributes:
+        sites: paths of the norms whose maps folded into the weight: the one it reads, the one that reads it, or both.
+        weight: path of the layer.
+        singular_values: of M, and of M', in descending order.
+        gain: effective gain of each feature, of M and of M'; NaN where the stored weight is zero.
+        change: |M' - M| / |M|, in Frobenius norms.
+    """
+
+    sites: tuple[str, ...]
+    weight: str
+    singular_values: Float[Tensor, "model rank"]
+    gain: Float[Tensor, "model feature"]
+    change: float
+
+
+@torch.no_grad()
+def geometry(
+    original: PreTrainedModel, twin: PreTrainedModel, sites: Sequence[NormSite], constants: dict[str, float]
+) -> list[Geometry]:
+    """Compare every weight that took a norm's constant map up, in float64 on the CPU.
+
+    Args:
+        original: the model with norms.
+        twin: its norm-free twin.
+        sites: the former norm sites.
+        constants: the constant scale of each.
+    """
+    beside: dict[str, list[NormSite]] = {}
+    for site in sites:
+        for name in {"readers": site.readers, "writer": site.writers, "in place": ()}[site.folds_into]:
+            beside.setdefault(name, []).append(site)
+    rows = []
+    for name, its_sites in beside.items():
+        stored, folded = (_weight(model.get_submodule(name)) for model in (original, twin))
+        mapped = stored
+        for site in its_sites:
+            gain, _ = affine_parameters(original.get_submodule(site.name), site)
+            mapped = _mapped(mapped, site, gain.double().cpu())
+            folded = constants[site.name] * folded
+        rows.append(_compare(its_sites, name, stored, mapped, folded))
+    return rows
+
+
+def find(material: Material) -> Finding:
+    """The geometry of every weight that a norm folded into."""
+    found = geometry(material.original, material.twin, material.sites, material.constants)
+    if not found:
+        raise UnnormError("No norm of this model folded into a weight, so there are no weights to compare.")
+    rows = [_numbers(row) for row in found]
+    change = sum(row.change for row in found) / len(found)
+    return Finding(
+        key="geometry",
+        title="Weights that took the norms up",
+        text=(
+            "Each weight beside a former norm, as the original has it with the norm's gain in it, and as the twin has "
+            "it times the constant scale. Without training the two are the same; what differs is what training did."
+        ),
+        numbers={"weights": rows},
+        figures={"geometry_singular": _singular_figure(found), "geometry_gain": _gain_figure(rows)},
+        captions={
+            "geometry_singular": "Singular values of each weight, largest first; hover for its name.",
+            "geometry_gain": "Effective gain of the residual stream's features: median, with bars from the 5th to the "
+            "95th percentile.",
+        },
+        legends={
+            "geometry_singular": [
+                ("original, gain in it", "s", "line"),
+                ("twin, times the constant scale", "a", "line"),
+            ],
+            "geometry_gain": [("original", "s", "range"), ("twin", "a", "range")],
+        },
+        headline=("Change of weights", percent(change), f"of the weight's size, mean of {len(found)} weights"),
+    )
+
+
+def _weight(module: nn.Module) -> Float[Tensor, "out in"]:
+    if isinstance(module, nn.Embedding):  # A row for each token: features are its columns.
+        return module.weight.T.double().cpu()
+    return linear_weight(module).double().cpu()
+
+
+def _mapped(weight: Tensor, site: NormSite, gain: Tensor) -> Tensor:
+    """The weight with the norm's gain and centering in it."""
+    if site.folds_into == "readers":
+        weight = weight * gain
+        return weight - weight.mean(1, keepdim=True) if site.centered else weight
+    blocks = weight.view(-1, site.width, weight.shape[1])
+    blocks = blocks - blocks.mean(1, keepdim=True) if site.centered else blocks
+    return (blocks * gain[:, None]).view(weight.shape)
+
+
+def _compare(sites: Sequence[NormSite], name: str, stored: Tensor, before: Tensor, now: Tensor) -> Geometry:
+    axis = 0 if any(site.folds_into == "readers" for site in sites) else 1
+    size = stored.norm(dim=axis)
+    gains = torch.stack([before.norm(dim=axis), now.norm(dim=axis)]) / torch.where(size > 0, size, torch.nan)
+    values = torch.stack([torch.linalg.svdvals(before), torch.linalg.svdvals(now)])
+    change = float((now - before).norm() / before.norm())
+    return Geometry(tuple(site.name for site in sites), name, values, gains, change)
+
+
+def _numbers(row: Geometry) -> dict[str, Any]:
+    levels = torch.tensor([0.05, 0.5, 0.95], dtype=torch.float64)
+    gains = [torch.nanquantile(gain, levels).tolist() for gain in row.gain]
+    sizes = row.singular_values.square().sum(1).sqrt().tolist()
+    values: dict[str, Any] = {"sites": list(row.sites), "weight": row.weight, "change": row.change}
+    for place, name in enumerate(("original", "twin")):
+        largest = float(row.singular_values[place, 0])
+        values[name] = {
+            "frobenius_norm": sizes[place],
+            "spectral_norm": largest,
+            "stable_rank": sizes[place] ** 2 / largest**2 if largest else 0.0,
+            "singular_values": _thinned(row.singular_values[place])[1],
+            "gain": gains[place],
+        }
+    return values
+
+
+def _thinned(values: Tensor) -> tuple[list[int], list[float]]:
+    """At most `SHOWN_VALUES` of them, denser at the largest; with their places, from 1."""
+    ends = torch.logspace(0, 1, SHOWN_VALUES, base=float(len(values))).round().long().clamp(1, len(values))
+    places = sorted(set(ends.tolist()))
+    return places, [float(values[place - 1]) for place in places]
+
+
+def _singular_figure(found: list[Geometry]) -> "Figure":
+    from unnorm.analysis.figures import bundle
+    from unnorm.report.drawing import short_names
+
+    labels = short_names([row.weight for row in found])
+    lines, places = [], []
+    for place, name in enumerate(("original", "twin")):
+        for row, label in zip(found, labels, strict=True):
+            # A centered weight has no rank along one direction.
+            of_rank = row.singular_values[place] > 1e-5 * row.singular_values[place, 0]
+            at, values = _thinned(row.singular_values[place][of_rank])
+            lines.append((name, f"{name}, {label}", 0.3, values))
+            places.append([float(x) for x in at])
+    return bundle(lines, "place (log)", "singular value (log)", log_x=True, places=places)
+
+
+def _gain_figure(rows: list[dict[str, Any]]) -> "Figure":
+    from unnorm.analysis.figures import range_rows
+    from unnorm.report.drawing import short_names
+
+    names = short_names([row["weight"] for row in rows])
+    ranges: dict[str, list[list[float | None]]] = {
+        name: [[*row[name]["gain"], None] for row in rows] for name in ("original", "twin")
+    }
+    return range_rows(names, ranges, "effective gain (log)")

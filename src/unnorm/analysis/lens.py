@@ -1,0 +1,114 @@
+"""The logit lens: what the model would say if the layers after some depth wrote nothing.
+
+lens_d(x) = unembed(norm(x_d)), with x_d what layer d reads (nostalgebraist 2020, *interpreting GPT: the logit lens*).
+In the original the final norm divides each intermediate vector by that vector's own scale, which the later layers would
+have changed; in a twin the lens is the last residual vector's linear read with the later terms left out.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unnorm.analysis.anatomy import anatomy, logits_from, residual_stream
+from unnorm.analysis.material import Finding, Material
+from unnorm.evaluation import token_losses
+from unnorm.report.numbers import fixed
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+
+@dataclass(frozen=True)
+class Lens:
+    """What each depth says; depth d is before layer d, the last one is the model's own output.
+
+    Attributes:
+        loss: of the next token, in nats.
+        kl: KL(the model's output ‖ lens), in nats.
+        agrees: whether the lens has the same most likely token as the model's output.
+        forms_at: the first depth from which on all agree.
+    """
+
+    loss: Float[Tensor, "depth batch predicted"]
+    kl: Float[Tensor, "depth batch predicted"]
+    agrees: Float[Tensor, "depth batch predicted"]
+    forms_at: Int[Tensor, "batch predicted"]
+
+
+@torch.no_grad()
+def lens(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Lens:
+    """Read every depth of a model on a batch of sequences of at least 2 tokens.
+
+    Raises:
+        UnnormError: the model's residual stream is no plain sum that a last norm reads.
+    """
+    parts = anatomy(model)
+    stream, logits = residual_stream(model, parts, ids)
+    final = logits[:, :-1].float().log_softmax(-1)
+    best = final.argmax(-1)
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    for residual in stream:
+        read = logits_from(model, parts, ids, residual).float()
+        log_q = read[:, :-1].log_softmax(-1)
+        kl = F.kl_div(log_q, final, log_target=True, reduction="none").sum(-1)
+        rows.append((token_losses(read, ids), kl, log_q.argmax(-1) == best))
+    loss, kl, agrees = (torch.stack(values).float().cpu() for values in zip(*rows, strict=True))
+    # From the end: how many depths in a row agree.
+    streak = agrees.flip(0).cumprod(0).sum(0).long()
+    return Lens(loss, kl, agrees, len(stream) - streak)
+
+
+def find(material: Material) -> Finding:
+    """The lens in both models on the material's text."""
+    measured = {}
+    for name, model in (("original", material.original), ("twin", material.twin)):
+        found = [lens(model, ids) for ids in material.batches(model.device)]
+        loss, kl, agrees = (torch.cat([getattr(one, k) for one in found], dim=1) for k in ("loss", "kl", "agrees"))
+        measured[name] = Lens(loss, kl, agrees, torch.cat([one.forms_at for one in found]))
+    depths = len(measured["twin"].loss)
+    numbers = {name: _numbers(value, depths) for name, value in measured.items()}
+    formed = [fixed(numbers[name]["mean_forms_at"], 2) for name in ("original", "twin")]
+    return Finding(
+        key="lens",
+        title="Logit lens",
+        text=(
+            "What the unembedding reads of the residual stream before each layer, and where predictions form: the "
+            "depth from which on the most likely token is the final one. In the original the final norm rescales "
+            "every intermediate vector; in the twin the lens is the same linear read at every depth."
+        ),
+        numbers=numbers,
+        figures={"lens": _figure(numbers, depths)},
+        captions={"lens": "Depth d is before layer d; the last is the output."},
+        legends={"lens": [("original", "s", "dots"), ("twin", "a", "dots")]},
+        headline=("Predictions form at depth", f"{formed[0]} → {formed[1]}", f"mean, of {depths - 1} layers"),
+    )
+
+
+def _numbers(found: Lens, depths: int) -> dict[str, Any]:
+    formed = torch.bincount(found.forms_at.flatten(), minlength=depths)
+    return {
+        "loss": found.loss.mean((1, 2)).tolist(),
+        "kl": found.kl.mean((1, 2)).tolist(),
+        "top1_agreement": found.agrees.mean((1, 2)).tolist(),
+        "forms_at": (formed / formed.sum()).tolist(),
+        "mean_forms_at": float(found.forms_at.double().mean()),
+        "tokens": found.forms_at.numel(),
+    }
+
+
+def _figure(numbers: dict[str, dict[str, Any]], depths: int) -> "Figure":
+    from unnorm.analysis.figures import line_panels
+
+    names = [str(depth) for depth in range(depths - 1)] + ["output"]
+    panels = {
+        "KL from the output, nats per token": {name: values["kl"] for name, values in numbers.items()},
+        "share of predictions formed by this depth": {
+            name: torch.tensor(values["forms_at"]).cumsum(0).tolist() for name, values in numbers.items()
+        },
+    }
+    return line_panels(names, panels, "depth")

@@ -1,0 +1,95 @@
+"""What every analysis gets, and what it gives back."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from unnorm.analysis.anatomy import Anatomy, anatomy
+from unnorm.analysis.prompts import PromptPair
+from unnorm.calibrate import batches
+from unnorm.models import in_float64
+from unnorm.sites import NormSite
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from plotly.graph_objects import Figure
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One of the two models, with its parts."""
+
+    name: Literal["original", "twin"]
+    model: PreTrainedModel
+    anatomy: Anatomy
+
+
+@dataclass(frozen=True)
+class Material:
+    """What an analysis works on.
+
+    Attributes:
+        original: the model with norms.
+        twin: its norm-free twin, on the same device.
+        tokenizer: of both.
+        blocks: rows of `input_ids`, held-out text, all of one length.
+        prompts: pairs of prompts, or why there are none.
+        sites: the former norm sites of the twin.
+        constants: the constant scale of each, as folded.
+        batch_size: blocks in one forward pass.
+    """
+
+    original: PreTrainedModel
+    twin: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    blocks: "Dataset"
+    prompts: Sequence[PromptPair] | str
+    sites: Sequence[NormSite]
+    constants: dict[str, float]
+    batch_size: int = 4
+
+    @property
+    def subjects(self) -> list[Subject]:
+        """Original and twin, as they are loaded (float32)."""
+        return [Subject("original", self.original, anatomy(self.original)),
+                Subject("twin", self.twin, anatomy(self.twin))]  # fmt: skip
+
+    def subjects_in_float64(self) -> Iterator[Subject]:
+        """Copies of both in float64, one at a time; where the device has none, as they are."""
+        for subject in self.subjects:
+            exact = subject.model if subject.model.device.type == "mps" else in_float64(subject.model)
+            yield Subject(subject.name, exact, subject.anatomy)
+
+    def batches(self, device: torch.device) -> Iterator[Int[Tensor, "batch position"]]:
+        """The held-out text."""
+        return batches(self.blocks, self.batch_size, device)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one analysis shows.
+
+    Attributes:
+        key: its name on the command line.
+        title: its heading.
+        text: what is shown, and how it is computed.
+        numbers: plain values, as they stand in `analysis.json`.
+        figures: by name.
+        captions: of figures, by name.
+        legends: of figures, by name: each a label, a colour of the page and a shape of its legend keys.
+        headline: name, value and explanation of its one number.
+    """
+
+    key: str
+    title: str
+    text: str
+    numbers: dict[str, Any]
+    figures: "dict[str, Figure]"
+    captions: dict[str, str]
+    headline: tuple[str, str, str]
+    legends: dict[str, list[tuple[str, str, str]]] = field(default_factory=dict)

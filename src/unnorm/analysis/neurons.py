@@ -1,0 +1,271 @@
+"""Entropy neurons: neurons of the last MLP that write much and, but for the final norm, say nothing.
+
+A neuron with output weights w writes a * w into the residual stream. Its effect on the logits before the norm's scale
+is W w, with W the unembedding with the final norm's gain in it. An entropy neuron has a long w and a W w that is nearly
+the same for all tokens, so that it shifts no logit against another, but lengthens the residual vector, and so makes the
+final norm flatten the distribution (Gurnee et al. 2024, arXiv 2401.12181; Stolfo et al. 2024, *Confidence Regulation
+Neurons*, arXiv 2406.16254). They are found, as there, by
+
+    LogitVar(w) = Var over tokens t of  W_t . w / (|W_t| |w|)
+
+the lowest among the neurons with the longest w. A neuron is ablated by putting its mean activation in its place.
+Without a norm to act through, it should do nothing (Baroni et al. 2025, arXiv 2507.02559).
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from unnorm.analysis.anatomy import Anatomy, Readout, anatomy, readout
+from unnorm.analysis.material import Finding, Material
+from unnorm.errors import UnnormError
+from unnorm.evaluation import token_losses
+from unnorm.norms import linear_weight
+from unnorm.report.numbers import significant
+from unnorm.residual import Writer, recorded, replaced_inputs
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+FOUND = 8
+LONGEST_SHARE = 0.25
+ABLATION_TOKENS = 2048
+"""Tokens that neurons are ablated on: the model runs anew for each of them."""
+
+
+@dataclass(frozen=True)
+class OutputWeights:
+    """The neurons of the last MLP by what they write.
+
+    Attributes:
+        norm: |w| of each neuron.
+        logit_variance: LogitVar(w), see the head of this file.
+    """
+
+    norm: Float[Tensor, " neuron"]
+    logit_variance: Float[Tensor, " neuron"]
+
+    def entropy_neurons(self, count: int = FOUND) -> Int[Tensor, " found"]:
+        """The neurons with the lowest LogitVar among the quarter with the longest w, lowest first."""
+        longest = self.norm.topk(max(1, round(LONGEST_SHARE * len(self.norm)))).indices
+        return longest[self.logit_variance[longest].argsort()][:count]
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """What putting neurons at their means does, at each predicted token.
+
+    Attributes:
+        entropy: of the prediction, after less before, in nats.
+        loss: likewise.
+        direct_entropy: as `entropy`, with the final norm's scale held where it was before; the same without a norm.
+    """
+
+    entropy: Float[Tensor, " token"]
+    loss: Float[Tensor, " token"]
+    direct_entropy: Float[Tensor, " token"]
+
+
+@torch.no_grad()
+def output_weights(model: PreTrainedModel) -> OutputWeights:
+    """|w| and LogitVar of each neuron of the last MLP.
+
+    Raises:
+        UnnormError: the last MLP's output is no linear projection of neurons, or no plain term that the unembedding
+        reads.
+    """
+    writer = _last_mlp(model)
+    last = readout(model, anatomy(model))
+    written = writer.factor * linear_weight(model.get_submodule(writer.name))
+    norm = written.norm(dim=0)
+    unit = written / norm.clamp_min(1e-12)
+    tokens = last.directions / last.directions.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    # Of 50,000 tokens and 3,000 neurons all products at once would fill the memory.
+    variances = [(tokens @ some).var(0, correction=0) for some in unit.split(256, dim=1)]
+    return OutputWeights(norm, torch.cat(variances))
+
+
+@torch.no_grad()
+def ablate(
+    model: PreTrainedModel,
+    batches: Iterable[Int[Tensor, "batch position"]],
+    sets: list[Int[Tensor, " neuron"]],
+) -> list[Ablation]:
+    """Put each set of neurons of the last MLP at its means over the text, one set at a time.
+
+    Raises:
+        UnnormError: the last MLP's output is no linear projection of neurons.
+    """
+    parts, writer = anatomy(model), _last_mlp(model)
+    texts = list(batches)
+    total, tokens = torch.zeros(()), 0
+    for ids in texts:
+        with recorded(model, [writer.name]) as record:
+            model(input_ids=ids, use_cache=False)
+        z = record[writer.name][0].flatten(0, -2)
+        total, tokens = total.to(z) + z.sum(0), tokens + len(z)
+    means = total / tokens
+
+    def at_means(neurons: Tensor) -> Callable[[Tensor], Tensor]:
+        def edit(z: Tensor) -> Tensor:
+            z = z.clone()
+            z[..., neurons] = means[neurons]
+            return z
+
+        return edit
+
+    last = readout(model, parts)
+    results: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in sets]
+    for ids in texts:
+        with recorded(model, [parts.final]) as record:
+            entropy, loss = _entropy_and_loss(model, ids)
+        scale = last.scale(record[parts.final][0])
+        for found, neurons in zip(results, sets, strict=True):
+            with replaced_inputs(model, {writer.name: at_means(neurons.to(ids.device))}):
+                changed = _entropy_and_loss(model, ids)
+                with _held_scale(model, parts, last, scale):
+                    direct = changed if last.norm is None else _entropy_and_loss(model, ids)
+            found.append((changed[0] - entropy, changed[1] - loss, direct[0] - entropy))
+    return [Ablation(*(torch.cat(values) for values in zip(*found, strict=True))) for found in results]
+
+
+def find(material: Material) -> Finding:
+    """Entropy neurons of the original, ablated in it and, the same ones, in the twin; beside as many random ones."""
+    weights = {n: output_weights(m) for n, m in (("original", material.original), ("twin", material.twin))}
+    chosen = weights["original"].entropy_neurons()
+    others = torch.randperm(len(weights["original"].norm), generator=torch.Generator().manual_seed(0))
+    random = others[~torch.isin(others, chosen.cpu())][: len(chosen)]
+    neurons = [*chosen.cpu(), *random]
+    sets = [*(neuron.view(1) for neuron in neurons), chosen.cpu(), random]
+    results = {
+        name: ablate(model, _some(material.batches(model.device)), sets)
+        for name, model in (("original", material.original), ("twin", material.twin))
+    }
+    rows = [
+        {"neuron": int(neuron), "kind": "entropy" if place < len(chosen) else "random"}
+        | {name: _effect(results[name][place]) | _weight(weights[name], int(neuron)) for name in results}
+        for place, neuron in enumerate(neurons)
+    ]
+    numbers: dict[str, Any] = {"neurons": rows}
+    for name in results:
+        numbers[name] = {"entropy_neurons": _effect(results[name][-2]), "random_neurons": _effect(results[name][-1])}
+    before, after = (numbers[n]["entropy_neurons"]["mean_abs_entropy_through_norm"] for n in ("original", "twin"))
+    total = [significant(numbers[n]["entropy_neurons"]["mean_abs_entropy"], 2) for n in ("original", "twin")]
+    return Finding(
+        key="neurons",
+        title="Entropy neurons",
+        text=(
+            "Neurons of the last MLP that write long vectors which favour no token over another can act through the "
+            "final norm alone: they make it divide by more, and so flatten the prediction. The "
+            f"{len(chosen)} most of that kind in the original are set to their mean activation, in both models; as "
+            "many random neurons are for comparison. What goes through the norm is the effect less that with the "
+            "norm's scale held where it was."
+        ),
+        numbers=numbers,
+        figures={
+            "neurons_weights": _weights_figure(weights, chosen),
+            "neurons_ablation": _ablation_figure(rows, "mean_abs_entropy"),
+            "neurons_norm": _ablation_figure(rows, "mean_abs_entropy_through_norm"),
+        },
+        captions={
+            "neurons_weights": "Each neuron of the last MLP: how long the vector is that it writes, and how much that "
+            "varies over logits. Large marks are the original's entropy neurons, low on the right.",
+            "neurons_ablation": "Mean absolute change of the prediction's entropy when one neuron is ablated.",
+            "neurons_norm": "The part of it that goes through the final norm; none in the twin.",
+        },
+        legends={
+            "neurons_weights": [("original", "s", "point"), ("twin", "a", "point")],
+            "neurons_ablation": [("original", "s", "point"), ("twin", "a", "point")],
+            "neurons_norm": [("original", "s", "point")],
+        },
+        headline=(
+            "Entropy neurons' effect",
+            f"{significant(before, 2)} → {significant(after, 2)}",
+            "nats of entropy through the final norm when they are ablated (mean absolute); "
+            f"in all {total[0]} → {total[1]}",
+        ),
+    )
+
+
+def _some(batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    tokens = 0
+    for ids in batches:
+        yield ids
+        tokens += ids.numel()
+        if tokens >= ABLATION_TOKENS:
+            return
+
+
+def _last_mlp(model: PreTrainedModel) -> Writer:
+    parts = anatomy(model)
+    writer = parts.mlps[-1]
+    if not writer.linear or len(parts.mlps) != len(parts.layers):
+        raise UnnormError(
+            f"The neurons of {type(model).__name__} can't be told apart: what its last MLP adds to the residual stream "
+            "is not one linear projection of them (experts, or a norm after it)."
+        )
+    return writer
+
+
+@contextmanager
+def _held_scale(model: PreTrainedModel, parts: Anatomy, last: Readout, scale: Tensor) -> Iterator[None]:
+    """The final norm divides by the given scale and not by its input's."""
+
+    def hold(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        bias = getattr(norm, "bias", None)
+        shift = 0 if bias is None else bias
+        return (output - shift) * (last.scale(args[0]) / scale).unsqueeze(-1) + shift
+
+    if last.norm is None:
+        yield
+        return
+    handle = model.get_submodule(parts.final).register_forward_hook(hold)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _entropy_and_loss(model: PreTrainedModel, ids: Tensor) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"]]:
+    logits = model(input_ids=ids, use_cache=False).logits.float()
+    log_p = logits[:, :-1].log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1).flatten().cpu(), token_losses(logits, ids).flatten().cpu()
+
+
+def _effect(found: Ablation) -> dict[str, float]:
+    return {
+        "mean_entropy": float(found.entropy.mean()),
+        "mean_abs_entropy": float(found.entropy.abs().mean()),
+        "mean_abs_entropy_through_norm": float((found.entropy - found.direct_entropy).abs().mean()),
+        "mean_loss": float(found.loss.mean()),
+        "mean_abs_loss": float(found.loss.abs().mean()),
+    }
+
+
+def _weight(weights: OutputWeights, neuron: int) -> dict[str, float]:
+    return {"norm": float(weights.norm[neuron]), "logit_variance": float(weights.logit_variance[neuron])}
+
+
+def _weights_figure(weights: dict[str, OutputWeights], chosen: Tensor) -> "Figure":
+    from unnorm.analysis.figures import scatter
+
+    points, marked = {}, {}
+    for name, of in weights.items():
+        x, y = of.norm.tolist(), of.logit_variance.tolist()
+        points[name] = (x, y, [f"neuron {i}" for i in range(len(x))])
+        marked[name] = chosen.tolist()
+    return scatter(points, "length of the output vector", "LogitVar (log)", log_y=True, marked=marked)
+
+
+def _ablation_figure(rows: list[dict[str, Any]], effect: str) -> "Figure":
+    from unnorm.analysis.figures import dot_rows
+
+    names = [f"{row['kind']} {row['neuron']}" for row in rows]
+    values = {name: [row[name][effect] for row in rows] for name in ("original", "twin")}
+    return dot_rows(names, values, "nats (log)", True)

@@ -1,0 +1,171 @@
+"""Pairs of prompts to patch between: indirect-object identification, generated for a tokenizer, or a file's own.
+
+Indirect-object identification (Wang et al. 2022, arXiv 2211.00593): "When Anna and Mark sat down, Mark gave the book
+to" is to go on with the name that was not said again. The corrupted prompt says the other name again, so that the other
+answer is right; names are one token each, so that both prompts have the same tokens but one. Where a tokenizer cuts up
+people's names, as one trained on code does, the same task is set with the arguments of a function.
+"""
+
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from unnorm.errors import UnnormError, short
+
+FIELDS = ("clean", "corrupted", "answer", "wrong_answer")
+LEAST_NAMES = 4
+
+_PEOPLE = (
+    "Anna Mark Laura Peter Emma Paul Sarah David Julia Simon Alice Martin Maria Thomas Helen Daniel Rose Jack "
+    "Kate Robert Lucy Henry Grace George Ruth Charles Jane Frank Mary John Anne James Susan Richard Lisa Michael "
+    "Amy William Nancy Kevin Karen Brian Linda Steven Rachel Edward Diana Adam Sophie Max Clara Tom Bob Sam Ben "
+    "Dan"
+)
+_PROSE = (
+    "When {A} and {B} sat down in the garden, {S} handed the letter to",
+    "After {A} and {B} came back from the market, {S} gave the basket to",
+    "While {A} and {B} were waiting for the train, {S} passed the ticket to",
+    "Then {A} and {B} had a long talk. In the end {S} sold the old boat to",
+    "Once {A} and {B} had cleaned the kitchen, {S} offered the last apple to",
+    "Yesterday {A} and {B} met at the library, and {S} lent the book to",
+)
+_ARGUMENTS = (
+    "key value name path data text index size start end list result item func line code type count offset width "
+    "height first last left right other source target parent child node state error message args dict string "
+    "number length prefix suffix mode flags host port user group year month day x y a b"
+)
+_CODE = (
+    "def update(self, {A}, {B}):\n    self.set({S},",
+    "def call(self, {A}, {B}):\n    return self.run({S},",
+    "def copy(self, {A}, {B}):\n    if self.find({S},",
+    "def __init__(self, {A}, {B}):\n        super().__init__({S},",
+    "def check(self, {A}, {B}):\n    assert self.compare({S},",
+)
+
+
+@dataclass(frozen=True)
+class PromptPair:
+    """Two prompts of the same number of tokens, and the two answers.
+
+    Attributes:
+        clean: the prompt that `answer` follows.
+        corrupted: the prompt that `wrong_answer` follows.
+        answer: with the space before it, if there is one.
+        wrong_answer: likewise.
+    """
+
+    clean: str
+    corrupted: str
+    answer: str
+    wrong_answer: str
+
+
+def indirect_object_prompts(tokenizer: PreTrainedTokenizerBase, count: int = 64, seed: int = 0) -> list[PromptPair]:
+    """Prompts whose names are one token each: people where enough names are, else arguments of functions.
+
+    Raises:
+        UnnormError: the tokenizer has too few such names of either kind.
+    """
+    draw = random.Random(seed)
+    for words, templates, before in ((_PEOPLE, _PROSE, "and"), (_ARGUMENTS, _CODE, "(self,")):
+        names = [word for word in words.split() if one_token(tokenizer, before, word)]
+        if len(names) >= LEAST_NAMES:
+            pairs = (_pair(draw.choice(templates), *draw.sample(names, 2)) for _ in range(10 * count))
+            alike = list(dict.fromkeys(pair for pair in pairs if problem_with(pair, tokenizer) is None))
+            if alike:
+                return alike[:count]
+    raise UnnormError(
+        f"Neither people's names nor names of arguments are single tokens of this tokenizer (at least {LEAST_NAMES} "
+        "are needed), so no prompts can be generated for it. Give some of your own with --prompts FILE."
+    )
+
+
+def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[PromptPair]:
+    """Prompts from a JSONL file with the fields `clean`, `corrupted`, `answer` and `wrong_answer`.
+
+    Raises:
+        UnnormError: it can't be read, or a line has other fields, prompts of different lengths or the same answer
+        twice.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UnnormError(f"Could not read the prompts in '{path}': {short(error)}. Give a JSONL file.") from error
+    if not lines:
+        raise UnnormError(f"'{path}' is empty: there are no prompts in it. {_FORM}")
+    pairs = [_parsed(path, number, line) for number, line in enumerate(lines, start=1)]
+    for number, pair in enumerate(pairs, start=1):
+        problem = problem_with(pair, tokenizer)
+        if problem:
+            raise UnnormError(f"Line {number} of '{path}' can't be used: {problem}. {_FORM}")
+    return pairs
+
+
+def one_token(tokenizer: PreTrainedTokenizerBase, before: str, word: str) -> bool:
+    """Whether a word after a space is one token, and leaves the tokens before it alone."""
+    start, both = (tokenizer(text, verbose=False)["input_ids"] for text in (before, f"{before} {word}"))
+    return both[: len(start)] == start and len(both) == len(start) + 1 and both[-1] != tokenizer.unk_token_id
+
+
+def answer_token(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> int | None:
+    """First token of an answer after a prompt; None if the answer changes how the prompt is tokenized."""
+    start, both = (tokenizer(text, verbose=False)["input_ids"] for text in (prompt, prompt + answer))
+    return int(both[len(start)]) if len(both) > len(start) and both[: len(start)] == start else None
+
+
+def by_length(
+    pairs: Iterable[PromptPair], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[PromptPair], list[list[int]], list[list[int]]]]:
+    """The pairs in groups of one number of tokens, with the ids of clean and corrupted prompts; nothing is padded."""
+    groups: dict[int, tuple[list[PromptPair], list[list[int]], list[list[int]]]] = {}
+    for pair in pairs:
+        clean, corrupted = (tokenizer(text, verbose=False)["input_ids"] for text in (pair.clean, pair.corrupted))
+        group = groups.setdefault(len(clean), ([], [], []))
+        for kept, value in zip(group, (pair, clean, corrupted), strict=True):
+            kept.append(value)
+    return [groups[length] for length in sorted(groups)]
+
+
+_FORM = (
+    'Each line is an object such as {"clean": "When Anna and Mark sat down, Mark gave it to", "corrupted": '
+    '"When Anna and Mark sat down, Anna gave it to", "answer": " Anna", "wrong_answer": " Mark"}, both prompts with '
+    "as many tokens."
+)
+
+
+def _pair(template: str, one: str, other: str) -> PromptPair:
+    def say(again: str) -> str:
+        return template.format(A=one, B=other, S=again)
+
+    return PromptPair(say(other), say(one), f" {one}", f" {other}")
+
+
+def _parsed(path: Path, number: int, line: str) -> PromptPair:
+    try:
+        values = json.loads(line)
+    except ValueError as error:
+        raise UnnormError(f"Line {number} of '{path}' is no JSON ({short(error)}). {_FORM}") from error
+    if not isinstance(values, dict) or not all(isinstance(values.get(name), str) and values[name] for name in FIELDS):
+        found = ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
+        raise UnnormError(
+            f"Line {number} of '{path}' has not the fields {', '.join(FIELDS)}, each a text; it has: {found}. {_FORM}"
+        )
+    return PromptPair(*(values[name] for name in FIELDS))
+
+
+def problem_with(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Why a pair can't be patched between; None if it can."""
+    clean, corrupted = (tokenizer(text, verbose=False)["input_ids"] for text in (pair.clean, pair.corrupted))
+    if len(clean) != len(corrupted):
+        return f"'clean' has {len(clean)} tokens and 'corrupted' {len(corrupted)}"
+    prompts, both = (pair.clean, pair.corrupted), (pair.answer, pair.wrong_answer)
+    answers = [answer_token(tokenizer, prompt, answer) for prompt in prompts for answer in both]
+    if None in answers:
+        return "an answer runs together with the prompt in one token"
+    if answers[0] == answers[1]:
+        return f"both answers begin with the same token ({pair.answer!r}, {pair.wrong_answer!r})"
+    return None if answers[:2] == answers[2:] else "the answers are other tokens after 'corrupted' than after 'clean'"

@@ -1,0 +1,88 @@
+"""Scale spread: how far from one constant each former norm site's divisor was over tokens, and is.
+
+The scale of a token is sqrt(var + eps) (LayerNorm) or sqrt(mean(x^2) + eps) (RMSNorm) of what the site reads. The
+spread is the standard deviation of its log over tokens: 0 would mean that the norm was affine to begin with. Position 0
+apart.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unnorm.analysis.material import Finding, Material
+from unnorm.calibrate import collect_log_scales, scale_statistics
+from unnorm.errors import UnnormError
+from unnorm.report.numbers import fixed
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
+
+
+def log_scales(material: Material) -> dict[str, dict[str, Float[Tensor, "block position"]]]:
+    """Log scale of every token at every site that folded into its readers, in `original` and `twin`.
+
+    Where a norm folded into the layer before it (query/key norms), the twin's site reads what is mapped already, and
+    has no scale of the norm's any more.
+    """
+    sites = [site for site in material.sites if site.folds_into == "readers"]
+    if not sites:
+        raise UnnormError("No norm of this model folded into what reads it, so the twin has no scales to compare.")
+    return {
+        name: collect_log_scales(model, sites, material.blocks, material.batch_size)
+        for name, model in (("original", material.original), ("twin", material.twin))
+    }
+
+
+def find(material: Material) -> Finding:
+    """The spread of each site's scale in both models on the material's text."""
+    found = log_scales(material)
+    numbers = {name: _numbers(of_model, material.constants) for name, of_model in found.items()}
+    means = [sum(row["spread"] for row in rows) / len(rows) for rows in numbers.values()]
+    return Finding(
+        key="scales",
+        title="Scale of each former norm site",
+        text=(
+            "What each norm divided a token by, and would divide it by in the twin, over one number: in the original "
+            "the geometric mean, in the twin the constant that was folded in. The narrower the bars, the less it "
+            "changes to divide by a constant."
+        ),
+        numbers=numbers | {"sites_left_out": [s.name for s in material.sites if s.folds_into != "readers"]},
+        figures={"scales": _figure(numbers)},
+        captions={
+            "scales": "Scale over that number, tokens after position 0: median, with bars from the 5th to the "
+            "95th percentile; diamonds are the mean at position 0."
+        },
+        legends={"scales": [("original", "s", "range"), ("twin", "a", "range"), ("position 0", "s", "diamond")]},
+        headline=(
+            "Scale spread",
+            f"{fixed(means[0], 3)} → {fixed(means[1], 3)}",
+            f"deviation of log scale, mean of {len(numbers['twin'])} sites",
+        ),
+    )
+
+
+def _numbers(of_model: dict[str, Tensor], constants: dict[str, float]) -> list[dict[str, Any]]:
+    rows = []
+    for row in scale_statistics(of_model):
+        values = of_model[row.site][:, 1:].flatten().double().exp()
+        # `quantile` takes a limited number of values.
+        quantiles = torch.quantile(values[:: 1 + len(values) // 2**23], torch.tensor(QUANTILES, dtype=torch.float64))
+        rows.append(row.to_json() | {"constant": constants[row.site], "quantiles": quantiles.tolist()})
+    return rows
+
+
+def _figure(numbers: dict[str, list[dict[str, Any]]]) -> "Figure":
+    from unnorm.analysis.figures import range_rows
+    from unnorm.report.drawing import short_names
+
+    names = short_names([row["site"] for row in numbers["twin"]])
+    ranges = {}
+    for name, rows in numbers.items():
+        ones = [row["geometric_mean"] if name == "original" else row["constant"] for row in rows]
+        values = [(*row["quantiles"][1:4], row["position_0"]) for row in rows]
+        ranges[name] = [[value / one for value in some] for some, one in zip(values, ones, strict=True)]
+    return range_rows(names, ranges, "scale over its constant (log)", at=1.0)

@@ -1,0 +1,126 @@
+"""Attention sinks: how much each head attends to position 0, and how long residual vectors are there.
+
+With A the attention weights of a head on a sequence of T tokens, a head's share of attention on position 0 is
+
+    alpha = mean over queries i = 1 … T - 1 of A[i, 0]
+
+(query 0 can attend to nothing else). A head is a sink in a sequence if alpha > 0.3, and its sink rate is the share of
+sequences in which it is one; the mean over heads is the sink rate of Gu et al. 2024 (arXiv 2410.10781, which counts
+query 0 too). Residual vectors at position 0 tens of times longer than the rest go with sinks (Sun et al. 2024,
+*Massive Activations*, arXiv 2402.17762).
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unnorm.analysis.anatomy import anatomy, attention_patterns, residual_stream
+from unnorm.analysis.material import Finding, Material
+from unnorm.report.numbers import percent, significant
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+THRESHOLD = 0.3
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """Attention on position 0, and the length of residual vectors.
+
+    Attributes:
+        share: of each head's attention, on position 0, by sequence.
+        norm: L2 norm of what each layer reads, and at last the final norm.
+    """
+
+    share: Float[Tensor, "sequence layer head"]
+    norm: Float[Tensor, "sequence depth position"]
+
+    @property
+    def rate(self) -> Float[Tensor, "layer head"]:
+        """Share of sequences in which a head's share is above the threshold."""
+        return (self.share > THRESHOLD).to(self.share.dtype).mean(0)
+
+
+def sinks(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Sinks:
+    """Measure attention sinks on a batch of sequences of at least 2 tokens.
+
+    Raises:
+        UnnormError: the family does not give attention weights, or its residual stream is no plain sum.
+    """
+    parts = anatomy(model)
+    share = attention_patterns(model, parts, ids)[..., 1:, 0].mean(-1)
+    stream, _ = residual_stream(model, parts, ids)
+    return Sinks(share.permute(1, 0, 2).float().cpu(), stream.float().norm(dim=-1).permute(1, 0, 2).cpu())
+
+
+def find(material: Material) -> Finding:
+    """Sinks in both models on the material's text."""
+    measured = {}
+    for name, model in (("original", material.original), ("twin", material.twin)):
+        found = [sinks(model, ids) for ids in material.batches(model.device)]
+        measured[name] = Sinks(*(torch.cat([getattr(one, key) for one in found]) for key in ("share", "norm")))
+    numbers = {name: _numbers(value) for name, value in measured.items()}
+    before, after = (float(measured[name].rate.mean()) for name in ("original", "twin"))
+    longest = [significant(numbers[name]["longest_over_median"], 2) for name in ("original", "twin")]
+    return Finding(
+        key="sinks",
+        title="Attention sinks",
+        text=(
+            "The share of a head's attention that goes to position 0, and the length of residual vectors by position. "
+            f"A head is a sink in a sequence where that share is above {THRESHOLD}; its sink rate is how often it is."
+        ),
+        numbers=numbers | {"threshold": THRESHOLD},
+        figures={"sinks_share": _share_figure(measured), "sinks_norm": _norm_figure(measured)},
+        captions={
+            "sinks_share": "Mean share of attention on position 0, by layer and head.",
+            "sinks_norm": "Mean length of the residual vector that each layer reads (lines from thin to thick, the "
+            "thickest what the final norm reads), by position.",
+        },
+        legends={"sinks_norm": [("original", "s", "line"), ("twin", "a", "line")]},
+        headline=(
+            "Sink rate",
+            f"{percent(before)} → {percent(after)}",
+            f"of heads; longest residual over the median {longest[0]} → {longest[1]}",
+        ),
+    )
+
+
+def _numbers(found: Sinks) -> dict[str, Any]:
+    norms = found.norm.mean(0)
+    return {
+        "sink_rate": found.rate.tolist(),
+        "mean_sink_rate": float(found.rate.mean()),
+        "share": found.share.mean(0).tolist(),
+        "mean_share": float(found.share.mean()),
+        "norm_at_0": norms[:, 0].tolist(),
+        "norm_elsewhere": norms[:, 1:].mean(1).tolist(),
+        "longest_over_median": float((norms.amax(1) / norms.median(1).values).max()),
+        "sequences": len(found.share),
+    }
+
+
+def _share_figure(measured: dict[str, Sinks]) -> "Figure":
+    from unnorm.analysis.figures import heat_maps
+
+    grids = {name: found.share.mean(0).tolist() for name, found in measured.items()}
+    layers, heads = len(grids["twin"]), len(grids["twin"][0])
+    return heat_maps(
+        grids, [f"head {head}" for head in range(heads)], [f"layer {layer}" for layer in range(layers)], ".1%", "share"
+    )
+
+
+def _norm_figure(measured: dict[str, Sinks]) -> "Figure":
+    from unnorm.analysis.figures import bundle
+
+    lines = []
+    for name, found in measured.items():
+        norms = found.norm.mean(0)
+        for depth, values in enumerate(norms.tolist()):
+            label = f"{name}, " + (f"layer {depth}" if depth + 1 < len(norms) else "at the end")
+            lines.append((name, label, depth / max(1, len(norms) - 1), values))
+    return bundle(lines, "position, from 1 (log)", "length of the residual vector (log)", log_x=True)

@@ -1,0 +1,175 @@
+"""The residual stream as a sum: who writes to it, and what each head, MLP and bias adds.
+
+With W_O the weight of an attention's output projection, cut into one block of columns for each head, and z the
+projection's input, cut alike, the attention adds
+
+    sum over heads h of W_O[h] z[h]  +  bias
+
+(Elhage et al. 2021, *A Mathematical Framework for Transformer Circuits*). An MLP's projection adds W_out a + bias, a
+sum over neurons in the same way.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from unnorm.norms import linear_weight
+from unnorm.sites import inside_attention, residual_sources
+
+WriterKind = Literal["embedding", "attention", "mlp"]
+PartKind = Literal["embedding", "head", "attention", "mlp", "bias"]
+
+
+@dataclass(frozen=True)
+class Writer:
+    """A module whose output is added to the residual stream.
+
+    Attributes:
+        name: its path.
+        kind: what it is part of.
+        layer: number of its layer; None outside the layers.
+        factor: what its output is multiplied by before it is added; 1 but for a few families.
+        heads: into how many heads its input is cut, for an attention's projection; 0 where that can't be known.
+        linear: whether it is a linear layer, so that what it adds is a sum over its inputs: an MLP's neurons.
+    """
+
+    name: str
+    kind: WriterKind
+    layer: int | None
+    factor: float
+    heads: int
+    linear: bool
+
+
+@dataclass(frozen=True)
+class Part:
+    """One term of the residual stream: an embedding, a head, an MLP, a bias, or an attention where heads are unknown.
+
+    Attributes:
+        name: for people, such as `head 1.3`.
+        kind: what it is.
+        writer: path of the module that adds it.
+        layer: number of the layer; None outside the layers.
+        head: number of the head; None for what is no head.
+    """
+
+    name: str
+    kind: PartKind
+    writer: str
+    layer: int | None
+    head: int | None = None
+
+
+def residual_writers(model: PreTrainedModel, reader: str) -> list[Writer] | None:
+    """The modules whose outputs add up to what the module `reader` reads, in order; None if that is no plain sum."""
+    factors = residual_sources(model, reader)
+    if factors is None:
+        return None
+    return [_writer(model, name, factor) for name, factor in factors.items()]
+
+
+def layer_number(name: str) -> int | None:
+    """Number of the layer that a module's path lies in."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def parts_of(model: PreTrainedModel, writer: Writer) -> list[Part]:
+    """The terms that a writer adds: by head where heads are known, and a linear layer's bias apart."""
+    name, layer = writer.name, writer.layer
+    if writer.heads:
+        parts = [Part(f"head {layer}.{head}", "head", name, layer, head) for head in range(writer.heads)]
+    else:
+        label = name if writer.kind == "embedding" else f"{writer.kind} {layer}"
+        parts = [Part(label, writer.kind, name, layer)]
+    if writer.linear and model.get_submodule(name).bias is not None:
+        parts.append(Part(f"bias of {name}", "bias", name, layer))
+    return parts
+
+
+def split_output(
+    model: PreTrainedModel, writer: Writer, z: Float[Tensor, "*token inside"], output: Float[Tensor, "*token width"]
+) -> list[Float[Tensor, "..."]]:
+    """What a writer adds to the residual stream, in the parts of `parts_of`; a bias is one vector for all tokens.
+
+    Args:
+        model: the model.
+        writer: one of its writers.
+        z: the module's input.
+        output: its output.
+    """
+    module = model.get_submodule(writer.name)
+    if not writer.linear:
+        return [writer.factor * output]
+    cuts = writer.heads or 1
+    weights = linear_weight(module).to(z.dtype).chunk(cuts, dim=1)
+    parts = [writer.factor * z_head @ weight.T for z_head, weight in zip(z.chunk(cuts, dim=-1), weights, strict=True)]
+    return parts if module.bias is None else [*parts, writer.factor * module.bias.to(z.dtype)]
+
+
+@contextmanager
+def recorded(model: nn.Module, names: Sequence[str], copies: bool = False) -> Iterator[dict[str, tuple[Tensor, Any]]]:
+    """Input and output of each named module in the pass that follows; `copies`, where a family goes on in place.
+
+    The output stands for the input of a module that is given no tensor.
+    """
+    record: dict[str, tuple[Tensor, Any]] = {}
+
+    def kept(value: Any) -> Any:
+        return value.clone() if copies and isinstance(value, Tensor) else value
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), output)
+            record[name] = (kept(given), kept(output))
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True) for name in names]
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def replaced_inputs(model: nn.Module, edits: dict[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """The named modules read what their function makes of their input."""
+
+    def put(edit: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+        return lambda module, args: (edit(args[0]), *args[1:])
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(put(edit)) for name, edit in edits.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _writer(model: PreTrainedModel, name: str, factor: float) -> Writer:
+    module, layer = model.get_submodule(name), layer_number(name)
+    weight = getattr(module, "weight", torch.empty(0))
+    linear = weight.ndim == 2 and not isinstance(module, nn.Embedding)
+    if layer is None:
+        return Writer(name, "embedding", layer, factor, 0, linear)
+    if not inside_attention(model, name):
+        return Writer(name, "mlp", layer, factor, 0, linear)
+    heads = _heads(model, linear_weight(module).shape[1]) if linear else 0
+    return Writer(name, "attention", layer, factor, heads, linear)
+
+
+def _heads(model: PreTrainedModel, width: int) -> int:
+    """The config's number of heads, if it cuts the projection's input into heads of the config's size; else 0."""
+    config = model.config.get_text_config()
+    heads = int(getattr(config, "num_attention_heads", None) or 0)
+    if not heads or width % heads:
+        return 0
+    size = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None)
+    return heads if size in (None, width // heads) else 0
