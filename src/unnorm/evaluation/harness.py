@@ -218,6 +218,9 @@ def _all_tasks() -> Any:
 def _silence() -> None:
     # What it says of every choice that is made here; what matters (cut requests) is counted instead.
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    from lm_eval import evaluator
+
+    evaluator.get_git_commit_hash = lambda: None  # It asks git, which complains outside a repository.
 
 
 def _language_model(
