@@ -19,7 +19,7 @@ from unnorm.analysis.anatomy import anatomy
 from unnorm.analysis.attribution import attribute, frozen_scale_error
 from unnorm.analysis.geometry import geometry
 from unnorm.analysis.lens import lens
-from unnorm.analysis.material import Material
+from unnorm.analysis.material import Material, float64_copy
 from unnorm.analysis.neurons import ablate, output_weights
 from unnorm.analysis.patching import patch
 from unnorm.analysis.prompts import PromptPair, by_length, indirect_object_prompts
@@ -27,7 +27,7 @@ from unnorm.analysis.scales import log_scales
 from unnorm.analysis.sinks import sinks
 from unnorm.checkpoint import load_sites
 from unnorm.errors import UnnormError
-from unnorm.models import in_float64, load_original
+from unnorm.models import load_original
 from unnorm.sites import trace_inputs
 
 BRIDGED = ["gpt2", "gpt_neox, parallel", "llama", "qwen3"]
@@ -64,7 +64,7 @@ def hooked_logits(
     "family", [*BRIDGED, "gpt_neox, sequential", "llama, tied, biased", "granite", "gemma2", "bloom"]
 )
 def test_contributions_in_the_twin_sum_to_the_logit(family: str, runs: dict[str, Path]) -> None:
-    twin = in_float64(unnorm.load(runs[family]))
+    twin = float64_copy(unnorm.load(runs[family]))
     ids = trace_inputs(twin, 2, 16)
     found = attribute(twin, ids)
     handle = twin.get_output_embeddings().register_forward_hook(lambda _, args, out: kept.append(out))
@@ -85,7 +85,7 @@ def test_contributions_in_the_twin_sum_to_the_logit(family: str, runs: dict[str,
 @pytest.mark.parametrize("family", BRIDGED)
 def test_frozen_scale_in_the_original_is_off_and_the_direct_effect_is_not(family: str, runs: dict[str, Path]) -> None:
     """The direct effect of each head, next to the logits with that head taken out of what the final norm reads."""
-    original = in_float64(original_of(runs[family]))
+    original = float64_copy(original_of(runs[family]))
     parts = anatomy(original)
     ids = trace_inputs(original, 2, 16)
     found = attribute(original, ids)
@@ -214,7 +214,7 @@ def test_patching_agrees_with_transformer_lens_and_finite_differences(family: st
             torch.testing.assert_close(
                 found.activation[: len(effect), layer, head].float(), effect, rtol=1e-3, atol=1e-4
             )
-    exact = in_float64(twin)
+    exact = float64_copy(twin)
     small = _patched_a_little(exact, clean, corrupted, answers, 1e-6)
     estimate = patch(exact, tokenizer, first[0]).attribution
     torch.testing.assert_close(estimate, small, rtol=1e-4, atol=1e-6)
@@ -247,7 +247,7 @@ def _patched_a_little(
 
 def test_gradient_is_exact_where_everything_after_is_linear(runs: dict[str, Path]) -> None:
     """The twin's last attention reaches the logits through its last MLP alone; with that off, linearly."""
-    twin, original = in_float64(unnorm.load(runs["gpt2"])), in_float64(original_of(runs["gpt2"]))
+    twin, original = float64_copy(unnorm.load(runs["gpt2"])), float64_copy(original_of(runs["gpt2"]))
     tokenizer = AutoTokenizer.from_pretrained(runs["gpt2"] / "model")
     for model in (twin, original):
         torch.nn.init.zeros_(model.transformer.h[1].mlp.c_proj.weight)
@@ -376,7 +376,7 @@ def test_what_cannot_be_known_is_said(runs: dict[str, Path]) -> None:
     with pytest.raises(UnnormError, match="something lies between"):
         attribute(unnorm.load(runs["opt, projected"]), ids)
     mixtral = unnorm.load(runs["mixtral, experts in one tensor"])
-    found = attribute(in_float64(mixtral), trace_inputs(mixtral, 1, 8))
+    found = attribute(float64_copy(mixtral), trace_inputs(mixtral, 1, 8))
     assert found.neurons == {}
     torch.testing.assert_close(found.contributions.sum(0), found.logits, rtol=0, atol=1e-10)
     with pytest.raises(UnnormError, match="neurons of UnnormMixtralForCausalLM"):

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from unnorm.analysis.anatomy import anatomy, logits_from, residual_stream
 from unnorm.analysis.material import Finding, Material
-from unnorm.evaluation import token_losses
+from unnorm.losses import token_losses
 from unnorm.report.numbers import fixed
 
 if TYPE_CHECKING:

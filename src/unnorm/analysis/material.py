@@ -1,6 +1,7 @@
 """What every analysis gets, and what it gives back."""
 
 from collections.abc import Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +13,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unnorm.analysis.anatomy import Anatomy, anatomy
 from unnorm.analysis.prompts import PromptPair
 from unnorm.calibrate import batches
-from unnorm.models import in_float64
 from unnorm.sites import NormSite
 
 if TYPE_CHECKING:
@@ -62,12 +62,19 @@ class Material:
     def subjects_in_float64(self) -> Iterator[Subject]:
         """Copies of both in float64, one at a time; where the device has none, as they are."""
         for subject in self.subjects:
-            exact = subject.model if subject.model.device.type == "mps" else in_float64(subject.model)
+            exact = subject.model if subject.model.device.type == "mps" else float64_copy(subject.model)
             yield Subject(subject.name, exact, subject.anatomy)
 
     def batches(self, device: torch.device) -> Iterator[Int[Tensor, "batch position"]]:
         """The held-out text."""
         return batches(self.blocks, self.batch_size, device)
+
+
+def float64_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """An independent copy that computes in float64."""
+    copy = deepcopy(model).double()
+    copy.config._experts_implementation = "eager"  # The fused experts know no float64.
+    return copy
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from unnorm.analysis.anatomy import Anatomy, Readout, anatomy, readout
 from unnorm.analysis.material import Finding, Material
 from unnorm.errors import UnnormError
-from unnorm.evaluation import token_losses
+from unnorm.losses import token_losses
 from unnorm.norms import linear_weight
 from unnorm.report.numbers import significant
 from unnorm.residual import Writer, recorded, replaced_inputs

@@ -202,12 +202,14 @@ class DistillationTrainer(Trainer):
         return self.last_kl
 
     def take_means(self) -> dict[str, float]:
-        """Means of loss and KL since the last call, over all processes."""
+        """Means of loss and KL on text since the last call, over all processes; none, where there was no text."""
         sums = self.sums.clone()
         if dist.is_initialized():
             dist.all_reduce(sums)
         self.sums.zero_()
         loss, kl, count = sums.tolist()
+        if not count:
+            return {}
         return {"loss": loss / count} if math.isnan(kl) else {"loss": loss / count, "kl": kl / count}
 
 
