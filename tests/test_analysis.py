@@ -375,7 +375,7 @@ def test_what_cannot_be_known_is_said(runs: dict[str, Path]) -> None:
         attribute(original_of(runs["opt, post-norm"]), ids)
     with pytest.raises(UnnormError, match="something lies between"):
         attribute(unnorm.load(runs["opt, projected"]), ids)
-    mixtral = unnorm.load(runs["mixtral, experts in one tensor"])
+    mixtral = unnorm.load(runs["mixtral"])
     found = attribute(float64_copy(mixtral), trace_inputs(mixtral, 1, 8))
     assert found.neurons == {}
     torch.testing.assert_close(found.contributions.sum(0), found.logits, rtol=0, atol=1e-10)

@@ -27,12 +27,15 @@ DEMO = "demo"
 
 
 def model_path(model: str) -> str:
-    """What transformers is asked for: the bundled model's directory for `demo`, `model/` of a run, else the name."""
+    """What transformers is asked for: the bundled model's directory for `demo`, `model/` of a run, else the name.
+
+    A directory that is named demo is `./demo`, so that one name does not mean one thing here and another there.
+    """
+    if model == DEMO:
+        return str(resources.files("unnorm") / "demo")
     path = Path(os.path.expanduser(model))  # noqa: PTH111 (pathlib's raises where there is no such user)
     if (path / "sites.json").is_file():
         return str(path / "model")
-    if model == DEMO and not path.exists():
-        return str(resources.files("unnorm") / "demo")
     return str(path) if path.exists() else model
 
 

@@ -15,6 +15,8 @@ from transformers import PreTrainedTokenizerBase
 Ids = Int[np.ndarray, "block position"]
 
 _LARGEST_CODE_POINT = 0x1FBFF
+_LARGEST_ALPHABET = 4096
+_ASCII = (0x20, 0x7F)
 _SURROGATES = (0xD800, 0xDFFF)
 _CHARACTERS_A_TOKEN = 4
 _LONGEST_REPEAT = 16
@@ -44,7 +46,10 @@ def stress_blocks(
         lambda: _cycle(vocabulary, context, generator),
     ]
     blocks = [kinds[index % len(kinds)]() for index in range(count)]
-    return np.stack(blocks).astype(np.int32) if blocks else np.empty((0, context), np.int32)
+    stacked = np.stack(blocks).astype(np.int32) if blocks else np.empty((0, context), np.int32)
+    # Position 0 comes once a block only, and anything may stand there.
+    stacked[:, 0] = generator.choice(vocabulary, count)
+    return stacked
 
 
 def _few_tokens(vocabulary: np.ndarray, length: int, generator: Generator) -> np.ndarray:
@@ -60,13 +65,20 @@ def _cycle(vocabulary: np.ndarray, length: int, generator: Generator) -> np.ndar
 
 
 def _random_characters(tokenizer: PreTrainedTokenizerBase, length: int, generator: Generator) -> np.ndarray:
-    """Random characters of a range of Unicode; its start is log-uniform, and so is its width."""
-    start = round(math.exp(generator.uniform(0, math.log(_LARGEST_CODE_POINT))))
-    width = round(math.exp(generator.uniform(0, math.log(_LARGEST_CODE_POINT - start + 1))))
-    points = start + generator.integers(0, width, _CHARACTERS_A_TOKEN * length)
+    """Draws from a few or many characters of one range of Unicode; every second time that is printable ASCII."""
+    start, end = _ASCII if generator.random() < 0.5 else _random_range(generator)
+    size = round(math.exp(generator.uniform(0, math.log(min(end - start, _LARGEST_ALPHABET)))))
+    alphabet = start + generator.integers(0, end - start, size)
+    points = generator.choice(alphabet, _CHARACTERS_A_TOKEN * length)
     text = "".join(chr(p) for p in points if not _SURROGATES[0] <= p <= _SURROGATES[1]) or " " * length
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] or [0]
     return np.resize(np.asarray(ids), length)
+
+
+def _random_range(generator: Generator) -> tuple[int, int]:
+    """Start and end, both log-uniform."""
+    start = round(math.exp(generator.uniform(0, math.log(_LARGEST_CODE_POINT))))
+    return start, start + round(math.exp(generator.uniform(0, math.log(_LARGEST_CODE_POINT - start + 1))))
 
 
 def _broken_text(text: Ids, vocabulary: np.ndarray, generator: Generator) -> np.ndarray:

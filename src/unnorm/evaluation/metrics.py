@@ -184,9 +184,12 @@ def calibration(
 ) -> tuple[float, tuple[CalibrationBin, ...]]:
     """Expected calibration error of the most likely token, and its bins (arXiv 1706.04599, equation 3).
 
-    ECE = sum over bins of (tokens in it / all tokens) |accuracy - confidence|. Empty bins are left out.
+    ECE = sum over bins of (tokens in it / all tokens) |accuracy - confidence|. Empty bins are left out. NaN, without
+    bins, for a model some of whose probabilities are not numbers.
     """
     confidence, correct = confidence.ravel().astype(np.float64), correct.ravel().astype(np.float64)
+    if not np.isfinite(confidence).all():
+        return float("nan"), ()
     place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     counts = np.bincount(place, minlength=bins)
     sums = [np.bincount(place, weights, minlength=bins) for weights in (confidence, correct)]
