@@ -65,7 +65,7 @@ def assert_page_works(browser: Any, page: Path, figures: set[str]) -> None:
     drawn, console, requests = open_page(browser, page)
     assert {plot["id"] for plot in drawn} == figures
     for plot in drawn:
-        assert plot["width"] > 300 and plot["shapes"] > 0 and plot["axes"] > 1, plot
+        assert plot["width"] > 240 and plot["shapes"] > 0 and plot["axes"] > 1, plot
         assert not plot["wider"], plot
     assert console == []
     # The page itself, and what is in it.
@@ -74,7 +74,8 @@ def assert_page_works(browser: Any, page: Path, figures: set[str]) -> None:
 
 def test_report(browser: Any, finished_run: Path) -> None:
     # Nothing was trained, so there is no course of a run to show.
-    assert_page_works(browser, finished_run / "report.html", {"scales", "positions"})
+    figures = {"scales", "positions", "density", "kl", "entropy"}
+    assert_page_works(browser, finished_run / "report.html", figures)
 
 
 def test_analysis(browser: Any, finished_run: Path, tmp_path: Path) -> None:

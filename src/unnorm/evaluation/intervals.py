@@ -32,7 +32,7 @@ def bootstrap_interval(
     resample is (r* - r) / se(r*), with the standard error of a ratio of means; its quantiles, and not those of r*
     itself, hold the stated rate with few units or skewed ones too (Davison and Hinkley, Bootstrap Methods and their
     Application, 1997, section 5.2.1). Below 10 units its tails are made of too few different resamples, and Student's
-    t takes its place. One unit has no interval: both ends are the mean.
+    t takes its place. One unit has no interval, nor has a mean that is no number: both ends are the mean.
 
     Args:
         sums: of the measure, by unit.
@@ -43,7 +43,7 @@ def bootstrap_interval(
     n = len(values)
     mean = float(values.sum() / sizes.sum())
     residuals = values - mean * sizes
-    if n < 2:
+    if n < 2 or not math.isfinite(mean):
         return mean, mean
     error = math.sqrt(n / (n - 1) * float(residuals @ residuals)) / float(sizes.sum())
     if n < _FEW or error == 0:

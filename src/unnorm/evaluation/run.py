@@ -362,7 +362,9 @@ def _summarize(
         entropy_difference=_mean(ours.entropy) - _mean(theirs.entropy),
         difference=loss - _mean(theirs.loss),
         difference_ci=bootstrap_interval(changes, sizes),
-        comparison=None if tokenizer is None else compare_tokens(ours, theirs, distances, ids, tokenizer),
+        comparison=compare_tokens(ours, theirs, distances, ids, tokenizer)
+        if tokenizer and math.isfinite(loss)
+        else None,
     )
 
 
