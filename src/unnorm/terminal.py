@@ -1,6 +1,7 @@
 """What a run looks like in a terminal: live progress, and tables at the end."""
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -307,17 +308,28 @@ _MOST_FIXED = 10_000
 
 
 def sites_table(rows: Sequence[tuple["NormSite", "ScaleStatistics"]]) -> RenderableType:
-    """The rows of `unnorm stats`."""
-    table = Table("norm site", "kind", "folds into", caption="scale: divisor of a token; spread: deviation of its log")
+    """The rows of `unnorm stats`, with paths less the prefix that all norms share, so that they fit 80 columns."""
+    caption = "scale: divisor of a token; spread: deviation of its log"
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption, caption_justify="left")
+    for heading in ("norm site", "kind", "folds into"):
+        table.add_column(heading, overflow="fold")
     for heading in ("position 0", "mean", "spread", "smallest", "largest"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
+    prefix = site_prefix([site.name for site, _ in rows])
     for site, row in rows:
         numbers = (row.position_0, row.mean, row.spread, row.smallest, row.largest)
         into = {"readers": site.readers, "writer": site.writers, "in place": ("no weight: --in-place",)}[
             site.folds_into
         ]
-        table.add_row(site.name, site.kind, ", ".join(into), *(f"{number:.3g}" for number in numbers))
+        names = [name.removeprefix(prefix) for name in (site.name, *into)]
+        table.add_row(names[0], site.kind, ", ".join(names[1:]), *(f"{number:.3g}" for number in numbers))
     return table
+
+
+def site_prefix(names: Sequence[str]) -> str:
+    """The dotted prefix, such as `transformer.`, that all paths share; none for a single path."""
+    shared = os.path.commonprefix(list(names)) if len(names) > 1 else ""  # noqa: RUF071 (cut at a dot below)
+    return shared[: shared.rfind(".") + 1]
 
 
 def export_table(exported: "Exported") -> RenderableType:
