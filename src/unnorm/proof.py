@@ -20,6 +20,7 @@ from unnorm.sites import NormSite, norm_modules, norm_operations, trace_inputs, 
 
 FLOAT64_LIMIT = 1e-10
 FLOAT32_LIMIT = 1e-4
+_PARTS_AT_ONCE = 64
 
 _PROBE_SHAPE = (2, 16)
 _OVERFLOWS = "logits are not finite: without its norms the model overflows, and there is nothing to compare"
@@ -194,8 +195,12 @@ def _contributions_add_up(twin: PreTrainedModel, ids: Int[Tensor, "batch positio
         parts += split_output(twin, writer, z, _first(output))
     # OPT's MLP gives batch and position as one.
     parts = [part.view(*ids.shape, -1) if part.ndim == 2 and len(part) == ids.numel() else part for part in parts]
-    weight = linear_weight(unembedding).double()
-    total: Any = sum(part @ weight.T for part in parts)
+    # Large models have a thousand parts, and each goes through the whole unembedding: at the ends of sequences only.
+    ends, batch = [0, ids.shape[1] - 1], ids.shape[0]
+    rows = [(part if part.ndim < 3 else part[:, ends]).expand(batch, len(ends), -1) for part in parts]
+    logits, weight = logits[:, ends], linear_weight(unembedding).double()
+    together = (torch.stack(rows[at : at + _PARTS_AT_ONCE]) for at in range(0, len(rows), _PARTS_AT_ONCE))
+    total: Any = sum((some @ weight.T).sum(0) for some in together)
     total = total if unembedding.bias is None else total + unembedding.bias
     if total.shape != logits.shape:
         return not_a_sum

@@ -104,7 +104,7 @@ class FidelityController:
     FASTER: ClassVar[float] = 1.05  # and with each step that goes well.
     SLOWEST: ClassVar[float] = 1 / 64
     BAD_AFTER_END: ClassVar[int] = 3
-    LANDING: ClassVar[float] = 0.97  # Share of `end` where alpha is 0.998: from there on waiting is for nothing.
+    LANDING: ClassVar[float] = 0.93  # Share of `end` where alpha is 0.988: from there on waiting is for nothing.
     LEAST_GAIN: ClassVar[float] = 0.01  # Relative fall of the running KL that still counts as healing.
 
     kl_budget: float = KL_BUDGET
