@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
 from tests.conftest import VOCAB
-from unnorm.data import stress_blocks
+from unnorm.data import random_starts, stress_blocks
 from unnorm.losses import read_mismatch
 from unnorm.removal import _with_stress
 
@@ -58,10 +58,17 @@ def test_stress_takes_the_place_of_text_and_only_where_the_run_distils(
     unnorm.remove(out=tmp_path / "ours", stress_share=0.25, **common)
     text, mixed = (np.asarray(seen[key]["input_ids"]) for key in ("text", "mixed"))
     assert mixed.shape == text.shape
-    ordinary = {row.tobytes() for row in text}
-    assert np.mean([row.tobytes() in ordinary for row in mixed]) == pytest.approx(0.75, abs=0.02)
+    ordinary = {row[1:].tobytes() for row in text}
+    assert np.mean([row[1:].tobytes() in ordinary for row in mixed]) == pytest.approx(0.75, abs=0.02)
     unnorm.remove(out=tmp_path / "theirs", recipe="sequential", stress_share=0.25, **common)
     assert seen["mixed"] is seen["text"]
+
+
+def test_every_second_block_of_text_starts_anyhow(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    text = np.full((400, 8), 7, dtype=np.int32)
+    changed = random_starts(text, tiny_tokenizer, VOCAB, np.random.default_rng(0))
+    assert (text == 7).all() and (changed[:, 1:] == 7).all() and (changed[1::2] == 7).all()
+    assert len(np.unique(changed[::2, 0])) > VOCAB / 3
 
 
 def test_read_mismatch_is_a_share_of_the_teachers_reads() -> None:

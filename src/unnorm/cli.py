@@ -83,7 +83,7 @@ def remove(
     ] = 0.5,
     stress_share: Annotated[
         float, typer.Option(help="Share of the distilled blocks that no corpus has: random, repeated, foreign tokens.")
-    ] = 0.15,
+    ] = 0.2,
     keep: Annotated[
         str | None, typer.Option(help="Leave norms as they are whose path matches this regular expression.")
     ] = None,

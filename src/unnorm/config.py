@@ -55,7 +55,7 @@ class RemoveConfig(BaseModel):
         KL_BUDGET, gt=0, allow_inf_nan=False, description="KL on the way, nats per token, at which the taper waits"
     )
     stress_share: float = Field(
-        0.15,
+        0.2,
         ge=0,
         lt=1,
         description="share of the distilled blocks that no corpus has: random, repeated, foreign tokens",

@@ -31,7 +31,7 @@ from unnorm.checkpoint import (
     write_text,
 )
 from unnorm.config import CONFIG_FILE, Plan, RemoveConfig, choose_device, control_plan, make_plan, read_config_file
-from unnorm.data import as_dataset, build_blocks, stress_blocks
+from unnorm.data import as_dataset, build_blocks, random_starts, stress_blocks
 from unnorm.equalize import equalize_embedding
 from unnorm.errors import UnnormError
 from unnorm.evaluation import EVALUATION_SPREAD, EVALUATION_TOKENS, Evaluation, evaluate_model
@@ -319,7 +319,10 @@ def _with_stress(run: _Run) -> Dataset:
     """Training text with its share of stress blocks in place of as many others, for recipes that distil."""
     if run.config.recipe != "taper" or run.stress_blocks is None:
         return run.train_blocks
-    text = spread(run.train_blocks, max(1, len(run.train_blocks) - len(run.stress_blocks)))
+    kept = spread(run.train_blocks, max(1, len(run.train_blocks) - len(run.stress_blocks)))
+    vocab_size = int(run.original.get_input_embeddings().weight.shape[0])
+    generator = np.random.default_rng(run.config.seed)
+    text = as_dataset(random_starts(np.asarray(kept["input_ids"]), run.tokenizer, vocab_size, generator))
     parts = ((text, False), (run.stress_blocks, True))
     return concatenate_datasets([part.add_column("stress", [is_stress] * len(part)) for part, is_stress in parts])
 

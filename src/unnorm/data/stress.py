@@ -38,18 +38,36 @@ def stress_blocks(
         Token ids, (count, position).
     """
     context = text.shape[1]
-    vocabulary = np.asarray(sorted(id for id in tokenizer.get_vocab().values() if id < vocab_size))
+    vocabulary = _vocabulary(tokenizer, vocab_size)
     kinds: list[Callable[[], np.ndarray]] = [
         lambda: _few_tokens(vocabulary, context, generator),
         lambda: _random_characters(tokenizer, context, generator),
         lambda: _broken_text(text, vocabulary, generator),
+        lambda: _random_characters(tokenizer, context, generator),
         lambda: _cycle(vocabulary, context, generator),
     ]
     blocks = [kinds[index % len(kinds)]() for index in range(count)]
     stacked = np.stack(blocks).astype(np.int32) if blocks else np.empty((0, context), np.int32)
-    # Position 0 comes once a block only, and anything may stand there.
     stacked[:, 0] = generator.choice(vocabulary, count)
     return stacked
+
+
+def random_starts(text: Ids, tokenizer: PreTrainedTokenizerBase, vocab_size: int, generator: Generator) -> Ids:
+    """Text with another token at position 0 of every second block: anything may stand there, and it comes once a block.
+
+    Args:
+        text: token ids, (block, position); left as it is.
+        tokenizer: the model's.
+        vocab_size: ids are below it.
+        generator: source of everything random.
+    """
+    changed = text.copy()
+    changed[::2, 0] = generator.choice(_vocabulary(tokenizer, vocab_size), len(changed[::2]))
+    return changed
+
+
+def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Int[np.ndarray, " token"]:
+    return np.asarray(sorted(id for id in tokenizer.get_vocab().values() if id < vocab_size), np.int32)
 
 
 def _few_tokens(vocabulary: np.ndarray, length: int, generator: Generator) -> np.ndarray:
