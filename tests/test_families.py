@@ -4,7 +4,6 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 import unnorm
 from tests.conftest import Cli
+from unnorm.analysis.material import float64_copy
 from unnorm.errors import UnnormError
 from unnorm.fold import fold, install, prove_sites
 from unnorm.sites import NormSite, find_sites, norm_modules, trace_inputs
@@ -187,13 +187,6 @@ def random_model(make: Make) -> PreTrainedModel:
     return model
 
 
-def in_float64(model: PreTrainedModel) -> PreTrainedModel:
-    """A whole copy that computes in float64."""
-    double = deepcopy(model).double()
-    double.config._experts_implementation = "eager"  # The fused experts know no float64.
-    return double
-
-
 def removed_twin(
     model: PreTrainedModel, sites: list[NormSite] | None = None
 ) -> tuple[PreTrainedModel, torch.Tensor, torch.Tensor]:
@@ -212,7 +205,7 @@ def test_found_by_tracing_and_folded_exactly(family: str) -> None:
     sites = find_sites(model)
     assert len(sites) == count
     assert prove_sites(model, sites) < 1e-8
-    twin, ids, expected = removed_twin(in_float64(model))
+    twin, ids, expected = removed_twin(float64_copy(model))
     assert norm_modules(twin) == []
     torch.testing.assert_close(twin(input_ids=ids).logits, expected, rtol=1e-9, atol=1e-9)
 
@@ -241,7 +234,7 @@ def table_row(family: str, model: PreTrainedModel, in_place: bool) -> tuple[str,
     counts = Counter(site.folds_into for site in sites)
     folds = ", ".join(f"{into} {count}" for into, count in sorted(counts.items(), reverse=True))
     errors = []
-    for precise in (in_float64(model), model):
+    for precise in (float64_copy(model), model):
         twin, ids, expected = removed_twin(precise, sites)
         errors.append(float(((twin(input_ids=ids).logits - expected).abs().max() / expected.abs().max()).detach()))
     return f"| {family} | {type(model).__name__} | {kinds} | {len(sites)} | {folds} |", errors[0], errors[1]
@@ -277,7 +270,7 @@ def test_random_configurations_fold_exactly_and_generate(data: strategies.DataOb
         sizes["word_embed_proj_dim"] = sizes["hidden_size"]
     model = random_model(lambda: AutoConfig.for_model(family, **sizes))
     assert prove_sites(model, find_sites(model)) < 1e-8
-    twin, ids, expected = removed_twin(in_float64(model))
+    twin, ids, expected = removed_twin(float64_copy(model))
     torch.testing.assert_close(twin(input_ids=ids).logits, expected, rtol=1e-10, atol=1e-10)
     texts = [
         twin.generate(ids, max_new_tokens=6, do_sample=False, use_cache=cache, eos_token_id=None)
@@ -340,7 +333,7 @@ def test_what_folds_into_no_weight_is_refused_or_stays_as_an_affine_map(family: 
         find_sites(model)
     sites = find_sites(model, in_place=True)
     assert prove_sites(model, sites) < 1e-8
-    twin, ids, expected = removed_twin(in_float64(model), sites)
+    twin, ids, expected = removed_twin(float64_copy(model), sites)
     assert norm_modules(twin) == []
     torch.testing.assert_close(twin(input_ids=ids).logits, expected, rtol=1e-9, atol=1e-9)
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedModel,
 
 import unnorm
 import unnorm.checkpoint
-from tests.test_families import FAMILIES, IN_PLACE, in_float64, random_model, removed_twin
+from tests.test_families import FAMILIES, IN_PLACE, random_model, removed_twin
+from unnorm.analysis.material import float64_copy
 from unnorm.blockwise import float64_logits
 from unnorm.fold import FoldedWeights, empty_twin, fold, install
 from unnorm.models import copy_model
@@ -32,7 +33,7 @@ def test_a_block_at_a_time_computes_what_a_copy_in_float64_does(family: str) -> 
     ids = trace_inputs(model, 2, 12)
     before = {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in model.state_dict().items()}
     with torch.no_grad():
-        assert torch.equal(float64_logits(model, ids), in_float64(model)(input_ids=ids).logits)
+        assert torch.equal(float64_logits(model, ids), float64_copy(model)(input_ids=ids).logits)
     assert {name: (tensor.data_ptr(), tensor.dtype) for name, tensor in model.state_dict().items()} == before
     assert float64_logits(model.bfloat16(), ids).dtype == torch.float64
 

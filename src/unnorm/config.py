@@ -160,6 +160,16 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return named
 
 
+def run_settings(directory: Path) -> dict[str, Any]:
+    """The settings that a run was started with; none, where its file is missing.
+
+    Raises:
+        UnnormError: the file can't be read.
+    """
+    path = directory / CONFIG_FILE
+    return read_config_file(path) if path.is_file() else {}
+
+
 def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) -> Plan:
     """Choose what the user left open.
 

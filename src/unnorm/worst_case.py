@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.calibrate import evaluating
 from unnorm.checkpoint import load_sites
-from unnorm.config import CONFIG_FILE, choose_context, choose_device, read_config_file
+from unnorm.config import CONFIG_FILE, choose_context, choose_device, run_settings
 from unnorm.data import STDLIB, build_blocks
 from unnorm.errors import UnnormError
 from unnorm.models import context_length, load_original
@@ -206,7 +206,7 @@ def audit(
         raise UnnormError(f"--tokens {tokens}: a class takes 1 token at least.")
     place = choose_device(device)
     sites, _ = load_sites(directory)
-    settings = read_config_file(directory / CONFIG_FILE) if (directory / CONFIG_FILE).is_file() else {}
+    settings = run_settings(directory)
     name = against or _default_reference(directory, settings)
     twin, tokenizer = load_original(str(directory))
     reference = _load_reference(name, against is not None, trust_remote_code)

@@ -16,7 +16,7 @@ from unnorm.analysis.page import Skipped, render_analysis
 from unnorm.analysis.prompts import PromptPair, indirect_object_prompts, read_prompts
 from unnorm.calibrate import spread
 from unnorm.checkpoint import load, load_sites, write_text
-from unnorm.config import CONFIG_FILE, choose_context, choose_device, read_config_file
+from unnorm.config import CONFIG_FILE, choose_context, choose_device, run_settings
 from unnorm.data import STDLIB, build_blocks
 from unnorm.errors import UnnormError
 from unnorm.evaluation import EVALUATION_SPREAD
@@ -94,7 +94,7 @@ def analyze(
     out = directory / "analysis" if out is None else Path(out).expanduser()
     _check_out(out)
     sites, constants = load_sites(directory)
-    settings = read_config_file(directory / CONFIG_FILE) if (directory / CONFIG_FILE).is_file() else {}
+    settings = run_settings(directory)
     name = against or str(settings.get("model") or "")
     if not name:
         raise UnnormError(f"'{directory / CONFIG_FILE}' does not name the original. Name it with --against.")

@@ -96,12 +96,7 @@ def open_rows(source: str) -> Iterator[dict[str, object]]:
     files = find_files(source)
     if not files:
         raise UnnormError(f"No data at '{source}'. Give a file, a directory or a glob.")
-    suffix = _common_suffix(source, files)
-    for path in files:
-        _check_decompresses(path)
-    filled = [path for path in files if path.stat().st_size > 0]
-    if not filled:
-        raise _empty(source)
+    suffix, filled = _format_and_filled(source, files)
     return _readable(source, lambda: _rows(suffix, filled))
 
 
@@ -155,12 +150,7 @@ def _stdlib() -> Documents:
 
 
 def _local(source: str, files: list[Path], text_field: str | None, split: str) -> Documents:
-    suffix = _common_suffix(source, files)
-    for path in files:
-        _check_decompresses(path)
-    filled = [path for path in files if path.stat().st_size > 0]
-    if not filled:
-        raise _empty(source)
+    suffix, filled = _format_and_filled(source, files)
     of_split = _by_split(source, filled)
     _check_split(source, split, list(of_split))
 
@@ -170,6 +160,17 @@ def _local(source: str, files: list[Path], text_field: str | None, split: str) -
     if "validation" in of_split and split != "validation":
         return Documents(source, lambda: texts(split), lambda: texts("validation"), "the validation files")
     return _held_out_of(source, lambda: texts(split))
+
+
+def _format_and_filled(source: str, files: list[Path]) -> tuple[str, list[Path]]:
+    """The suffix that all files share, and those that are not empty; refuses what can't be read."""
+    suffix = _common_suffix(source, files)
+    for path in files:
+        _check_decompresses(path)
+    filled = [path for path in files if path.stat().st_size > 0]
+    if not filled:
+        raise _empty(source)
+    return suffix, filled
 
 
 def _common_suffix(source: str, files: list[Path]) -> str:

@@ -143,8 +143,8 @@ class DistillationTrainer(Trainer):
             shown = torch.stack([token_loss, text_kl, torch.ones_like(text_kl)])
             shown = torch.where(is_text.any(), is_text.sum() * shown, 0.0)
             self.step_kl += shown[1:]
-            if self._read_weight():
-                loss = loss + self._read_weight() * self._read_mismatch()
+            if weight := self._read_weight():
+                loss = loss + weight * self._read_mismatch()
         self.sums += shown
         if self.penalized is not None:
             loss = loss + self._penalty(self.penalized, ids)
