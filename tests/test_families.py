@@ -326,6 +326,50 @@ def test_removed_end_to_end(
     assert unnorm.load(tmp_path / "run").config.model_type == f"unnorm_{config.model_type}"
 
 
+SUMS: dict[str, tuple[Make, bool]] = {
+    "positions without batch": (
+        lambda: hf.BlenderbotConfig(
+            vocab_size=64, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=48, **IDS
+        ),
+        True,
+    ),
+    "heads of two sizes": (
+        lambda: hf.Gemma4TextConfig(
+            **GROUPED, head_dim=8, global_head_dim=16, hidden_size_per_layer_input=8, vocab_size_per_layer_input=300
+        ),
+        True,
+    ),
+    "several streams at once": (
+        lambda: hf.ProphetNetConfig(
+            vocab_size=64,
+            hidden_size=32,
+            num_decoder_layers=2,
+            num_decoder_attention_heads=4,
+            decoder_ffn_dim=48,
+            **IDS,
+        ),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", SUMS)
+def test_contributions_are_summed_in_any_layout_or_said_to_be_no_sum(
+    layout: str, tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
+) -> None:
+    make, is_sum = SUMS[layout]
+    config = make()
+    config.vocab_size = len(tiny_tokenizer)
+    random_model(lambda: config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    options: dict[str, Any] = {"context": 32, "tokens": 0, "device": "cpu", "in_place": True}
+    unnorm.remove(model=str(tmp_path / "model"), data=str(text_file), out=tmp_path / "run", **options)
+    checks = {check.name: check for check in unnorm.verify(tmp_path / "run")}
+    check = checks.pop("contributions add up to the logits")
+    assert all(other.passed for other in checks.values())
+    assert (check.passed, "not a plain sum" in check.detail) == (is_sum, not is_sum)
+
+
 @pytest.mark.parametrize("family", IN_PLACE)
 def test_what_folds_into_no_weight_is_refused_or_stays_as_an_affine_map(family: str) -> None:
     model = random_model(IN_PLACE[family])

@@ -155,17 +155,23 @@ def test_only_some_blocks_are_shown_but_all_are_minimized() -> None:
     torch.testing.assert_close([shown_kl, shown_loss], expected)
 
 
-@pytest.mark.parametrize("cached", [1, 50, 10**6])
-def test_gradient_of_kl_is_that_of_the_plain_formula(monkeypatch: pytest.MonkeyPatch, cached: int) -> None:
+@pytest.mark.parametrize("cached", [1, 14, 10**6])
+@pytest.mark.parametrize(("temperature", "label_weight"), [(1.0, 0.0), (2.0, 0.0), (1.0, 0.3), (3.0, 0.1)])
+def test_gradient_is_that_of_the_plain_formula(
+    monkeypatch: pytest.MonkeyPatch, cached: int, temperature: float, label_weight: float
+) -> None:
     monkeypatch.setattr(losses, "_CACHED", cached)
     torch.manual_seed(0)
-    logits, teacher_logits = torch.randn(2, 5, 7, requires_grad=True), torch.randn(2, 5, 7)
+    logits, teacher_logits = torch.randn(3, 5, 7, requires_grad=True), torch.randn(3, 5, 7)
+    ids, shown = torch.randint(7, (3, 5)), torch.tensor([True, False, True])
     plain = logits.detach().double().requires_grad_()
-    p = teacher_logits.double().softmax(-1)
-    expected = 3 * (p * (p.log() - plain.log_softmax(-1))).sum(-1).mean()
-    kl, _, loss = distillation_losses(logits, teacher_logits, torch.randint(7, (2, 5)))
-    (3 * kl).backward()
-    expected.backward()
+    t = torch.where(shown, 1.0, temperature)[:, None, None]
+    p, log_q = (teacher_logits.double() / t).softmax(-1), (plain / t).log_softmax(-1)
+    expected = (t**2 * p * (p.log() - log_q)).sum(-1).mean() + label_weight * next_token_loss(plain, ids)
+    minimized, _, loss = distillation_losses(logits, teacher_logits, ids, shown, temperature, label_weight)
+    torch.testing.assert_close(minimized.double(), expected, rtol=1e-5, atol=1e-7)
+    (3 * minimized).backward()
+    (3 * expected).backward()
     assert logits.grad is not None and plain.grad is not None
     torch.testing.assert_close(logits.grad.double(), plain.grad, rtol=1e-5, atol=1e-7)
     assert not loss.requires_grad

@@ -32,60 +32,76 @@ def distillation_losses(
     teacher_logits: Float[Tensor, "batch position vocab"],
     input_ids: Int[Tensor, "batch position"],
     shown: Bool[Tensor, " batch"] | None = None,
+    temperature: float = 1.0,
+    label_weight: float = 0.0,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
-    """Mean KL(teacher || model) with its gradient; and, to show, the same and the next-token loss of some blocks.
+    """What is minimized, with its gradient; and, to show, mean KL(teacher || model) and next-token loss of some blocks.
 
-    All in nats per token, from one softmax of the model's logits. Every position counts for KL, the last too: unlike
-    the next-token loss it needs no label.
+    Minimized is the mean of T^2 KL(teacher^(1/T) || model^(1/T)), with T = 1 in the blocks that are shown (Hinton et
+    al. 2015, arXiv 1503.02531), and `label_weight` times the next-token loss. Every position counts for KL, the last
+    too: unlike the next-token loss it needs no label. All in nats per token.
 
     Args:
         logits: the model's.
         teacher_logits: the teacher's.
         input_ids: what both were given.
         shown: which blocks count for what is shown; NaN comes of none, all of them of None.
+        temperature: T of the blocks that are not shown. Above 1, tokens that the teacher gives next to no probability
+            count for more.
+        label_weight: weight of the next-token loss.
     """
     labels = F.pad(input_ids[:, 1:].long(), (0, 1), value=-1)
-    kl, token_kl, token_loss = _Distillation.apply(logits.flatten(0, 1), teacher_logits.flatten(0, 1), labels.flatten())
-    token_kl, token_loss = (x.view(input_ids.shape) for x in (token_kl, token_loss))
+    is_shown = [True] * len(logits) if shown is None else shown.tolist()
+    temperatures = [1.0 if block else temperature for block in is_shown]
+    minimized, kl, loss = _Distillation.apply(logits, teacher_logits, labels, temperatures, label_weight)
     if shown is not None:
-        token_kl, token_loss = token_kl[shown], token_loss[shown]
-    return kl, token_kl.mean(), token_loss[:, :-1].mean()
+        kl, loss = kl[shown], loss[shown]
+    return minimized, kl.mean(), loss[:, :-1].mean()
 
 
 class _Distillation(torch.autograd.Function):
-    """KL with its gradient, which is (q - p) / rows, computed together and a few rows at a time.
+    """What is minimized, with its gradient, computed together and a few positions at a time.
 
-    Nothing as large as the logits is made but the gradient, and what is worked on stays in the processor's cache.
+    The gradient of KL by the logits is T (q - p), that of the next-token loss q less 1 at the label. Nothing as large
+    as the logits is made but the gradient, and what is worked on stays in the processor's cache.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        logits: Float[Tensor, "row vocab"],
-        teacher_logits: Float[Tensor, "row vocab"],
-        labels: Int[Tensor, " row"],
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, " row"], Float[Tensor, " row"]]:
-        rows, vocab = logits.shape
+        logits: Float[Tensor, "batch position vocab"],
+        teacher_logits: Float[Tensor, "batch position vocab"],
+        labels: Int[Tensor, "batch position"],
+        temperatures: list[float],
+        label_weight: float,
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch position"], Float[Tensor, "batch position"]]:
         precision = torch.promote_types(logits.dtype, torch.float32)
-        kl, loss = (torch.empty(rows, dtype=precision, device=logits.device) for _ in range(2))
+        kl, loss = (torch.empty(labels.shape, dtype=precision, device=logits.device) for _ in range(2))
         gradient = torch.empty_like(logits)
-        at_once = max(1, (_CACHED if logits.device.type == "cpu" else _CACHED_GPU) // vocab)
-        for start in range(0, rows, at_once):
-            part = slice(start, start + at_once)
-            log_q = F.log_softmax(logits[part].to(precision), dim=-1)
-            log_p = F.log_softmax(teacher_logits[part].to(precision), dim=-1)
-            loss[part] = -log_q.gather(-1, labels[part, None].clamp(min=0)).squeeze(-1)
-            p = log_p.exp()
-            kl[part] = torch.linalg.vecdot(p, log_p - log_q)
-            gradient[part] = log_q.exp_().sub_(p).div_(rows)
+        weights = (labels >= 0).to(precision)
+        weights *= label_weight / weights.sum().clamp(min=1)
+        at_once = max(1, (_CACHED if logits.device.type == "cpu" else _CACHED_GPU) // logits.shape[-1])
+        for block, temperature in enumerate(temperatures):
+            for start in range(0, labels.shape[1], at_once):
+                part = block, slice(start, start + at_once)
+                log_q, log_p = (F.log_softmax(x[part].to(precision), dim=-1) for x in (logits, teacher_logits))
+                label, weight = labels[part][:, None].clamp(min=0), weights[part][:, None]
+                loss[part] = -log_q.gather(-1, label)[:, 0]
+                of_loss = log_q.exp().mul_(weight).scatter_add_(-1, label, -weight) if label_weight else None
+                if temperature != 1:
+                    log_q, log_p = (F.log_softmax(x / temperature, dim=-1) for x in (log_q, log_p))
+                p = log_p.exp()
+                kl[part] = temperature**2 * torch.linalg.vecdot(p, log_p - log_q)
+                of_kl = log_q.exp_().sub_(p).mul_(temperature / labels.numel())
+                gradient[part] = of_kl if of_loss is None else of_kl.add_(of_loss)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(kl, loss)
-        return kl.mean(), kl, loss
+        return kl.mean() + (weights * loss).sum(), kl, loss
 
     @staticmethod
-    def backward(ctx: Any, grad_kl: Float[Tensor, ""], *_: Any) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Float[Tensor, ""], *_: Any) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad_kl.to(gradient.dtype), None, None
+        return gradient * grad.to(gradient.dtype), None, None, None, None
 
 
 def scale_penalty(

@@ -189,12 +189,13 @@ def _contributions_add_up(twin: PreTrainedModel, ids: Int[Tensor, "batch positio
     with in_float64(twin), recorded(twin, [*(writer.name for writer in writers), last], copies=True) as record:
         twin(input_ids=ids, use_cache=False)
     logits, unembedding = record[last][1], twin.get_submodule(last)
+    if logits.shape[:-1] != ids.shape:
+        return not_a_sum  # ProphetNet unembeds several streams at once.
     parts = []
     for writer in writers:
         z, output = record[writer.name]
         parts += split_output(twin, writer, z, _first(output))
-    # OPT's MLP gives batch and position as one.
-    parts = [part.view(*ids.shape, -1) if part.ndim == 2 and len(part) == ids.numel() else part for part in parts]
+    parts = [_with_batch(part, *ids.shape) for part in parts]
     # Large models have a thousand parts, and each goes through the whole unembedding: at the ends of sequences only.
     ends, batch = [0, ids.shape[1] - 1], ids.shape[0]
     rows = [(part if part.ndim < 3 else part[:, ends]).expand(batch, len(ends), -1) for part in parts]
@@ -206,6 +207,13 @@ def _contributions_add_up(twin: PreTrainedModel, ids: Int[Tensor, "batch positio
         return not_a_sum
     error = _number((total - logits).abs().max() / logits.abs().max())
     return _row(name, error, FLOAT64_LIMIT, f"relative; {len(parts)} contributions and the unembedding's bias")
+
+
+def _with_batch(part: Float[Tensor, "..."], batch: int, length: int) -> Float[Tensor, "..."]:
+    """OPT's MLP gives batch and position as one; Blenderbot's position embedding gives positions alone."""
+    if part.ndim == 2 and len(part) == batch * length:
+        return part.view(batch, length, -1)
+    return part[None] if part.ndim == 2 and len(part) == length else part
 
 
 def _first(output: Any) -> Tensor:

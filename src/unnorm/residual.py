@@ -161,13 +161,15 @@ def _writer(model: PreTrainedModel, name: str, factor: float) -> Writer:
         return Writer(name, "embedding", layer, factor, 0, linear)
     if not inside_attention(model, name):
         return Writer(name, "mlp", layer, factor, 0, linear)
-    heads = _heads(model, linear_weight(module).shape[1]) if linear else 0
+    heads = _heads(model, layer, linear_weight(module).shape[1]) if linear else 0
     return Writer(name, "attention", layer, factor, heads, linear)
 
 
-def _heads(model: PreTrainedModel, width: int) -> int:
-    """The config's number of heads, if it cuts the projection's input into heads of the config's size; else 0."""
-    config = model.config.get_text_config()
+def _heads(model: PreTrainedModel, layer: int, width: int) -> int:
+    """The layer's number of heads, if it cuts the projection's input into heads of the config's size; else 0."""
+    config: Any = model.config.get_text_config()
+    layers = getattr(config, "per_layer_config", None)  # Gemma 4's layers have heads of different sizes.
+    config = config if layers is None else layers[layer]
     heads = int(getattr(config, "num_attention_heads", None) or 0)
     if not heads or width % heads:
         return 0

@@ -39,6 +39,9 @@ LOG_LINES = 100
 READS_SHARE = 0.7
 """Share of the run in which reads are matched; what they cost of the final KL is then made good."""
 
+STRESS_TEMPERATURE = 2.0
+"""Stress blocks are distilled at it: worst losses are of tokens that the teacher gives next to no probability."""
+
 
 @dataclass(frozen=True)
 class Optimization:
@@ -50,6 +53,7 @@ class Optimization:
         weight_decay: AdamW's.
         betas: AdamW's.
         distil: minimize KL to the teacher's logits; else next-token loss.
+        label_weight: weight of the next-token loss beside KL.
         penalty: what else is minimized at the final norm; see `scale_penalty`.
         penalty_weight: its weight.
         read_weight: weight of `read_mismatch`, averaged over all sites; it falls to 0 over the first `READS_SHARE`.
@@ -60,18 +64,19 @@ class Optimization:
     weight_decay: float
     betas: tuple[float, float]
     distil: bool
+    label_weight: float = 0.0
     penalty: Penalty | None = None
     penalty_weight: float = 0.0
     read_weight: float = 0.0
 
 
 OPTIMIZATION: dict[Recipe, Optimization] = {
-    "taper": Optimization(0.0, 0.05, 0.0, (0.9, 0.98), distil=True, read_weight=10.0),
+    "taper": Optimization(0.0, 0.05, 0.0, (0.9, 0.98), distil=True, label_weight=0.05, read_weight=10.0),
     # arXiv 2409.13710 and 2507.02559: weight decay 0.01, 20 of 300 steps of warm-up, a cosine to half the peak.
     "sequential": Optimization(0.5, 20 / 300, 0.01, (0.9, 0.999), distil=False),
     # The weight is that of 2507.02559's published configuration.
-    "sequential-aux": Optimization(0.5, 20 / 300, 0.01, (0.9, 0.999), False, "spread", 0.1),
-    "tapernorm": Optimization(0.1, 0.05, 0.01, (0.9, 0.95), False, "target", 0.1),
+    "sequential-aux": Optimization(0.5, 20 / 300, 0.01, (0.9, 0.999), False, penalty="spread", penalty_weight=0.1),
+    "tapernorm": Optimization(0.1, 0.05, 0.01, (0.9, 0.95), False, penalty="target", penalty_weight=0.1),
 }
 
 
@@ -139,7 +144,9 @@ class DistillationTrainer(Trainer):
         else:
             with torch.no_grad():
                 teacher_logits = self.teacher(input_ids=ids, use_cache=False).logits
-            loss, text_kl, token_loss = distillation_losses(output.logits, teacher_logits, ids, is_text)
+            loss, text_kl, token_loss = distillation_losses(
+                output.logits, teacher_logits, ids, is_text, STRESS_TEMPERATURE, self.optimization.label_weight
+            )
             shown = torch.stack([token_loss, text_kl, torch.ones_like(text_kl)])
             shown = torch.where(is_text.any(), is_text.sum() * shown, 0.0)
             self.step_kl += shown[1:]
