@@ -66,7 +66,7 @@ def lens(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Lens:
 def find(material: Material) -> Finding:
     """The lens in both models on the material's text."""
     measured = {}
-    for name, model in (("original", material.original), ("twin", material.twin)):
+    for name, model in material.models.items():
         found = [lens(model, ids) for ids in material.batches(model.device)]
         loss, kl, agrees = (torch.cat([getattr(one, k) for one in found], dim=1) for k in ("loss", "kl", "agrees"))
         measured[name] = Lens(loss, kl, agrees, torch.cat([one.forms_at for one in found]))

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 class Subject:
     """One of the two models, with its parts."""
 
-    name: Literal["original", "twin"]
+    name: str
     model: PreTrainedModel
     anatomy: Anatomy
 
@@ -54,10 +54,14 @@ class Material:
     batch_size: int = 4
 
     @property
+    def models(self) -> dict[str, PreTrainedModel]:
+        """Both, by name, as they are loaded (float32)."""
+        return {"original": self.original, "twin": self.twin}
+
+    @property
     def subjects(self) -> list[Subject]:
-        """Original and twin, as they are loaded (float32)."""
-        return [Subject("original", self.original, anatomy(self.original)),
-                Subject("twin", self.twin, anatomy(self.twin))]  # fmt: skip
+        """Both, with what they are made of."""
+        return [Subject(name, model, anatomy(model)) for name, model in self.models.items()]
 
     def subjects_in_float64(self) -> Iterator[Subject]:
         """Copies of both in float64, one at a time; where the device has none, as they are."""

@@ -137,15 +137,14 @@ def ablate(
 
 def find(material: Material) -> Finding:
     """Entropy neurons of the original, ablated in it and, the same ones, in the twin; beside as many random ones."""
-    weights = {n: output_weights(m) for n, m in (("original", material.original), ("twin", material.twin))}
+    weights = {n: output_weights(m) for n, m in material.models.items()}
     chosen = weights["original"].entropy_neurons()
     others = torch.randperm(len(weights["original"].norm), generator=torch.Generator().manual_seed(0))
     random = others[~torch.isin(others, chosen.cpu())][: len(chosen)]
     neurons = [*chosen.cpu(), *random]
     sets = [*(neuron.view(1) for neuron in neurons), chosen.cpu(), random]
     results = {
-        name: ablate(model, _some(material.batches(model.device)), sets)
-        for name, model in (("original", material.original), ("twin", material.twin))
+        name: ablate(model, _some(material.batches(model.device)), sets) for name, model in material.models.items()
     }
     rows = [
         {"neuron": int(neuron), "kind": "entropy" if place < len(chosen) else "random"}

@@ -110,7 +110,7 @@ def find(material: Material) -> Finding:
         raise UnnormError(material.prompts)
     measured = {
         name: patch(model, material.tokenizer, material.prompts, 8 * material.batch_size)
-        for name, model in (("original", material.original), ("twin", material.twin))
+        for name, model in material.models.items()
     }
     original, twin = measured["original"], measured["twin"]
     return Finding(

@@ -33,7 +33,7 @@ def log_scales(material: Material) -> dict[str, dict[str, Float[Tensor, "block p
         raise UnnormError("No norm of this model folded into what reads it, so the twin has no scales to compare.")
     return {
         name: collect_log_scales(model, sites, material.blocks, material.batch_size)
-        for name, model in (("original", material.original), ("twin", material.twin))
+        for name, model in material.models.items()
     }
 
 

@@ -61,7 +61,7 @@ def sinks(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Sinks:
 def find(material: Material) -> Finding:
     """Sinks in both models on the material's text."""
     measured = {}
-    for name, model in (("original", material.original), ("twin", material.twin)):
+    for name, model in material.models.items():
         found = [sinks(model, ids) for ids in material.batches(model.device)]
         measured[name] = Sinks(*(torch.cat([getattr(one, key) for one in found]) for key in ("share", "norm")))
     numbers = {name: _numbers(value) for name, value in measured.items()}

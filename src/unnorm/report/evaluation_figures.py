@@ -1,7 +1,7 @@
 """Figures of an evaluation: models side by side, and a model token by token against the original."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -42,37 +42,52 @@ def styles(models: Sequence[str], original: str | None) -> dict[str, tuple[str, 
 def position_figure(rows: Sequence[Evaluation], style: dict[str, tuple[str, str]]) -> "Figure | None":
     """Loss by position in the context, one panel for each corpus; None without positions."""
     rows = [row for row in rows if row.position_loss]
-    corpora = list(dict.fromkeys(row.data for row in rows))
-    if not corpora:
+    if not rows:
         return None
-    figure = panels([1 / len(corpora)] * len(corpora))
-    for panel, corpus in enumerate(corpora, start=1):
-        for row in rows:
-            if row.data == corpus:
-                draw_line(figure, panel, *bin_positions(row.position_loss), row.model, *style[row.model])
-        name_panel(figure, panel, f"{corpus}: loss, nats per token")
+
+    def draw(figure: "Figure", panel: int, row: Evaluation) -> None:
+        draw_line(figure, panel, *bin_positions(row.position_loss), row.model, *style[row.model])
+
+    figure = _by_corpus(rows, draw, "loss, nats per token")
     longest = max(len(row.position_loss) for row in rows)
     ticks = [2**i for i in range(0, longest.bit_length(), 1 if longest <= 256 else 2)]
     figure.update_xaxes(type="log", tickmode="array", tickvals=ticks, ticktext=[str(tick) for tick in ticks])
-    return finish(figure, PANEL_HEIGHT * len(corpora) + 80, "position of the predicted token (log)")
+    return _finish_panels(figure, rows, "position of the predicted token (log)")
 
 
 def calibration_figure(rows: Sequence[Evaluation], style: dict[str, tuple[str, str]]) -> "Figure | None":
     """How often the most likely token was right, less how likely it was thought; one panel for each corpus."""
     rows = [row for row in rows if row.calibration]
-    corpora = list(dict.fromkeys(row.data for row in rows))
-    if not corpora:
+    if not rows:
         return None
-    figure = panels([1 / len(corpora)] * len(corpora))
-    for panel, corpus in enumerate(corpora, start=1):
-        figure.add_hline(y=0, row=panel, col=1, line={"color": INK, "width": 1}, layer="below")
-        for row in rows:
-            if row.data == corpus:
-                _draw_calibration(figure, panel, row, *style[row.model])
-        name_panel(figure, panel, f"{corpus}: accuracy less confidence")
+
+    def draw(figure: "Figure", panel: int, row: Evaluation) -> None:
+        _draw_calibration(figure, panel, row, *style[row.model])
+
+    figure = _by_corpus(rows, draw, "accuracy less confidence")
+    figure.add_hline(y=0, row="all", col=1, line={"color": INK, "width": 1}, layer="below")
     figure.update_xaxes(range=[0, 1], tickformat=".0%")
     figure.update_yaxes(tickformat="+.0%")
-    return finish(figure, PANEL_HEIGHT * len(corpora) + 80, "confidence: probability of the likeliest token")
+    return _finish_panels(figure, rows, "confidence: probability of the likeliest token")
+
+
+def _by_corpus(rows: Sequence[Evaluation], draw: "Callable[[Figure, int, Evaluation], None]", what: str) -> "Figure":
+    corpora = _corpora(rows)
+    figure = panels([1 / len(corpora)] * len(corpora))
+    for panel, corpus in enumerate(corpora, start=1):
+        for row in rows:
+            if row.data == corpus:
+                draw(figure, panel, row)
+        name_panel(figure, panel, f"{corpus}: {what}")
+    return figure
+
+
+def _finish_panels(figure: "Figure", rows: Sequence[Evaluation], x_title: str) -> "Figure":
+    return finish(figure, PANEL_HEIGHT * len(_corpora(rows)) + 80, x_title)
+
+
+def _corpora(rows: Sequence[Evaluation]) -> list[str]:
+    return list(dict.fromkeys(row.data for row in rows))
 
 
 def _draw_calibration(figure: "Figure", panel: int, row: Evaluation, colour: str, dash: str) -> None:
