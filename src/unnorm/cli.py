@@ -48,7 +48,11 @@ def remove(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="'demo' (bundled), a local directory or a hub id.")] = "demo",
     data: Annotated[
-        str, typer.Option(help="'stdlib'; a .txt, .jsonl, .parquet or .bin file, directory or glob; a hub data set.")
+        str,
+        typer.Option(
+            help="'stdlib'; a .txt, .jsonl, .parquet or .bin file, directory or glob; a hub data set; 'self': text "
+            "that the model writes."
+        ),
     ] = "stdlib",
     text_field: TextField = None,
     split: Split = "train",

@@ -37,7 +37,9 @@ class RemoveConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
     model: str = Field(DEMO, description="'demo' (bundled), a local directory or a hub id")
-    data: str = Field(STDLIB, description="'stdlib', a file, directory or glob, or a hub data set")
+    data: str = Field(
+        STDLIB, description="'stdlib', a file, directory or glob, a hub data set, or 'self': what the model writes"
+    )
     text_field: str | None = Field(None, description="column that holds the text")
     split: str = Field("train", description="split that training text comes from")
     out: Path | None = Field(None, description="run directory; by default a new one named after the model")

@@ -31,7 +31,7 @@ from unnorm.checkpoint import (
     write_text,
 )
 from unnorm.config import CONFIG_FILE, Plan, RemoveConfig, choose_device, control_plan, make_plan, read_config_file
-from unnorm.data import as_dataset, build_blocks, random_starts, stress_blocks
+from unnorm.data import OWN_TEXT, Blocks, as_dataset, build_blocks, own_text, random_starts, stress_blocks
 from unnorm.equalize import equalize_embedding
 from unnorm.errors import UnnormError
 from unnorm.evaluation import EVALUATION_SPREAD, EVALUATION_TOKENS, Evaluation, evaluate_model
@@ -149,13 +149,11 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watcher) -> _Run:
     prove_sites(model, sites)
     plan = make_plan(config, model, processes.count())
     _check_disk(directory, model)
-    vocab_size = int(model.get_input_embeddings().weight.shape[0])
-    watch({"kind": "phase", "text": f"reading {config.data}"})
-    held_out = processes.agree(lambda: _write_blocks(config, plan, tokenizer, vocab_size, directory))
     set_seed(config.seed)
     model.to(plan.device).requires_grad_(False)
     disable_dropout(model)
     fuse_activations(model)
+    held_out = processes.agree(lambda: _write_blocks(config, plan, model, tokenizer, directory, watch))
     train_blocks, validation_blocks = (load_from_disk(str(directory / DATA / side)) for side in ("train", "validation"))
     stress = directory / DATA / "stress"
     return _Run(
@@ -185,24 +183,19 @@ def _check_disk(directory: Path, model: PreTrainedModel) -> None:
 
 
 def _write_blocks(
-    config: RemoveConfig, plan: Plan, tokenizer: PreTrainedTokenizerBase, vocab_size: int, directory: Path
+    config: RemoveConfig,
+    plan: Plan,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    watch: Watcher,
 ) -> str:
     """Settings and packed blocks into the run directory, unless they are there; returns how validation was held out."""
     note = directory / DATA / "held_out.txt"
     if note.is_file():
         return note.read_text()
     train_blocks = max(CALIBRATION_BLOCKS, math.ceil(plan.tokens / plan.context))
-    validation_blocks = math.ceil(EVALUATION_TOKENS / plan.context)
-    blocks = build_blocks(
-        config.data,
-        tokenizer,
-        vocab_size,
-        plan.context,
-        train_blocks=TRAINING_SPREAD * train_blocks,
-        validation_blocks=EVALUATION_SPREAD * validation_blocks,
-        text_field=config.text_field,
-        split=config.split,
-    )
+    blocks = _read_blocks(config, plan, model, tokenizer, train_blocks, watch)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         config.save(directory / CONFIG_FILE)
@@ -211,17 +204,47 @@ def _write_blocks(
         stress = stress_blocks(
             np.asarray(train["input_ids"]),
             tokenizer,
-            vocab_size,
+            int(model.get_input_embeddings().weight.shape[0]),
             round(config.stress_share * train_blocks),
             np.random.default_rng(config.seed),
         )
         if len(stress):
             as_dataset(stress).save_to_disk(str(directory / DATA / "stress"))
-        spread(blocks.validation, validation_blocks).save_to_disk(str(directory / DATA / "validation"))
+        validation = spread(blocks.validation, math.ceil(EVALUATION_TOKENS / plan.context))
+        validation.save_to_disk(str(directory / DATA / "validation"))
         note.write_text(blocks.held_out)
     except OSError as error:
         raise UnnormError(f"Could not write to '{directory}': {error}.") from error
     return blocks.held_out
+
+
+def _read_blocks(
+    config: RemoveConfig,
+    plan: Plan,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_blocks: int,
+    watch: Watcher,
+) -> Blocks:
+    """Text from the source, more than is needed so that it can be spread over more of it; or the original's own."""
+
+    def say(text: str) -> None:
+        watch({"kind": "phase", "text": text})
+
+    validation_blocks = math.ceil(EVALUATION_TOKENS / plan.context)
+    if config.data == OWN_TEXT:
+        return own_text(model, tokenizer, plan.context, train_blocks, validation_blocks, say)
+    say(f"reading {config.data}")
+    return build_blocks(
+        config.data,
+        tokenizer,
+        int(model.get_input_embeddings().weight.shape[0]),
+        plan.context,
+        train_blocks=TRAINING_SPREAD * train_blocks,
+        validation_blocks=EVALUATION_SPREAD * validation_blocks,
+        text_field=config.text_field,
+        split=config.split,
+    )
 
 
 def _train_removal(run: _Run) -> tuple[dict[str, float], Outcome | None]:

@@ -1,16 +1,19 @@
 """Text from any source, made into packed blocks of tokens."""
 
-from unnorm.data.documents import STDLIB, Documents, open_documents
+from unnorm.data.documents import OWN_TEXT, STDLIB, Documents, open_documents
 from unnorm.data.packing import Blocks, as_dataset, build_blocks
+from unnorm.data.sampling import own_text
 from unnorm.data.stress import random_starts, stress_blocks
 
 __all__ = [
+    "OWN_TEXT",
     "STDLIB",
     "Blocks",
     "Documents",
     "as_dataset",
     "build_blocks",
     "open_documents",
+    "own_text",
     "random_starts",
     "stress_blocks",
 ]

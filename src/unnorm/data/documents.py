@@ -18,6 +18,9 @@ from unnorm.errors import UnnormError, short
 STDLIB = "stdlib"
 """Name of the embedded default: the Python standard library's own source files."""
 
+OWN_TEXT = "self"
+"""Name of what a model writes itself; see `sampling`."""
+
 COMPRESSIONS = {".gz": "gzip", ".xz": "xz", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 """Suffixes of compressed text files, with fsspec's name of each compression."""
 FORMATS = {
@@ -79,6 +82,10 @@ def open_documents(source: str, text_field: str | None = None, split: str = "tra
     if source == STDLIB:
         _check_split(source, split, ["train"])
         return _stdlib()
+    if source == OWN_TEXT:
+        raise UnnormError(
+            f"'{source}' is text that a model writes for `unnorm remove`, and it is not kept. Name text with --data."
+        )
     files = find_files(source)
     if files:
         return _local(source, files, text_field, split)
@@ -102,7 +109,7 @@ def open_rows(source: str) -> Iterator[dict[str, object]]:
 
 def find_files(source: str) -> list[Path]:
     """Data files that a path, a directory or a glob stands for, sorted; empty if there are none."""
-    if not source or source == STDLIB:
+    if not source or source in (STDLIB, OWN_TEXT):
         return []
     path = Path(os.path.expanduser(source))  # noqa: PTH111 (pathlib's raises where there is no such user)
     if path.is_file():

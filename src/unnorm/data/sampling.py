@@ -1,0 +1,80 @@
+"""Text that a model writes itself, for removing its norms where no corpus is at hand (`--data self`)."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from unnorm.data.documents import OWN_TEXT
+from unnorm.data.packing import Blocks, as_dataset
+from unnorm.errors import UnnormError
+
+_LOGITS_AT_ONCE, _GPU_LOGITS_AT_ONCE = 2**20, 2**26
+
+
+def own_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    train_blocks: int,
+    validation_blocks: int,
+    say: Callable[[str], None],
+) -> Blocks:
+    """Blocks that the model writes, at temperature 1, as many as are asked for; torch's seed decides what.
+
+    Each begins with end-of-text (or what the tokenizer has in its place), and where that comes again the next document
+    begins. Sampling makes the blocks follow the distribution that the model has over texts, which is where a twin
+    should agree with it.
+
+    Args:
+        model: the original, on its device.
+        tokenizer: its tokenizer.
+        context: tokens of a block.
+        train_blocks: blocks to train on.
+        validation_blocks: blocks to validate on.
+        say: told now and then how far it is.
+
+    Raises:
+        UnnormError: the tokenizer has no token to begin with, or the model can't go on from its cache.
+    """
+    start = next((id for id in (tokenizer.bos_token_id, tokenizer.eos_token_id) if id is not None), None)
+    if start is None:
+        raise UnnormError(
+            f"--data {OWN_TEXT}: the tokenizer has neither a begin-of-text nor an end-of-text token for the model to "
+            "begin with. Name text with --data."
+        )
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    most = _LOGITS_AT_ONCE if model.device.type == "cpu" else _GPU_LOGITS_AT_ONCE
+    at_once = max(1, most // vocabulary)
+    blocks: list[Tensor] = []
+    wanted = train_blocks + validation_blocks
+    for done in range(0, wanted, at_once):
+        blocks.append(_write(model, int(start), min(at_once, wanted - done), context).cpu())
+        say(f"writing text: {min(done + at_once, wanted):,} of {wanted:,} blocks")
+    written = torch.cat(blocks).int().numpy()
+    return Blocks(
+        OWN_TEXT,
+        as_dataset(written[:train_blocks]),
+        as_dataset(written[train_blocks:]),
+        "other samples of the original",
+    )
+
+
+@torch.no_grad()
+def _write(model: PreTrainedModel, start: int, blocks: int, context: int) -> Int[Tensor, "block position"]:
+    """Ancestral sampling with the model's cache: transformers' `generate` would stop at end-of-text."""
+    ids = torch.full((blocks, 1), start, device=model.device)
+    columns, cache = [ids], None
+    for _ in range(context - 1):
+        output = model(input_ids=ids, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        if cache is None:
+            raise UnnormError(
+                f"--data {OWN_TEXT}: {type(model).__name__} keeps no cache of keys and values, so it can't write text "
+                "in reasonable time. Name text with --data."
+            )
+        ids = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1)
+        columns.append(ids)
+    return torch.cat(columns, dim=1)

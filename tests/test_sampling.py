@@ -1,0 +1,72 @@
+"""Text that the original writes itself: `--data self`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+import unnorm
+from tests.conftest import Cli
+from unnorm.data import own_text
+from unnorm.errors import UnnormError
+
+CONTEXT, BLOCKS = 24, 200
+
+
+def test_own_text_follows_the_distribution_of_the_model(
+    tiny_model: GPT2LMHeadModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    said: list[str] = []
+    torch.manual_seed(0)
+    blocks = own_text(tiny_model, tiny_tokenizer, CONTEXT, BLOCKS, 3, said.append)
+    assert (len(blocks.train), len(blocks.validation)) == (BLOCKS, 3)
+    assert said[-1].endswith("203 of 203 blocks")
+    ids = torch.tensor(blocks.train["input_ids"])
+    assert ids.shape == (BLOCKS, CONTEXT)
+    assert (ids[:, 0] == tiny_tokenizer.eos_token_id).all()
+    # In a sample from a distribution the mean of -log p is its entropy, within chance; without the model's cache here.
+    with torch.no_grad():
+        log_p = tiny_model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    surprise = -log_p.gather(-1, ids[:, 1:, None])[..., 0] - entropy
+    assert abs(float(surprise.mean())) < 4 * float(surprise.std()) / surprise.numel() ** 0.5
+    # Other tokens at other places would not pass.
+    assert abs(float((-log_p.gather(-1, ids[:, :-1, None])[..., 0] - entropy).mean())) > float(surprise.mean().abs())
+
+
+def test_the_seed_decides_the_text(tiny_model: GPT2LMHeadModel, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    def write(seed: int) -> list[list[int]]:
+        torch.manual_seed(seed)
+        return own_text(tiny_model, tiny_tokenizer, 8, 4, 1, lambda _: None).train["input_ids"][:]
+
+    assert write(0) == write(0)
+    assert write(0) != write(1)
+
+
+def test_norms_are_removed_without_a_corpus(cli: Cli, tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    options: dict[str, object] = {
+        "model": str(tiny_model_dir),
+        "data": "self",
+        "context": 32,
+        "device": "cpu",
+        "out": out,
+    }
+    result = unnorm.remove(tokens=30 * 256, batch_size=8, kl_budget=100, **options)
+    assert (result["data"], result["norm_modules_left"], result["verified"]) == ("self", 0, True)
+    assert result["held_out"] == "other samples of the original"
+    # What needs text afterwards says so, and takes other text.
+    failed = cli("audit", out, "--tokens", 64)
+    assert failed.code == 2
+    assert "Name text with --data" in failed.err.replace("\n", " ")
+    assert "Traceback" not in failed.err
+    assert cli("audit", out, "--tokens", 64, "--data", text_file, "--json").out.startswith("{")
+
+
+def test_a_tokenizer_without_a_first_token_is_refused(
+    tiny_model: GPT2LMHeadModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    without = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer)
+    with pytest.raises(UnnormError, match=r"neither a begin-of-text nor an end-of-text token.*--data"):
+        own_text(tiny_model, without, 8, 4, 1, lambda _: None)
