@@ -27,6 +27,8 @@ from unnorm.terminal import Progress
 
 MEASURES = ("lnfree_loss", "gap", "kl", "jsd", "top1_agreement", "tokens_per_second", "peak_memory_mb")
 
+KL_TICKS = [factor * 10**power for power in range(-4, 2) for factor in (1, 2, 5)]
+
 
 def measure(recipe: str, tokens: int, seed: int, options: dict[str, Any], console: Console) -> dict[str, Any]:
     """One run; its numbers, or why there are none."""
@@ -116,12 +118,13 @@ def plot(summary: list[dict[str, Any]]) -> go.Figure:
                 name=recipe,
                 legendgroup=recipe,
                 showlegend=column == 1,
-                line={"color": colour},
+                line={"color": colour, "dash": "dash" if recipe == "sequential-aux" else "solid"},
                 row=1,
                 col=column,
             )
-    figure.update_xaxes(type="log", title="training tokens")
-    figure.update_yaxes(type="log", col=2, title="nats per token")
+    tokens = sorted({row["tokens"] for row in summary})
+    figure.update_xaxes(type="log", title="training tokens", tickvals=tokens, ticktext=[f"{n:,}" for n in tokens])
+    figure.update_yaxes(type="log", col=2, title="nats per token", tickvals=KL_TICKS, ticktext=KL_TICKS)
     figure.update_yaxes(title="nats per token", col=1)
     figure.update_layout(template="simple_white", width=1000, height=420, legend={"orientation": "h", "y": -0.25})
     return figure
