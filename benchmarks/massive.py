@@ -3,9 +3,10 @@
     python benchmarks/massive.py > benchmarks/massive.json
 
 Large pretrained models write a vector tens to thousands of times longer than the median into the residual stream at
-position 0 (arXiv 2402.17762). The bundled model is too small to have learned that, so it is planted as large models
-have it: one neuron of the first MLP that fires at position 0 alone writes a long vector. The model is then trained
-with its norms on, to predict what it predicted before, so that it lives with the vector as those models do.
+position 0, early, and take it out again in the last layers (arXiv 2402.17762). The bundled model is too small to have
+learned that, so it is planted as large models have it: one neuron of the first MLP that fires at position 0 alone
+writes a long vector, one of the last MLP that sees nothing but this vector takes it out. The model is then trained with
+its norms on, to predict what it predicted before, so that it lives with the vector as those models do.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -30,56 +32,87 @@ from unnorm.terminal import Progress
 
 LENGTH = 60.0
 """Of the planted vector, in scales of the stream where it is written."""
-THRESHOLD = 0.7
+THRESHOLD = 0.6
 """Between a neuron's mean input elsewhere (0) and at position 0 (1)."""
-HEALING_STEPS, HEALING_BLOCKS, HEALING_LR = 400, 4, 3e-4
+SHARPNESS = 20.0
+HEALING_STEPS, HEALING_BLOCKS, HEALING_LR = 600, 4, 1e-3
+UPSTREAM = ("transformer.wte", "transformer.wpe", "transformer.h.0.ln", "transformer.h.0.attn", "ln_2")
+"""What decides whether the planted neurons fire, and so is frozen while the model heals."""
+
+
+def weakest_neuron(block: nn.Module) -> int:
+    """The one of a block's MLP that does the least."""
+    incoming, outgoing = block.mlp.c_fc.weight, block.mlp.c_proj.weight
+    return int((incoming.norm(dim=0) * outgoing.norm(dim=1)).argmin())
 
 
 @torch.no_grad()
-def plant(model: GPT2LMHeadModel, ids: torch.Tensor) -> int:
-    """Make the first MLP's weakest neuron write a long vector at position 0, in place; returns its index."""
-    block, reads, streams = model.transformer.h[0], [], []
-    handles = [
-        block.ln_2.register_forward_hook(lambda _, args, output: reads.append(output)),
-        model.transformer.h[1].ln_1.register_forward_pre_hook(lambda _, args: streams.append(args[0])),
-    ]
-    model(input_ids=ids)
-    for handle in handles:
-        handle.remove()
-    read, stream = reads[0], streams[0]
-    at_0, elsewhere = read[:, 0].mean(0), read[:, 1:].mean((0, 1))
+def set_neuron(block: nn.Module, neuron: int, reads: torch.Tensor, vector: torch.Tensor) -> None:
+    """Make a neuron fire where the mean read at position 0 is and not where it is elsewhere, and write `vector` there.
+
+    Args:
+        block: the transformer block.
+        neuron: its index.
+        reads: what the MLP reads, (batch, position, width).
+        vector: what the neuron adds at position 0, (width).
+    """
+    at_0, elsewhere = reads[:, 0].mean(0), reads[:, 1:].mean((0, 1))
     direction = (at_0 - elsewhere) / (at_0 - elsewhere).square().sum()  # 1 apart along it, on average.
-    sharpness = 40.0
-    incoming, outgoing = block.mlp.c_fc, block.mlp.c_proj
-    neuron = int((incoming.weight.norm(dim=0) * outgoing.weight.norm(dim=1)).argmin())
-    incoming.weight[:, neuron] = sharpness * direction
-    incoming.bias[neuron] = -sharpness * (THRESHOLD + float(elsewhere @ direction))
-    generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(stream.shape[-1], generator=generator)
+    block.mlp.c_fc.weight[:, neuron] = SHARPNESS * direction
+    block.mlp.c_fc.bias[neuron] = -SHARPNESS * (THRESHOLD + float(elsewhere @ direction))
+    block.mlp.c_proj.weight[neuron] = vector / (SHARPNESS * (1 - THRESHOLD))
+
+
+@torch.no_grad()
+def inputs_of(model: GPT2LMHeadModel, ids: torch.Tensor, name: str) -> torch.Tensor:
+    """What a module reads, (batch, position, width)."""
+    read: list[torch.Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: read.append(args[0]))
+    model(input_ids=ids)
+    handle.remove()
+    return read[0]
+
+
+def plant(model: GPT2LMHeadModel, ids: torch.Tensor) -> dict[str, int]:
+    """Write a long vector at position 0 in the first MLP and take it out in the last, in place; the neurons by MLP."""
+    first, last = model.transformer.h[0], model.transformer.h[-1]
+    neurons = {"transformer.h.0.mlp": weakest_neuron(first)}
+    neurons[f"transformer.h.{len(model.transformer.h) - 1}.mlp"] = weakest_neuron(last)
+    stream = inputs_of(model, ids, "transformer.h.1.ln_1")
+    vector = torch.randn(stream.shape[-1], generator=torch.Generator().manual_seed(0))
     vector = (vector - vector.mean()) / vector.norm()
-    length = LENGTH * float(stream.std(-1).mean()) * stream.shape[-1] ** 0.5
-    outgoing.weight[neuron] = length / (sharpness * (1 - THRESHOLD)) * vector
-    return neuron
+    vector *= LENGTH * float(stream.std(-1).mean()) * len(vector) ** 0.5
+    first_neuron, last_neuron = neurons.values()
+    set_neuron(first, first_neuron, inputs_of(model, ids, "transformer.h.0.mlp"), vector)
+    set_neuron(last, last_neuron, inputs_of(model, ids, list(neurons)[1]), -vector)
+    return neurons
 
 
-def heal(model: GPT2LMHeadModel, neuron: int, original: PreTrainedModel, blocks: torch.Tensor) -> float:
-    """Train all but the planted neuron, norms on, to give the original's logits; the last KL, nats per token."""
-    mlp = model.transformer.h[0].mlp
-    optimizer = torch.optim.AdamW(model.parameters(), lr=HEALING_LR, weight_decay=0.0)
+def heal(model: GPT2LMHeadModel, neurons: dict[str, int], original: PreTrainedModel, blocks: torch.Tensor) -> float:
+    """Train all but what makes the planted neurons fire, norms on, to give the original's logits; the last KL."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not any(part in name for part in UPSTREAM))
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=HEALING_LR, weight_decay=0.0)
     kl = torch.zeros(())
     for step, ids in enumerate(blocks.split(HEALING_BLOCKS)[:HEALING_STEPS]):
         with torch.no_grad():
             expected = original(input_ids=ids).logits
         kl, *_ = distillation_losses(model(input_ids=ids).logits, expected, ids)
         kl.backward()
-        for planted in (mlp.c_fc.weight.grad[:, neuron], mlp.c_fc.bias.grad[neuron], mlp.c_proj.weight.grad[neuron]):
-            planted.zero_()
+        for name, neuron in neurons.items():
+            mlp = model.get_submodule(name)
+            for planted in (
+                mlp.c_fc.weight.grad[:, neuron],
+                mlp.c_fc.bias.grad[neuron],
+                mlp.c_proj.weight.grad[neuron],
+            ):
+                planted.zero_()
         clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = HEALING_LR * min(1.0, step / 20, 1.02 - step / HEALING_STEPS)
         optimizer.step()
         optimizer.zero_grad()
-    return float(kl)
+    return float(kl.detach())
 
 
 def make_model(out: Path) -> tuple[float, PreTrainedModel, PreTrainedTokenizerBase]:
