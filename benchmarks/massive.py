@@ -139,7 +139,7 @@ def measure(model: Path, recipe: str, tokens: int, directory: Path, console: Con
                 model=str(model), recipe=recipe, tokens=tokens, control=True, out=directory, watch=progress
             )
         except unnorm.UnnormError as error:
-            return {"recipe": recipe, "tokens": tokens, "error": str(error)}
+            return {"recipe": recipe, "tokens": tokens, "error": str(error).replace(str(directory), directory.name)}
         audit = unnorm.audit(directory, watch=progress)
     keys = ("teacher_loss", "lnfree_loss", "control_loss", "gap", "kl", "jsd", "top1_agreement", "naive_kl", "tokens")
     keys += ("skipped_steps", "waited_steps", "set_backs", "norm_modules_left", "fold_max_abs_error", "plan", "seed")
