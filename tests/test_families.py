@@ -370,6 +370,18 @@ def test_contributions_are_summed_in_any_layout_or_said_to_be_no_sum(
     assert (check.passed, "not a plain sum" in check.detail) == (is_sum, not is_sum)
 
 
+def test_buffers_that_no_checkpoint_has_are_computed_when_a_twin_loads(tmp_path: Path) -> None:
+    """Falcon-H1's multipliers are such: its stock class works them out from the config after loading."""
+    sizes = {"num_key_value_heads": 2, "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}
+    model = random_model(
+        lambda: hf.FalconH1Config(**LLAMA_LIKE, **sizes, mamba_n_groups=1, mamba_d_state=8, ssm_multipliers=[2.0] * 5)
+    )
+    twin, ids, _ = removed_twin(model, find_sites(model, in_place=True))
+    twin.save_pretrained(tmp_path)
+    loaded = type(twin).from_pretrained(tmp_path)
+    torch.testing.assert_close(loaded(input_ids=ids).logits, twin(input_ids=ids).logits)
+
+
 @pytest.mark.parametrize("family", IN_PLACE)
 def test_what_folds_into_no_weight_is_refused_or_stays_as_an_affine_map(family: str) -> None:
     model = random_model(IN_PLACE[family])

@@ -95,6 +95,8 @@ def ln_free_model(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "__init__": initialize,
         "config_class": _made(PREFIX + stock.config_class.__name__),
         "_tied_weights_keys": None,
+        # Buffers that no checkpoint has are computed by the stock class's own code, which skips them in custom classes.
+        "is_custom_code": classmethod(lambda _: False),
     }
     made: type[Any] = type(PREFIX + stock.__name__, (stock,), body)
     return made
