@@ -1,6 +1,6 @@
 """A small model with a massive activation at position 0, and what each recipe makes of it; prints JSON.
 
-    python benchmarks/massive.py > benchmarks/massive.json
+    python benchmarks/massive.py --keep massive-model > benchmarks/massive.json
 
 Large pretrained models write a vector tens to thousands of times longer than the median into the residual stream at
 position 0, early, and take it out again in the last layers (arXiv 2402.17762). The bundled model is too small to have
@@ -154,11 +154,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tokens", type=parse_count, default=400_000)
     parser.add_argument("--recipes", nargs="+", default=["taper", "sequential"])
+    parser.add_argument("--keep", type=Path, help="directory for the model; by default it is not kept")
     args = parser.parse_args()
     logging.disable_progress_bar()
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as directory:
-        model = Path(directory) / "massive"
+        model = args.keep or Path(directory) / "massive"
         kl, *_ = make_model(model)
         scales = [
             {
