@@ -35,6 +35,18 @@ def test_token_scales_are_those_of_the_first_norm(tiny_model: GPT2LMHeadModel) -
     torch.testing.assert_close(measured, expected.detach(), rtol=1e-4, atol=1e-4)
 
 
+def test_the_rest_of_the_model_does_not_run_for_them(tiny_model: GPT2LMHeadModel) -> None:
+    def fail(*_: object) -> None:
+        raise AssertionError("a pass over the whole vocabulary went past the first norm")
+
+    model = uneven(tiny_model, 0.5)
+    first = find_sites(model)[0]
+    handle = model.transformer.h[0].attn.register_forward_pre_hook(fail)
+    token_log_scales(model, first)
+    handle.remove()
+    assert len(collect_log_scales(model, find_sites(model), BLOCKS, 3)[first.name]) == len(BLOCKS)
+
+
 @pytest.mark.parametrize(("spread", "kept"), [(0.7, True), (0.0, False)])
 def test_kept_only_where_it_helps(tiny_model: GPT2LMHeadModel, spread: float, kept: bool) -> None:
     original = uneven(tiny_model, spread)

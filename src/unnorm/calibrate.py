@@ -1,7 +1,7 @@
 """Scale statistics of every norm site, and the constant scale from them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -75,7 +75,11 @@ def stats(
 
 @torch.no_grad()
 def collect_log_scales(
-    model: PreTrainedModel, sites: Sequence[NormSite], blocks: Dataset, batch_size: int = 8
+    model: PreTrainedModel,
+    sites: Sequence[NormSite],
+    blocks: Dataset,
+    batch_size: int = 8,
+    cut_short: bool = False,
 ) -> dict[str, Float[Tensor, "block position"]]:
     """Log scale of every token at every site, from forward passes only.
 
@@ -86,6 +90,7 @@ def collect_log_scales(
         sites: where to measure.
         blocks: rows of `input_ids`, all of one length.
         batch_size: blocks in one forward pass.
+        cut_short: end each pass where all sites have been reached, which must be no norms that are called twice.
 
     Returns:
         By site name, on the CPU in float32.
@@ -102,6 +107,8 @@ def collect_log_scales(
                 log_scale = log_scale.transpose(1, 2)
             # Every head counts as a block of its own; OPT's norms see blocks and positions as one.
             found[site.name].append(log_scale.reshape(-1, length))
+            if cut_short and len({len(parts) for parts in found.values()}) == 1:
+                raise _AllReachedError
 
         return hook
 
@@ -109,11 +116,16 @@ def collect_log_scales(
     try:
         with evaluating(model):
             for batch in batches(blocks, batch_size, model.device):
-                model(input_ids=batch, use_cache=False)
+                with suppress(_AllReachedError):
+                    model(input_ids=batch, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+class _AllReachedError(Exception):
+    """Ends a forward pass; never leaves this file."""
 
 
 def scale_statistics(log_scales: dict[str, Float[Tensor, "block position"]]) -> list[ScaleStatistics]:

@@ -89,7 +89,7 @@ def token_log_scales(model: PreTrainedModel, first: NormSite) -> Float[Tensor, "
         order = torch.randperm(vocab, generator=generator)
         ids = F.pad(order, (0, rows * length - vocab)).view(rows, length)
         met = Dataset.from_dict({"input_ids": ids.tolist()})
-        log_scales = collect_log_scales(model, [first], met)[first.name].flatten()[:vocab]
+        log_scales = collect_log_scales(model, [first], met, cut_short=True)[first.name].flatten()[:vocab]
         total[order] += log_scales.double() / PASSES
     return total.to(model.device, torch.float32)
 
