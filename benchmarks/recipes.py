@@ -4,7 +4,7 @@
     python benchmarks/recipes.py --model openai-community/gpt2 --data Skylion007/openwebtext --tokens 1M 4M 16M 64M
 
 The control (the original fine-tuned with its norms kept) is trained once for each seed and number of tokens, with the
-optimizer of the published recipes, and all gaps are measured from it.
+optimizer of the published recipes beside `sequential`, and all gaps are measured from it.
 """
 
 import argparse
@@ -93,6 +93,8 @@ def table(summary: list[dict[str, Any]]) -> str:
     ]
 
     def number(row: dict[str, Any], key: str, places: int) -> str:
+        if key not in row:
+            return ""  # No gap where there is no control.
         spread = row.get(f"{key}_sd")
         return f"{row[key]:.{places}f}" + (f" ± {spread:.{places}f}" if spread is not None else "")
 
@@ -111,10 +113,11 @@ def plot(summary: list[dict[str, Any]]) -> go.Figure:
     for recipe, colour in colours.items():
         mine = sorted((row for row in summary if row["recipe"] == recipe), key=lambda row: row["tokens"])
         for column, key in ((1, "gap"), (2, "kl")):
+            shown = [row for row in mine if key in row]
             figure.add_scatter(
-                x=[row["tokens"] for row in mine],
-                y=[row[key] for row in mine],
-                error_y={"array": [row.get(f"{key}_sd", 0) for row in mine]},
+                x=[row["tokens"] for row in shown],
+                y=[row[key] for row in shown],
+                error_y={"array": [row.get(f"{key}_sd", 0) for row in shown]},
                 name=recipe,
                 legendgroup=recipe,
                 showlegend=column == 1,
