@@ -76,8 +76,9 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def tokens_to_reach(summary: list[dict[str, Any]]) -> dict[str, int | None]:
     """Fewest tokens of ours whose mean gap is no larger than each other recipe's at its most tokens."""
-    ours = sorted((row for row in summary if row["recipe"] == "taper"), key=lambda row: row["tokens"])
-    last = {row["recipe"]: row for row in sorted(summary, key=lambda row: row["tokens"])}
+    by_tokens = sorted((row for row in summary if "gap" in row), key=lambda row: row["tokens"])
+    ours = [row for row in by_tokens if row["recipe"] == "taper"]
+    last = {row["recipe"]: row for row in by_tokens}
     return {
         recipe: next((mine["tokens"] for mine in ours if mine["gap"] <= row["gap"]), None)
         for recipe, row in last.items()
