@@ -28,6 +28,7 @@ from unnorm.config import parse_count
 from unnorm.data import build_blocks
 from unnorm.losses import distillation_losses
 from unnorm.models import copy_model, load_original
+from unnorm.residual import recorded
 from unnorm.terminal import Progress
 
 LENGTH = 60.0
@@ -40,55 +41,55 @@ UPSTREAM = ("transformer.wte", "transformer.wpe", "transformer.h.0.ln", "transfo
 """What decides whether the planted neurons fire, and so is frozen while the model heals."""
 
 
-def weakest_neuron(block: nn.Module) -> int:
-    """The one of a block's MLP that does the least."""
-    incoming, outgoing = block.mlp.c_fc.weight, block.mlp.c_proj.weight
+def weakest_neuron(mlp: nn.Module) -> int:
+    """The one that does the least."""
+    incoming, outgoing = mlp.c_fc.weight, mlp.c_proj.weight
     return int((incoming.norm(dim=0) * outgoing.norm(dim=1)).argmin())
 
 
 @torch.no_grad()
-def set_neuron(block: nn.Module, neuron: int, reads: torch.Tensor, vector: torch.Tensor) -> None:
+def set_neuron(mlp: nn.Module, neuron: int, reads: torch.Tensor, vector: torch.Tensor) -> None:
     """Make a neuron fire where the mean read at position 0 is and not where it is elsewhere, and write `vector` there.
 
     Args:
-        block: the transformer block.
+        mlp: where.
         neuron: its index.
         reads: what the MLP reads, (batch, position, width).
         vector: what the neuron adds at position 0, (width).
     """
     at_0, elsewhere = reads[:, 0].mean(0), reads[:, 1:].mean((0, 1))
     direction = (at_0 - elsewhere) / (at_0 - elsewhere).square().sum()  # 1 apart along it, on average.
-    block.mlp.c_fc.weight[:, neuron] = SHARPNESS * direction
-    block.mlp.c_fc.bias[neuron] = -SHARPNESS * (THRESHOLD + float(elsewhere @ direction))
-    block.mlp.c_proj.weight[neuron] = vector / (SHARPNESS * (1 - THRESHOLD))
+    mlp.c_fc.weight[:, neuron] = SHARPNESS * direction
+    mlp.c_fc.bias[neuron] = -SHARPNESS * (THRESHOLD + float(elsewhere @ direction))
+    mlp.c_proj.weight[neuron] = vector / (SHARPNESS * (1 - THRESHOLD))
 
 
 @torch.no_grad()
-def inputs_of(model: GPT2LMHeadModel, ids: torch.Tensor, name: str) -> torch.Tensor:
+def input_of(model: GPT2LMHeadModel, ids: torch.Tensor, name: str) -> torch.Tensor:
     """What a module reads, (batch, position, width)."""
-    read: list[torch.Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, args: read.append(args[0]))
-    model(input_ids=ids)
-    handle.remove()
-    return read[0]
+    with recorded(model, [name]) as record:
+        model(input_ids=ids)
+    return record[name][0]
 
 
-def plant(model: GPT2LMHeadModel, ids: torch.Tensor) -> dict[str, int]:
-    """Write a long vector at position 0 in the first MLP and take it out in the last, in place; the neurons by MLP."""
-    first, last = model.transformer.h[0], model.transformer.h[-1]
-    neurons = {"transformer.h.0.mlp": weakest_neuron(first)}
-    neurons[f"transformer.h.{len(model.transformer.h) - 1}.mlp"] = weakest_neuron(last)
-    stream = inputs_of(model, ids, "transformer.h.1.ln_1")
+def plant(model: GPT2LMHeadModel, ids: torch.Tensor) -> list[tuple[nn.Module, int]]:
+    """Write a long vector at position 0 in the first MLP, take it out in the last; both, each with its neuron."""
+    stream = input_of(model, ids, "transformer.h.1.ln_1")
     vector = torch.randn(stream.shape[-1], generator=torch.Generator().manual_seed(0))
     vector = (vector - vector.mean()) / vector.norm()
     vector *= LENGTH * float(stream.std(-1).mean()) * len(vector) ** 0.5
-    first_neuron, last_neuron = neurons.values()
-    set_neuron(first, first_neuron, inputs_of(model, ids, "transformer.h.0.mlp"), vector)
-    set_neuron(last, last_neuron, inputs_of(model, ids, list(neurons)[1]), -vector)
+    neurons = []
+    for layer, written in ((0, vector), (len(model.transformer.h) - 1, -vector)):
+        mlp = model.transformer.h[layer].mlp
+        neuron = weakest_neuron(mlp)
+        set_neuron(mlp, neuron, input_of(model, ids, f"transformer.h.{layer}.mlp"), written)
+        neurons.append((mlp, neuron))
     return neurons
 
 
-def heal(model: GPT2LMHeadModel, neurons: dict[str, int], original: PreTrainedModel, blocks: torch.Tensor) -> float:
+def heal(
+    model: GPT2LMHeadModel, neurons: list[tuple[nn.Module, int]], original: PreTrainedModel, blocks: torch.Tensor
+) -> float:
     """Train all but what makes the planted neurons fire, norms on, to give the original's logits; the last KL."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in UPSTREAM))
@@ -99,14 +100,10 @@ def heal(model: GPT2LMHeadModel, neurons: dict[str, int], original: PreTrainedMo
             expected = original(input_ids=ids).logits
         kl, *_ = distillation_losses(model(input_ids=ids).logits, expected, ids)
         kl.backward()
-        for name, neuron in neurons.items():
-            mlp = model.get_submodule(name)
-            for planted in (
-                mlp.c_fc.weight.grad[:, neuron],
-                mlp.c_fc.bias.grad[neuron],
-                mlp.c_proj.weight.grad[neuron],
-            ):
-                planted.zero_()
+        for mlp, neuron in neurons:
+            mlp.c_fc.weight.grad[:, neuron] = 0
+            mlp.c_fc.bias.grad[neuron] = 0
+            mlp.c_proj.weight.grad[neuron] = 0
         clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
             group["lr"] = HEALING_LR * min(1.0, step / 20, 1.02 - step / HEALING_STEPS)

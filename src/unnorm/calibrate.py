@@ -15,7 +15,7 @@ from unnorm.config import choose_context, choose_device
 from unnorm.data import STDLIB, build_blocks
 from unnorm.models import load_original
 from unnorm.norms import Estimator, TaperedNorm, estimate_log_constant
-from unnorm.sites import NormSite, find_sites
+from unnorm.sites import NormSite, find_sites, vocabulary_size
 
 CALIBRATION_BLOCKS = 32
 """Blocks of training data that the first constants are measured on."""
@@ -67,7 +67,7 @@ def stats(
     sites = find_sites(original, in_place=True)
     original.to(choose_device(device))
     context = choose_context(context, original)
-    vocab_size = int(original.get_input_embeddings().weight.shape[0])
+    vocab_size = vocabulary_size(original)
     blocks = build_blocks(data, tokenizer, vocab_size, context, CALIBRATION_BLOCKS, 1, text_field, split)
     rows = scale_statistics(collect_log_scales(original, sites, blocks.train))
     return list(zip(sites, rows, strict=True))

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from unnorm.calibrate import batches, collect_log_scales, evaluating, set_constants
 from unnorm.models import context_length
 from unnorm.norms import Estimator, TaperedNorm
-from unnorm.sites import NormSite
+from unnorm.sites import NormSite, vocabulary_size
 
 STRENGTH = 0.5
 """How far rows go towards equal scales, in log scale. Naive KL of removing the demo's first norm: 0.065 at 0, 0.049 at
@@ -80,7 +80,7 @@ def _set_tied(model: PreTrainedModel, unembedding: nn.Parameter, tied: bool) -> 
 @torch.no_grad()
 def token_log_scales(model: PreTrainedModel, first: NormSite) -> Float[Tensor, " vocab"]:
     """Mean log scale of every token of the vocabulary at the first norm site."""
-    vocab = int(model.get_input_embeddings().weight.shape[0])
+    vocab = vocabulary_size(model)
     length = min(context_length(model), vocab)
     rows = math.ceil(vocab / length)
     generator = torch.Generator().manual_seed(0)

@@ -20,7 +20,7 @@ from transformers import (
 
 import unnorm.modeling  # noqa: F401  (registers the LN-free classes)
 from unnorm.errors import UnnormError, short
-from unnorm.sites import trace_inputs
+from unnorm.sites import trace_inputs, vocabulary_size
 
 DEMO = "demo"
 """Name of the bundled model: a small GPT-2 trained on the Python standard library's source."""
@@ -201,7 +201,7 @@ def _check_finite(name: str, model: PreTrainedModel) -> None:
 def _check_causal(name: str, model: PreTrainedModel) -> None:
     ids = trace_inputs(model)
     other = ids.clone()
-    other[:, -1] = (other[:, -1] + 1) % int(model.get_input_embeddings().weight.shape[0])
+    other[:, -1] = (other[:, -1] + 1) % vocabulary_size(model)
     try:
         before, after = (model(input_ids=i, use_cache=False).logits[:, :-1] for i in (ids, other))
     except Exception as error:
@@ -224,7 +224,7 @@ def _check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTok
             f"'{name}' comes without its tokenizer: there are no tokens in it. Put the tokenizer's files beside "
             "the model."
         )
-    rows = int(model.get_input_embeddings().weight.shape[0])
+    rows = vocabulary_size(model)
     top = max(tokenizer.get_vocab().values(), default=-1)
     if top >= rows:
         raise UnnormError(

@@ -42,7 +42,7 @@ from unnorm.norms import TaperedNorm, TokenMask
 from unnorm.proof import check_twin
 from unnorm.report import ReportData, render_card, render_report
 from unnorm.schedule import FidelityController, Schedule, sequential, taper, tapernorm
-from unnorm.sites import NormSite, find_sites, norm_modules
+from unnorm.sites import NormSite, find_sites, norm_modules, vocabulary_size
 from unnorm.training import Outcome, Removal, Watcher, train
 
 RESULT, REPORT, CONTROL, DATA, CHECKPOINTS = "result.json", "report.html", "control", "data", "checkpoints"
@@ -204,7 +204,7 @@ def _write_blocks(
         stress = stress_blocks(
             np.asarray(train["input_ids"]),
             tokenizer,
-            int(model.get_input_embeddings().weight.shape[0]),
+            vocabulary_size(model),
             round(config.stress_share * train_blocks),
             np.random.default_rng(config.seed),
         )
@@ -238,7 +238,7 @@ def _read_blocks(
     return build_blocks(
         config.data,
         tokenizer,
-        int(model.get_input_embeddings().weight.shape[0]),
+        vocabulary_size(model),
         plan.context,
         train_blocks=TRAINING_SPREAD * train_blocks,
         validation_blocks=EVALUATION_SPREAD * validation_blocks,
@@ -343,7 +343,7 @@ def _with_stress(run: _Run) -> Dataset:
     if run.config.recipe != "taper" or run.stress_blocks is None:
         return run.train_blocks
     kept = spread(run.train_blocks, max(1, len(run.train_blocks) - len(run.stress_blocks)))
-    vocab_size = int(run.original.get_input_embeddings().weight.shape[0])
+    vocab_size = vocabulary_size(run.original)
     generator = np.random.default_rng(run.config.seed)
     text = as_dataset(random_starts(np.asarray(kept["input_ids"]), run.tokenizer, vocab_size, generator))
     parts = ((text, False), (run.stress_blocks, True))

@@ -520,9 +520,14 @@ def inside_attention(model: PreTrainedModel, name: str) -> bool:
     return any("attention" in type(parent).__name__.lower() for parent in parents)
 
 
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the token embedding: ids are below it, and the tokenizer may have fewer."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
 def trace_inputs(model: PreTrainedModel, batch: int = 1, length: int = _TRACE_TOKENS) -> Int[Tensor, "batch length"]:
     """Token ids that any causal model takes: seeded, random, within the vocabulary."""
-    vocab = int(model.get_input_embeddings().weight.shape[0])
+    vocab = vocabulary_size(model)
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocab, (batch, length), generator=generator).to(model.device)
 

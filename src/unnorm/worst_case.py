@@ -23,7 +23,7 @@ from unnorm.config import CONFIG_FILE, choose_context, choose_device, run_settin
 from unnorm.data import STDLIB, build_blocks
 from unnorm.errors import UnnormError
 from unnorm.models import context_length, load_original
-from unnorm.sites import NormSite
+from unnorm.sites import NormSite, vocabulary_size
 
 AUDIT_TOKENS = 32_768
 """Tokens of one class. Classes that go through the vocabulary take it whole where it is no longer than this."""
@@ -542,7 +542,7 @@ def _passes(
 ) -> Iterator[tuple[Float[Tensor, "read vocab"], Float[Tensor, "read width"], Int[Tensor, " read"]]]:
     """Logits, residuals and targets of the positions that are read, batch by batch."""
     device = model.device
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    vocabulary = vocabulary_size(model)
     with evaluating(model), _residuals(model, sites) as residuals:
         for part in inputs:
             size = max(1, _LOGITS_AT_ONCE // (vocabulary * part.ids.shape[1]))
@@ -654,7 +654,7 @@ def _load_reference(name: str, was_named: bool, trust_remote_code: bool) -> PreT
 
 
 def _check_same_vocabulary(twin: PreTrainedModel, reference: PreTrainedModel, name: str) -> None:
-    sizes = [int(model.get_input_embeddings().weight.shape[0]) for model in (twin, reference)]
+    sizes = [vocabulary_size(model) for model in (twin, reference)]
     if sizes[0] != sizes[1]:
         raise UnnormError(
             f"The twin has {sizes[0]} token embeddings and '{name}' has {sizes[1]}: their vocabularies differ. "
@@ -683,7 +683,7 @@ def _ordinary_text(
     """The held-out part of the data, of the run's unless other data is named."""
     own = settings if data is None else {}
     source = str(data or own.get("data", STDLIB))
-    rows = int(twin.get_input_embeddings().weight.shape[0])
+    rows = vocabulary_size(twin)
     count = 1 + max(1, tokens // context)
     field, part = text_field or own.get("text_field"), split or own.get("split", "train")
     try:

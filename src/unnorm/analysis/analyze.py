@@ -23,7 +23,7 @@ from unnorm.evaluation import EVALUATION_SPREAD
 from unnorm.modeling.modeling_unnorm import PREFIX
 from unnorm.models import load_original
 from unnorm.report.numbers import count, short_count
-from unnorm.sites import NormSite
+from unnorm.sites import NormSite, vocabulary_size
 
 ANALYSES: dict[str, Callable[[Material], Finding]] = {
     "attribution": attribution.find,
@@ -151,7 +151,7 @@ def _check_out(out: Path) -> None:
 
 def _check_pair(original: PreTrainedModel, twin: PreTrainedModel, sites: Sequence[NormSite], name: str) -> None:
     """That the twin can have come from the original."""
-    vocabularies = [int(model.get_input_embeddings().weight.shape[0]) for model in (original, twin)]
+    vocabularies = [vocabulary_size(model) for model in (original, twin)]
     if vocabularies[0] != vocabularies[1]:
         raise UnnormError(
             f"'{name}' has a vocabulary of {vocabularies[0]:,} tokens and the twin one of {vocabularies[1]:,}. "
@@ -200,7 +200,7 @@ def _text(
     length = choose_context(context, *models)
     length = min(length, MOST_CONTEXT) if context is None else length
     blocks = max(1, math.ceil(tokens / length))
-    vocabulary = int(models[0].get_input_embeddings().weight.shape[0])
+    vocabulary = vocabulary_size(models[0])
     found = build_blocks(
         data, tokenizer, vocabulary, length, 1, EVALUATION_SPREAD * blocks, text_field=text_field, split=split
     )

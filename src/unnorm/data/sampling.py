@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unnorm.data.documents import OWN_TEXT
 from unnorm.data.packing import Blocks, as_dataset
 from unnorm.errors import UnnormError
+from unnorm.sites import vocabulary_size
 
 _LOGITS_AT_ONCE, _GPU_LOGITS_AT_ONCE = 2**20, 2**26
 
@@ -45,9 +46,8 @@ def own_text(
             f"--data {OWN_TEXT}: the tokenizer has neither a begin-of-text nor an end-of-text token for the model to "
             "begin with. Name text with --data."
         )
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
     most = _LOGITS_AT_ONCE if model.device.type == "cpu" else _GPU_LOGITS_AT_ONCE
-    at_once = max(1, most // vocabulary)
+    at_once = max(1, most // vocabulary_size(model))
     blocks: list[Tensor] = []
     wanted = train_blocks + validation_blocks
     for done in range(0, wanted, at_once):

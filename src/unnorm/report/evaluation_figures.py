@@ -48,11 +48,11 @@ def position_figure(rows: Sequence[Evaluation], style: dict[str, tuple[str, str]
     def draw(figure: "Figure", panel: int, row: Evaluation) -> None:
         draw_line(figure, panel, *bin_positions(row.position_loss), row.model, *style[row.model])
 
-    figure = _by_corpus(rows, draw, "loss, nats per token")
+    figure = _by_corpus(rows, draw, "loss, nats per token", "position of the predicted token (log)")
     longest = max(len(row.position_loss) for row in rows)
     ticks = [2**i for i in range(0, longest.bit_length(), 1 if longest <= 256 else 2)]
     figure.update_xaxes(type="log", tickmode="array", tickvals=ticks, ticktext=[str(tick) for tick in ticks])
-    return _finish_panels(figure, rows, "position of the predicted token (log)")
+    return figure
 
 
 def calibration_figure(rows: Sequence[Evaluation], style: dict[str, tuple[str, str]]) -> "Figure | None":
@@ -64,30 +64,24 @@ def calibration_figure(rows: Sequence[Evaluation], style: dict[str, tuple[str, s
     def draw(figure: "Figure", panel: int, row: Evaluation) -> None:
         _draw_calibration(figure, panel, row, *style[row.model])
 
-    figure = _by_corpus(rows, draw, "accuracy less confidence")
+    figure = _by_corpus(rows, draw, "accuracy less confidence", "confidence: probability of the likeliest token")
     figure.add_hline(y=0, row="all", col=1, line={"color": INK, "width": 1}, layer="below")
     figure.update_xaxes(range=[0, 1], tickformat=".0%")
     figure.update_yaxes(tickformat="+.0%")
-    return _finish_panels(figure, rows, "confidence: probability of the likeliest token")
+    return figure
 
 
-def _by_corpus(rows: Sequence[Evaluation], draw: "Callable[[Figure, int, Evaluation], None]", what: str) -> "Figure":
-    corpora = _corpora(rows)
+def _by_corpus(
+    rows: Sequence[Evaluation], draw: "Callable[[Figure, int, Evaluation], None]", what: str, x_title: str
+) -> "Figure":
+    corpora = list(dict.fromkeys(row.data for row in rows))
     figure = panels([1 / len(corpora)] * len(corpora))
     for panel, corpus in enumerate(corpora, start=1):
         for row in rows:
             if row.data == corpus:
                 draw(figure, panel, row)
         name_panel(figure, panel, f"{corpus}: {what}")
-    return figure
-
-
-def _finish_panels(figure: "Figure", rows: Sequence[Evaluation], x_title: str) -> "Figure":
-    return finish(figure, PANEL_HEIGHT * len(_corpora(rows)) + 80, x_title)
-
-
-def _corpora(rows: Sequence[Evaluation]) -> list[str]:
-    return list(dict.fromkeys(row.data for row in rows))
+    return finish(figure, PANEL_HEIGHT * len(corpora) + 80, x_title)
 
 
 def _draw_calibration(figure: "Figure", panel: int, row: Evaluation, colour: str, dash: str) -> None:
