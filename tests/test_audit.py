@@ -16,8 +16,9 @@ import unnorm
 from tests.conftest import POSITIONS, VOCAB, Cli, randomize
 from unnorm.checkpoint import load, load_sites
 from unnorm.errors import UnnormError
-from unnorm.worst_case import Inputs, Measured, input_classes, largest_residuals, measure, summarize, verdict
-from unnorm.worst_case import _Material as Material
+from unnorm.worst_case.audit import summarize, verdict
+from unnorm.worst_case.inputs import Inputs, Material, input_classes
+from unnorm.worst_case.measure import Measured, largest_residuals, measure
 
 PLANTED = 123
 FINITE = {"float32": True, "bfloat16": True, "float16": True}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from unnorm.exports.transformer_lens import to_transformer_lens
     from unnorm.proof import verify
     from unnorm.removal import RunInterruptedError, remove
-    from unnorm.worst_case import audit
+    from unnorm.worst_case.audit import audit
 
 __version__ = "0.1.0"
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
 _HOMES = {
     "RunInterruptedError": "unnorm.removal",
     "analyze": "unnorm.analysis.analyze",
-    "audit": "unnorm.worst_case",
+    "audit": "unnorm.worst_case.audit",
     "evaluate": "unnorm.evaluation",
     "export": "unnorm.exports.export",
     "load": "unnorm.checkpoint",

@@ -225,7 +225,7 @@ def audit(
     json_: Json = False,
 ) -> None:
     """Look for inputs that blow up the model in DIRECTORY, beside one with norms; exit code 1 if there are."""
-    from unnorm.worst_case import audit as run
+    from unnorm.worst_case.audit import audit as run
 
     _quiet()
     with Progress(_progress) as progress:

@@ -284,6 +284,7 @@ def _train_removal(run: _Run) -> tuple[dict[str, float], Outcome | None]:
 
 def _naive_removal(run: _Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNorm]) -> dict[str, float]:
     """Loss and KL with every norm replaced by its calibrated constant, before any training."""
+    run.say("measuring naive removal")
     for stand_in in stand_ins.values():
         stand_in.removed = True
     measured = _evaluate(run, student, "naive removal")

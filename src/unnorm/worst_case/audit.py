@@ -1,0 +1,327 @@
+"""Worst-case audit: a twin beside a model with norms on inputs that may blow it up, class by class."""
+
+import inspect
+import json
+import math
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from unnorm.checkpoint import load_sites
+from unnorm.config import CONFIG_FILE, choose_context, choose_device, run_settings
+from unnorm.data import STDLIB, build_blocks
+from unnorm.errors import UnnormError
+from unnorm.models import context_length, load_original
+from unnorm.sites import NormSite, vocabulary_size
+from unnorm.worst_case.inputs import InputClass, Inputs, Material, input_classes
+from unnorm.worst_case.measure import Measured, is_finite, largest_residuals, measure
+
+AUDIT_TOKENS = 32_768
+"""Tokens of one class. Classes that go through the vocabulary take it whole where it is no longer than this."""
+MOST_AUDIT_CONTEXT = 4096
+"""Longest sequences by default: logits of more positions at once fill the memory."""
+HALF_CPU_TOKENS = 1024
+"""Tokens of a class in float16 on a CPU, ten times slower there than float32: those with the largest residuals."""
+LOSS_MARGIN = 1.1
+"""The 99.99th percentile of the twin's loss may be this many times the reference's."""
+BLOW_UP = 2.0
+"""So may its largest loss: in many tokens one bad one is beyond every percentile."""
+PERCENTILES = (99.9, 99.99)
+
+_WORST, _SHOWN_TOKENS = 3, 12
+
+Watch = Callable[[dict[str, Any]], None]
+
+
+def audit(
+    directory: str | Path,
+    against: str | None = None,
+    *,
+    tokens: int = AUDIT_TOKENS,
+    context: int | None = None,
+    data: str | None = None,
+    text_field: str | None = None,
+    split: str | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    watch: Watch | None = None,
+) -> dict[str, Any]:
+    """Measure an LN-free model on inputs that may blow it up, beside a model with norms; `unnorm audit`.
+
+    A class passes where the twin's 99.99th percentile of per-token loss is at most 1.1 times, and its largest loss
+    at most twice, the reference's on the same tokens, and where no logit and no residual is NaN or infinite in
+    float32, bfloat16 and float16 (float16 only where the reference's are finite).
+
+    Args:
+        directory: a finished run.
+        against: the reference; by default the run's control if it saved one, else its original.
+        tokens: tokens of each class; a whole vocabulary is gone through only if it is no longer.
+        context: tokens in the longest sequences; by default all that both models take, at most 4096.
+        data: ordinary text, of which the held-out part is used; by default the run's.
+        text_field: column that holds the text; by default the run's.
+        split: split that the text comes from; by default the run's.
+        device: `auto`, `cpu`, `cuda` or `mps`.
+        seed: of everything random.
+        trust_remote_code: run modeling code that comes with the reference.
+        watch: called with `{"kind": "phase", "text": …}` as the audit goes on.
+
+    Returns:
+        `passed`, what was compared, and in `classes` one entry each: `passed` with its `reason`; `loss` in nats and
+        `residual_norm`, each with its percentiles and `largest` (None where infinite); the same of the reference;
+        `finite` by dtype; and the `worst` inputs decoded, those with the largest excess over the reference's loss.
+
+    Raises:
+        UnnormError: there is no finished run, or the reference or the text can't be used.
+    """
+    directory = Path(directory).expanduser()
+    say: Watch = watch or (lambda _: None)
+    if tokens < 1:
+        raise UnnormError(f"--tokens {tokens}: a class takes 1 token at least.")
+    place = choose_device(device)
+    sites, _ = load_sites(directory)
+    settings = run_settings(directory)
+    name = against or _default_reference(directory, settings)
+    twin, tokenizer = load_original(str(directory))
+    reference = _load_reference(name, against is not None, trust_remote_code)
+    _check_same_vocabulary(twin, reference, name)
+    twin.to(place)
+    reference.to(place)
+    say({"kind": "phase", "text": f"audit of {directory} against {name}"})
+    length = min(context_length(twin), context_length(reference), MOST_AUDIT_CONTEXT) if context is None else context
+    length = choose_context(length, twin, reference)
+    material = Material(
+        tokenizer=tokenizer,
+        text=_ordinary_text(twin, tokenizer, length, tokens, settings, data, text_field, split),
+        vocabulary=max(tokenizer.get_vocab().values()) + 1,
+        context=length,
+        trained=_trained_context(directory, settings),
+        tokens=tokens,
+        random=torch.Generator().manual_seed(seed),
+    )
+    classes = list(input_classes(material, _takes_positions(twin) and _takes_positions(reference)))
+    rows = audit_models(twin, reference, classes, sites, tokenizer, say)
+    return {
+        "directory": str(directory),
+        "reference": name,
+        "passed": all(row["passed"] for row in rows),
+        "context": length,
+        "trained_context": material.trained,
+        "vocabulary": material.vocabulary,
+        "tokens": tokens,
+        "seed": seed,
+        "classes": rows,
+    }
+
+
+def audit_models(
+    twin: PreTrainedModel,
+    reference: PreTrainedModel,
+    classes: Sequence[InputClass],
+    sites: Sequence[NormSite],
+    tokenizer: PreTrainedTokenizerBase,
+    say: Watch,
+) -> list[dict[str, Any]]:
+    """The rows of `audit` for models in memory, both in float32 on one device."""
+    measured = []
+    for kind in classes:
+        say({"kind": "phase", "text": f"{kind.name}: {kind.what}"})
+        measured.append((measure(twin, kind.inputs, sites), measure(reference, kind.inputs, sites)))
+    inputs = {torch.bfloat16: [kind.inputs for kind in classes], torch.float16: _in_float16(twin, classes, measured)}
+    finite: list[tuple[dict[str, bool], ...]] = [tuple({"float32": m.finite} for m in both) for both in measured]
+    for dtype, of_class in inputs.items():
+        name = str(dtype).removeprefix("torch.")
+        tokens = sum(int(part.read.sum()) for some in of_class for part in some)
+        say({"kind": "phase", "text": f"{name}: {tokens:,} tokens of these"})
+        for side, model in enumerate((twin, reference)):
+            copy = deepcopy(model).to(dtype)
+            for flags, some in zip(finite, of_class, strict=True):
+                flags[side][name] = is_finite(copy, some, sites)
+            del copy
+    return [_row(*these, tokenizer) for these in zip(classes, measured, finite, inputs[torch.float16], strict=True)]
+
+
+def _in_float16(
+    twin: PreTrainedModel, classes: Sequence[InputClass], measured: Sequence[tuple[Measured, Measured]]
+) -> list[tuple[Inputs, ...]]:
+    if twin.device.type != "cpu":
+        return [kind.inputs for kind in classes]
+    return [
+        largest_residuals(kind.inputs, [one.norm for one in both], HALF_CPU_TOKENS)
+        for kind, both in zip(classes, measured, strict=True)
+    ]
+
+
+def _row(
+    kind: InputClass,
+    measured: tuple[Measured, Measured],
+    finite: tuple[dict[str, bool], ...],
+    in_float16: Sequence[Inputs],
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
+    ours, theirs = measured
+    reason = verdict(ours, theirs, finite[0], finite[1])
+    return {
+        "name": kind.name,
+        "what": kind.what,
+        "passed": not reason,
+        "reason": reason,
+        "tokens": len(ours.loss),
+        "float16_tokens": sum(int(part.read.sum()) for part in in_float16),
+        "loss": summarize(ours.loss),
+        "reference_loss": summarize(theirs.loss),
+        "residual_norm": summarize(ours.norm),
+        "reference_residual_norm": summarize(theirs.norm),
+        "finite": finite[0],
+        "reference_finite": finite[1],
+        "worst": _worst(kind.inputs, ours, theirs, tokenizer),
+    }
+
+
+def summarize(values: Float[Tensor, " read"]) -> dict[str, float | None]:
+    """Percentiles and the largest, each a value that was measured; None where it is infinite."""
+    array = values.numpy()
+    found = {f"p{q}": float(np.percentile(array, q, method="inverted_cdf")) for q in PERCENTILES}
+    found["largest"] = float(array.max())
+    return {key: value if math.isfinite(value) else None for key, value in found.items()}
+
+
+def verdict(twin: Measured, reference: Measured, finite: dict[str, bool], reference_finite: dict[str, bool]) -> str:
+    """Why the twin fails a class, or nothing."""
+    judged = [name for name in finite if name != "float16" or reference_finite[name]]
+    overflowed = [name for name in judged if not finite[name]]
+    if overflowed:
+        return f"NaN or infinite in {', '.join(overflowed)}"
+    ours, theirs = summarize(twin.loss), summarize(reference.loss)
+    for key, margin in (("p99.99", LOSS_MARGIN), ("largest", BLOW_UP)):
+        value, limit = _or_infinite(ours[key]), margin * _or_infinite(theirs[key])
+        if value > limit:
+            return f"{key.replace('p99.99', '99.99%')} loss {value:.2f} > {limit:.2f}"
+    return ""
+
+
+def _worst(
+    inputs: Sequence[Inputs], ours: Measured, theirs: Measured, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """Where the twin's loss exceeds the reference's most: the tokens up to there, and the one that came next."""
+    excess = torch.nan_to_num(ours.loss - theirs.loss, nan=0.0, posinf=math.inf)
+    places = _places(inputs)
+    rows = []
+    for index in excess.topk(min(_WORST, len(excess))).indices.tolist():
+        part, row, position = places(index)
+        ids = inputs[part].ids[row, max(0, position + 1 - _SHOWN_TOKENS) : position + 1]
+        rows.append(
+            {
+                "text": _decode(ids, tokenizer),
+                "next": _decode(inputs[part].targets[row, position : position + 1], tokenizer),
+                "tokens": ids.tolist(),
+                "position": position,
+                "loss": _number(ours.loss[index]),
+                "reference_loss": _number(theirs.loss[index]),
+                "residual_norm": _number(ours.norm[index]),
+                "reference_residual_norm": _number(theirs.norm[index]),
+            }
+        )
+    return rows
+
+
+def _decode(ids: Int[Tensor, " token"], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Text, or the tokens' own names where each is but a part of a character."""
+    text = str(tokenizer.decode(ids))
+    return text if text.strip("\ufffd") else " ".join(map(str, tokenizer.convert_ids_to_tokens(ids.tolist())))
+
+
+def _places(inputs: Sequence[Inputs]) -> Callable[[int], tuple[int, int, int]]:
+    """From the index of a read position to its part, sequence and position."""
+    ends = np.cumsum([int(part.read.sum()) for part in inputs])
+
+    def place(index: int) -> tuple[int, int, int]:
+        part = int(np.searchsorted(ends, index, side="right"))
+        row, position = inputs[part].read.nonzero()[index - (int(ends[part - 1]) if part else 0)].tolist()
+        return part, row, position
+
+    return place
+
+
+def _default_reference(directory: Path, settings: dict[str, Any]) -> str:
+    control = directory / "control"
+    if (control / "config.json").is_file() and any(control.glob("*.safetensors")):
+        return str(control)
+    if settings.get("model"):
+        return str(settings["model"])
+    raise UnnormError(
+        f"'{directory / CONFIG_FILE}' is missing or names no model, and no control was saved: there is nothing to "
+        "compare with. Name the original with --against."
+    )
+
+
+def _load_reference(name: str, was_named: bool, trust_remote_code: bool) -> PreTrainedModel:
+    try:
+        return load_original(name, trust_remote_code)[0]
+    except UnnormError as error:
+        if was_named:
+            raise
+        raise UnnormError(
+            f"The reference of this run can't be used. {error} Or name another with --against."
+        ) from error
+
+
+def _check_same_vocabulary(twin: PreTrainedModel, reference: PreTrainedModel, name: str) -> None:
+    sizes = [vocabulary_size(model) for model in (twin, reference)]
+    if sizes[0] != sizes[1]:
+        raise UnnormError(
+            f"The twin has {sizes[0]} token embeddings and '{name}' has {sizes[1]}: their vocabularies differ. "
+            "Compare with the original that the twin was made from."
+        )
+
+
+def _trained_context(directory: Path, settings: dict[str, Any]) -> int | None:
+    """Tokens in a training block: as the plan had it, else as it was asked for."""
+    try:
+        return int(json.loads((directory / "result.json").read_text())["plan"]["context"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return settings.get("context")
+
+
+def _ordinary_text(
+    twin: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    tokens: int,
+    settings: dict[str, Any],
+    data: str | None,
+    text_field: str | None,
+    split: str | None,
+) -> Int[Tensor, " token"]:
+    """The held-out part of the data, of the run's unless other data is named."""
+    own = settings if data is None else {}
+    source = str(data or own.get("data", STDLIB))
+    rows = vocabulary_size(twin)
+    count = 1 + max(1, tokens // context)
+    field, part = text_field or own.get("text_field"), split or own.get("split", "train")
+    try:
+        blocks = build_blocks(source, tokenizer, rows, context, 1, count, field, part)
+    except UnnormError as error:
+        if data is not None:
+            raise
+        raise UnnormError(f"The run's own text can't be read. {error} Or name other text with --data.") from error
+    return torch.tensor(blocks.validation["input_ids"]).flatten()
+
+
+def _takes_positions(model: PreTrainedModel) -> bool:
+    return "position_ids" in inspect.signature(model.forward).parameters
+
+
+def _number(value: Tensor) -> float | None:
+    return float(value) if value.isfinite() else None
+
+
+def _or_infinite(value: float | None) -> float:
+    return math.inf if value is None else value

@@ -1,0 +1,129 @@
+"""A model on odd inputs: the loss and the residual norm at every position, and whether all of it is finite."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from unnorm.calibrate import evaluating
+from unnorm.sites import NormSite, vocabulary_size
+from unnorm.worst_case.inputs import Inputs
+
+_LOGITS_AT_ONCE = 2**24
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model on one class, read position by read position, on the CPU in float64; NaN counts as infinite.
+
+    Attributes:
+        loss: nats.
+        norm: L2 norm of the residual vector that the final norm site reads, or read.
+        finite: whether every logit and every residual was.
+    """
+
+    loss: Float[Tensor, " read"]
+    norm: Float[Tensor, " read"]
+    finite: bool
+
+
+@torch.no_grad()
+def measure(model: PreTrainedModel, inputs: Sequence[Inputs], sites: Sequence[NormSite]) -> Measured:
+    """Loss and residual norm at every position that is read, in the order of the inputs."""
+    losses, norms, finite = [], [], True
+    for logits, residual, targets in _passes(model, inputs, sites):
+        losses.append(F.cross_entropy(logits.float(), targets, reduction="none").cpu().double())
+        norms.append(torch.linalg.vector_norm(residual.float(), dim=-1).cpu().double())
+        finite = finite and _all_finite(logits, residual)
+    loss, norm = (torch.nan_to_num(torch.cat(parts), nan=math.inf, posinf=math.inf) for parts in (losses, norms))
+    return Measured(loss, norm, finite)
+
+
+@torch.no_grad()
+def is_finite(model: PreTrainedModel, inputs: Sequence[Inputs], sites: Sequence[NormSite]) -> bool:
+    """Whether the model, in the dtype that it has, gives finite logits and residuals wherever they are read."""
+    return all(_all_finite(logits, residual) for logits, residual, _ in _passes(model, inputs, sites))
+
+
+def largest_residuals(
+    inputs: Sequence[Inputs], norms: Sequence[Float[Tensor, " read"]], tokens: int
+) -> tuple[Inputs, ...]:
+    """The sequences with the largest residuals of any of the models, `tokens` tokens of them or a little more.
+
+    What overflows in float16 is large in float32. Norms count relative to each model's median.
+    """
+    relative = torch.stack([norm / norm.median().clamp_min(1e-30) for norm in norms]).amax(0)
+    relative = torch.nan_to_num(relative, nan=math.inf, posinf=math.inf)
+    peaks = [  # By sequence: its largest norm, the part it is in, and its row there.
+        (peak, part, index)
+        for part, values in enumerate(_unflatten(relative, inputs))
+        for index, peak in enumerate(values.amax(1).tolist())
+    ]
+    chosen: dict[int, list[int]] = {}
+    left = tokens
+    for _, part, index in sorted(peaks, reverse=True):
+        if left <= 0:
+            break
+        chosen.setdefault(part, []).append(index)
+        left -= inputs[part].ids.shape[1]
+    return tuple(inputs[part].take(torch.tensor(sorted(rows))) for part, rows in sorted(chosen.items()))
+
+
+def _passes(
+    model: PreTrainedModel, inputs: Iterable[Inputs], sites: Sequence[NormSite]
+) -> Iterator[tuple[Float[Tensor, "read vocab"], Float[Tensor, "read width"], Int[Tensor, " read"]]]:
+    """Logits, residuals and targets of the positions that are read, batch by batch."""
+    device = model.device
+    vocabulary = vocabulary_size(model)
+    with evaluating(model), _residuals(model, sites) as residuals:
+        for part in inputs:
+            size = max(1, _LOGITS_AT_ONCE // (vocabulary * part.ids.shape[1]))
+            for start in range(0, len(part.ids), size):
+                batch = part.take(slice(start, start + size))
+                logits = model(**_arguments(batch, device), use_cache=False).logits
+                read = batch.read.to(device)
+                residual = residuals[-1].view(*batch.ids.shape, -1)  # OPT's has batch and position as one.
+                yield logits[read], residual[read], batch.targets.to(device)[read]
+                residuals.clear()
+
+
+def _arguments(batch: Inputs, device: torch.device) -> dict[str, Tensor]:
+    named = {
+        "input_ids": batch.ids,
+        "attention_mask": batch.attention_mask,
+        "position_ids": batch.position_ids,
+    }
+    return {name: value.to(device) for name, value in named.items() if value is not None}
+
+
+@contextmanager
+def _residuals(model: PreTrainedModel, sites: Sequence[NormSite]) -> Iterator[list[Tensor]]:
+    """What the final site, normed or not, reads in the passes that follow; else what the unembedding does."""
+    found: list[Tensor] = []
+    final = next((site.name for site in sites if site.role == "final"), None)
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    module = modules[final] if final in modules else model.get_output_embeddings()
+    handle = module.register_forward_pre_hook(lambda _, args: found.append(args[0].detach()))
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _unflatten(values: Float[Tensor, " read"], inputs: Sequence[Inputs]) -> list[Float[Tensor, "sequence position"]]:
+    """Values of read positions back in their places, 0 elsewhere."""
+    pieces = values.split([int(part.read.sum()) for part in inputs])
+    return [
+        torch.zeros(part.ids.shape, dtype=values.dtype).masked_scatter(part.read, piece)
+        for part, piece in zip(inputs, pieces, strict=True)
+    ]
+
+
+def _all_finite(logits: Tensor, residual: Tensor) -> bool:
+    return bool(logits.isfinite().all() and residual.isfinite().all())
