@@ -173,10 +173,16 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             f"Could not read '{path}': {short(error)} It is damaged, or of a family that transformers does not read "
             "from GGUF; convert it to safetensors."
         ) from error
-    # The weights in memory are plain numbers, and what is saved of them must not say otherwise.
-    if hasattr(loaded.config, "quantization_config"):
-        del loaded.config.quantization_config
+    _forget_quantization(loaded)
     return loaded.eval(), tokenizer
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """The weights in memory are plain numbers: the Trainer must not refuse them, and what is saved not say otherwise."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    vars(model.config).pop("_is_quantized", None)
 
 
 def _load_tokenizer(model: str, path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
