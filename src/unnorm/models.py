@@ -178,7 +178,7 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
-    """The weights in memory are plain numbers: the Trainer must not refuse them, and what is saved not say otherwise."""
+    """The weights in memory are plain numbers: the Trainer must not refuse them, nor what is saved say otherwise."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
