@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 import unnorm
 import unnorm.fold
-import unnorm.removal  # Once, for all families.
+import unnorm.removal.remove  # Once, for all families.
 from unnorm.checkpoint import load, load_sites, load_unfolded
 from unnorm.errors import UnnormError, short
 from unnorm.json_text import json_text

@@ -111,7 +111,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, text_file: Path) -> Path:
     """A run directory as `unnorm remove --tokens 0` leaves it; don't change it."""
-    from unnorm.removal import remove
+    from unnorm.removal.remove import remove
 
     out = tmp_path_factory.mktemp("runs") / "finished"
     remove(model=str(tiny_model_dir), data=str(text_file), tokens=0, out=out, device="cpu")
@@ -124,7 +124,7 @@ def runs(
 ) -> dict[str, Path]:
     """Finished runs by family of `test_families`, made when first asked for; the original is in `../model`."""
     from tests.test_families import FAMILIES, IN_PLACE, random_model
-    from unnorm.removal import remove
+    from unnorm.removal.remove import remove
 
     configs = {name: make for name, (make, _) in FAMILIES.items()} | IN_PLACE
 

@@ -13,7 +13,7 @@ import unnorm
 from tests.conftest import VOCAB
 from unnorm.data import random_starts, stress_blocks
 from unnorm.losses import read_mismatch
-from unnorm.removal import _with_stress
+from unnorm.removal.blocks import with_stress
 
 
 @settings(max_examples=20, deadline=None)
@@ -50,10 +50,10 @@ def test_stress_takes_the_place_of_text_and_only_where_the_run_distils(
     seen = {}
 
     def remember(run: object) -> object:
-        seen["text"], seen["mixed"] = run.train_blocks, _with_stress(run)  # type: ignore[attr-defined, arg-type]
+        seen["text"], seen["mixed"] = run.train_blocks, with_stress(run)  # type: ignore[attr-defined, arg-type]
         return seen["mixed"]
 
-    monkeypatch.setattr("unnorm.removal._with_stress", remember)
+    monkeypatch.setattr("unnorm.removal.remove.with_stress", remember)
     common = {"model": str(tiny_model_dir), "data": str(text_file), "tokens": 5_000, "device": "cpu", "context": 32}
     unnorm.remove(out=tmp_path / "ours", stress_share=0.25, **common)
     text, mixed = (np.asarray(seen[key]["input_ids"]) for key in ("text", "mixed"))
@@ -90,10 +90,10 @@ def test_reads_are_matched_while_training_and_let_go_of_after_it(
         return mismatch
 
     hooks = []
-    monkeypatch.setattr("unnorm.removal.equalize_embedding", lambda *_: False)
+    monkeypatch.setattr("unnorm.removal.remove.equalize_embedding", lambda *_: False)
     monkeypatch.setattr("unnorm.training.run.read_mismatch", remember)
     monkeypatch.setattr(
-        "unnorm.removal.evaluate_model",
+        "unnorm.removal.conclude.evaluate_model",
         lambda model, *rest, evaluate=unnorm.evaluation.evaluate_model, **more: (
             hooks.extend(m for m in model.modules() if m._forward_hooks) or evaluate(model, *rest, **more)
         ),

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from unnorm.exports.push import push
     from unnorm.exports.transformer_lens import to_transformer_lens
     from unnorm.proof import verify
-    from unnorm.removal import RunInterruptedError, remove
+    from unnorm.removal.remove import RunInterruptedError, remove
     from unnorm.worst_case.audit import audit
 
 __version__ = "0.1.0"
@@ -35,14 +35,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "RunInterruptedError": "unnorm.removal",
+    "RunInterruptedError": "unnorm.removal.remove",
     "analyze": "unnorm.analysis.analyze",
     "audit": "unnorm.worst_case.audit",
     "evaluate": "unnorm.evaluation",
     "export": "unnorm.exports.export",
     "load": "unnorm.checkpoint",
     "push": "unnorm.exports.push",
-    "remove": "unnorm.removal",
+    "remove": "unnorm.removal.remove",
     "stats": "unnorm.calibrate",
     "to_transformer_lens": "unnorm.exports.transformer_lens",
     "verify": "unnorm.proof",

@@ -107,7 +107,7 @@ def remove(
     """Remove every norm of MODEL by a short fine-tuning run and fold the constants into its weights."""
     from unnorm import processes
     from unnorm.config import read_config_file
-    from unnorm.removal import remove as run
+    from unnorm.removal.remove import remove as run
 
     _quiet()
     options = read_config_file(config) if config is not None else {}

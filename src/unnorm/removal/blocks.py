@@ -1,0 +1,97 @@
+"""The blocks that one run trains on and is measured on: text, thinned evenly, and the stress blocks among it."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from unnorm.calibrate import CALIBRATION_BLOCKS, spread
+from unnorm.config import CONFIG_FILE, Plan, RemoveConfig
+from unnorm.data import OWN_TEXT, Blocks, as_dataset, build_blocks, own_text, random_starts, stress_blocks
+from unnorm.errors import UnnormError
+from unnorm.evaluation import EVALUATION_SPREAD, EVALUATION_TOKENS
+from unnorm.removal.run import DATA, Run
+from unnorm.sites import vocabulary_size
+from unnorm.training import Watcher
+
+TRAINING_SPREAD = 4
+"""Times as much training text is read, and thinned evenly: neighbouring blocks come from one document and say less."""
+
+
+def write_blocks(
+    config: RemoveConfig,
+    plan: Plan,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    watch: Watcher,
+) -> str:
+    """Settings and packed blocks into the run directory, unless they are there; returns how validation was held out."""
+    note = directory / DATA / "held_out.txt"
+    if note.is_file():
+        return note.read_text()
+    train_blocks = max(CALIBRATION_BLOCKS, math.ceil(plan.tokens / plan.context))
+    blocks = _read_blocks(config, plan, model, tokenizer, train_blocks, watch)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        config.save(directory / CONFIG_FILE)
+        train = spread(blocks.train, train_blocks)
+        train.save_to_disk(str(directory / DATA / "train"))
+        stress = stress_blocks(
+            np.asarray(train["input_ids"]),
+            tokenizer,
+            vocabulary_size(model),
+            round(config.stress_share * train_blocks),
+            np.random.default_rng(config.seed),
+        )
+        if len(stress):
+            as_dataset(stress).save_to_disk(str(directory / DATA / "stress"))
+        validation = spread(blocks.validation, math.ceil(EVALUATION_TOKENS / plan.context))
+        validation.save_to_disk(str(directory / DATA / "validation"))
+        note.write_text(blocks.held_out)
+    except OSError as error:
+        raise UnnormError(f"Could not write to '{directory}': {error}.") from error
+    return blocks.held_out
+
+
+def _read_blocks(
+    config: RemoveConfig,
+    plan: Plan,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_blocks: int,
+    watch: Watcher,
+) -> Blocks:
+    """Text from the source, more than is needed so that it can be spread over more of it; or the original's own."""
+
+    def say(text: str) -> None:
+        watch({"kind": "phase", "text": text})
+
+    validation_blocks = math.ceil(EVALUATION_TOKENS / plan.context)
+    if config.data == OWN_TEXT:
+        return own_text(model, tokenizer, plan.context, train_blocks, validation_blocks, say)
+    say(f"reading {config.data}")
+    return build_blocks(
+        config.data,
+        tokenizer,
+        vocabulary_size(model),
+        plan.context,
+        train_blocks=TRAINING_SPREAD * train_blocks,
+        validation_blocks=EVALUATION_SPREAD * validation_blocks,
+        text_field=config.text_field,
+        split=config.split,
+    )
+
+
+def with_stress(run: Run) -> Dataset:
+    """Training text with its share of stress blocks in place of as many others, for recipes that distil."""
+    if run.config.recipe != "taper" or run.stress_blocks is None:
+        return run.train_blocks
+    kept = spread(run.train_blocks, max(1, len(run.train_blocks) - len(run.stress_blocks)))
+    vocab_size = vocabulary_size(run.original)
+    generator = np.random.default_rng(run.config.seed)
+    text = as_dataset(random_starts(np.asarray(kept["input_ids"]), run.tokenizer, vocab_size, generator))
+    parts = ((text, False), (run.stress_blocks, True))
+    return concatenate_datasets([part.add_column("stress", [is_stress] * len(part)) for part, is_stress in parts])

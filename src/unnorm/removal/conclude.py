@@ -1,0 +1,156 @@
+"""The end of a run: what was saved is measured and proved from its files, and result, report and card are written."""
+
+import json
+import resource
+import shutil
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from unnorm.calibrate import CALIBRATION_BLOCKS, collect_log_scales, scale_statistics, spread
+from unnorm.checkpoint import MODEL, load, load_sites, load_unfolded, write_text
+from unnorm.evaluation import Evaluation, evaluate_model
+from unnorm.json_text import json_text
+from unnorm.proof import check_twin
+from unnorm.removal.run import CHECKPOINTS, CONTROL, DATA, REPORT, RESULT, Run
+from unnorm.report import ReportData, render_card, render_report
+from unnorm.sites import norm_modules
+from unnorm.training import Outcome
+
+SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 4, 32, 48
+
+
+def conclude(
+    run: Run, naive: dict[str, float], outcome: Outcome | None, control: PreTrainedModel | None, started: float
+) -> dict[str, Any]:
+    """Measure and prove what was saved, from the files; write result and report."""
+    run.say("evaluating")
+    twin = load(run.directory).to(run.plan.device)
+    sites, constants = load_sites(run.directory)
+    evaluations = {"original": evaluate(run, run.original, "original"), "lnfree": evaluate(run, twin, "LN-free")}
+    if control is not None:
+        evaluations["control"] = evaluate(run, control, "control")
+    run.say("verifying")
+    checks = check_twin(twin.cpu(), load_unfolded(run.directory), sites)
+    rows = _metric_rows(run.directory)
+    result = _result(run, evaluations, naive, rows, outcome, twin)
+    result |= {"seconds": time.perf_counter() - started, "verified": all(check.passed for check in checks)}
+    result["fold_max_abs_error"] = next(check.value for check in checks if "float64" in check.name)
+    data = ReportData(
+        result=result,
+        rows=rows,
+        control_rows=_metric_rows(run.directory / CONTROL),
+        scales_before=scale_statistics(_log_scales(run, run.original)),
+        scales_after=scale_statistics(_log_scales(run, twin)),
+        constants=constants,
+        position_loss={name: list(evaluation.position_loss) for name, evaluation in evaluations.items()},
+        samples=_samples(run, twin),
+        checks=[check.to_json() for check in checks],
+        comparison=evaluations["lnfree"].comparison,
+    )
+    write_text(run.directory / REPORT, render_report(data))
+    write_text(run.directory / MODEL / "README.md", render_card(result, sites, constants))
+    write_text(run.directory / RESULT, json_text(result))
+    for leftover in (DATA, CHECKPOINTS, f"{CONTROL}/{CHECKPOINTS}"):
+        shutil.rmtree(run.directory / leftover, ignore_errors=True)
+    return result
+
+
+def evaluate(run: Run, model: PreTrainedModel, name: str) -> Evaluation:
+    """A model on the held-out blocks, beside the original unless it is that."""
+    original = None if model is run.original else run.original
+    return evaluate_model(
+        model,
+        run.validation_blocks,
+        original,
+        name,
+        run.config.data,
+        run.plan.micro_batch,
+        tokenizer=run.tokenizer,
+    )
+
+
+def _log_scales(run: Run, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return collect_log_scales(model, run.sites, spread(run.validation_blocks, CALIBRATION_BLOCKS))
+
+
+def _metric_rows(directory: Path) -> list[dict[str, Any]]:
+    path = directory / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _samples(run: Run, twin: PreTrainedModel) -> list[dict[str, str]]:
+    """Greedy continuations of held-out text by both models."""
+    length = min(PROMPT_TOKENS, run.plan.context // 2)
+    prompts = torch.tensor(spread(run.validation_blocks, SAMPLES)["input_ids"])[:, :length]
+    texts = {"prompt": run.tokenizer.batch_decode(prompts)}
+    for name, model in (("original", run.original.cpu()), ("lnfree", twin)):
+        out = model.generate(
+            prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=min(SAMPLE_TOKENS, run.plan.context - length),
+            do_sample=False,
+            pad_token_id=run.tokenizer.eos_token_id,
+        )
+        texts[name] = run.tokenizer.batch_decode(out[:, length:])
+    return [dict(zip(texts, values, strict=True)) for values in zip(*texts.values(), strict=True)]
+
+
+def _result(
+    run: Run,
+    evaluations: dict[str, Evaluation],
+    naive: dict[str, float],
+    rows: list[dict[str, Any]],
+    outcome: Outcome | None,
+    twin: PreTrainedModel,
+) -> dict[str, Any]:
+    original, lnfree, control = (evaluations.get(name) for name in ("original", "lnfree", "control"))
+    assert original is not None and lnfree is not None
+    trained = rows[-1] if rows else {"tokens": 0, "tokens_per_second": 0.0, "seconds": 0.0}
+    return {
+        "model": run.config.model,
+        "data": run.config.data,
+        "held_out": run.held_out,
+        "recipe": run.config.recipe,
+        "teacher_loss": original.loss,
+        "teacher_loss_ci": list(original.loss_ci),
+        "lnfree_loss": lnfree.loss,
+        "lnfree_loss_ci": list(lnfree.loss_ci),
+        "loss_increase_ci": list(lnfree.difference_ci or ()),
+        "control_loss": None if control is None else control.loss,
+        "gap": None if control is None else lnfree.loss - control.loss,
+        "kl": lnfree.kl,
+        "jsd": lnfree.jsd,
+        "top1_agreement": lnfree.top1_agreement,
+        "top5_agreement": lnfree.top5_agreement,
+        "control_kl": None if control is None else control.kl,
+        "naive_loss": naive["loss"],
+        "naive_kl": naive["kl"],
+        "tokens": trained["tokens"],
+        "training_seconds": trained["seconds"],
+        "tokens_per_second": trained["tokens_per_second"],
+        "skipped_steps": 0 if outcome is None else outcome.skipped_steps,
+        "waited_steps": trained.get("waited", 0),
+        "set_backs": trained.get("set_back", 0),
+        "validation_tokens": lnfree.tokens,
+        "peak_memory_mb": _peak_memory_mb(run.plan.device),
+        "sites": len(run.sites),
+        "norm_modules_left": len(norm_modules(twin)),
+        "seed": run.config.seed,
+        "directory": str(run.directory),
+        "plan": run.plan.model_dump(),
+        "versions": {name: version(name) for name in ("unnorm", "torch", "transformers", "datasets")}
+        | {"python": sys.version.split()[0]},
+    }
+
+
+def _peak_memory_mb(device: str) -> float:
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

@@ -1,0 +1,205 @@
+"""`unnorm remove`: the whole path, from a pretrained model to its LN-free twin with proof, numbers and report."""
+
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from datasets import load_from_disk
+from transformers import PreTrainedModel, set_seed
+
+from unnorm import processes
+from unnorm.calibrate import CALIBRATION_BLOCKS, collect_log_scales, set_constants, spread
+from unnorm.checkpoint import MODEL, UNFOLDED, load, save_folded, save_model, save_sites, unfolded_weights, write_text
+from unnorm.config import RemoveConfig, choose_device, control_plan, make_plan
+from unnorm.equalize import equalize_embedding
+from unnorm.errors import UnnormError
+from unnorm.fold import install, prove_sites, uninstall_paths
+from unnorm.models import copy_model, disable_dropout, fuse_activations, load_original
+from unnorm.norms import TaperedNorm, TokenMask
+from unnorm.removal.blocks import with_stress, write_blocks
+from unnorm.removal.conclude import conclude, evaluate
+from unnorm.removal.run import CHECKPOINTS, CONTROL, DATA, Run, check_disk, open_directory, saved_options
+from unnorm.schedule import FidelityController, Schedule, sequential, taper, tapernorm
+from unnorm.sites import find_sites
+from unnorm.training import Outcome, Removal, Watcher, train
+
+
+class RunInterruptedError(UnnormError):
+    """The run was stopped and can be resumed; the message says how."""
+
+
+def remove(*, resume: bool = False, watch: Watcher | None = None, **options: Any) -> dict[str, Any]:
+    """Remove every norm of a model and leave a run directory with its LN-free twin.
+
+    Args:
+        resume: go on with the run in `out` from its last checkpoint, with the settings saved there.
+        watch: called with each row of metrics, and with `{"kind": "phase", "text": …}` as the run goes on.
+        **options: fields of `RemoveConfig`, such as `model`, `data`, `tokens`, `out` and `recipe`.
+
+    Returns:
+        What stands in `result.json`, on every process. Losses in nats per predicted token, KL in nats per token.
+
+    Raises:
+        UnnormError: the input can't be used, or the run diverged.
+        RunInterruptedError: it was stopped by Ctrl-C or SIGTERM.
+    """
+    started = time.perf_counter()
+    config = RemoveConfig.create(**(saved_options(options) if resume else options))
+    processes.join(choose_device(config.device))
+    directory = processes.agree(lambda: open_directory(config, resume))
+    run = _prepare(config, directory, watch if watch is not None and processes.is_main() else _ignore)
+    naive, outcome = _train_removal(run)
+    control = _train_control(run) if config.control and run.plan.steps else None
+    return processes.agree(lambda: conclude(run, naive, outcome, control, started))
+
+
+def _ignore(row: dict[str, Any], /) -> None:
+    pass
+
+
+def _prepare(config: RemoveConfig, directory: Path, watch: Watcher) -> Run:
+    """Load and check everything before anything is written or trained."""
+    watch({"kind": "phase", "text": f"loading {config.model}"})
+    model, tokenizer = load_original(config.model, config.trust_remote_code)
+    sites = find_sites(model, config.in_place, config.keep)
+    prove_sites(model, sites)
+    plan = make_plan(config, model, processes.count())
+    check_disk(directory, model)
+    set_seed(config.seed)
+    model.to(plan.device).requires_grad_(False)
+    disable_dropout(model)
+    fuse_activations(model)
+    held_out = processes.agree(lambda: write_blocks(config, plan, model, tokenizer, directory, watch))
+    train_blocks, validation_blocks = (load_from_disk(str(directory / DATA / side)) for side in ("train", "validation"))
+    stress = directory / DATA / "stress"
+    return Run(
+        directory,
+        config,
+        plan,
+        model,
+        tokenizer,
+        sites,
+        train_blocks,
+        load_from_disk(str(stress)) if stress.is_dir() else None,
+        validation_blocks,
+        held_out,
+        watch,
+    )
+
+
+def _train_removal(run: Run) -> tuple[dict[str, float], Outcome | None]:
+    """Calibrate, measure naive removal, train, fold and save; only what is not done yet."""
+    note = run.directory / DATA / "naive.json"
+    if note.is_file() and (run.directory / MODEL).is_dir():
+        return json.loads(note.read_text()), None
+    student = copy_model(run.original, share=not run.plan.steps)
+    disable_dropout(student)
+    fuse_activations(student)
+    token_mask = TokenMask()
+    stand_ins = install(
+        student,
+        run.sites,
+        split_paths=run.config.recipe.startswith("sequential"),
+        token_mask=token_mask,
+        interpolation="linear" if run.config.recipe == "tapernorm" else "log",
+    )
+    run.say("calibrating")
+    calibration = spread(run.train_blocks, CALIBRATION_BLOCKS)
+    set_constants(stand_ins, collect_log_scales(student, run.sites, calibration), run.config.estimator)
+    naive = _naive_removal(run, student, stand_ins)
+    outcome = None
+    if run.plan.steps and run.config.recipe == "taper":
+        equalize_embedding(student, run.original, run.sites, stand_ins, calibration, run.config.estimator)
+    if run.plan.steps:
+        run.say(f"training: {run.plan.steps} steps of {run.plan.step_tokens:,} tokens", run.plan.training_tokens)
+        schedule = _lay_out(run, stand_ins)
+        controller = FidelityController(run.config.kl_budget, schedule.end) if run.config.recipe == "taper" else None
+        removal = Removal(stand_ins, schedule, controller, token_mask, run.tokenizer.eos_token_id)
+        outcome = _train(run, student, removal, run.directory)
+    for stand_in in stand_ins.values():
+        stand_in.removed = True
+    processes.agree(lambda: _fold_and_save(run, student, naive))
+    return naive, outcome
+
+
+def _naive_removal(run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNorm]) -> dict[str, float]:
+    """Loss and KL with every norm replaced by its calibrated constant, before any training."""
+    run.say("measuring naive removal")
+    for stand_in in stand_ins.values():
+        stand_in.removed = True
+    measured = evaluate(run, student, "naive removal")
+    for stand_in in stand_ins.values():
+        stand_in.removed = False
+    if not math.isfinite(measured.loss):
+        run.say("without its norms and without training the model overflows: its loss is not a number")
+    return {"loss": measured.loss, "kl": float(measured.kl or 0.0)}
+
+
+def _lay_out(run: Run, stand_ins: dict[str, TaperedNorm]) -> Schedule:
+    if run.config.recipe == "taper":
+        return taper(run.sites)
+    if run.config.recipe == "tapernorm":
+        return tapernorm(run.sites)
+    return sequential(run.sites, [name for name, stand_in in stand_ins.items() if len(stand_in.alpha) == 2])
+
+
+def _train(run: Run, model: PreTrainedModel, removal: Removal | None, directory: Path) -> Outcome:
+    directory.mkdir(exist_ok=True)
+    set_seed(run.config.seed)
+    outcome = train(
+        model=model.requires_grad_(True),
+        teacher=run.original,
+        removal=removal,
+        recipe=run.config.recipe,
+        plan=run.plan,
+        train_blocks=run.train_blocks if removal is None else with_stress(run),
+        validation_blocks=run.validation_blocks,
+        directory=directory,
+        seed=run.config.seed,
+        watch=run.watch,
+        report_to=run.config.report_to,
+    )
+    if outcome.interrupted:
+        raise RunInterruptedError(
+            f"Stopped at step {outcome.steps} of {run.plan.steps}; nothing is lost. Go on with: "
+            f"unnorm remove --resume --out {run.directory}"
+        )
+    if outcome.diverged:
+        raise UnnormError(
+            f"The run diverged: {outcome.skipped_steps} steps had gradients that were not finite or exploded. "
+            f"The last checkpoint is in '{directory / CHECKPOINTS}'. Try a lower --lr or more --tokens."
+        )
+    if outcome.unfinished:
+        sites = ", ".join(f"{name} (alpha {alpha:.2f})" for name, alpha in outcome.unfinished.items())
+        raise UnnormError(
+            f"Out of tokens after {outcome.tokens:,}, and {len(outcome.unfinished)} sites are still norms: {sites}. "
+            f"Going on would have taken the model further than {run.config.kl_budget} nats from the original. "
+            f"The last checkpoint is in '{directory / CHECKPOINTS}'. Give it more --tokens or a larger --kl-budget."
+        )
+    return outcome
+
+
+def _fold_and_save(run: Run, student: PreTrainedModel, naive: dict[str, float]) -> None:
+    run.say("folding")
+    uninstall_paths(student)
+    student.eval()
+    constants = {site.name: student.get_submodule(site.name).constant for site in run.sites}
+    save_model(unfolded_weights(student, run.original, run.sites), run.tokenizer, run.directory / UNFOLDED)
+    save_sites(run.directory, run.sites, constants)
+    write_text(run.directory / DATA / "naive.json", json.dumps(naive))
+    save_folded(student, run.sites, run.tokenizer, run.directory / MODEL)
+
+
+def _train_control(run: Run) -> PreTrainedModel:
+    directory = run.directory / CONTROL
+    control = copy_model(run.original)
+    disable_dropout(control)
+    fuse_activations(control)
+    if not (directory / "model.safetensors").is_file():
+        run.say("training the control", run.plan.training_tokens)
+        _train(replace(run, plan=control_plan(run.plan)), control, None, directory)
+        processes.agree(lambda: save_model(control, run.tokenizer, directory))
+    return load(directory).to(run.plan.device)

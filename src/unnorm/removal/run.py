@@ -1,0 +1,91 @@
+"""What all stages of one run share, and its directory."""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from unnorm.config import CONFIG_FILE, Plan, RemoveConfig, read_config_file
+from unnorm.errors import UnnormError
+from unnorm.sites import NormSite
+from unnorm.training import Watcher
+
+RESULT, REPORT, CONTROL, DATA, CHECKPOINTS = "result.json", "report.html", "control", "data", "checkpoints"
+DISK_COPIES = 8
+"""Sizes of the model in float32 that a run may write: a checkpoint with optimizer state, the models it leaves."""
+
+_MAY_CHANGE_ON_RESUME = {"device", "compile", "report_to", "out"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """What all stages of one run share."""
+
+    directory: Path
+    config: RemoveConfig
+    plan: Plan
+    original: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sites: list[NormSite]
+    train_blocks: Dataset
+    stress_blocks: Dataset | None
+    validation_blocks: Dataset
+    held_out: str
+    watch: Watcher
+
+    def say(self, text: str, tokens: int | None = None) -> None:
+        """Announce a stage, and the tokens it will take."""
+        self.watch({"kind": "phase", "text": text, "tokens": tokens})
+
+
+def saved_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The saved settings of the run to resume; those named again must be the same."""
+    if options.get("out") is None:
+        raise UnnormError("Which run? Name its directory: --resume --out DIR.")
+    directory = Path(options["out"]).expanduser()
+    if (directory / RESULT).exists():
+        raise UnnormError(f"The run in '{directory}' is finished: there is nothing to resume.")
+    if not (directory / CONFIG_FILE).is_file():
+        raise UnnormError(f"'{directory}' holds no run to resume: there is no {CONFIG_FILE} in it.")
+    saved = read_config_file(directory / CONFIG_FILE)
+    asked = RemoveConfig.create(**{**saved, **options}).model_dump(mode="json")
+    changed = [key for key in options if key not in _MAY_CHANGE_ON_RESUME and asked[key] != saved.get(key)]
+    if changed:
+        was = ", ".join(f"{key} {saved.get(key)}" for key in changed)
+        raise UnnormError(f"The run in '{directory}' was started with {was}. Leave that out, or start a new run.")
+    return {**saved, **{key: options[key] for key in options if key in _MAY_CHANGE_ON_RESUME}}
+
+
+def open_directory(config: RemoveConfig, resume: bool) -> Path:
+    """Where the run goes; nothing is made yet.
+
+    Raises:
+        UnnormError: it holds something already, or can't be made.
+    """
+    directory = _unused_name(f"unnorm-{Path(config.model).name}") if config.out is None else config.out.expanduser()
+    if not resume and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UnnormError(f"'{directory}' is not empty. Choose another --out, or go on with the run in it: --resume.")
+    above = next(path for path in directory.absolute().parents if path.exists())
+    if not above.is_dir():
+        raise UnnormError(f"'{directory}' can't be made: '{above}' is a file. Choose another --out.")
+    return directory
+
+
+def _unused_name(name: str) -> Path:
+    numbered = (Path(name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
+    return next(path for path in numbered if not path.exists())
+
+
+def check_disk(directory: Path, model: PreTrainedModel) -> None:
+    """Raise an UnnormError where the disk has no room for what the run may write."""
+    parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    needed = DISK_COPIES * 4 * sum(p.numel() for p in model.parameters())
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise UnnormError(
+            f"Not enough disk: the run may need {needed / 1e9:.1f} GB and '{parent}' has {free / 1e9:.1f} GB free. "
+            "Name a roomier place with --out."
+        )
