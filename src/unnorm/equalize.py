@@ -94,21 +94,27 @@ def token_log_scales(model: PreTrainedModel, first: NormSite) -> Float[Tensor, "
     return total.to(model.device, torch.float32)
 
 
-@torch.no_grad()
 def naive_kl(
     student: PreTrainedModel, original: PreTrainedModel, stand_ins: dict[str, TaperedNorm], blocks: Dataset
 ) -> float:
     """KL(original || student) with every norm replaced by its constant, nats per token; infinite if not a number."""
-    total = 0.0
     for stand_in in stand_ins.values():
         stand_in.removed = True
+    kl = mean_kl(student, original, blocks)
+    for stand_in in stand_ins.values():
+        stand_in.removed = False
+    return kl
+
+
+@torch.no_grad()
+def mean_kl(student: PreTrainedModel, original: PreTrainedModel, blocks: Dataset) -> float:
+    """KL(original || student) as they are, nats per token; infinite if not a number."""
+    total = 0.0
     with evaluating(student), evaluating(original):
         for ids in batches(blocks, 4, student.device):
             log_q, log_p = (
                 m(input_ids=ids, use_cache=False).logits.float().log_softmax(-1) for m in (student, original)
             )
             total += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True)) / ids.numel() * len(ids)
-    for stand_in in stand_ins.values():
-        stand_in.removed = False
     kl = total / len(blocks)
     return kl if math.isfinite(kl) else math.inf

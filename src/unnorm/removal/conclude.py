@@ -26,7 +26,7 @@ SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 4, 32, 48
 
 
 def conclude(
-    run: Run, naive: dict[str, float], outcome: Outcome | None, control: PreTrainedModel | None, started: float
+    run: Run, before: dict[str, Any], outcome: Outcome | None, control: PreTrainedModel | None, started: float
 ) -> dict[str, Any]:
     """Measure and prove what was saved, from the files; write result and report."""
     run.say("evaluating")
@@ -38,7 +38,7 @@ def conclude(
     run.say("verifying")
     checks = check_twin(twin.cpu(), load_unfolded(run.directory), sites)
     rows = _metric_rows(run.directory)
-    result = _result(run, evaluations, naive, rows, outcome, twin)
+    result = _result(run, evaluations, before, rows, outcome, twin)
     result |= {"seconds": time.perf_counter() - started, "verified": all(check.passed for check in checks)}
     result["fold_max_abs_error"] = next(check.value for check in checks if "float64" in check.name)
     data = ReportData(
@@ -104,7 +104,7 @@ def _samples(run: Run, twin: PreTrainedModel) -> list[dict[str, str]]:
 def _result(
     run: Run,
     evaluations: dict[str, Evaluation],
-    naive: dict[str, float],
+    before: dict[str, Any],
     rows: list[dict[str, Any]],
     outcome: Outcome | None,
     twin: PreTrainedModel,
@@ -129,8 +129,7 @@ def _result(
         "top1_agreement": lnfree.top1_agreement,
         "top5_agreement": lnfree.top5_agreement,
         "control_kl": None if control is None else control.kl,
-        "naive_loss": naive["loss"],
-        "naive_kl": naive["kl"],
+        **before,
         "tokens": trained["tokens"],
         "training_seconds": trained["seconds"],
         "tokens_per_second": trained["tokens_per_second"],

@@ -3,11 +3,11 @@
 import json
 import math
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from transformers import PreTrainedModel, set_seed
 
 from unnorm import processes
@@ -17,11 +17,12 @@ from unnorm.config import RemoveConfig, choose_device, control_plan, make_plan
 from unnorm.equalize import equalize_embedding
 from unnorm.errors import UnnormError
 from unnorm.fold import install, prove_sites, uninstall_paths
+from unnorm.massive import shrink_massive
 from unnorm.models import copy_model, disable_dropout, fuse_activations, load_original
 from unnorm.norms import TaperedNorm, TokenMask
 from unnorm.removal.blocks import with_stress, write_blocks
 from unnorm.removal.conclude import conclude, evaluate
-from unnorm.removal.run import CHECKPOINTS, CONTROL, DATA, Run, check_disk, open_directory, saved_options
+from unnorm.removal.run import BEFORE, CHECKPOINTS, CONTROL, DATA, Run, check_disk, open_directory, saved_options
 from unnorm.schedule import FidelityController, Schedule, sequential, taper, tapernorm
 from unnorm.sites import find_sites
 from unnorm.training import Outcome, Removal, Watcher, train
@@ -51,9 +52,9 @@ def remove(*, resume: bool = False, watch: Watcher | None = None, **options: Any
     processes.join(choose_device(config.device))
     directory = processes.agree(lambda: open_directory(config, resume))
     run = _prepare(config, directory, watch if watch is not None and processes.is_main() else _ignore)
-    naive, outcome = _train_removal(run)
+    before, outcome = _train_removal(run)
     control = _train_control(run) if config.control and run.plan.steps else None
-    return processes.agree(lambda: conclude(run, naive, outcome, control, started))
+    return processes.agree(lambda: conclude(run, before, outcome, control, started))
 
 
 def _ignore(row: dict[str, Any], /) -> None:
@@ -90,9 +91,9 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watcher) -> Run:
     )
 
 
-def _train_removal(run: Run) -> tuple[dict[str, float], Outcome | None]:
+def _train_removal(run: Run) -> tuple[dict[str, Any], Outcome | None]:
     """Calibrate, measure naive removal, train, fold and save; only what is not done yet."""
-    note = run.directory / DATA / "naive.json"
+    note = run.directory / DATA / BEFORE
     if note.is_file() and (run.directory / MODEL).is_dir():
         return json.loads(note.read_text()), None
     student = copy_model(run.original, share=not run.plan.steps)
@@ -109,10 +110,11 @@ def _train_removal(run: Run) -> tuple[dict[str, float], Outcome | None]:
     run.say("calibrating")
     calibration = spread(run.train_blocks, CALIBRATION_BLOCKS)
     set_constants(stand_ins, collect_log_scales(student, run.sites, calibration), run.config.estimator)
-    naive = _naive_removal(run, student, stand_ins)
+    before = _naive_removal(run, student, stand_ins)
+    before["massive_neurons"] = []
     outcome = None
     if run.plan.steps and run.config.recipe == "taper":
-        equalize_embedding(student, run.original, run.sites, stand_ins, calibration, run.config.estimator)
+        before["massive_neurons"] = _equalize(run, student, stand_ins, calibration)
     if run.plan.steps:
         run.say(f"training: {run.plan.steps} steps of {run.plan.step_tokens:,} tokens", run.plan.training_tokens)
         schedule = _lay_out(run, stand_ins)
@@ -121,11 +123,11 @@ def _train_removal(run: Run) -> tuple[dict[str, float], Outcome | None]:
         outcome = _train(run, student, removal, run.directory)
     for stand_in in stand_ins.values():
         stand_in.removed = True
-    processes.agree(lambda: _fold_and_save(run, student, naive))
-    return naive, outcome
+    processes.agree(lambda: _fold_and_save(run, student, before))
+    return before, outcome
 
 
-def _naive_removal(run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNorm]) -> dict[str, float]:
+def _naive_removal(run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNorm]) -> dict[str, Any]:
     """Loss and KL with every norm replaced by its calibrated constant, before any training."""
     run.say("measuring naive removal")
     for stand_in in stand_ins.values():
@@ -135,7 +137,20 @@ def _naive_removal(run: Run, student: PreTrainedModel, stand_ins: dict[str, Tape
         stand_in.removed = False
     if not math.isfinite(measured.loss):
         run.say("without its norms and without training the model overflows: its loss is not a number")
-    return {"loss": measured.loss, "kl": float(measured.kl or 0.0)}
+    return {"naive_loss": measured.loss, "naive_kl": float(measured.kl or 0.0)}
+
+
+def _equalize(
+    run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNorm], calibration: Dataset
+) -> list[dict[str, Any]]:
+    """Make scales more even while the norms are on; returns the neurons that it took."""
+    run.say("equalizing")
+    common = student, run.original, run.sites, stand_ins, calibration, run.config.estimator
+    neurons = shrink_massive(*common, run.config.kl_budget)
+    if neurons:
+        run.say(f"scaled down {len(neurons)} neurons that write massive activations")
+    equalize_embedding(*common)
+    return [asdict(neuron) for neuron in neurons]
 
 
 def _lay_out(run: Run, stand_ins: dict[str, TaperedNorm]) -> Schedule:
@@ -182,14 +197,14 @@ def _train(run: Run, model: PreTrainedModel, removal: Removal | None, directory:
     return outcome
 
 
-def _fold_and_save(run: Run, student: PreTrainedModel, naive: dict[str, float]) -> None:
+def _fold_and_save(run: Run, student: PreTrainedModel, before: dict[str, Any]) -> None:
     run.say("folding")
     uninstall_paths(student)
     student.eval()
     constants = {site.name: student.get_submodule(site.name).constant for site in run.sites}
     save_model(unfolded_weights(student, run.original, run.sites), run.tokenizer, run.directory / UNFOLDED)
     save_sites(run.directory, run.sites, constants)
-    write_text(run.directory / DATA / "naive.json", json.dumps(naive))
+    write_text(run.directory / DATA / BEFORE, json.dumps(before))
     save_folded(student, run.sites, run.tokenizer, run.directory / MODEL)
 
 

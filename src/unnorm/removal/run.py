@@ -14,6 +14,8 @@ from unnorm.sites import NormSite
 from unnorm.training import Watcher
 
 RESULT, REPORT, CONTROL, DATA, CHECKPOINTS = "result.json", "report.html", "control", "data", "checkpoints"
+BEFORE = "before.json"
+"""In `DATA`: what was measured and done before training."""
 DISK_COPIES = 8
 """Sizes of the model in float32 that a run may write: a checkpoint with optimizer state, the models it leaves."""
 

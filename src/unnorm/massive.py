@@ -1,0 +1,191 @@
+"""Massive activations made smaller before any gradient: a few neurons write less, and the norms hide it.
+
+Large models write a vector tens to thousands of times longer than the median into the residual stream at position 0 and
+on a few other tokens, with one or two neurons of an early MLP, and take it out again in the last layers (Sun et al.
+2024, arXiv 2402.17762). What reads such a vector through a norm gets little but its direction, so that a tenth of it
+says nearly the same; without a norm it would get all of it. So the columns of the neurons that write it, and of those
+that take it out, are scaled down together. The factors come from one pass over a little text: with a_j the neurons'
+activations, w_j their columns and x the stream at a site as they are, the stream would be
+
+    x' = x + sum_j (f_j - 1) a_j w_j
+
+and the factors f_j are those that minimize
+
+    mean over sites and tokens of |x'/s(x') - x/s(x)|^2 / width  +  EVENNESS (log s(x') - log c)^2
+
+The first term keeps what the readers get through the norms, the second brings the scale s near the site's constant c.
+What the second counts for is the most with which the model, its norms still on, stays within the KL budget.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from datasets import Dataset
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from unnorm.calibrate import collect_log_scales, evaluating, set_constants, spread
+from unnorm.equalize import mean_kl
+from unnorm.norms import Estimator, TaperedNorm, linear_weight
+from unnorm.residual import recorded, residual_writers
+from unnorm.sites import NormSite
+
+MASSIVE = 10.0
+"""A neuron is massive where it adds a vector this many times as long as the stream at the next site usually is."""
+EVENNESS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
+"""What even scales may count for, tried in this order."""
+POSITIONS = 32
+"""Positions of each block that are looked at: massive activations sit on the first and on frequent tokens."""
+TOKENS = 128
+"""Tokens that the factors are fitted on: half of them those with the longest massive vectors."""
+MOST_NEURONS = 64
+KL_BLOCKS = 8
+STEPS, RATE = 200, 0.1
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """A neuron that writes a massive vector.
+
+    Attributes:
+        writer: path of the linear layer whose column it has.
+        index: of the column.
+        length: the longest vector that it adds in the original, in usual scales of the next site.
+        factor: what its column was multiplied by.
+    """
+
+    writer: str
+    index: int
+    length: float
+    factor: float = 1.0
+
+
+def shrink_massive(
+    student: PreTrainedModel,
+    original: PreTrainedModel,
+    sites: Sequence[NormSite],
+    stand_ins: dict[str, TaperedNorm],
+    blocks: Dataset,
+    estimator: Estimator,
+    kl_budget: float,
+) -> list[Neuron]:
+    """Scale down the columns of massive neurons in the student, as far as its KL to the original allows.
+
+    Args:
+        student: the model with calibrated stand-ins, which are norms still; changed in place.
+        original: the original, on the same device.
+        sites: its norm sites.
+        stand_ins: theirs.
+        blocks: calibration text.
+        estimator: of the constant scales, which are measured again.
+        kl_budget: how far the student may be from the original, nats per token.
+
+    Returns:
+        The neurons whose columns were scaled, longest vectors first; none where there are none.
+    """
+    stream = _record(original, sites, blocks)
+    constants = {site.name: float(stand_ins[site.name].log_constant[0]) for site in stream.sites}
+    neurons = _massive_neurons(original, stream, constants)
+    if not neurons:
+        return []
+    columns = [linear_weight(student.get_submodule(neuron.writer)).data[:, neuron.index] for neuron in neurons]
+    unscaled = [column.clone() for column in columns]
+    for evenness in EVENNESS:
+        factors = _fit_factors(original, stream, neurons, constants, evenness)
+        for column, whole, factor in zip(columns, unscaled, factors, strict=True):
+            column.copy_(factor * whole)
+        if mean_kl(student, original, spread(blocks, KL_BLOCKS)) <= kl_budget:
+            set_constants(stand_ins, collect_log_scales(student, sites, blocks), estimator)
+            return [replace(neuron, factor=float(factor)) for neuron, factor in zip(neurons, factors, strict=True)]
+    for column, whole in zip(columns, unscaled, strict=True):
+        column.copy_(whole)
+    return []
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """One pass over a little text: what every site of the residual stream reads, and what every MLP's neurons are at.
+
+    Attributes:
+        sites: those that read the stream, in the order of a forward pass.
+        reads: by site, (token, width), in float32.
+        activations: by writer, (token, neuron).
+        factors: by writer, what its output is multiplied by before it is added.
+    """
+
+    sites: list[NormSite]
+    reads: dict[str, Float[Tensor, "token width"]]
+    activations: dict[str, Float[Tensor, "token neuron"]]
+    factors: dict[str, float]
+
+
+@torch.no_grad()
+def _record(model: PreTrainedModel, sites: Sequence[NormSite], blocks: Dataset) -> _Stream:
+    last = max(sites, key=lambda site: len(site.writers))
+    writers = {writer.name: writer for writer in residual_writers(model, last.name) or []}
+    of_mlps = {name: writer.factor for name, writer in writers.items() if writer.kind == "mlp" and writer.linear}
+    reading = [site for site in sites if set(site.writers) <= writers.keys()]
+    ids = torch.tensor(blocks["input_ids"], device=model.device)[:, :POSITIONS]
+    with recorded(model, [*(site.name for site in reading), *of_mlps], copies=True) as record, evaluating(model):
+        model(input_ids=ids, use_cache=False)
+    given = {name: value.flatten(0, -2).float() for name, (value, _) in record.items()}
+    return _Stream(reading, {site.name: given[site.name] for site in reading}, {n: given[n] for n in of_mlps}, of_mlps)
+
+
+def _massive_neurons(model: PreTrainedModel, stream: _Stream, constants: dict[str, float]) -> list[Neuron]:
+    """Those that add a vector `MASSIVE` times as long as usual, longest first."""
+    found = []
+    for writer, activations in stream.activations.items():
+        column = linear_weight(model.get_submodule(writer)).detach().float() * stream.factors[writer]
+        site = next(site for site in stream.sites if writer in site.writers)
+        lengths = activations.abs().amax(0) * column.square().mean(0).sqrt() / math.exp(constants[site.name])
+        found += [Neuron(writer, int(i), float(lengths[i])) for i in (lengths > MASSIVE).nonzero()[:, 0]]
+    return sorted(found, key=lambda neuron: -neuron.length)[:MOST_NEURONS]
+
+
+def _fit_factors(
+    model: PreTrainedModel, stream: _Stream, neurons: Sequence[Neuron], constants: dict[str, float], evenness: float
+) -> Float[Tensor, " neuron"]:
+    """The factors of this file's equation."""
+    activations = torch.stack([stream.activations[n.writer][:, n.index] for n in neurons], dim=1)
+    weights = [linear_weight(model.get_submodule(n.writer)).detach()[:, n.index] for n in neurons]
+    columns = torch.stack([w.float() * stream.factors[n.writer] for w, n in zip(weights, neurons, strict=True)])
+    tokens = _tokens(activations * columns.norm(dim=1))
+    log_factors = torch.zeros(len(neurons), device=columns.device, requires_grad=True)
+    optimizer = torch.optim.Adam([log_factors], lr=RATE)
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
+        added = activations[tokens] * (log_factors.exp() - 1)
+        losses = []
+        for site in stream.sites:
+            before = torch.tensor([n.writer in site.writers for n in neurons], device=columns.device)
+            x = stream.reads[site.name][tokens]
+            read, _ = _normed(x, site)
+            changed, log_scale = _normed(x + (added * before) @ columns, site)
+            uneven = (log_scale - constants[site.name]).square().mean()
+            losses.append((changed - read).square().mean() + evenness * uneven)
+        loss = torch.stack(losses).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            log_factors.clamp_(max=0.0)
+    return log_factors.detach().exp()
+
+
+def _tokens(vectors: Float[Tensor, "token neuron"]) -> Int[Tensor, " token"]:
+    """The tokens with the longest massive vectors, and as many others, evenly spaced."""
+    order = vectors.abs().amax(1).argsort(descending=True)
+    half = min(TOKENS // 2, len(order))
+    rest = order[half:].sort().values
+    return torch.cat([order[:half], rest[:: max(1, len(rest) // max(1, half))][:half]])
+
+
+def _normed(x: Float[Tensor, "token width"], site: NormSite) -> tuple[Tensor, Float[Tensor, " token"]]:
+    """What the site's norm gives before its gain, x / s(x), and log s(x)."""
+    x = x - x.mean(-1, keepdim=True) if site.centered else x
+    log_scale = 0.5 * torch.log(x.square().mean(-1) + site.eps)
+    return x * torch.exp(-log_scale)[:, None], log_scale

@@ -1,0 +1,180 @@
+"""Massive activations: found by the neurons that write them, and scaled down while the norms hide it."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+import unnorm
+from tests.conftest import POSITIONS, VOCAB, randomize
+from unnorm.calibrate import collect_log_scales, set_constants
+from unnorm.equalize import mean_kl, naive_kl
+from unnorm.fold import install
+from unnorm.massive import Neuron, shrink_massive
+from unnorm.models import copy_model
+from unnorm.norms import linear_weight
+from unnorm.residual import recorded
+from unnorm.sites import find_sites
+
+WIDTH = 32
+RARE, PLANTED = 7, 5
+"""A token that stands at position 0 and nowhere else, and the neuron that fires on it."""
+IDS = torch.randint(RARE + 1, VOCAB, (8, WIDTH), generator=torch.Generator().manual_seed(0))
+IDS[:, 0] = RARE
+BLOCKS = Dataset.from_dict({"input_ids": IDS.tolist()})
+BUDGET = 0.5
+
+
+class Mlp(NamedTuple):
+    """Paths: the linear layers that a neuron's input comes from, the one that it writes with, the next norm."""
+
+    incoming: tuple[str, ...]
+    outgoing: str
+    next_norm: str
+
+
+GPT2 = Mlp(("transformer.h.0.mlp.c_fc",), "transformer.h.0.mlp.c_proj", "transformer.h.1.ln_1")
+LLAMA = Mlp(
+    ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"),
+    "model.layers.1.mlp.down_proj",
+    "model.layers.2.input_layernorm",
+)
+
+
+class Shrunk(NamedTuple):
+    """A student after `shrink_massive`, what that returned, and naive KL before and after."""
+
+    student: PreTrainedModel
+    neurons: list[Neuron]
+    before: float
+    after: float
+
+
+def llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=POSITIONS,
+    )
+    model = LlamaForCausalLM(config)
+    randomize(model)
+    return model.eval()
+
+
+@torch.no_grad()
+def read(model: nn.Module, name: str) -> torch.Tensor:
+    with recorded(model, [name]) as record:
+        model(input_ids=IDS)
+    return record[name][0]
+
+
+@torch.no_grad()
+def with_massive(model: PreTrainedModel, mlp: Mlp, length: float = 100.0) -> PreTrainedModel:
+    """A copy of the model in which one neuron writes a long vector at position 0, and little elsewhere."""
+    model = copy_model(model).eval()
+    model.get_input_embeddings().weight[RARE] *= 5
+    reads = read(model, mlp.incoming[0])
+    at_0, elsewhere = reads[:, 0].mean(0), reads[:, 1:].mean((0, 1))
+    direction = (at_0 - elsewhere) / (at_0 - elsewhere).square().sum()
+    for linear in map(model.get_submodule, mlp.incoming):
+        linear_weight(linear)[PLANTED] = 10 * direction
+        if linear.bias is not None:
+            linear.bias[PLANTED] = -5 - 10 * elsewhere @ direction
+    fires = read(model, mlp.outgoing)[:, 0, PLANTED].mean()
+    vector = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
+    linear_weight(model.get_submodule(mlp.outgoing))[:, PLANTED] = length * vector / fires
+    return model
+
+
+def shrink(original: PreTrainedModel, budget: float = BUDGET) -> Shrunk:
+    student = copy_model(original).eval()
+    sites = find_sites(student)
+    stand_ins = install(student, sites)
+    set_constants(stand_ins, collect_log_scales(student, sites, BLOCKS), "geometric")
+    before = naive_kl(student, original, stand_ins, BLOCKS)
+    neurons = shrink_massive(student, original, sites, stand_ins, BLOCKS, "geometric", budget)
+    return Shrunk(student, neurons, before, naive_kl(student, original, stand_ins, BLOCKS))
+
+
+def differing(student: PreTrainedModel, original: PreTrainedModel) -> list[str]:
+    """Names of the weights that both models have, not bit for bit alike."""
+    ours = student.state_dict()
+    return [
+        name for name, value in original.state_dict().items() if name in ours and not torch.equal(ours[name], value)
+    ]
+
+
+@pytest.fixture(params=[GPT2, LLAMA], ids=["gpt2", "llama"])
+def planted(request: pytest.FixtureRequest, tiny_model: GPT2LMHeadModel) -> tuple[PreTrainedModel, Mlp]:
+    mlp = request.param
+    return with_massive(tiny_model if mlp is GPT2 else llama(), mlp), mlp
+
+
+def test_the_neuron_is_found_and_scaled_down_within_the_budget(planted: tuple[PreTrainedModel, Mlp]) -> None:
+    original, mlp = planted
+    student, neurons, before, after = shrink(original)
+    assert [(neuron.writer, neuron.index) for neuron in neurons] == [(mlp.outgoing, PLANTED)]
+    assert neurons[0].length > 20
+    assert neurons[0].factor < 0.3
+    assert mean_kl(student, original, BLOCKS) <= BUDGET
+    assert after < before
+    scales = [read(model, mlp.next_norm)[:, 0].square().mean(-1).sqrt() for model in (student, original)]
+    assert (scales[0] < scales[1] / 3).all()
+
+
+def test_only_its_column_changes_and_by_its_factor(planted: tuple[PreTrainedModel, Mlp]) -> None:
+    original, mlp = planted
+    student, (neuron,), *_ = shrink(original)
+    assert differing(student, original) == [f"{mlp.outgoing}.weight"]
+    ours, theirs = (linear_weight(model.get_submodule(mlp.outgoing)).detach().clone() for model in (student, original))
+    torch.testing.assert_close(ours[:, PLANTED], neuron.factor * theirs[:, PLANTED])
+    added = read(original, mlp.outgoing)[..., PLANTED, None] * theirs[:, PLANTED]
+    predicted = read(original, mlp.next_norm) + (neuron.factor - 1) * added
+    torch.testing.assert_close(read(student, mlp.next_norm), predicted, rtol=1e-3, atol=1e-3)
+    ours[:, PLANTED] = theirs[:, PLANTED]
+    assert torch.equal(ours, theirs)
+
+
+def test_a_model_without_any_is_left_alone(tiny_model: GPT2LMHeadModel) -> None:
+    student, neurons, before, after = shrink(tiny_model)
+    assert not neurons
+    assert before == after
+    assert not differing(student, tiny_model)
+
+
+def test_what_the_budget_does_not_allow_is_undone_to_the_last_bit(planted: tuple[PreTrainedModel, Mlp]) -> None:
+    original, _ = planted
+    student, neurons, before, after = shrink(original, budget=0.0)
+    assert not neurons
+    assert before == after
+    assert not differing(student, original)
+
+
+def test_a_run_says_what_it_scaled_down(
+    tiny_model: GPT2LMHeadModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    with_massive(tiny_model, GPT2).save_pretrained(tmp_path / "planted")
+    tiny_tokenizer.save_pretrained(tmp_path / "planted")
+    text = tmp_path / "text.jsonl"
+    rare = tiny_tokenizer.decode([RARE])
+    text.write_text("".join(f'{{"text": "{rare} {number} is not {number + 1}"}}\n' for number in range(3000)))
+    phases: list[Any] = []
+    result = unnorm.remove(
+        model=str(tmp_path / "planted"),
+        data=str(text),
+        tokens=2048,
+        out=tmp_path / "run",
+        device="cpu",
+        watch=lambda row: phases.append(row.get("text")),
+    )
+    assert "scaled down 1 neurons that write massive activations" in phases
+    (neuron,) = result["massive_neurons"]
+    assert (neuron["writer"], neuron["index"]) == (GPT2.outgoing, PLANTED)
+    assert neuron["factor"] < 1 < neuron["length"]
