@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -61,6 +62,15 @@ def test_the_controller_is_a_plain_clock_as_long_as_all_is_well() -> None:
     assert all(math.isclose(position, step / 100, abs_tol=1e-12) for step, position in enumerate(positions))
     assert controller.arrived
     assert (controller.waited, controller.set_back) == (0, 0)
+
+
+def test_the_controller_slows_down_from_half_the_budget_on() -> None:
+    steps = []
+    for kl in (0.24, 0.375, 0.49):
+        controller = FidelityController(kl_budget=0.5)
+        controller.advance(kl, refused=False, steps=100)
+        steps.append(controller.position)
+    assert steps == pytest.approx([0.01, 0.005, 0.0004])
 
 
 def test_the_controller_waits_over_budget_and_goes_on_under_it() -> None:

@@ -1,5 +1,6 @@
 """The guard, and what the training loop does with a step that must not be applied."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -7,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
 
 import unnorm
 from unnorm import losses
 from unnorm.losses import distillation_losses, next_token_loss, scale_penalty
+from unnorm.models import copy_model
+from unnorm.removal import remove
 from unnorm.schedule import FidelityController
 from unnorm.training import run
 from unnorm.training.callbacks import MOST_BAD_STEPS, RESTORE_AFTER, GuardCallback
@@ -67,6 +70,16 @@ def test_guard_brings_the_last_good_weights_back(tmp_path: Path) -> None:
     assert guard.restored == 1
 
 
+def test_guard_brings_the_last_good_constants_back(tmp_path: Path) -> None:
+    guard, model = guarded(tmp_path)
+    model.register_buffer("log_constant", torch.zeros(2))
+    step(guard, model, 0.5, tmp_path)
+    model.log_constant += 9
+    for _ in range(RESTORE_AFTER):
+        step(guard, model, math.nan, tmp_path)
+    assert model.log_constant.tolist() == [0, 0]
+
+
 def test_a_resumed_guard_goes_on_as_it_was(tmp_path: Path) -> None:
     guard, model = guarded(tmp_path)
     guard.controller = FidelityController(end=0.4)
@@ -97,6 +110,32 @@ def test_a_step_of_nan_is_not_applied(
     )
     assert (result["skipped_steps"], result["set_backs"]) == (2, 2)
     assert math.isfinite(result["lnfree_loss"])
+
+
+def test_a_batch_that_overflows_on_the_way_leaves_no_trace(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """As a massive activation does it: infinite scales in the forward pass, while constants are still estimated."""
+    calls = 0
+
+    def overflow(_: nn.Module, __: Any, embedded: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += torch.is_grad_enabled()
+        return embedded * 1e30 if torch.is_grad_enabled() and calls in (4, 5) else embedded
+
+    def with_overflows(*args: Any, **options: Any) -> PreTrainedModel:
+        model = copy_model(*args, **options)
+        model.get_input_embeddings().register_forward_hook(overflow)
+        return model
+
+    monkeypatch.setattr(remove, "copy_model", with_overflows)
+    result = unnorm.remove(
+        model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "run", tokens=30_000, device="cpu", batch_size=8
+    )
+    assert result["skipped_steps"] == 2
+    assert math.isfinite(result["lnfree_loss"])
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert sum(math.isfinite(row.get("kl") or math.nan) for row in rows) > len(rows) / 2
 
 
 def test_out_of_tokens_names_the_sites_that_are_still_norms(

@@ -165,8 +165,9 @@ class TaperedNorm(nn.Module):
             new = torch.stack([ordinary, ordinary])
         else:
             new = torch.stack([ordinary, estimate_log_constant(log_scale, special, self.estimator)])
-        # A path that has arrived shares the constant, so from then on it stays as it is.
-        moving = (self.alpha < 1).all()
+        # A path that has arrived shares the constant, so from then on it stays as it is; and no batch that overflows
+        # may spoil it, for the guard that refuses its step brings only weights back.
+        moving = (self.alpha < 1).all() & new.isfinite()
         self.log_constant.copy_(torch.where(moving, self.log_constant.lerp(new, 1 - self.momentum), self.log_constant))
 
 

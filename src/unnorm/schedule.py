@@ -79,9 +79,9 @@ class Schedule:
 class FidelityController:
     """The clock of a schedule, which goes on only while the model stays faithful to the original.
 
-    At full speed `position` is the share of the run that is done. It waits while the running KL is over the budget;
-    it goes back, and on more slowly, when the loss spikes or a step was refused. All of this is state that a
-    checkpoint holds.
+    At full speed `position` is the share of the run that is done. It slows down from half the budget on and waits while
+    the running KL is over it; it goes back, and on more slowly, when the loss spikes or a step was refused. All of this
+    is state that a checkpoint holds.
 
     Attributes:
         kl_budget: how far the model may drift on the way, nats per token.
@@ -99,6 +99,7 @@ class FidelityController:
     MEMORY: ClassVar[float] = 0.9  # Share of the old running KL that stays at each step.
     SPIKE: ClassVar[float] = 4.0  # A step whose KL is this many times the running one is a spike,
     NO_SPIKE: ClassVar[float] = 0.2  # unless it is under this share of the budget.
+    SLOWS: ClassVar[float] = 0.5  # Share of the budget that must be left for full speed.
     BACK: ClassVar[float] = 0.03  # How far the clock goes back, as a share of `end`.
     SLOWER: ClassVar[float] = 0.5  # Change of speed when the clock goes back,
     FASTER: ClassVar[float] = 1.05  # and with each step that goes well.
@@ -140,7 +141,9 @@ class FidelityController:
         elif self.running_kl > self.kl_budget and self.position < self.LANDING * self.end:
             self.waited += 1
         else:
-            self.position = min(1.0, self.position + self.speed / steps)
+            landing = self.position >= self.LANDING * self.end
+            headroom = 1.0 if landing else min(1.0, (1 - self.running_kl / self.kl_budget) / self.SLOWS)
+            self.position = min(1.0, self.position + headroom * self.speed / steps)
             self.speed = min(1.0, self.speed * self.FASTER)
 
     @property

@@ -193,13 +193,19 @@ class GuardCallback(TrainerCallback, ExportableState):
 
     @torch.no_grad()
     def _remember(self, model: nn.Module) -> None:
-        self.good = {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
+        self.good = {name: value.detach().to("cpu", copy=True) for name, value in _learned(model)}
 
     @torch.no_grad()
     def _restore(self, model: nn.Module) -> None:
-        for name, parameter in model.named_parameters():
-            parameter.copy_(self.good[name])
+        for name, value in _learned(model):
+            value.copy_(self.good[name])
         self.restored += 1
+
+
+def _learned(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Weights, and the constant scales, which are estimated along the way."""
+    yield from model.named_parameters()
+    yield from ((name, value) for name, value in model.named_buffers() if name.endswith("log_constant"))
 
 
 class InterruptCallback(TrainerCallback):
