@@ -11,6 +11,7 @@ from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrai
 
 import unnorm
 from tests.conftest import POSITIONS, VOCAB, randomize
+from tests.test_families import FAMILIES, random_model
 from unnorm.calibrate import collect_log_scales, set_constants
 from unnorm.equalize import mean_kl, naive_kl
 from unnorm.fold import install
@@ -18,7 +19,7 @@ from unnorm.massive import Neuron, shrink_massive
 from unnorm.models import copy_model
 from unnorm.norms import linear_weight
 from unnorm.residual import recorded
-from unnorm.sites import find_sites
+from unnorm.sites import find_sites, vocabulary_size
 
 WIDTH = 32
 RARE, PLANTED = 7, 5
@@ -93,14 +94,14 @@ def with_massive(model: PreTrainedModel, mlp: Mlp, length: float = 100.0) -> Pre
     return model
 
 
-def shrink(original: PreTrainedModel, budget: float = BUDGET) -> Shrunk:
+def shrink(original: PreTrainedModel, budget: float = BUDGET, blocks: Dataset = BLOCKS) -> Shrunk:
     student = copy_model(original).eval()
     sites = find_sites(student)
     stand_ins = install(student, sites)
-    set_constants(stand_ins, collect_log_scales(student, sites, BLOCKS), "geometric")
-    before = naive_kl(student, original, stand_ins, BLOCKS)
-    neurons = shrink_massive(student, original, sites, stand_ins, BLOCKS, "geometric", budget)
-    return Shrunk(student, neurons, before, naive_kl(student, original, stand_ins, BLOCKS))
+    set_constants(stand_ins, collect_log_scales(student, sites, blocks), "geometric")
+    before = naive_kl(student, original, stand_ins, blocks)
+    neurons = shrink_massive(student, original, sites, stand_ins, blocks, "geometric", budget)
+    return Shrunk(student, neurons, before, naive_kl(student, original, stand_ins, blocks))
 
 
 def differing(student: PreTrainedModel, original: PreTrainedModel) -> list[str]:
@@ -155,6 +156,18 @@ def test_what_the_budget_does_not_allow_is_undone_to_the_last_bit(planted: tuple
     assert not neurons
     assert before == after
     assert not differing(student, original)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_stays_within_the_budget_in_every_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the threshold so low that any neuron is massive, where a family's neurons can be told apart at all."""
+    monkeypatch.setattr("unnorm.massive.MASSIVE", 0.02)
+    original = random_model(FAMILIES[family][0]).float().eval()
+    blocks = Dataset.from_dict({"input_ids": (IDS % vocabulary_size(original)).tolist()})
+    student, neurons, *_ = shrink(original, blocks=blocks)
+    assert mean_kl(student, original, blocks) <= BUDGET
+    assert bool(neurons) == bool(differing(student, original))
+    assert neurons or family not in ("gpt2", "gpt_neox, parallel", "opt", "falcon", "phi", "qwen3", "gemma", "olmo")
 
 
 def test_a_run_says_what_it_scaled_down(

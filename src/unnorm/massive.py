@@ -140,7 +140,9 @@ def _massive_neurons(model: PreTrainedModel, stream: _Stream, constants: dict[st
     found = []
     for writer, activations in stream.activations.items():
         column = linear_weight(model.get_submodule(writer)).detach().float() * stream.factors[writer]
-        site = next(site for site in stream.sites if writer in site.writers)
+        site = next((site for site in stream.sites if writer in site.writers), None)
+        if site is None:
+            continue
         lengths = activations.abs().amax(0) * column.square().mean(0).sqrt() / math.exp(constants[site.name])
         found += [Neuron(writer, int(i), float(lengths[i])) for i in (lengths > MASSIVE).nonzero()[:, 0]]
     return sorted(found, key=lambda neuron: -neuron.length)[:MOST_NEURONS]
