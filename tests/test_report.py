@@ -223,6 +223,13 @@ def test_failed_check_is_announced_at_the_top(data: ReportData) -> None:
     assert "FAIL" in reader.text
 
 
+def test_scaled_down_neurons_are_named(data: ReportData) -> None:
+    assert "scaled down" not in render_report(data)
+    neuron = {"writer": "transformer.h.2.mlp.c_proj", "index": 447, "length": 55.46, "factor": 0.0227}
+    page = render_report(replace(data, result=data.result | {"massive_neurons": [neuron]}))
+    assert "transformer.h.2.mlp.c_proj 447 (55.5 times the usual scale, now times 0.023)" in page
+
+
 def test_headline_claims_no_removal_while_norms_are_left() -> None:
     assert headline({"model": "m", "sites": 9, "norm_modules_left": 2}) == "2 norm modules are left in m"
 

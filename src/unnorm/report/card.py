@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from unnorm.report.numbers import count, finite, fixed, interval, percent, shortest
+from unnorm.report.numbers import count, finite, fixed, interval, massive_neurons, percent, shortest
 from unnorm.sites import NormSite
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -143,6 +143,7 @@ def _any_layer(name: str) -> str:
 
 def _settings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     plan, versions = result["plan"], result["versions"]
+    neurons = massive_neurons(result.get("massive_neurons"))
     return [
         ("recipe", f"`{result['recipe']}`"),
         ("training tokens", count(result.get("tokens"))),
@@ -150,5 +151,6 @@ def _settings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("batch size", f"{plan.get('batch_size')} blocks of {plan['context']} tokens"),
         ("peak learning rate", shortest(plan.get("lr"))),
         ("seed", str(result.get("seed"))),
+        *([("neurons scaled down", neurons)] if neurons else []),
         ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
     ]

@@ -87,3 +87,12 @@ def _tidy_exponent(text: str) -> str:
     """2.3e-06 to 2.3e-6."""
     mantissa, e, exponent = text.partition("e")
     return f"{mantissa}e{int(exponent)}" if e else text
+
+
+def massive_neurons(neurons: Any) -> str:
+    """Each neuron that writes massive activations: where it is, how long its vector was, what it was multiplied by."""
+    return "; ".join(
+        f"{neuron.get('writer')} {neuron.get('index')} ({significant(neuron.get('length'))} times the usual scale, "
+        f"now times {significant(neuron.get('factor'), 2)})"
+        for neuron in neurons or []
+    )

@@ -15,6 +15,7 @@ from unnorm.report.numbers import (
     finite,
     fixed,
     interval,
+    massive_neurons,
     percent,
     short_count,
     shortest,
@@ -256,6 +257,8 @@ def _settings(result: dict[str, Any]) -> list[tuple[str, str]]:
         "peak_memory_mb": lambda mb: MISSING if finite(mb) is None else f"{count(mb)} MB",
     }
     rows = [(words, shapes.get(key, _plain)(result.get(key))) for key, words in SETTINGS]
+    if neurons := massive_neurons(result.get("massive_neurons")):
+        rows.append(("neurons scaled down", neurons))
     plan = {key: value for key, value in _mapping(result.get("plan")).items() if key != "tokens"}
     return rows + [(PLAN_WORDS.get(key, str(key).replace("_", " ")), _plain(value)) for key, value in plan.items()]
 
