@@ -25,8 +25,8 @@ MOST_CONTEXT = 1024
 CONTROL_STEP_TOKENS = 4096
 """Tokens that the control's steps have at least."""
 STEPS_WANTED = 12_800
-"""Optimizer steps that a run's tokens are divided into, as far as the limits on tokens a step allow. The bundled model ends
-at KL 0.027 after 12,500 steps of 512 tokens and at 0.037 after 3,125 of 4,096 (`benchmarks/steps.json`)."""
+"""Optimizer steps that a run's tokens are divided into, as far as the limits on tokens a step allow. The bundled model
+ends at KL 0.027 after 12,500 steps of 512 tokens and at 0.037 after 3,125 of 4,096 (`benchmarks/steps.json`)."""
 LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 512, 2**19
 MEMORY_SHARE = 0.5
 """Share of the free memory that activations may take."""
