@@ -123,10 +123,11 @@ def _figures(data: ReportData) -> "dict[str, Figure]":
 
 
 def _original_loss(data: ReportData) -> float | None:
-    # Along the run only a few blocks are evaluated. Before its first step the model still is the original, and
-    # its loss on those blocks is the fair line; the final evaluation of the original is on other, more blocks.
+    # Along the run only a few blocks are evaluated. Before its first step the model still is the original, unless
+    # equalizing moved it, and its loss on those blocks is the fair line; the final evaluation is on other, more blocks.
     for row in data.rows:
-        if row.get("kind") == "validation" and row.get("step") == 0 and row.get("alpha") == 0:
+        is_first = row.get("kind") == "validation" and row.get("step") == 0 and row.get("alpha") == 0
+        if is_first and (finite(row.get("kl")) or 0.0) <= STILL_THE_ORIGINAL:
             return finite(row.get("loss"))
     return finite(data.result.get("teacher_loss"))
 
@@ -226,6 +227,8 @@ def _sample(sample: dict[str, str]) -> dict[str, str]:
     }
 
 
+STILL_THE_ORIGINAL = 0.01
+"""KL, nats per token, up to which the first loss of a run counts as the original's."""
 SETTINGS = (
     ("model", "model"),
     ("data", "training data"),
