@@ -187,7 +187,7 @@ def test_a_run_says_what_it_scaled_down(
         device="cpu",
         watch=lambda row: phases.append(row.get("text")),
     )
-    assert "scaled down 1 neurons that write massive activations" in phases
+    assert "scaled down what writes massive activations: 1 of the MLPs' neurons" in phases
     (neuron,) = result["massive_neurons"]
     assert (neuron["writer"], neuron["index"]) == (GPT2.outgoing, PLANTED)
     assert neuron["factor"] < 1 < neuron["length"]

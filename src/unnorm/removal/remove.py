@@ -148,7 +148,7 @@ def _equalize(
     common = student, run.original, run.sites, stand_ins, calibration, run.config.estimator
     neurons = shrink_massive(*common, run.config.kl_budget)
     if neurons:
-        run.say(f"scaled down {len(neurons)} neurons that write massive activations")
+        run.say(f"scaled down what writes massive activations: {len(neurons)} of the MLPs' neurons")
     equalize_embedding(*common)
     return [asdict(neuron) for neuron in neurons]
 
