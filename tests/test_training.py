@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,9 @@ def test_out_of_tokens_names_the_sites_that_are_still_norms(
             batch_size=8,
             kl_budget=1e-6,
         )
+    assert re.search(
+        r"waited in [1-9]\d* steps, 1e-06 nats or more from the original, and went back \d+ times", str(error.value)
+    )
     assert "--kl-budget" in str(error.value)
     assert not (tmp_path / "model").exists()
 

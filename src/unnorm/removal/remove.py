@@ -189,9 +189,11 @@ def _train(run: Run, model: PreTrainedModel, removal: Removal | None, directory:
         )
     if outcome.unfinished:
         sites = ", ".join(f"{name} (alpha {alpha:.2f})" for name, alpha in outcome.unfinished.items())
+        last = outcome.rows[-1]
         raise UnnormError(
             f"Out of tokens after {outcome.tokens:,}, and {len(outcome.unfinished)} sites are still norms: {sites}. "
-            f"Going on would have taken the model further than {run.config.kl_budget} nats from the original. "
+            f"It waited in {last.get('waited', 0)} steps, {run.config.kl_budget} nats or more from the original, "
+            f"and went back {last.get('set_back', 0)} times, after spikes or refused steps. "
             f"The last checkpoint is in '{directory / CHECKPOINTS}'. Give it more --tokens or a larger --kl-budget."
         )
     return outcome
