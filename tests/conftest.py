@@ -19,7 +19,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 VOCAB = 300
@@ -51,6 +51,22 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
             is_gain = parameter.ndim == 1 and name.endswith("weight")
             parameter.copy_(1 + 0.3 * noise if is_gain else 0.15 * noise)
     return model
+
+
+def small_llama() -> LlamaForCausalLM:
+    """A Llama of 3 layers, 32 wide, with the tiny model's vocabulary and positions; a new one each time."""
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=POSITIONS,
+        tie_word_embeddings=False,
+    )
+    model = LlamaForCausalLM(config)
+    randomize(model)
+    return model.eval()
 
 
 @pytest.fixture(scope="session", autouse=True)

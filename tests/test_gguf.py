@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.conftest import POSITIONS, Cli, randomize
+from tests.conftest import POSITIONS, Cli, small_llama
 from unnorm.models import load_original
 
 gguf = pytest.importorskip("gguf")
 
-WIDTH, HIDDEN, HEADS, LAYERS = 32, 64, 4, 2
+WIDTH, HIDDEN, HEADS, LAYERS = 32, 64, 4, 3
 NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -24,21 +24,6 @@ NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-
-
-def llama(vocabulary: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=WIDTH,
-        intermediate_size=HIDDEN,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=POSITIONS,
-        tie_word_embeddings=False,
-    )
-    model = LlamaForCausalLM(config)
-    randomize(model)
-    return model
 
 
 def interleaved(weight: torch.Tensor) -> torch.Tensor:
@@ -61,8 +46,8 @@ def tensors(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(scope="module")
-def original(tiny_tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    return llama(len(tiny_tokenizer)).eval()
+def original() -> LlamaForCausalLM:
+    return small_llama()
 
 
 @pytest.fixture(scope="module")

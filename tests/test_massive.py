@@ -7,10 +7,10 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 import unnorm
-from tests.conftest import POSITIONS, VOCAB, randomize
+from tests.conftest import VOCAB, small_llama
 from tests.test_families import FAMILIES, random_model
 from unnorm.calibrate import collect_log_scales, set_constants
 from unnorm.equalize import mean_kl, naive_kl
@@ -53,20 +53,6 @@ class Shrunk(NamedTuple):
     neurons: list[Neuron]
     before: float
     after: float
-
-
-def llama() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=WIDTH,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        max_position_embeddings=POSITIONS,
-    )
-    model = LlamaForCausalLM(config)
-    randomize(model)
-    return model.eval()
 
 
 @torch.no_grad()
@@ -115,7 +101,7 @@ def differing(student: PreTrainedModel, original: PreTrainedModel) -> list[str]:
 @pytest.fixture(params=[GPT2, LLAMA], ids=["gpt2", "llama"])
 def planted(request: pytest.FixtureRequest, tiny_model: GPT2LMHeadModel) -> tuple[PreTrainedModel, Mlp]:
     mlp = request.param
-    return with_massive(tiny_model if mlp is GPT2 else llama(), mlp), mlp
+    return with_massive(tiny_model if mlp is GPT2 else small_llama(), mlp), mlp
 
 
 def test_the_neuron_is_found_and_scaled_down_within_the_budget(planted: tuple[PreTrainedModel, Mlp]) -> None:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from unnorm.config import choose_context, choose_device
 from unnorm.data import STDLIB, build_blocks
 from unnorm.models import load_original
-from unnorm.norms import Estimator, TaperedNorm, estimate_log_constant
+from unnorm.norms import Estimator, TaperedNorm, estimate_log_constant, log_scale_of
 from unnorm.sites import NormSite, find_sites, vocabulary_size
 
 CALIBRATION_BLOCKS = 32
@@ -102,7 +102,7 @@ def collect_log_scales(
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].float()
             x = x - x.mean(-1, keepdim=True) if site.centered else x
-            log_scale = 0.5 * torch.log(x.square().mean(-1) + site.eps).cpu()
+            log_scale = log_scale_of(x, site.eps).squeeze(-1).cpu()
             if log_scale.ndim == 3 and log_scale.shape[1] == length:
                 log_scale = log_scale.transpose(1, 2)
             # Every head counts as a block of its own; OPT's norms see blocks and positions as one.

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel
 
 from unnorm.calibrate import collect_log_scales, evaluating, set_constants, spread
 from unnorm.equalize import mean_kl
-from unnorm.norms import Estimator, TaperedNorm, linear_weight
+from unnorm.norms import Estimator, TaperedNorm, linear_weight, log_scale_of
 from unnorm.residual import recorded, residual_writers
 from unnorm.sites import NormSite
 
@@ -139,13 +139,20 @@ def _massive_neurons(model: PreTrainedModel, stream: _Stream, constants: dict[st
     """Those that add a vector `MASSIVE` times as long as usual, longest first."""
     found = []
     for writer, activations in stream.activations.items():
-        column = linear_weight(model.get_submodule(writer)).detach().float() * stream.factors[writer]
         site = next((site for site in stream.sites if writer in site.writers), None)
         if site is None:
             continue
-        lengths = activations.abs().amax(0) * column.square().mean(0).sqrt() / math.exp(constants[site.name])
+        columns = _columns(model, stream, writer)
+        lengths = activations.abs().amax(0) * columns.square().mean(0).sqrt() / math.exp(constants[site.name])
         found += [Neuron(writer, int(i), float(lengths[i])) for i in (lengths > MASSIVE).nonzero()[:, 0]]
     return sorted(found, key=lambda neuron: -neuron.length)[:MOST_NEURONS]
+
+
+def _columns(
+    model: PreTrainedModel, stream: _Stream, writer: str, which: int | slice = slice(None)
+) -> Float[Tensor, "width *neuron"]:
+    """What each neuron, or one of them, adds to the stream where its activation is 1."""
+    return linear_weight(model.get_submodule(writer)).detach()[:, which].float() * stream.factors[writer]
 
 
 def _fit_factors(
@@ -153,20 +160,21 @@ def _fit_factors(
 ) -> Float[Tensor, " neuron"]:
     """The factors of this file's equation."""
     activations = torch.stack([stream.activations[n.writer][:, n.index] for n in neurons], dim=1)
-    weights = [linear_weight(model.get_submodule(n.writer)).detach()[:, n.index] for n in neurons]
-    columns = torch.stack([w.float() * stream.factors[n.writer] for w, n in zip(weights, neurons, strict=True)])
+    columns = torch.stack([_columns(model, stream, n.writer, n.index) for n in neurons])
     tokens = _tokens(activations * columns.norm(dim=1))
+    activations = activations[tokens]
+    reads = [stream.reads[site.name][tokens] for site in stream.sites]
+    normed = [_normed(x, site)[0] for x, site in zip(reads, stream.sites, strict=True)]
+    is_before = [torch.tensor([[n.writer in site.writers] for n in neurons]) for site in stream.sites]
+    columns_before = [columns * mask.to(columns) for mask in is_before]
     log_factors = torch.zeros(len(neurons), device=columns.device, requires_grad=True)
     optimizer = torch.optim.Adam([log_factors], lr=RATE)
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
-        added = activations[tokens] * (log_factors.exp() - 1)
+        changes = activations * (log_factors.exp() - 1)
         losses = []
-        for site in stream.sites:
-            before = torch.tensor([n.writer in site.writers for n in neurons], device=columns.device)
-            x = stream.reads[site.name][tokens]
-            read, _ = _normed(x, site)
-            changed, log_scale = _normed(x + (added * before) @ columns, site)
+        for site, x, read, before in zip(stream.sites, reads, normed, columns_before, strict=True):
+            changed, log_scale = _normed(x + changes @ before, site)
             uneven = (log_scale - constants[site.name]).square().mean()
             losses.append((changed - read).square().mean() + evenness * uneven)
         loss = torch.stack(losses).mean()
@@ -186,8 +194,8 @@ def _tokens(vectors: Float[Tensor, "token neuron"]) -> Int[Tensor, " token"]:
     return torch.cat([order[:half], rest[:: max(1, len(rest) // max(1, half))][:half]])
 
 
-def _normed(x: Float[Tensor, "token width"], site: NormSite) -> tuple[Tensor, Float[Tensor, " token"]]:
+def _normed(x: Float[Tensor, "token width"], site: NormSite) -> tuple[Tensor, Float[Tensor, "token 1"]]:
     """What the site's norm gives before its gain, x / s(x), and log s(x)."""
     x = x - x.mean(-1, keepdim=True) if site.centered else x
-    log_scale = 0.5 * torch.log(x.square().mean(-1) + site.eps)
-    return x * torch.exp(-log_scale)[:, None], log_scale
+    log_scale = log_scale_of(x, site.eps)
+    return x * torch.exp(-log_scale), log_scale

@@ -34,6 +34,11 @@ def estimate_log_constant(
     return top + (weight * scale.square()).sum().log() - mean.log()
 
 
+def log_scale_of(centered_x: Float[Tensor, "*token width"], eps: float) -> Float[Tensor, "*token 1"]:
+    """Log of the scale, from x as it is divided (already centered for LayerNorm)."""
+    return 0.5 * torch.log(centered_x.square().mean(-1, keepdim=True) + eps)
+
+
 class TokenMask:
     """Which tokens of the running batch divide by the special constant (position 0, end-of-text).
 
@@ -116,7 +121,7 @@ class TaperedNorm(nn.Module):
 
     def log_scale(self, centered_x: Float[Tensor, "batch position width"]) -> Float[Tensor, "batch position 1"]:
         """Log of the scale, from x as it is divided (already centered for LayerNorm)."""
-        return 0.5 * torch.log(centered_x.square().mean(-1, keepdim=True) + self.eps)
+        return log_scale_of(centered_x, self.eps)
 
     def forward(self, x: Float[Tensor, "batch position width"]) -> Float[Tensor, "batch position out"]:
         """The class's equation, in the parameters' precision; `out` is `width` for each path."""

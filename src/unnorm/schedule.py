@@ -138,11 +138,10 @@ class FidelityController:
         if self.position >= self.end:
             self.position = min(1.0, self.position + 1 / steps)
             self._heal()
-        elif self.running_kl > self.kl_budget and self.position < self.LANDING * self.end:
+        elif self.running_kl > self.kl_budget and not self.arrived:
             self.waited += 1
         else:
-            landing = self.position >= self.LANDING * self.end
-            headroom = 1.0 if landing else min(1.0, (1 - self.running_kl / self.kl_budget) / self.SLOWS)
+            headroom = 1.0 if self.arrived else min(1.0, (1 - self.running_kl / self.kl_budget) / self.SLOWS)
             self.position = min(1.0, self.position + headroom * self.speed / steps)
             self.speed = min(1.0, self.speed * self.FASTER)
 

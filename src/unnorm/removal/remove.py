@@ -111,10 +111,9 @@ def _train_removal(run: Run) -> tuple[dict[str, Any], Outcome | None]:
     calibration = spread(run.train_blocks, CALIBRATION_BLOCKS)
     set_constants(stand_ins, collect_log_scales(student, run.sites, calibration), run.config.estimator)
     before = _naive_removal(run, student, stand_ins)
-    before["massive_neurons"] = []
+    equalizes = run.plan.steps and run.config.recipe == "taper"
+    before["massive_neurons"] = _equalize(run, student, stand_ins, calibration) if equalizes else []
     outcome = None
-    if run.plan.steps and run.config.recipe == "taper":
-        before["massive_neurons"] = _equalize(run, student, stand_ins, calibration)
     if run.plan.steps:
         run.say(f"training: {run.plan.steps} steps of {run.plan.step_tokens:,} tokens", run.plan.training_tokens)
         schedule = _lay_out(run, stand_ins)
