@@ -15,6 +15,7 @@ from tests.test_families import FAMILIES, random_model
 from unnorm.calibrate import collect_log_scales, set_constants
 from unnorm.equalize import mean_kl, naive_kl
 from unnorm.fold import install
+from unnorm.losses import unevenness
 from unnorm.massive import Neuron, shrink_massive
 from unnorm.models import copy_model
 from unnorm.norms import linear_weight
@@ -156,9 +157,27 @@ def test_it_stays_within_the_budget_in_every_family(family: str, monkeypatch: py
     assert neurons or family not in ("gpt2", "gpt_neox, parallel", "opt", "falcon", "phi", "qwen3", "gemma", "olmo")
 
 
-def test_a_run_says_what_it_scaled_down(
-    tiny_model: GPT2LMHeadModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+def test_unevenness_counts_what_is_far_from_the_constant_either_way() -> None:
+    log_scale = torch.tensor([[2.0, 2.2, 1.8, 3.25, 0.75]], dtype=torch.float64, requires_grad=True)
+    uneven = unevenness(log_scale, torch.tensor(2.0))
+    assert float(uneven.detach()) == pytest.approx(2 / 5)
+    (gradient,) = torch.autograd.grad(uneven, log_scale)
+    torch.testing.assert_close(gradient, torch.tensor([[0, 0, 0, 0.4, -0.4]], dtype=torch.float64))
+
+
+def test_a_run_says_what_it_scaled_down_and_binds_what_is_left(
+    tiny_model: GPT2LMHeadModel,
+    tiny_tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    uneven = []
+
+    def remember(log_scale: torch.Tensor, log_constant: torch.Tensor) -> torch.Tensor:
+        uneven.append(unevenness(log_scale, log_constant))
+        return uneven[-1]
+
+    monkeypatch.setattr("unnorm.training.run.unevenness", remember)
     with_massive(tiny_model, GPT2).save_pretrained(tmp_path / "planted")
     tiny_tokenizer.save_pretrained(tmp_path / "planted")
     text = tmp_path / "text.jsonl"
@@ -177,3 +196,12 @@ def test_a_run_says_what_it_scaled_down(
     (neuron,) = result["massive_neurons"]
     assert (neuron["writer"], neuron["index"]) == (GPT2.outgoing, PLANTED)
     assert neuron["factor"] < 1 < neuron["length"]
+    assert max(float(value.detach()) for value in uneven) > 0
+    assert result["norm_modules_left"] == 0
+
+
+def test_a_model_without_any_is_not_bound(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unnorm.training.run.unevenness", lambda *_: pytest.fail("nothing is uneven here"))
+    unnorm.remove(model=str(tiny_model_dir), data=str(text_file), tokens=2048, out=tmp_path / "run", device="cpu")

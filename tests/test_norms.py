@@ -148,6 +148,33 @@ def test_linear_interpolation_mixes_the_two_outputs(alpha: float, log_constant: 
     torch.testing.assert_close(stand_in(x), (1 - alpha) * norm + alpha * affine, rtol=1e-6, atol=1e-6)
 
 
+@given(alpha=st.floats(0, 1), log_constant=st.floats(-3, 3))
+@settings(max_examples=25, deadline=None)
+def test_bounded_is_the_affine_map_as_far_as_it_stays_near_the_norm(alpha: float, log_constant: float) -> None:
+    torch.manual_seed(0)
+    stand_in = TaperedNorm(torch.ones(12).double(), None, 1e-5, True, interpolation="bounded")
+    x = residual()
+    stand_in.log_constant.fill_(log_constant)
+    norm = stand_in(x)
+    stand_in.alpha.fill_(1)
+    affine = stand_in(x)
+    stand_in.alpha.fill_(alpha)
+    ratio = (affine / norm).mean(-1, keepdim=True)
+    expected = norm * ratio.clamp(1 - alpha, 1 / max(1 - alpha, 1e-300))
+    torch.testing.assert_close(stand_in(x), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_bounded_stand_in_holds_a_massive_activation_and_lets_ordinary_tokens_go() -> None:
+    stand_in = TaperedNorm(torch.ones(12).double(), None, 1e-5, False, interpolation="bounded")
+    x = residual()
+    x = x / x.square().mean(-1, keepdim=True).sqrt()
+    x[:, 0] *= 50
+    stand_in.alpha.fill_(0.5)
+    read = stand_in(x).square().mean(-1).sqrt()
+    torch.testing.assert_close(read[:, 0], torch.full((2,), 2.0).double(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(stand_in(x)[:, 1:], x[:, 1:])
+
+
 def test_scale_is_kept_for_a_penalty_with_its_gradient() -> None:
     stand_in, x = make(), residual().requires_grad_()
     stand_in.keep_log_scale = True

@@ -9,6 +9,9 @@ from torch import Tensor
 
 Penalty = Literal["spread", "target"]
 
+EVEN_ENOUGH = 0.25
+"""Distance of a log scale from the constant's, either way, that `unevenness` leaves alone."""
+
 _CACHED, _CACHED_GPU = 2**17, 2**26
 """Logits that are worked on at once."""
 
@@ -125,6 +128,15 @@ def scale_penalty(
     ordinary = (~special).to(scale.dtype)
     mean = (scale.detach() * ordinary).sum() / ordinary.sum()
     return (scale - (mean if penalty == "spread" else log_constant.exp())).square().mean()
+
+
+def unevenness(log_scale: Float[Tensor, "*token"], log_constant: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Mean squared distance of log scales from the constant's, beyond `EVEN_ENOUGH`.
+
+    In logs, so that a massive activation has a gradient that says which way, and no more than that; ordinary tokens
+    have none.
+    """
+    return ((log_scale - log_constant).abs() - EVEN_ENOUGH).clamp(min=0).square().mean()
 
 
 def read_mismatch(

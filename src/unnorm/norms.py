@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 Estimator = Literal["geometric", "mean", "least-squares"]
-Interpolation = Literal["log", "linear"]
+Interpolation = Literal["log", "linear", "bounded"]
 
 
 def estimate_log_constant(
@@ -56,10 +56,13 @@ class TaperedNorm(nn.Module):
 
         y = gain * x / (s(x)^(1 - alpha) * c^alpha) + bias
 
-    so alpha = 0 is the norm and alpha = 1 is affine in x. (With linear interpolation, as in TaperNorm, x is multiplied
-    by (1 - alpha) / s(x) + alpha / c instead.) A stand-in with two `paths` (query/key and value,
-    which arXiv 2409.13710 removes one after the other) has an alpha for each and gives both outputs, joined
-    along the last dimension; `PathReader` picks them apart.
+    so alpha = 0 is the norm and alpha = 1 is affine in x. That is interpolation in log scale; there are two more.
+    Linear, as in TaperNorm, x is multiplied by (1 - alpha) / s(x) + alpha / c. Bounded, it is divided by c, but no
+    token gets more than 1 / (1 - alpha) times what the norm would give it, nor less than 1 - alpha times: ordinary
+    tokens lose their norm first, massive activations last, and meanwhile none can grow from layer to layer.
+
+    A stand-in with two `paths` (query/key and value, which arXiv 2409.13710 removes one after the other) has an alpha
+    for each and gives both outputs, joined along the last dimension; `PathReader` picks them apart.
     """
 
     gain: Float[Tensor, " width"]
@@ -90,7 +93,7 @@ class TaperedNorm(nn.Module):
             token_mask: where special tokens are marked, if they have a constant of their own.
             estimator: see `estimate_log_constant`.
             momentum: share of the old value that stays at each step of the running estimate.
-            interpolation: of the divisor in log scale, or of its inverse.
+            interpolation: of the divisor in log scale, or of its inverse; or a bound on how far tokens may go.
             fixed_gain: the norm has no weight, so there is none to train and nowhere to store one.
         """
         super().__init__()
@@ -149,6 +152,9 @@ class TaperedNorm(nn.Module):
     ) -> Float[Tensor, "batch position 1"]:
         if self.interpolation == "linear":
             return torch.lerp(torch.exp(-log_scale), torch.exp(-log_constant).expand_as(log_scale), alpha)
+        if self.interpolation == "bounded":
+            reach = -torch.log1p(-alpha)  # Infinite at alpha = 1.
+            return torch.exp((log_scale - log_constant).clamp(-reach, reach) - log_scale)
         return torch.exp(-(log_scale + alpha * (log_constant - log_scale)))
 
     def _affine(self, x: Float[Tensor, "batch position width"]) -> Float[Tensor, "batch position width"]:

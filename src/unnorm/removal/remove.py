@@ -148,6 +148,8 @@ def _equalize(
     neurons = shrink_massive(*common, run.config.kl_budget)
     if neurons:
         run.say(f"scaled down what writes massive activations: {len(neurons)} of the MLPs' neurons")
+        for stand_in in stand_ins.values():
+            stand_in.interpolation = "bounded"
     equalize_embedding(*common)
     return [asdict(neuron) for neuron in neurons]
 

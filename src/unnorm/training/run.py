@@ -20,7 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from unnorm.calibrate import batches, evaluating, spread
 from unnorm.config import Plan
 from unnorm.errors import UnnormError
-from unnorm.losses import Penalty, distillation_losses, next_token_loss, read_mismatch, scale_penalty
+from unnorm.losses import Penalty, distillation_losses, next_token_loss, read_mismatch, scale_penalty, unevenness
 from unnorm.norms import TaperedNorm
 from unnorm.schedule import Recipe
 from unnorm.training.callbacks import (
@@ -57,6 +57,7 @@ class Optimization:
         penalty: what else is minimized at the final norm; see `scale_penalty`.
         penalty_weight: its weight.
         read_weight: weight of `read_mismatch`, averaged over all sites; it falls to 0 over the first `READS_SHARE`.
+        even_weight: weight of `unevenness`, averaged over all sites and falling alike; only of bounded stand-ins.
     """
 
     least_lr: float
@@ -68,10 +69,13 @@ class Optimization:
     penalty: Penalty | None = None
     penalty_weight: float = 0.0
     read_weight: float = 0.0
+    even_weight: float = 0.0
 
 
 OPTIMIZATION: dict[Recipe, Optimization] = {
-    "taper": Optimization(0.0, 0.05, 0.0, (0.9, 0.98), distil=True, label_weight=0.05, read_weight=10.0),
+    "taper": Optimization(
+        0.0, 0.05, 0.0, (0.9, 0.98), distil=True, label_weight=0.05, read_weight=10.0, even_weight=100.0
+    ),
     # arXiv 2409.13710 and 2507.02559: weight decay 0.01, 20 of 300 steps of warm-up, a cosine to half the peak.
     "sequential": Optimization(0.5, 20 / 300, 0.01, (0.9, 0.999), distil=False),
     # The weight is that of 2507.02559's published configuration.
@@ -128,6 +132,7 @@ class DistillationTrainer(Trainer):
             self.penalized.keep_log_scale = True
         self.stand_ins = removal.stand_ins if removal is not None and optimization.read_weight else {}
         self.teacher_reads: dict[str, Tensor] = {}
+        self.bounded = [stand_in for stand_in in self.stand_ins.values() if stand_in.interpolation == "bounded"]
         self.sums = torch.zeros(3, device=self.args.device)
         self.step_kl = torch.zeros(2, device=self.args.device)
         self.last_kl = 0.0
@@ -150,8 +155,10 @@ class DistillationTrainer(Trainer):
             shown = torch.stack([token_loss, text_kl, torch.ones_like(text_kl)])
             shown = torch.where(is_text.any(), is_text.sum() * shown, 0.0)
             self.step_kl += shown[1:]
-            if weight := self._read_weight():
-                loss = loss + weight * self._read_mismatch()
+            if share := self._inner_share():
+                loss = loss + share * self.optimization.read_weight * self._read_mismatch()
+                if self.bounded:
+                    loss = loss + share * self.optimization.even_weight * self._unevenness()
         self.sums += shown
         if self.penalized is not None:
             loss = loss + self._penalty(self.penalized, ids)
@@ -171,6 +178,8 @@ class DistillationTrainer(Trainer):
         handles = [teacher.get_submodule(name).register_forward_hook(keep(name)) for name in self.stand_ins if teacher]
         for stand_in in self.stand_ins.values():
             stand_in.keep_output = True
+        for stand_in in self.bounded:
+            stand_in.keep_log_scale = True
         try:
             yield
         finally:
@@ -178,11 +187,16 @@ class DistillationTrainer(Trainer):
                 handle.remove()
             for stand_in in self.stand_ins.values():
                 stand_in.keep_output, stand_in.kept_output = False, None
+            for stand_in in self.bounded:
+                stand_in.keep_log_scale, stand_in.kept_log_scale = False, None
             self.teacher_reads.clear()
 
-    def _read_weight(self) -> float:
+    def _inner_share(self) -> float:
+        """What is left of the weights of what is matched inside the model."""
+        if not self.stand_ins:
+            return 0.0
         done = self.state.global_step / max(1, self.state.max_steps)
-        return self.optimization.read_weight * max(0.0, 1 - done / READS_SHARE)
+        return max(0.0, 1 - done / READS_SHARE)
 
     def _read_mismatch(self) -> Float[Tensor, ""]:
         mismatches = []
@@ -190,6 +204,13 @@ class DistillationTrainer(Trainer):
             assert stand_in.kept_output is not None
             mismatches.append(read_mismatch(stand_in.kept_output, self.teacher_reads[name]))
         return torch.stack(mismatches).mean()
+
+    def _unevenness(self) -> Float[Tensor, ""]:
+        uneven = []
+        for stand_in in self.bounded:
+            assert stand_in.kept_log_scale is not None
+            uneven.append(unevenness(stand_in.kept_log_scale, stand_in.log_constant[0]))
+        return torch.stack(uneven).mean()
 
     def _penalty(self, norm: TaperedNorm, ids: Int[Tensor, "batch position"]) -> Float[Tensor, ""]:
         assert norm.kept_log_scale is not None and self.optimization.penalty is not None
