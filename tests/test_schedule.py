@@ -56,8 +56,9 @@ def test_a_switch_is_abrupt() -> None:
 def test_the_controller_is_a_plain_clock_as_long_as_all_is_well() -> None:
     controller = FidelityController(kl_budget=0.5, end=0.4)
     positions = []
-    for _ in range(100):
+    for step in range(100):
         positions.append(controller.position)
+        assert controller.late(step, 100) == 0
         controller.advance(0.05, refused=False, steps=100)
     assert all(math.isclose(position, step / 100, abs_tol=1e-12) for step, position in enumerate(positions))
     assert controller.arrived
@@ -85,6 +86,7 @@ def test_the_controller_waits_over_budget_and_goes_on_under_it() -> None:
         controller.advance(0.15, refused=False, steps=100)
     assert controller.position == at
     assert controller.waited > 50
+    assert controller.late(100, 100) == round(100 * (1 - at))
     for _ in range(50):
         controller.advance(0.05, refused=False, steps=100)
     assert controller.position > at

@@ -145,6 +145,10 @@ class FidelityController:
             self.position = min(1.0, self.position + headroom * self.speed / steps)
             self.speed = min(1.0, self.speed * self.FASTER)
 
+    def late(self, step: int, steps: int) -> int:
+        """By how many steps the clock is behind the run, `step` of whose `steps` are done."""
+        return max(0, round(step - self.position * steps))
+
     @property
     def arrived(self) -> bool:
         """Whether everything is removed, or so nearly that the rest can be done at once."""

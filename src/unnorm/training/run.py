@@ -37,7 +37,9 @@ QUICK_BLOCKS = 16
 CHECKPOINTS = 5
 LOG_LINES = 100
 READS_SHARE = 0.7
-"""Share of the run in which reads are matched; what they cost of the final KL is then made good."""
+"""Share of the run in which reads are matched; what they cost of the final KL is then made good.
+
+Steps by which the taper is late do not count: what it waits for is what matching brings about."""
 
 STRESS_TEMPERATURE = 2.0
 """Stress blocks are distilled at it: worst losses are of tokens that the teacher gives next to no probability."""
@@ -126,6 +128,7 @@ class DistillationTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.teacher, self.optimization = teacher, optimization
         self.end_of_text = None if removal is None else removal.end_of_text
+        self.controller = None if removal is None else removal.controller
         self.penalized: TaperedNorm | None = None
         if removal is not None and optimization.penalty is not None:
             self.penalized = list(removal.stand_ins.values())[-1]
@@ -195,8 +198,9 @@ class DistillationTrainer(Trainer):
         """What is left of the weights of what is matched inside the model."""
         if not self.stand_ins:
             return 0.0
-        done = self.state.global_step / max(1, self.state.max_steps)
-        return max(0.0, 1 - done / READS_SHARE)
+        step, steps = self.state.global_step, max(1, self.state.max_steps)
+        late = 0 if self.controller is None else self.controller.late(step, steps)
+        return max(0.0, 1 - (step - late) / steps / READS_SHARE)
 
     def _read_mismatch(self) -> Float[Tensor, ""]:
         mismatches = []
