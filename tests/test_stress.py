@@ -1,6 +1,8 @@
 """The blocks that no corpus has, and where a run uses them."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,6 +16,8 @@ from tests.conftest import VOCAB
 from unnorm.data import random_starts, stress_blocks
 from unnorm.losses import read_mismatch
 from unnorm.removal.blocks import with_stress
+from unnorm.schedule import FidelityController
+from unnorm.training.run import DistillationTrainer
 
 
 @settings(max_examples=20, deadline=None)
@@ -77,6 +81,19 @@ def test_read_mismatch_is_a_share_of_the_teachers_reads() -> None:
     assert float(read_mismatch(3 * teacher, teacher)) == pytest.approx(4)
     gain = torch.rand((), dtype=torch.float64) + 1
     assert float(read_mismatch(gain * torch.zeros_like(teacher), gain * teacher)) == pytest.approx(1)
+
+
+def test_matching_fades_over_the_run_and_a_late_taper_puts_that_off() -> None:
+    state = SimpleNamespace(global_step=35, max_steps=100)
+
+    def share(position: float) -> float:
+        controller = FidelityController(position=position)
+        return DistillationTrainer._inner_share(  # Nothing else of a trainer matters for it.
+            cast(Any, SimpleNamespace(stand_ins={"site": None}, state=state, controller=controller))
+        )
+
+    assert share(0.35) == pytest.approx(0.5)
+    assert share(0.07) == pytest.approx(0.9)
 
 
 def test_reads_are_matched_while_training_and_let_go_of_after_it(
