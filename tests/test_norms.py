@@ -173,6 +173,8 @@ def test_a_bounded_stand_in_holds_a_massive_activation_and_lets_ordinary_tokens_
     read = stand_in(x).square().mean(-1).sqrt()
     torch.testing.assert_close(read[:, 0], torch.full((2,), 2.0).double(), rtol=1e-4, atol=0)
     torch.testing.assert_close(stand_in(x)[:, 1:], x[:, 1:])
+    assert stand_in.held is not None
+    assert float(stand_in.held) == pytest.approx(1 / 5)
 
 
 def test_scale_is_kept_for_a_penalty_with_its_gradient() -> None:

@@ -106,6 +106,22 @@ def test_the_controller_goes_back_and_on_more_slowly() -> None:
         assert math.isclose(controller.position - after, controller.SLOWER / 100)
 
 
+def test_where_bounds_hold_nothing_any_more_everything_is_removed_at_once() -> None:
+    controller = FidelityController(kl_budget=0.1, end=0.4)
+    for _ in range(60):
+        controller.advance(0.2, refused=False, steps=100, held=0.01)
+    assert controller.position == 0 and not controller.arrived
+    for step in range(60):
+        controller.advance(0.2, refused=False, steps=100, held=0.0)
+        if step < 20:
+            assert controller.position == 0, "a few steps say nothing"
+    assert controller.position > controller.end
+    unbounded = FidelityController(kl_budget=0.1, end=0.4)
+    for _ in range(60):
+        unbounded.advance(0.2, refused=False, steps=100)
+    assert unbounded.position == 0
+
+
 def test_with_everything_removed_one_bad_batch_changes_nothing() -> None:
     controller = FidelityController(end=0.4, position=0.9, running_kl=0.05)
     for _ in range(controller.BAD_AFTER_END - 1):

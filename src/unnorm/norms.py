@@ -113,6 +113,8 @@ class TaperedNorm(nn.Module):
         self.keep_log_scale = self.keep_output = False
         self.kept_log_scale: Float[Tensor, "batch position"] | None = None
         self.kept_output: Float[Tensor, "batch position out"] | None = None
+        self.held: Float[Tensor, ""] | None = None
+        """Share of the last training batch's tokens that the bound held down."""
         self.register_buffer("alpha", torch.zeros(paths, dtype=gain.dtype, device=gain.device))
         # [0] is for ordinary tokens, [1] for special ones.
         self.register_buffer("log_constant", torch.zeros(2, dtype=gain.dtype, device=gain.device))
@@ -154,7 +156,10 @@ class TaperedNorm(nn.Module):
             return torch.lerp(torch.exp(-log_scale), torch.exp(-log_constant).expand_as(log_scale), alpha)
         if self.interpolation == "bounded":
             reach = -torch.log1p(-alpha)  # Infinite at alpha = 1.
-            return torch.exp((log_scale - log_constant).clamp(-reach, reach) - log_scale)
+            departure = log_scale - log_constant
+            if self.training:
+                self.held = (departure.detach() > reach).float().mean()
+            return torch.exp(departure.clamp(-reach, reach) - log_scale)
         return torch.exp(-(log_scale + alpha * (log_constant - log_scale)))
 
     def _affine(self, x: Float[Tensor, "batch position width"]) -> Float[Tensor, "batch position width"]:

@@ -80,8 +80,9 @@ class FidelityController:
     """The clock of a schedule, which goes on only while the model stays faithful to the original.
 
     At full speed `position` is the share of the run that is done. It slows down from half the budget on and waits while
-    the running KL is over it; it goes back, and on more slowly, when the loss spikes or a step was refused. All of this
-    is state that a checkpoint holds.
+    the running KL is over it; it goes back, and on more slowly, when the loss spikes or a step was refused. Where
+    stand-ins are bounded and their bounds hold down next to no token any more, everything is removed at once. All of
+    this is state that a checkpoint holds.
 
     Attributes:
         kl_budget: how far the model may drift on the way, nats per token.
@@ -94,6 +95,7 @@ class FidelityController:
         best_kl: least running KL since everything was removed.
         stale: steps since `best_kl` last fell by `LEAST_GAIN`.
         bad_in_a_row: steps up to now that were refused or spiked.
+        running_held: average share of the last steps' tokens that bounds held down, None where nothing is bounded.
     """
 
     MEMORY: ClassVar[float] = 0.9  # Share of the old running KL that stays at each step.
@@ -106,6 +108,7 @@ class FidelityController:
     SLOWEST: ClassVar[float] = 1 / 64
     BAD_AFTER_END: ClassVar[int] = 3
     LANDING: ClassVar[float] = 0.93  # Share of `end` where alpha is 0.988: from there on waiting is for nothing.
+    FEW: ClassVar[float] = 3e-4  # Share of tokens held down under which the bounds do nothing.
     LEAST_GAIN: ClassVar[float] = 0.01  # Relative fall of the running KL that still counts as healing.
 
     kl_budget: float = KL_BUDGET
@@ -118,14 +121,16 @@ class FidelityController:
     best_kl: float = math.inf
     stale: int = 0
     bad_in_a_row: int = 0
+    running_held: float | None = None
 
-    def advance(self, kl: float, refused: bool, steps: int) -> None:
+    def advance(self, kl: float, refused: bool, steps: int, held: float | None = None) -> None:
         """Take in one step.
 
         Args:
             kl: its KL, nats per token; may be NaN or infinite.
             refused: it was not applied.
             steps: in the whole run.
+            held: share of its tokens that bounds held down, None where nothing is bounded.
         """
         if refused or not math.isfinite(kl) or self._spikes(kl):
             self.bad_in_a_row += 1
@@ -134,10 +139,14 @@ class FidelityController:
                 self._go_back()
             return
         self.bad_in_a_row = 0
-        self.running_kl = kl if self.running_kl is None else self.MEMORY * self.running_kl + (1 - self.MEMORY) * kl
+        self.running_kl = self._remember(self.running_kl, kl)
+        if held is not None:
+            self.running_held = self._remember(self.running_held, held)
         if self.position >= self.end:
             self.position = min(1.0, self.position + 1 / steps)
             self._heal()
+        elif self.running_held is not None and self.running_held < self.FEW:
+            self.position = self.end
         elif self.running_kl > self.kl_budget and not self.arrived:
             self.waited += 1
         else:
@@ -153,6 +162,9 @@ class FidelityController:
     def arrived(self) -> bool:
         """Whether everything is removed, or so nearly that the rest can be done at once."""
         return self.position >= self.LANDING * self.end
+
+    def _remember(self, running: float | None, new: float) -> float:
+        return new if running is None else self.MEMORY * running + (1 - self.MEMORY) * new
 
     def _spikes(self, kl: float) -> bool:
         usual = math.inf if self.running_kl is None else self.running_kl

@@ -124,14 +124,16 @@ class GuardCallback(TrainerCallback, ExportableState):
         self,
         controller: FidelityController | None = None,
         take_kl: Callable[[], float] = lambda: 0.0,
+        held: Callable[[], float | None] = lambda: None,
     ) -> None:
         """Guard a run.
 
         Args:
             controller: told of every step.
             take_kl: gives the KL of the step that was just done, over all processes.
+            held: gives the share of its tokens that bounds held down, None where nothing is bounded.
         """
-        self.controller, self.take_kl = controller, take_kl
+        self.controller, self.take_kl, self.held = controller, take_kl, held
         self.norms: list[float] = []
         self.skipped = self.in_a_row = self.restored = 0
         self.good: dict[str, Tensor] = {}
@@ -184,7 +186,7 @@ class GuardCallback(TrainerCallback, ExportableState):
         controller, healthy = self.controller, not self.in_a_row
         if controller is not None:
             set_back = controller.set_back
-            controller.advance(self.take_kl(), not healthy, state.max_steps)
+            controller.advance(self.take_kl(), not healthy, state.max_steps, self.held())
             healthy = healthy and controller.set_back == set_back
             if controller.stale > max(PATIENCE * state.max_steps, LEAST_PATIENCE):
                 control.should_training_stop = True

@@ -59,7 +59,8 @@ class Optimization:
         penalty: what else is minimized at the final norm; see `scale_penalty`.
         penalty_weight: its weight.
         read_weight: weight of `read_mismatch`, averaged over all sites; it falls to 0 over the first `READS_SHARE`.
-        even_weight: weight of `unevenness`, averaged over all sites and falling alike; only of bounded stand-ins.
+        even_weight: weight of `unevenness`, averaged over all bounded sites, times alpha^4: while much is still held
+            down it would only stand in the way, and with all removed KL says the same.
     """
 
     least_lr: float
@@ -76,7 +77,7 @@ class Optimization:
 
 OPTIMIZATION: dict[Recipe, Optimization] = {
     "taper": Optimization(
-        0.0, 0.05, 0.0, (0.9, 0.98), distil=True, label_weight=0.05, read_weight=10.0, even_weight=100.0
+        0.0, 0.05, 0.0, (0.9, 0.98), distil=True, label_weight=0.05, read_weight=10.0, even_weight=1000.0
     ),
     # arXiv 2409.13710 and 2507.02559: weight decay 0.01, 20 of 300 steps of warm-up, a cosine to half the peak.
     "sequential": Optimization(0.5, 20 / 300, 0.01, (0.9, 0.999), distil=False),
@@ -160,8 +161,8 @@ class DistillationTrainer(Trainer):
             self.step_kl += shown[1:]
             if share := self._inner_share():
                 loss = loss + share * self.optimization.read_weight * self._read_mismatch()
-                if self.bounded:
-                    loss = loss + share * self.optimization.even_weight * self._unevenness()
+            if self.bounded:
+                loss = loss + self.optimization.even_weight * self._unevenness()
         self.sums += shown
         if self.penalized is not None:
             loss = loss + self._penalty(self.penalized, ids)
@@ -210,11 +211,23 @@ class DistillationTrainer(Trainer):
         return torch.stack(mismatches).mean()
 
     def _unevenness(self) -> Float[Tensor, ""]:
-        uneven = []
+        uneven = [torch.zeros((), device=self.args.device)]
         for stand_in in self.bounded:
-            assert stand_in.kept_log_scale is not None
-            uneven.append(unevenness(stand_in.kept_log_scale, stand_in.log_constant[0]))
-        return torch.stack(uneven).mean()
+            if not stand_in.removed and stand_in.kept_log_scale is not None:
+                weight = stand_in.alpha.mean() ** 4 / len(self.bounded)
+                uneven.append(weight * unevenness(stand_in.kept_log_scale, stand_in.log_constant[0]))
+        return torch.stack(uneven).sum()
+
+    def held(self) -> float | None:
+        """Share of the last batch's tokens that bounds held down, over all sites and processes; None without bounds."""
+        shares = [stand_in.held for stand_in in self.bounded if stand_in.held is not None and not stand_in.removed]
+        if not shares:
+            return None
+        mean = torch.stack(shares).mean()
+        if dist.is_initialized():
+            dist.all_reduce(mean)
+            mean /= dist.get_world_size()
+        return float(mean)
 
     def _penalty(self, norm: TaperedNorm, ids: Int[Tensor, "batch position"]) -> Float[Tensor, ""]:
         assert norm.kept_log_scale is not None and self.optimization.penalty is not None
@@ -299,7 +312,7 @@ def train(
     )
     interrupt = InterruptCallback()
     schedule = ScheduleCallback(removal, model) if removal is not None else None
-    guard = GuardCallback(removal.controller if removal is not None else None, trainer.take_step_kl)
+    guard = GuardCallback(removal.controller if removal is not None else None, trainer.take_step_kl, trainer.held)
     callbacks: list[TrainerCallback | None] = [schedule, guard, interrupt, metrics]
     for callback in callbacks:
         if callback is not None:
