@@ -113,8 +113,6 @@ class TaperedNorm(nn.Module):
         self.keep_log_scale = self.keep_output = False
         self.kept_log_scale: Float[Tensor, "batch position"] | None = None
         self.kept_output: Float[Tensor, "batch position out"] | None = None
-        self.held: Float[Tensor, ""] | None = None
-        """Share of the last training batch's tokens that the bound held down."""
         self.register_buffer("alpha", torch.zeros(paths, dtype=gain.dtype, device=gain.device))
         # [0] is for ordinary tokens, [1] for special ones.
         self.register_buffer("log_constant", torch.zeros(2, dtype=gain.dtype, device=gain.device))
@@ -127,6 +125,14 @@ class TaperedNorm(nn.Module):
     def log_scale(self, centered_x: Float[Tensor, "batch position width"]) -> Float[Tensor, "batch position 1"]:
         """Log of the scale, from x as it is divided (already centered for LayerNorm)."""
         return log_scale_of(centered_x, self.eps)
+
+    @property
+    def held(self) -> Float[Tensor, ""] | None:
+        """Share of the last training tokens that the bound holds down; None where no scale is kept or none is bound."""
+        if self.interpolation != "bounded" or self.removed or self.kept_log_scale is None:
+            return None
+        departure = self.kept_log_scale.detach() - self.log_constant[0]
+        return (departure > _reach(self.alpha)).float().mean()
 
     def forward(self, x: Float[Tensor, "batch position width"]) -> Float[Tensor, "batch position out"]:
         """The class's equation, in the parameters' precision; `out` is `width` for each path."""
@@ -155,11 +161,8 @@ class TaperedNorm(nn.Module):
         if self.interpolation == "linear":
             return torch.lerp(torch.exp(-log_scale), torch.exp(-log_constant).expand_as(log_scale), alpha)
         if self.interpolation == "bounded":
-            reach = -torch.log1p(-alpha)  # Infinite at alpha = 1.
-            departure = log_scale - log_constant
-            if self.training:
-                self.held = (departure.detach() > reach).float().mean()
-            return torch.exp(departure.clamp(-reach, reach) - log_scale)
+            reach = _reach(alpha)
+            return torch.exp((log_scale - log_constant).clamp(-reach, reach) - log_scale)
         return torch.exp(-(log_scale + alpha * (log_constant - log_scale)))
 
     def _affine(self, x: Float[Tensor, "batch position width"]) -> Float[Tensor, "batch position width"]:
@@ -185,6 +188,11 @@ class TaperedNorm(nn.Module):
         # may spoil it, for the guard that refuses its step brings only weights back.
         moving = (self.alpha < 1).all() & new.isfinite()
         self.log_constant.copy_(torch.where(moving, self.log_constant.lerp(new, 1 - self.momentum), self.log_constant))
+
+
+def _reach(alpha: Tensor) -> Tensor:
+    """How far a bounded stand-in lets a log scale go from the constant's; infinite at alpha = 1."""
+    return -torch.log1p(-alpha)
 
 
 def as_scales(mask: Bool[Tensor, "batch position"], shape: torch.Size) -> Bool[Tensor, "*token_wise"]:

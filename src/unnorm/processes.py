@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 from accelerate import PartialState
+from torch import Tensor
 
 from unnorm.errors import UnnormError
 
@@ -43,6 +44,14 @@ def agree(make: Callable[[], T]) -> T:
     if answer[1] is not None:
         raise UnnormError(answer[1])
     return answer[0]
+
+
+def total(values: Tensor) -> Tensor:
+    """Their sum over all processes, as a new tensor."""
+    values = values.clone()
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
 
 
 def leave() -> None:

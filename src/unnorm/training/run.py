@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from datasets import Dataset
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainingArgu
 from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from unnorm import processes
 from unnorm.calibrate import batches, evaluating, spread
 from unnorm.config import Plan
 from unnorm.errors import UnnormError
@@ -161,8 +161,8 @@ class DistillationTrainer(Trainer):
             self.step_kl += shown[1:]
             if share := self._inner_share():
                 loss = loss + share * self.optimization.read_weight * self._read_mismatch()
-            if self.bounded:
-                loss = loss + self.optimization.even_weight * self._unevenness()
+            if bounded := [stand_in for stand_in in self.bounded if not stand_in.removed]:
+                loss = loss + self.optimization.even_weight * self._unevenness(bounded)
         self.sums += shown
         if self.penalized is not None:
             loss = loss + self._penalty(self.penalized, ids)
@@ -210,24 +210,21 @@ class DistillationTrainer(Trainer):
             mismatches.append(read_mismatch(stand_in.kept_output, self.teacher_reads[name]))
         return torch.stack(mismatches).mean()
 
-    def _unevenness(self) -> Float[Tensor, ""]:
-        uneven = [torch.zeros((), device=self.args.device)]
-        for stand_in in self.bounded:
-            if not stand_in.removed and stand_in.kept_log_scale is not None:
-                weight = stand_in.alpha.mean() ** 4 / len(self.bounded)
-                uneven.append(weight * unevenness(stand_in.kept_log_scale, stand_in.log_constant[0]))
-        return torch.stack(uneven).sum()
+    def _unevenness(self, stand_ins: Sequence[TaperedNorm]) -> Float[Tensor, ""]:
+        uneven = []
+        for stand_in in stand_ins:
+            assert stand_in.kept_log_scale is not None
+            uneven.append(stand_in.alpha.mean() ** 4 * unevenness(stand_in.kept_log_scale, stand_in.log_constant[0]))
+        return torch.stack(uneven).mean()
 
     def held(self) -> float | None:
         """Share of the last batch's tokens that bounds held down, over all sites and processes; None without bounds."""
-        shares = [stand_in.held for stand_in in self.bounded if stand_in.held is not None and not stand_in.removed]
+        shares = [share for stand_in in self.bounded if (share := stand_in.held) is not None]
         if not shares:
             return None
         mean = torch.stack(shares).mean()
-        if dist.is_initialized():
-            dist.all_reduce(mean)
-            mean /= dist.get_world_size()
-        return float(mean)
+        share, count = processes.total(torch.stack([mean, torch.ones_like(mean)])).tolist()
+        return float(share / count)
 
     def _penalty(self, norm: TaperedNorm, ids: Int[Tensor, "batch position"]) -> Float[Tensor, ""]:
         assert norm.kept_log_scale is not None and self.optimization.penalty is not None
@@ -238,9 +235,7 @@ class DistillationTrainer(Trainer):
 
     def take_step_kl(self) -> float:
         """Mean KL on text since the last call, over all processes; as it was, where all rows were stress blocks."""
-        sums = self.step_kl.clone()
-        if dist.is_initialized():
-            dist.all_reduce(sums)
+        sums = processes.total(self.step_kl)
         self.step_kl.zero_()
         kl, count = sums.tolist()
         self.last_kl = float(kl / count) if count else self.last_kl
@@ -248,9 +243,7 @@ class DistillationTrainer(Trainer):
 
     def take_means(self) -> dict[str, float]:
         """Means of loss and KL on text since the last call, over all processes; none, where there was no text."""
-        sums = self.sums.clone()
-        if dist.is_initialized():
-            dist.all_reduce(sums)
+        sums = processes.total(self.sums)
         self.sums.zero_()
         loss, kl, count = sums.tolist()
         if not count:
