@@ -231,3 +231,8 @@ def linear_weight(module: nn.Module) -> Float[Tensor, "out in"]:
     """A view of a linear layer's weight as (out, in), whichever way the class stores it."""
     weight = module.get_parameter("weight")
     return weight.T if type(module).__name__ == "Conv1D" else weight
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer, as torch or as GPT-2 in transformers has them."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unnorm.norms import is_linear
+
 
 @dataclass(frozen=True)
 class ReadWeight:
@@ -32,7 +34,7 @@ def read_weight(module: nn.Module) -> ReadWeight | None:
         return ReadWeight(experts, f"{experts}_bias", bool(module.is_transposed), bool(module.has_bias))
     if isinstance(module, nn.Embedding | nn.modules.conv._ConvNd):
         return None
-    plain = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    plain = is_linear(module)
     has_bias = getattr(module, "bias", None) is not None
     read = ReadWeight("weight", "bias", type(module).__name__ == "Conv1D", plain or has_bias)
     if _ndim(module, "weight") == 3:
