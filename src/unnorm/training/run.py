@@ -42,9 +42,6 @@ READS_SHARE = 0.7
 
 Steps by which the taper is late do not count: what it waits for is what matching brings about."""
 
-EVEN_POWER = 12
-"""Weights of 5 and more before alpha 0.4 kept SmolLM2-135M at its KL budget there; from 0.7 on they bring its massive
-activations in."""
 STRESS_TEMPERATURE = 2.0
 """Stress blocks are distilled at it: worst losses are of tokens that the teacher gives next to no probability."""
 
@@ -63,8 +60,8 @@ class Optimization:
         penalty: what else is minimized at the final norm; see `scale_penalty`.
         penalty_weight: its weight.
         read_weight: weight of `read_mismatch`, averaged over all sites; it falls to 0 over the first `READS_SHARE`.
-        even_weight: weight of `unevenness`, averaged over all bounded sites, times alpha^`EVEN_POWER`: while much is
-            still held down it would only stand in the way, and with all removed KL says the same.
+        even_weight: weight of `unevenness`, averaged over all bounded sites, times alpha^4: while much is still held
+            down it would only stand in the way, and with all removed KL says the same.
     """
 
     least_lr: float
@@ -218,7 +215,7 @@ class DistillationTrainer(Trainer):
         uneven = []
         for stand_in in stand_ins:
             assert stand_in.kept_log_scale is not None
-            uneven.append(stand_in.alpha.mean() ** EVEN_POWER * unevenness(stand_in.kept_log_scale, stand_in.log_constant[0]))
+            uneven.append(stand_in.alpha.mean() ** 4 * unevenness(stand_in.kept_log_scale, stand_in.log_constant[0]))
         return torch.stack(uneven).mean()
 
     def held(self) -> float | None:
