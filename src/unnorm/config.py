@@ -2,6 +2,7 @@
 
 import math
 import re
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,6 +10,7 @@ import psutil
 import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from torch import nn
 from transformers import PreTrainedModel
 
 from unnorm.data import STDLIB
@@ -30,6 +32,9 @@ ends at KL 0.027 after 12,500 steps of 512 tokens and at 0.037 after 3,125 of 4,
 LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 512, 2**19
 MEMORY_SHARE = 0.5
 """Share of the free memory that activations may take."""
+LEAST_BFLOAT16_GAIN = 1.5
+"""How many times as fast a linear layer must be in bfloat16 for the whole step to gain."""
+TIMED_WIDTH, TIMED_TURNS = 512, 10
 
 
 class RemoveConfig(BaseModel):
@@ -105,6 +110,11 @@ class Plan(BaseModel):
     steps: int
     lr: float
     processes: int
+
+    @property
+    def dtype(self) -> Literal["float32", "bfloat16"]:
+        """Precision of the training passes."""
+        return "bfloat16" if self.bfloat16 else "float32"
 
     @property
     def step_tokens(self) -> int:
@@ -277,5 +287,25 @@ def _micro_batch(model: PreTrainedModel, context: int, most: int, device: str) -
 def _fast_bfloat16(device: str) -> bool:
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported()
-    # AVX-512's bfloat16 alone made training a quarter slower than float32; AMX has the matrix units.
-    return device == "cpu" and bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    if device != "cpu":
+        return False
+    able = torch.cpu.get_capabilities()
+    # AMX has matrix units for it. AVX-512's instructions made training three times as fast on one processor and a
+    # quarter slower on another.
+    return bool(able.get("amx_bf16")) or (bool(able.get("avx512_bf16")) and _bfloat16_gain() > LEAST_BFLOAT16_GAIN)
+
+
+@torch.no_grad()
+def _bfloat16_gain() -> float:
+    """How many times as fast as in float32 a linear layer is under autocast, here and now."""
+    layer, x = nn.Linear(TIMED_WIDTH, TIMED_WIDTH), torch.ones(LEAST_STEP_TOKENS, TIMED_WIDTH)
+
+    def seconds(bfloat16: bool) -> float:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            start = time.perf_counter()
+            layer(x)
+            return time.perf_counter() - start
+
+    # By turns, so that other work on the machine slows both; the first turn is for warming up.
+    turns = [(seconds(False), seconds(True)) for _ in range(TIMED_TURNS + 1)][1:]
+    return min(turn[0] for turn in turns) / min(turn[1] for turn in turns)

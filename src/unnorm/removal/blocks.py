@@ -36,7 +36,8 @@ def write_blocks(
     blocks = _read_blocks(config, plan, model, tokenizer, train_blocks, watch)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        config.save(directory / CONFIG_FILE)
+        # The precision as chosen: where it was by timing, a resumed run must not choose again.
+        config.model_copy(update={"dtype": plan.dtype}).save(directory / CONFIG_FILE)
         train = spread(blocks.train, train_blocks)
         train.save_to_disk(str(directory / DATA / "train"))
         stress = stress_blocks(

@@ -67,7 +67,7 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watcher) -> Run:
     model, tokenizer = load_original(config.model, config.trust_remote_code)
     sites = find_sites(model, config.in_place, config.keep)
     prove_sites(model, sites)
-    plan = make_plan(config, model, processes.count())
+    plan = processes.agree(lambda: make_plan(config, model, processes.count()))
     check_disk(directory, model)
     set_seed(config.seed)
     model.to(plan.device).requires_grad_(False)
