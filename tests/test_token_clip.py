@@ -62,6 +62,6 @@ def test_while_tokens_are_clipped_the_model_computes_what_it_did_and_position_0_
         same_logits, heard = passes(mostly_the_first)
     assert torch.equal(logits, same_logits)
     likeness = [torch.cosine_similarity(g.flatten(), first_alone.flatten(), dim=0) for g in (drowned, heard)]
-    assert likeness[0] > 0.999 and likeness[1] < 0.95
+    assert likeness[0] > 0.999 and likeness[1] < 0.98
     # Afterwards nothing is clipped any more.
     assert torch.equal(passes(mostly_the_first)[1], drowned)

@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from unnorm.norms import is_linear
 
-TOKEN_CLIP = 3.0
+TOKEN_CLIP = 20.0
 """A token's gradient may be this many times as long as the batch's median."""
 
 

@@ -1,0 +1,48 @@
+"""Which precision the training passes take where the user does not say."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import GPT2LMHeadModel
+
+import unnorm
+from unnorm import config
+from unnorm.config import RemoveConfig, make_plan
+
+
+@pytest.mark.parametrize(
+    ("able", "gain", "bfloat16"),
+    [
+        ({"amx_bf16": True}, 0.1, True),
+        ({"avx512_bf16": True}, 3.0, True),
+        ({"avx512_bf16": True}, 0.8, False),
+        ({"avx512_bf16": False}, 3.0, False),
+        ({}, 3.0, False),
+    ],
+)
+def test_bfloat16_is_taken_where_it_is_faster(
+    able: dict[str, bool], gain: float, bfloat16: bool, tiny_model: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    monkeypatch.setattr(config, "_bfloat16_gain", lambda: gain)
+    assert make_plan(RemoveConfig(device="cpu"), tiny_model).bfloat16 is bfloat16
+    assert make_plan(RemoveConfig(device="cpu", dtype="float32"), tiny_model).dtype == "float32"
+    assert make_plan(RemoveConfig(device="cpu", dtype="bfloat16"), tiny_model).dtype == "bfloat16"
+
+
+def test_it_is_timed() -> None:
+    assert 0 < config._bfloat16_gain() < 1000
+
+
+@pytest.mark.parametrize("gain", [3.0, 0.8])
+def test_a_run_keeps_what_was_chosen_by_timing(
+    gain: float, tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(config, "_bfloat16_gain", lambda: gain)
+    run = tmp_path / "run"
+    result = unnorm.remove(model=str(tiny_model_dir), data=str(text_file), tokens=512, out=run, device="cpu")
+    saved = yaml.safe_load((run / "config.yaml").read_text())["dtype"]
+    assert saved == ("bfloat16" if result["plan"]["bfloat16"] else "float32") == ("bfloat16" if gain > 1 else "float32")
