@@ -429,7 +429,7 @@ def test_kept_norms_stay_and_are_counted(
     config.vocab_size = len(tiny_tokenizer)
     random_model(lambda: config).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    options: dict[str, Any] = {"context": 32, "batch_size": 8, "tokens": 30 * 256, "device": "cpu", "kl_budget": 100}
+    options: dict[str, Any] = {"context": 32, "batch_size": 8, "tokens": 100 * 256, "device": "cpu", "kl_budget": 100}
     result = unnorm.remove(
         model=str(tmp_path / "model"), data=str(text_file), out=tmp_path / "run", keep="[qk]_norm", **options
     )

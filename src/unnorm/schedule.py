@@ -100,7 +100,7 @@ class FidelityController:
 
     MEMORY: ClassVar[float] = 0.9  # Share of the old running KL that stays at each step.
     SPIKE: ClassVar[float] = 4.0  # A step whose KL is this many times the running one is a spike,
-    NO_SPIKE: ClassVar[float] = 0.2  # unless it is under this share of the budget.
+    NO_SPIKE: ClassVar[float] = 0.5  # unless it is under this share of the budget.
     SLOWS: ClassVar[float] = 0.5  # Share of the budget that must be left for full speed.
     BACK: ClassVar[float] = 0.03  # How far the clock goes back, as a share of `end`.
     SLOWER: ClassVar[float] = 0.5  # Change of speed when the clock goes back,
