@@ -10,6 +10,7 @@ from transformers import GPT2LMHeadModel
 import unnorm
 from unnorm import config
 from unnorm.config import RemoveConfig, make_plan
+from unnorm.removal.run import saved_options
 
 
 @pytest.mark.parametrize(
@@ -45,4 +46,6 @@ def test_a_run_keeps_what_was_chosen_by_timing(
     run = tmp_path / "run"
     result = unnorm.remove(model=str(tiny_model_dir), data=str(text_file), tokens=512, out=run, device="cpu")
     saved = yaml.safe_load((run / "config.yaml").read_text())["dtype"]
+    (run / "result.json").unlink()
+    assert saved_options({"out": run, "dtype": "auto"})["dtype"] == saved
     assert saved == ("bfloat16" if result["plan"]["bfloat16"] else "float32") == ("bfloat16" if gain > 1 else "float32")

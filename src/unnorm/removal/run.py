@@ -54,6 +54,8 @@ def saved_options(options: dict[str, Any]) -> dict[str, Any]:
         raise UnnormError(f"'{directory}' holds no run to resume: there is no {CONFIG_FILE} in it.")
     saved = read_config_file(directory / CONFIG_FILE)
     asked = RemoveConfig.create(**{**saved, **options}).model_dump(mode="json")
+    if asked["dtype"] == "auto":  # The precision that was chosen is what was saved.
+        asked["dtype"] = saved.get("dtype")
     changed = [key for key in options if key not in _MAY_CHANGE_ON_RESUME and asked[key] != saved.get(key)]
     if changed:
         was = ", ".join(f"{key} {saved.get(key)}" for key in changed)
