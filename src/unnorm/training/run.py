@@ -31,6 +31,7 @@ from unnorm.training.callbacks import (
     ScheduleCallback,
     Watcher,
 )
+from unnorm.training.first_tokens import FIRST_TOKENS, FIRST_WEIGHT, first_token_loss
 from unnorm.training.token_clip import clipping_tokens
 
 QUICK_BLOCKS = 16
@@ -147,6 +148,8 @@ class DistillationTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """Loss of a batch of `input_ids`, (batch, position); sums up what the next log line shows, of `text` rows."""
         ids, is_text = inputs["input_ids"], inputs["text"]
+        # Before the batch's own pass: what stand-ins keep is to be of that one.
+        first_loss = self._first_token_loss(model, ids.numel())
         output = model(input_ids=ids, use_cache=False)
         if self.teacher is None:
             loss = next_token_loss(output.logits, ids)
@@ -164,10 +167,20 @@ class DistillationTrainer(Trainer):
                 loss = loss + share * self.optimization.read_weight * self._read_mismatch()
             if bounded := [stand_in for stand_in in self.bounded if not stand_in.removed]:
                 loss = loss + self.optimization.even_weight * self._unevenness(bounded)
+            if first_loss is not None:
+                loss = loss + FIRST_WEIGHT * first_loss
         self.sums += shown
         if self.penalized is not None:
             loss = loss + self._penalty(self.penalized, ids)
         return (loss, output) if return_outputs else loss
+
+    def _first_token_loss(self, model: nn.Module, tokens: int) -> Float[Tensor, ""] | None:
+        if self.teacher is None or not self.bounded or not all(stand_in.removed for stand_in in self.bounded):
+            return None
+        # Not compiled: another shape would have all be compiled anew. Nor wrapped: one pass a step is for reducing.
+        plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        with self.accelerator.autocast():
+            return first_token_loss(plain, self.teacher, max(1, round(FIRST_TOKENS * tokens)))
 
     @contextmanager
     def matching_reads(self) -> Iterator[None]:
