@@ -392,6 +392,7 @@ def main() -> None:
 
 def _quiet() -> None:
     """One voice: the libraries' own progress bars would write over ours."""
+    os.environ["TQDM_DISABLE"] = "1"  # Read when tqdm is first imported; GGUF files are read with a bar of its own.
     import datasets
     from transformers.utils import logging
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from unnorm.calibrate import batches, collect_log_scales, evaluating, set_constants
 from unnorm.models import context_length
-from unnorm.norms import Estimator, TaperedNorm
+from unnorm.norms import Estimator, TaperedNorm, removed
 from unnorm.sites import NormSite, vocabulary_size
 
 STRENGTH = 0.5
@@ -98,12 +98,8 @@ def naive_kl(
     student: PreTrainedModel, original: PreTrainedModel, stand_ins: dict[str, TaperedNorm], blocks: Dataset
 ) -> float:
     """KL(original || student) with every norm replaced by its constant, nats per token; infinite if not a number."""
-    for stand_in in stand_ins.values():
-        stand_in.removed = True
-    kl = mean_kl(student, original, blocks)
-    for stand_in in stand_ins.values():
-        stand_in.removed = False
-    return kl
+    with removed(stand_ins.values()):
+        return mean_kl(student, original, blocks)
 
 
 @torch.no_grad()

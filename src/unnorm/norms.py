@@ -1,5 +1,7 @@
 """The module that stands in for a norm while it is tapered."""
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Literal, cast
 
 import torch
@@ -126,6 +128,13 @@ class TaperedNorm(nn.Module):
         """Log of the scale, from x as it is divided (already centered for LayerNorm)."""
         return log_scale_of(centered_x, self.eps)
 
+    def departure(self, x: Float[Tensor, "*token width"]) -> Float[Tensor, "*token"]:
+        """How far the log scale of what the site reads is from the constant's."""
+        x = x.to(self.gain.dtype)
+        if self.centered:
+            x = x - x.mean(-1, keepdim=True)
+        return self.log_scale(x).squeeze(-1) - self.log_constant[0]
+
     @property
     def held(self) -> Float[Tensor, ""] | None:
         """Share of the last training tokens that the bound holds down; None where no scale is kept or none is bound."""
@@ -140,12 +149,15 @@ class TaperedNorm(nn.Module):
         x = x.to(self.gain.dtype)
         if self.centered:
             x = x - x.mean(-1, keepdim=True)
-        if self.keep_log_scale and self.training:
-            self.kept_log_scale = self.log_scale(x).squeeze(-1)
+        keeps = self.keep_log_scale and self.training
         if self.removed:
+            if keeps:
+                self.kept_log_scale = self.log_scale(x).squeeze(-1)
             factors = [torch.exp(-self._log_constant(x))] * len(self.alpha)
         else:
             log_scale = self.log_scale(x)
+            if keeps:
+                self.kept_log_scale = log_scale.squeeze(-1)
             if self.estimating and self.training:
                 self._update_constants(log_scale.detach().squeeze(-1))
             log_constant = self._log_constant(x)
@@ -203,6 +215,19 @@ def as_scales(mask: Bool[Tensor, "batch position"], shape: torch.Size) -> Bool[T
     return mask.view(shape)  # OPT's norms see batch and position as one.
 
 
+@contextmanager
+def removed(stand_ins: Iterable[TaperedNorm]) -> Iterator[None]:
+    """For a while all of them divide by their constants alone."""
+    stand_ins = list(stand_ins)
+    for stand_in in stand_ins:
+        stand_in.removed = True
+    try:
+        yield
+    finally:
+        for stand_in in stand_ins:
+            stand_in.removed = False
+
+
 class PathReader(nn.Module):
     """A linear layer that reads the two paths of a `TaperedNorm`: query/key first, value second.
 
@@ -230,9 +255,14 @@ class PathReader(nn.Module):
 def linear_weight(module: nn.Module) -> Float[Tensor, "out in"]:
     """A view of a linear layer's weight as (out, in), whichever way the class stores it."""
     weight = module.get_parameter("weight")
-    return weight.T if type(module).__name__ == "Conv1D" else weight
+    return weight.T if is_conv1d(module) else weight
 
 
 def is_linear(module: nn.Module) -> bool:
     """Whether it is a linear layer, as torch or as GPT-2 in transformers has them."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return isinstance(module, nn.Linear) or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is GPT-2's kind of linear layer, which keeps its weight as (in, out)."""
+    return type(module).__name__ == "Conv1D"

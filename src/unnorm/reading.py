@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unnorm.norms import is_linear
+from unnorm.norms import is_conv1d, is_linear
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def read_weight(module: nn.Module) -> ReadWeight | None:
         return None
     plain = is_linear(module)
     has_bias = getattr(module, "bias", None) is not None
-    read = ReadWeight("weight", "bias", type(module).__name__ == "Conv1D", plain or has_bias)
+    read = ReadWeight("weight", "bias", is_conv1d(module), plain or has_bias)
     if _ndim(module, "weight") == 3:
         return read
     return read if _ndim(module, "weight") == 2 and (plain or _is_linear(module)) else None

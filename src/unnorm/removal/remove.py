@@ -19,7 +19,7 @@ from unnorm.errors import UnnormError
 from unnorm.fold import install, prove_sites, uninstall_paths
 from unnorm.massive import shrink_massive
 from unnorm.models import copy_model, disable_dropout, fuse_activations, load_original
-from unnorm.norms import TaperedNorm, TokenMask
+from unnorm.norms import TaperedNorm, TokenMask, removed
 from unnorm.removal.blocks import with_stress, write_blocks
 from unnorm.removal.conclude import conclude, evaluate
 from unnorm.removal.run import BEFORE, CHECKPOINTS, CONTROL, DATA, Run, check_disk, open_directory, saved_options
@@ -129,11 +129,8 @@ def _train_removal(run: Run) -> tuple[dict[str, Any], Outcome | None]:
 def _naive_removal(run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNorm]) -> dict[str, Any]:
     """Loss and KL with every norm replaced by its calibrated constant, before any training."""
     run.say("measuring naive removal")
-    for stand_in in stand_ins.values():
-        stand_in.removed = True
-    measured = evaluate(run, student, "naive removal")
-    for stand_in in stand_ins.values():
-        stand_in.removed = False
+    with removed(stand_ins.values()):
+        measured = evaluate(run, student, "naive removal")
     if not math.isfinite(measured.loss):
         run.say("without its norms and without training the model overflows: its loss is not a number")
     return {"naive_loss": measured.loss, "naive_kl": float(measured.kl or 0.0)}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from unnorm import processes
 from unnorm.config import Plan
 from unnorm.norms import TaperedNorm, TokenMask
 from unnorm.schedule import FidelityController, Schedule
@@ -217,12 +218,7 @@ class InterruptCallback(TrainerCallback):
         self.asked = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        asked = self.asked
-        if dist.is_initialized():
-            flag = torch.tensor(float(asked), device=args.device)
-            dist.all_reduce(flag)
-            asked = bool(flag > 0)
-        if asked:
+        if processes.total(torch.tensor(float(self.asked), device=args.device)) > 0:
             self.asked = control.should_save = control.should_training_stop = True
 
     @contextmanager

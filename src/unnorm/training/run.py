@@ -43,6 +43,9 @@ READS_SHARE = 0.7
 
 Steps by which the taper is late do not count: what it waits for is what matching brings about."""
 
+MASSIVE_SCALE = 3.0
+"""A token is massive at a site where its scale in the original is this many times the constant."""
+
 STRESS_TEMPERATURE = 2.0
 """Stress blocks are distilled at it: worst losses are of tokens that the teacher gives next to no probability."""
 
@@ -138,6 +141,7 @@ class DistillationTrainer(Trainer):
             self.penalized.keep_log_scale = True
         self.stand_ins = removal.stand_ins if removal is not None and optimization.read_weight else {}
         self.teacher_reads: dict[str, Tensor] = {}
+        self.massive: dict[str, Tensor] = {}
         self.bounded = [stand_in for stand_in in self.stand_ins.values() if stand_in.interpolation == "bounded"]
         self.sums = torch.zeros(3, device=self.args.device)
         self.step_kl = torch.zeros(2, device=self.args.device)
@@ -189,6 +193,8 @@ class DistillationTrainer(Trainer):
         def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
             def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
                 self.teacher_reads[name] = output
+                if self.bounded:
+                    self.massive[name] = self.stand_ins[name].departure(args[0]) > math.log(MASSIVE_SCALE)
 
             return hook
 
@@ -208,6 +214,7 @@ class DistillationTrainer(Trainer):
             for stand_in in self.bounded:
                 stand_in.keep_log_scale, stand_in.kept_log_scale = False, None
             self.teacher_reads.clear()
+            self.massive.clear()
 
     def _inner_share(self) -> float:
         """What is left of the weights of what is matched inside the model."""
@@ -221,7 +228,8 @@ class DistillationTrainer(Trainer):
         mismatches = []
         for name, stand_in in self.stand_ins.items():
             assert stand_in.kept_output is not None
-            mismatches.append(read_mismatch(stand_in.kept_output, self.teacher_reads[name]))
+            teacher_read, massive = self.teacher_reads[name], self.massive.get(name)
+            mismatches.append(read_mismatch(stand_in.kept_output, teacher_read, massive))
         return torch.stack(mismatches).mean()
 
     def _unevenness(self, stand_ins: Sequence[TaperedNorm]) -> Float[Tensor, ""]:
