@@ -1,6 +1,5 @@
 """The guard, and what the training loop does with a step that must not be applied."""
 
-import itertools
 import json
 import math
 import re
@@ -93,39 +92,6 @@ def test_a_resumed_guard_goes_on_as_it_was(tmp_path: Path) -> None:
     again.on_train_begin(TrainingArguments(str(tmp_path)), state, TrainerControl(), model=model)
     assert again.controller == guard.controller
     assert (again.norms, again.skipped, again.in_a_row) == (guard.norms, 1, 1)
-
-
-def test_a_run_that_waits_learns_at_a_lower_rate(
-    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
-) -> None:
-    applied: list[float] = []
-
-    class Remembering(GuardCallback):
-        def on_pre_optimizer_step(self, *args: Any, **more: Any) -> None:
-            scheduled = more["optimizer"].param_groups[0]["lr"]
-            assert self.controller is not None
-            rate = self.controller.rate
-            super().on_pre_optimizer_step(*args, **more)
-            assert more["optimizer"].param_groups[0]["lr"] == pytest.approx(scheduled * rate)
-            applied.append(scheduled)
-
-    monkeypatch.setattr(run, "GuardCallback", Remembering)
-    with pytest.raises(unnorm.UnnormError, match="still norms"):
-        unnorm.remove(
-            model=str(tiny_model_dir),
-            data=str(text_file),
-            out=tmp_path,
-            tokens=10_000,
-            device="cpu",
-            batch_size=8,
-            kl_budget=1e-6,
-        )
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    rates = [row["rate"] for row in rows]
-    assert rates[0] == 1 and 1 > rates[-1] >= FidelityController.CALMEST
-    # The schedule itself goes on as ever, in a straight line to zero.
-    falls = [before - after for before, after in itertools.pairwise(applied[5:])]
-    assert falls == pytest.approx([falls[0]] * len(falls))
 
 
 def test_a_step_of_nan_is_not_applied(

@@ -80,17 +80,15 @@ class FidelityController:
     """The clock of a schedule, which goes on only while the model stays faithful to the original.
 
     At full speed `position` is the share of the run that is done. It slows down from half the budget on and waits while
-    the running KL is over it; it goes back, and on more slowly, when the loss spikes or a step was refused. While it
-    waits the learning rate falls: how far a model stays from the original at one alpha is mostly how noisy its steps
-    are. Where stand-ins are bounded and their bounds hold down next to no token any more, everything is removed at
-    once. All of this is state that a checkpoint holds.
+    the running KL is over it; it goes back, and on more slowly, when the loss spikes or a step was refused. Where
+    stand-ins are bounded and their bounds hold down next to no token any more, everything is removed at once. All of
+    this is state that a checkpoint holds.
 
     Attributes:
         kl_budget: how far the model may drift on the way, nats per token.
         end: position at which the schedule has removed everything; after it the clock always runs.
         position: what the schedule is asked for.
         speed: share of full speed.
-        rate: share of the learning rate.
         running_kl: average KL of the last steps, None before the first.
         waited: steps that the clock stood still.
         set_back: times that it went back.
@@ -108,8 +106,6 @@ class FidelityController:
     SLOWER: ClassVar[float] = 0.5  # Change of speed when the clock goes back,
     FASTER: ClassVar[float] = 1.05  # and with each step that goes well.
     SLOWEST: ClassVar[float] = 1 / 64
-    CALMER: ClassVar[float] = 0.98  # Change of rate with each step that waits,
-    CALMEST: ClassVar[float] = 0.25  # down to this.
     BAD_AFTER_END: ClassVar[int] = 3
     LANDING: ClassVar[float] = 0.93  # Share of `end` where alpha is 0.988: from there on waiting is for nothing.
     FEW: ClassVar[float] = 3e-4  # Share of tokens held down under which the bounds do nothing.
@@ -119,7 +115,6 @@ class FidelityController:
     end: float = 1.0
     position: float = 0.0
     speed: float = 1.0
-    rate: float = 1.0
     running_kl: float | None = None
     waited: int = 0
     set_back: int = 0
@@ -154,7 +149,6 @@ class FidelityController:
             self.position = self.end
         elif self.running_kl > self.kl_budget and not self.arrived:
             self.waited += 1
-            self.rate = max(self.CALMEST, self.rate * self.CALMER)
         else:
             headroom = 1.0 if self.arrived else min(1.0, (1 - self.running_kl / self.kl_budget) / self.SLOWS)
             self.position = min(1.0, self.position + headroom * self.speed / steps)

@@ -163,17 +163,8 @@ class GuardCallback(TrainerCallback, ExportableState):
         self._remember(model)
 
     def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
     ) -> None:
-        if self.controller is not None and optimizer is not None:
-            for group in optimizer.param_groups:  # Which the scheduler sets anew after each step.
-                group["lr"] *= self.controller.rate
         norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), self.CLIP))
         typical = sorted(self.norms)[len(self.norms) // 2] if self.norms else math.inf
         if math.isfinite(norm) and norm <= self.EXPLODES * max(typical, self.CLIP):
@@ -312,8 +303,7 @@ class MetricsCallback(TrainerCallback):
             removed = [bool((s.alpha >= 1).all()) for s in self.removal.stand_ins.values()]
             row |= {"sites_removed": sum(removed), "sites": len(removed)}
             if self.removal.controller is not None:
-                controller = self.removal.controller
-                row |= {"waited": controller.waited, "set_back": controller.set_back, "rate": controller.rate}
+                row["waited"], row["set_back"] = self.removal.controller.waited, self.removal.controller.set_back
         row["tokens_per_second"] = row["tokens"] / max(self.seconds, 1e-9)
         self.rows.append(row)
         if state.is_world_process_zero:
