@@ -46,11 +46,6 @@ Steps by which the taper is late do not count: what it waits for is what matchin
 MASSIVE_SCALE = 3.0
 """A token is massive at a site where its scale in the original is this many times the constant."""
 
-EVEN_POWER = 12
-"""Power of alpha that unevenness counts by, 6 at alpha 0.65 and 140 at 0.85 with the weight of 1000. With 50 or more at
-alpha 0.5 the cheapest way to even scales was to write no massive activation at all, and attention lost its sink in one
-block of three."""
-
 STRESS_TEMPERATURE = 2.0
 """Stress blocks are distilled at it: worst losses are of tokens that the teacher gives next to no probability."""
 
@@ -69,7 +64,8 @@ class Optimization:
         penalty: what else is minimized at the final norm; see `scale_penalty`.
         penalty_weight: its weight.
         read_weight: weight of `read_mismatch`, averaged over all sites; it falls to 0 over the first `READS_SHARE`.
-        even_weight: weight of `unevenness`, averaged over all bounded sites, times a power of alpha; see `EVEN_POWER`.
+        even_weight: weight of `unevenness`, averaged over all bounded sites, times alpha^4: while much is still held
+            down it would only stand in the way, and with all removed KL says the same.
     """
 
     least_lr: float
@@ -240,7 +236,7 @@ class DistillationTrainer(Trainer):
         uneven = []
         for stand_in in stand_ins:
             assert stand_in.kept_log_scale is not None
-            share = stand_in.alpha.mean() ** EVEN_POWER
+            share = stand_in.alpha.mean() ** 4
             uneven.append(share * unevenness(stand_in.kept_log_scale, stand_in.log_constant[0]))
         return torch.stack(uneven).mean()
 
