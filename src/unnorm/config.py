@@ -206,7 +206,7 @@ def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) 
         batch_size=batch_size,
         micro_batch=micro_batch,
         steps=max(1, round(tokens / (batch_size * context))) if tokens else 0,
-        lr=config.lr or default_lr(model, config.recipe, batch_size * context),
+        lr=config.lr or default_lr(model, config.recipe),
         processes=processes,
     )
 
@@ -223,18 +223,14 @@ def control_plan(plan: Plan) -> Plan:
     return plan.model_copy(update={"batch_size": batch_size, "steps": steps})
 
 
-def default_lr(model: PreTrainedModel, recipe: Recipe, step_tokens: int = LEAST_STEP_TOKENS) -> float:
+def default_lr(model: PreTrainedModel, recipe: Recipe) -> float:
     """Peak learning rate, by the model's width.
 
     The published recipes have the 6e-4 of arXiv 2409.13710 at GPT-2 small's width. `taper` takes less, since its steps
-    are more and smaller and must not carry the model off where there is nothing to learn (`docs/method.md`). Its power
-    of the width goes through what suits the bundled model (128 wide) and SmolLM2-135M (576 wide: 1e-4), and lies
-    between the root and the 1/width of arXiv 2203.03466; with larger steps it rises with their root (arXiv 2205.10287).
+    are more and smaller and must not carry the model off where there is nothing to learn (`docs/method.md`).
     """
-    width = int(model.config.get_text_config().hidden_size)
-    if recipe != "taper":
-        return min(2e-3, 6e-4 * (768 / width) ** 0.5)
-    return min(2e-3, 3.06e-4 * (128 / width) ** 0.75 * max(1.0, step_tokens / LEAST_STEP_TOKENS) ** 0.5)
+    at_768 = 1.25e-4 if recipe == "taper" else 6e-4
+    return min(2e-3, at_768 * (768 / int(model.config.get_text_config().hidden_size)) ** 0.5)
 
 
 def choose_context(asked: int | None, *models: PreTrainedModel) -> int:

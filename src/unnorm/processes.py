@@ -19,14 +19,9 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def rank() -> int:
-    """Which of them this process is, from 0."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def is_main() -> bool:
     """Whether this is the process that writes and talks."""
-    return rank() == 0
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def join(device: str) -> None:

@@ -31,7 +31,6 @@ from unnorm.training.callbacks import (
     ScheduleCallback,
     Watcher,
 )
-from unnorm.training.first_tokens import FIRST_TOKENS, FIRST_WEIGHT, first_token_loss
 from unnorm.training.token_clip import clipping_tokens
 
 QUICK_BLOCKS = 16
@@ -42,9 +41,6 @@ READS_SHARE = 0.7
 """Share of the run in which reads are matched; what they cost of the final KL is then made good.
 
 Steps by which the taper is late do not count: what it waits for is what matching brings about."""
-
-MASSIVE_SCALE = 3.0
-"""A token is massive at a site where its scale in the original is this many times the constant."""
 
 STRESS_TEMPERATURE = 2.0
 """Stress blocks are distilled at it: worst losses are of tokens that the teacher gives next to no probability."""
@@ -141,7 +137,6 @@ class DistillationTrainer(Trainer):
             self.penalized.keep_log_scale = True
         self.stand_ins = removal.stand_ins if removal is not None and optimization.read_weight else {}
         self.teacher_reads: dict[str, Tensor] = {}
-        self.massive: dict[str, Tensor] = {}
         self.bounded = [stand_in for stand_in in self.stand_ins.values() if stand_in.interpolation == "bounded"]
         self.sums = torch.zeros(3, device=self.args.device)
         self.step_kl = torch.zeros(2, device=self.args.device)
@@ -152,8 +147,6 @@ class DistillationTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """Loss of a batch of `input_ids`, (batch, position); sums up what the next log line shows, of `text` rows."""
         ids, is_text = inputs["input_ids"], inputs["text"]
-        # Before the batch's own pass: what stand-ins keep is to be of that one.
-        first_loss = self._first_token_loss(model, ids.numel())
         output = model(input_ids=ids, use_cache=False)
         if self.teacher is None:
             loss = next_token_loss(output.logits, ids)
@@ -171,20 +164,10 @@ class DistillationTrainer(Trainer):
                 loss = loss + share * self.optimization.read_weight * self._read_mismatch()
             if bounded := [stand_in for stand_in in self.bounded if not stand_in.removed]:
                 loss = loss + self.optimization.even_weight * self._unevenness(bounded)
-            if first_loss is not None:
-                loss = loss + FIRST_WEIGHT * first_loss
         self.sums += shown
         if self.penalized is not None:
             loss = loss + self._penalty(self.penalized, ids)
         return (loss, output) if return_outputs else loss
-
-    def _first_token_loss(self, model: nn.Module, tokens: int) -> Float[Tensor, ""] | None:
-        if self.teacher is None or not self.bounded or not all(stand_in.removed for stand_in in self.bounded):
-            return None
-        # Not compiled: another shape would have all be compiled anew. Nor wrapped: one pass a step is for reducing.
-        plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        with self.accelerator.autocast():
-            return first_token_loss(plain, self.teacher, max(1, round(FIRST_TOKENS * tokens)))
 
     @contextmanager
     def matching_reads(self) -> Iterator[None]:
@@ -193,8 +176,6 @@ class DistillationTrainer(Trainer):
         def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
             def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
                 self.teacher_reads[name] = output
-                if self.bounded:
-                    self.massive[name] = self.stand_ins[name].departure(args[0]) > math.log(MASSIVE_SCALE)
 
             return hook
 
@@ -214,7 +195,6 @@ class DistillationTrainer(Trainer):
             for stand_in in self.bounded:
                 stand_in.keep_log_scale, stand_in.kept_log_scale = False, None
             self.teacher_reads.clear()
-            self.massive.clear()
 
     def _inner_share(self) -> float:
         """What is left of the weights of what is matched inside the model."""
@@ -228,16 +208,14 @@ class DistillationTrainer(Trainer):
         mismatches = []
         for name, stand_in in self.stand_ins.items():
             assert stand_in.kept_output is not None
-            teacher_read, massive = self.teacher_reads[name], self.massive.get(name)
-            mismatches.append(read_mismatch(stand_in.kept_output, teacher_read, massive))
+            mismatches.append(read_mismatch(stand_in.kept_output, self.teacher_reads[name]))
         return torch.stack(mismatches).mean()
 
     def _unevenness(self, stand_ins: Sequence[TaperedNorm]) -> Float[Tensor, ""]:
         uneven = []
         for stand_in in stand_ins:
             assert stand_in.kept_log_scale is not None
-            share = stand_in.alpha.mean() ** 4
-            uneven.append(share * unevenness(stand_in.kept_log_scale, stand_in.log_constant[0]))
+            uneven.append(stand_in.alpha.mean() ** 4 * unevenness(stand_in.kept_log_scale, stand_in.log_constant[0]))
         return torch.stack(uneven).mean()
 
     def held(self) -> float | None:

@@ -1,17 +1,16 @@
-"""What a run takes where the user does not say: precision and learning rate."""
+"""Which precision the training passes take where the user does not say."""
 
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel
 
 import unnorm
 from unnorm import config
-from unnorm.config import RemoveConfig, default_lr, make_plan
+from unnorm.config import RemoveConfig, make_plan
 from unnorm.removal.run import saved_options
-from unnorm.schedule import Recipe
 
 
 @pytest.mark.parametrize(
@@ -32,23 +31,6 @@ def test_bfloat16_is_taken_where_it_is_faster(
     assert make_plan(RemoveConfig(device="cpu"), tiny_model).bfloat16 is bfloat16
     assert make_plan(RemoveConfig(device="cpu", dtype="float32"), tiny_model).dtype == "float32"
     assert make_plan(RemoveConfig(device="cpu", dtype="bfloat16"), tiny_model).dtype == "bfloat16"
-
-
-@pytest.mark.parametrize(("recipe", "power"), [("taper", 0.75), ("sequential", 0.5)])
-def test_the_learning_rate_falls_with_the_width(recipe: Recipe, power: float) -> None:
-    narrow, wide = (GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=width, vocab_size=8)) for width in (96, 192))
-    assert default_lr(narrow, recipe) / default_lr(wide, recipe) == pytest.approx(2**power)
-
-
-def test_the_learning_rate_rises_with_the_root_of_larger_steps(tiny_model: GPT2LMHeadModel) -> None:
-    def rate(step_tokens: int, recipe: Recipe = "taper") -> float:
-        return default_lr(tiny_model, recipe, step_tokens) / default_lr(tiny_model, recipe)
-
-    assert [rate(128), rate(512), rate(1024)] == pytest.approx([1, 1, 2**0.5])
-    assert rate(4096, "sequential") == 1  # The papers give theirs for steps of their own.
-    context = tiny_model.config.n_positions
-    plan = make_plan(RemoveConfig(device="cpu", batch_size=1024 // context, lr=None), tiny_model)
-    assert plan.lr == default_lr(tiny_model, "taper", 1024)
 
 
 def test_it_is_timed() -> None:
