@@ -43,8 +43,9 @@ def model() -> GPT2LMHeadModel:
 
 
 def test_while_tokens_are_clipped_the_model_computes_what_it_did_and_position_0_steers_less(
-    model: GPT2LMHeadModel,
+    model: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("unnorm.training.token_clip.TOKEN_CLIP", 3.0)
     ids = torch.arange(16).view(2, 8)
     weight = model.transformer.h[0].mlp.c_fc.weight
 
@@ -62,6 +63,6 @@ def test_while_tokens_are_clipped_the_model_computes_what_it_did_and_position_0_
         same_logits, heard = passes(mostly_the_first)
     assert torch.equal(logits, same_logits)
     likeness = [torch.cosine_similarity(g.flatten(), first_alone.flatten(), dim=0) for g in (drowned, heard)]
-    assert likeness[0] > 0.999 and likeness[1] < 0.98
+    assert likeness[0] > 0.999 and likeness[1] < 0.95
     # Afterwards nothing is clipped any more.
     assert torch.equal(passes(mostly_the_first)[1], drowned)

@@ -105,8 +105,7 @@ class ScheduleCallback(TrainerCallback):
         if not dist.is_initialized():
             return
         stand_ins = list(self.removal.stand_ins.values())
-        constants = torch.stack([stand_in.log_constant for stand_in in stand_ins])
-        dist.all_reduce(constants)
+        constants = processes.total(torch.stack([stand_in.log_constant for stand_in in stand_ins]))
         for stand_in, mean in zip(stand_ins, constants / dist.get_world_size(), strict=True):
             stand_in.log_constant.copy_(mean)
 
