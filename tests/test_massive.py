@@ -15,7 +15,7 @@ from tests.test_families import FAMILIES, random_model
 from unnorm.calibrate import collect_log_scales, set_constants
 from unnorm.equalize import mean_kl, naive_kl
 from unnorm.fold import install
-from unnorm.losses import unevenness
+from unnorm.losses import read_mismatch, unevenness
 from unnorm.massive import Neuron, shrink_massive
 from unnorm.models import copy_model
 from unnorm.norms import linear_weight
@@ -177,7 +177,14 @@ def test_a_run_says_what_it_scaled_down_and_binds_what_is_left(
         uneven.append(unevenness(log_scale, log_constant))
         return uneven[-1]
 
+    marked: list[torch.Tensor] = []
+
+    def remember_massive(read: torch.Tensor, teacher_read: torch.Tensor, massive: torch.Tensor) -> torch.Tensor:
+        marked.append(massive)
+        return read_mismatch(read, teacher_read, massive)
+
     monkeypatch.setattr("unnorm.training.run.unevenness", remember)
+    monkeypatch.setattr("unnorm.training.run.read_mismatch", remember_massive)
     with_massive(tiny_model, GPT2).save_pretrained(tmp_path / "planted")
     tiny_tokenizer.save_pretrained(tmp_path / "planted")
     text = tmp_path / "text.jsonl"
@@ -198,6 +205,9 @@ def test_a_run_says_what_it_scaled_down_and_binds_what_is_left(
     assert neuron["factor"] < 1 < neuron["length"]
     assert max(float(value.detach()) for value in uneven) > 0
     assert result["norm_modules_left"] == 0
+    # Of the sites some read the planted vector, at few tokens, and others before it none.
+    shares = [float(massive.float().mean()) for massive in marked]
+    assert min(shares) == 0 < max(shares) < 0.5
 
 
 def test_a_model_without_any_is_not_bound(

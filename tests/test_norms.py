@@ -1,5 +1,7 @@
 """Stand-ins: the norm at one end, an affine map at the other, and what lies between."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -176,6 +178,16 @@ def test_a_bounded_stand_in_holds_a_massive_activation_and_lets_ordinary_tokens_
     torch.testing.assert_close(stand_in(x)[:, 1:], x[:, 1:])
     assert stand_in.held is not None
     assert float(stand_in.held) == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize("centered", [True, False])
+def test_departure_is_what_a_token_is_longer_or_shorter_than_the_constant(centered: bool) -> None:
+    stand_in = TaperedNorm(torch.ones(12).double(), None, 0.0, centered)
+    x = residual()
+    at = stand_in.departure(x)
+    assert at.shape == x.shape[:-1]
+    stand_in.log_constant.fill_(1.0)
+    torch.testing.assert_close(stand_in.departure(3 * x + 7 * centered), at + math.log(3) - 1)
 
 
 def test_scale_is_kept_for_a_penalty_with_its_gradient() -> None:

@@ -74,6 +74,18 @@ def test_the_controller_slows_down_from_half_the_budget_on() -> None:
     assert steps == pytest.approx([0.01, 0.005, 0.0004])
 
 
+def test_where_massive_activations_were_scaled_down_it_starts_under_a_quarter_of_the_budget() -> None:
+    controller = FidelityController(kl_budget=0.4)
+    for _ in range(10):
+        controller.advance(0.15, refused=False, steps=100, held=0.5)
+    assert (controller.position, controller.waited) == (0, 10)
+    while not controller.position:
+        controller.advance(0.05, refused=False, steps=100, held=0.5)
+    for _ in range(10):
+        controller.advance(0.15, refused=False, steps=100, held=0.5)
+    assert controller.position > 0.1
+
+
 def test_the_controller_waits_over_budget_and_goes_on_under_it() -> None:
     controller = FidelityController(kl_budget=0.1)
     for _ in range(10):

@@ -140,12 +140,20 @@ def unevenness(log_scale: Float[Tensor, "*token"], log_constant: Float[Tensor, "
 
 
 def read_mismatch(
-    read: Float[Tensor, "*token width"], teacher_read: Float[Tensor, "*token width"]
+    read: Float[Tensor, "*token width"],
+    teacher_read: Float[Tensor, "*token width"],
+    massive: Bool[Tensor, "*token"] | None = None,
 ) -> Float[Tensor, ""]:
     """Squared distance between what a site's readers get and what they got from the teacher's norm.
 
     As a share of the teacher's, |read - teacher_read|^2 / |teacher_read|^2 over all tokens, so that sites of any width
-    and gain count alike.
+    and gain count alike. Where massive tokens are told apart their mean is added to that of the others: there is one of
+    them in a block or so, and all that follows it attends to it. Both are shares of the mean over all tokens, since an
+    MLP is given next to nothing of a massive token.
     """
     teacher_read = teacher_read.to(read.dtype)
-    return (read - teacher_read).square().sum() / teacher_read.square().sum()
+    if massive is None:
+        return (read - teacher_read).square().sum() / teacher_read.square().sum()
+    error = (read - teacher_read).square().sum(-1)
+    means = [(error * which).sum() / which.sum().clamp(min=1) for which in (massive, ~massive)]
+    return (means[0] + means[1]) / teacher_read.square().sum(-1).mean()

@@ -14,7 +14,8 @@ and the factors f_j are those that minimize
     mean over sites and tokens of |x'/s(x') - x/s(x)|^2 / width  +  EVENNESS (log s(x') - log c)^2
 
 The first term keeps what the readers get through the norms, the second brings the scale s near the site's constant c.
-What the second counts for is the most with which the model, its norms still on, stays within the KL budget.
+What the second counts for is the most with which the model, its norms still on, stays within a limit on KL. Some tens
+of training steps with the norms on make good what that costs, so the limit is well over the KL budget.
 """
 
 import math
@@ -37,6 +38,8 @@ MASSIVE = 10.0
 """A neuron is massive where it adds a vector this many times as long as the stream at the next site usually is."""
 EVENNESS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 """What even scales may count for, tried in this order."""
+MADE_GOOD = 3.0
+"""KL budgets that scaling down may cost at first, before training with the norms on makes it good."""
 POSITIONS = 32
 """Positions of each block that are looked at: massive activations sit on the first and on frequent tokens."""
 TOKENS = 128
@@ -70,7 +73,7 @@ def shrink_massive(
     stand_ins: dict[str, TaperedNorm],
     blocks: Dataset,
     estimator: Estimator,
-    kl_budget: float,
+    kl_limit: float,
 ) -> list[Neuron]:
     """Scale down the columns of massive neurons in the student, as far as its KL to the original allows.
 
@@ -81,7 +84,7 @@ def shrink_massive(
         stand_ins: theirs.
         blocks: calibration text.
         estimator: of the constant scales, which are measured again.
-        kl_budget: how far the student may be from the original, nats per token.
+        kl_limit: how far the student may be from the original, nats per token.
 
     Returns:
         The neurons whose columns were scaled, longest vectors first; none where there are none.
@@ -97,7 +100,7 @@ def shrink_massive(
         factors = _fit_factors(original, stream, neurons, constants, evenness)
         for column, whole, factor in zip(columns, unscaled, factors, strict=True):
             column.copy_(factor * whole)
-        if mean_kl(student, original, spread(blocks, KL_BLOCKS)) <= kl_budget:
+        if mean_kl(student, original, spread(blocks, KL_BLOCKS)) <= kl_limit:
             set_constants(stand_ins, collect_log_scales(student, sites, blocks), estimator)
             return [replace(neuron, factor=float(factor)) for neuron, factor in zip(neurons, factors, strict=True)]
     for column, whole in zip(columns, unscaled, strict=True):

@@ -128,6 +128,13 @@ class TaperedNorm(nn.Module):
         """Log of the scale, from x as it is divided (already centered for LayerNorm)."""
         return log_scale_of(centered_x, self.eps)
 
+    def departure(self, x: Float[Tensor, "*token width"]) -> Float[Tensor, "*token"]:
+        """How far the log scale of what the site reads is from the constant's."""
+        x = x.to(self.gain.dtype)
+        if self.centered:
+            x = x - x.mean(-1, keepdim=True)
+        return self.log_scale(x).squeeze(-1) - self.log_constant[0]
+
     @property
     def held(self) -> Float[Tensor, ""] | None:
         """Share of the last training tokens that the bound holds down; None where no scale is kept or none is bound."""

@@ -17,7 +17,7 @@ from unnorm.config import RemoveConfig, choose_device, control_plan, make_plan
 from unnorm.equalize import equalize_embedding
 from unnorm.errors import UnnormError
 from unnorm.fold import install, prove_sites, uninstall_paths
-from unnorm.massive import shrink_massive
+from unnorm.massive import MADE_GOOD, shrink_massive
 from unnorm.models import copy_model, disable_dropout, fuse_activations, load_original
 from unnorm.norms import TaperedNorm, TokenMask, removed
 from unnorm.removal.blocks import with_stress, write_blocks
@@ -142,7 +142,7 @@ def _equalize(
     """Make scales more even while the norms are on; returns the neurons that it took."""
     run.say("equalizing")
     common = student, run.original, run.sites, stand_ins, calibration, run.config.estimator
-    neurons = shrink_massive(*common, run.config.kl_budget)
+    neurons = shrink_massive(*common, MADE_GOOD * run.config.kl_budget)
     if neurons:
         run.say(f"scaled down what writes massive activations: {len(neurons)} of the MLPs' neurons")
         for stand_in in stand_ins.values():

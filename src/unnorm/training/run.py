@@ -42,6 +42,9 @@ READS_SHARE = 0.7
 
 Steps by which the taper is late do not count: what it waits for is what matching brings about."""
 
+MASSIVE_SCALE = 3.0
+"""A token is massive at a site where its scale in the original is this many times the constant."""
+
 STRESS_TEMPERATURE = 2.0
 """Stress blocks are distilled at it: worst losses are of tokens that the teacher gives next to no probability."""
 
@@ -60,8 +63,10 @@ class Optimization:
         penalty: what else is minimized at the final norm; see `scale_penalty`.
         penalty_weight: its weight.
         read_weight: weight of `read_mismatch`, averaged over all sites; it falls to 0 over the first `READS_SHARE`.
-        even_weight: weight of `unevenness`, averaged over all bounded sites, times alpha^4: while much is still held
-            down it would only stand in the way, and with all removed KL says the same.
+        even_weight: weight of `unevenness`, averaged over all bounded sites, with the norms on. It keeps massive
+            activations, once scaled down, from growing again.
+        even_weight_bounded: what comes on top, times alpha^4: while much is still held down it would only stand in the
+            way, and with all removed KL says the same.
     """
 
     least_lr: float
@@ -74,11 +79,20 @@ class Optimization:
     penalty_weight: float = 0.0
     read_weight: float = 0.0
     even_weight: float = 0.0
+    even_weight_bounded: float = 0.0
 
 
 OPTIMIZATION: dict[Recipe, Optimization] = {
     "taper": Optimization(
-        0.0, 0.05, 0.0, (0.9, 0.98), distil=True, label_weight=0.05, read_weight=10.0, even_weight=1000.0
+        0.0,
+        0.05,
+        0.0,
+        (0.9, 0.98),
+        distil=True,
+        label_weight=0.05,
+        read_weight=10.0,
+        even_weight=300.0,
+        even_weight_bounded=1000.0,
     ),
     # arXiv 2409.13710 and 2507.02559: weight decay 0.01, 20 of 300 steps of warm-up, a cosine to half the peak.
     "sequential": Optimization(0.5, 20 / 300, 0.01, (0.9, 0.999), distil=False),
@@ -137,6 +151,7 @@ class DistillationTrainer(Trainer):
             self.penalized.keep_log_scale = True
         self.stand_ins = removal.stand_ins if removal is not None and optimization.read_weight else {}
         self.teacher_reads: dict[str, Tensor] = {}
+        self.massive: dict[str, Tensor] = {}
         self.bounded = [stand_in for stand_in in self.stand_ins.values() if stand_in.interpolation == "bounded"]
         self.sums = torch.zeros(3, device=self.args.device)
         self.step_kl = torch.zeros(2, device=self.args.device)
@@ -163,7 +178,7 @@ class DistillationTrainer(Trainer):
             if share := self._inner_share():
                 loss = loss + share * self.optimization.read_weight * self._read_mismatch()
             if bounded := [stand_in for stand_in in self.bounded if not stand_in.removed]:
-                loss = loss + self.optimization.even_weight * self._unevenness(bounded)
+                loss = loss + self._unevenness(bounded)
         self.sums += shown
         if self.penalized is not None:
             loss = loss + self._penalty(self.penalized, ids)
@@ -176,6 +191,8 @@ class DistillationTrainer(Trainer):
         def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
             def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
                 self.teacher_reads[name] = output
+                if self.bounded:
+                    self.massive[name] = self.stand_ins[name].departure(args[0]) > math.log(MASSIVE_SCALE)
 
             return hook
 
@@ -195,6 +212,7 @@ class DistillationTrainer(Trainer):
             for stand_in in self.bounded:
                 stand_in.keep_log_scale, stand_in.kept_log_scale = False, None
             self.teacher_reads.clear()
+            self.massive.clear()
 
     def _inner_share(self) -> float:
         """What is left of the weights of what is matched inside the model."""
@@ -208,14 +226,16 @@ class DistillationTrainer(Trainer):
         mismatches = []
         for name, stand_in in self.stand_ins.items():
             assert stand_in.kept_output is not None
-            mismatches.append(read_mismatch(stand_in.kept_output, self.teacher_reads[name]))
+            teacher_read, massive = self.teacher_reads[name], self.massive.get(name)
+            mismatches.append(read_mismatch(stand_in.kept_output, teacher_read, massive))
         return torch.stack(mismatches).mean()
 
     def _unevenness(self, stand_ins: Sequence[TaperedNorm]) -> Float[Tensor, ""]:
         uneven = []
         for stand_in in stand_ins:
             assert stand_in.kept_log_scale is not None
-            uneven.append(stand_in.alpha.mean() ** 4 * unevenness(stand_in.kept_log_scale, stand_in.log_constant[0]))
+            weight = self.optimization.even_weight + self.optimization.even_weight_bounded * stand_in.alpha.mean() ** 4
+            uneven.append(weight * unevenness(stand_in.kept_log_scale, stand_in.log_constant[0]))
         return torch.stack(uneven).mean()
 
     def held(self) -> float | None:
