@@ -101,7 +101,7 @@ def test_reads_are_matched_while_training_and_let_go_of_after_it(
 ) -> None:
     shares = []
 
-    def remember(read: torch.Tensor, teacher_read: torch.Tensor) -> torch.Tensor:
+    def remember(read: torch.Tensor, teacher_read: torch.Tensor, massive: None) -> torch.Tensor:
         mismatch = read_mismatch(read, teacher_read)
         shares.append(float(mismatch.detach()))
         return mismatch

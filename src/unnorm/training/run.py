@@ -91,7 +91,7 @@ OPTIMIZATION: dict[Recipe, Optimization] = {
         distil=True,
         label_weight=0.05,
         read_weight=10.0,
-        even_weight=300.0,
+        even_weight=30.0,
         even_weight_bounded=1000.0,
     ),
     # arXiv 2409.13710 and 2507.02559: weight decay 0.01, 20 of 300 steps of warm-up, a cosine to half the peak.
@@ -226,7 +226,9 @@ class DistillationTrainer(Trainer):
         mismatches = []
         for name, stand_in in self.stand_ins.items():
             assert stand_in.kept_output is not None
-            teacher_read, massive = self.teacher_reads[name], self.massive.get(name)
+            teacher_read = self.teacher_reads[name]
+            # Once the norms are gone the weight of few tokens is only in the way of all others.
+            massive = None if stand_in.removed else self.massive.get(name)
             mismatches.append(read_mismatch(stand_in.kept_output, teacher_read, massive))
         return torch.stack(mismatches).mean()
 
