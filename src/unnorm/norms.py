@@ -130,10 +130,7 @@ class TaperedNorm(nn.Module):
 
     def departure(self, x: Float[Tensor, "*token width"]) -> Float[Tensor, "*token"]:
         """How far the log scale of what the site reads is from the constant's."""
-        x = x.to(self.gain.dtype)
-        if self.centered:
-            x = x - x.mean(-1, keepdim=True)
-        return self.log_scale(x).squeeze(-1) - self.log_constant[0]
+        return self.log_scale(self._centered(x)).squeeze(-1) - self.log_constant[0]
 
     @property
     def held(self) -> Float[Tensor, ""] | None:
@@ -146,9 +143,7 @@ class TaperedNorm(nn.Module):
     def forward(self, x: Float[Tensor, "batch position width"]) -> Float[Tensor, "batch position out"]:
         """The class's equation, in the parameters' precision; `out` is `width` for each path."""
         dtype = x.dtype
-        x = x.to(self.gain.dtype)
-        if self.centered:
-            x = x - x.mean(-1, keepdim=True)
+        x = self._centered(x)
         keeps = self.keep_log_scale and self.training
         if self.removed:
             if keeps:
@@ -166,6 +161,10 @@ class TaperedNorm(nn.Module):
         if self.keep_output and self.training:
             self.kept_output = y
         return y.to(dtype)
+
+    def _centered(self, x: Float[Tensor, "*token width"]) -> Float[Tensor, "*token width"]:
+        x = x.to(self.gain.dtype)
+        return x - x.mean(-1, keepdim=True) if self.centered else x
 
     def _factor(
         self, log_scale: Float[Tensor, "batch position 1"], log_constant: Tensor, alpha: Float[Tensor, ""]

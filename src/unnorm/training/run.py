@@ -151,7 +151,7 @@ class DistillationTrainer(Trainer):
             self.penalized.keep_log_scale = True
         self.stand_ins = removal.stand_ins if removal is not None and optimization.read_weight else {}
         self.teacher_reads: dict[str, Tensor] = {}
-        self.massive: dict[str, Tensor] = {}
+        self.massive: dict[str, Tensor | None] = {}
         self.bounded = [stand_in for stand_in in self.stand_ins.values() if stand_in.interpolation == "bounded"]
         self.sums = torch.zeros(3, device=self.args.device)
         self.step_kl = torch.zeros(2, device=self.args.device)
@@ -191,8 +191,10 @@ class DistillationTrainer(Trainer):
         def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
             def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
                 self.teacher_reads[name] = output
-                if self.bounded:
-                    self.massive[name] = self.stand_ins[name].departure(args[0]) > math.log(MASSIVE_SCALE)
+                stand_in = self.stand_ins[name]
+                # Once the norms are gone the weight of few tokens is only in the way of all others.
+                told_apart = self.bounded and not stand_in.removed
+                self.massive[name] = stand_in.departure(args[0]) > math.log(MASSIVE_SCALE) if told_apart else None
 
             return hook
 
@@ -226,10 +228,7 @@ class DistillationTrainer(Trainer):
         mismatches = []
         for name, stand_in in self.stand_ins.items():
             assert stand_in.kept_output is not None
-            teacher_read = self.teacher_reads[name]
-            # Once the norms are gone the weight of few tokens is only in the way of all others.
-            massive = None if stand_in.removed else self.massive.get(name)
-            mismatches.append(read_mismatch(stand_in.kept_output, teacher_read, massive))
+            mismatches.append(read_mismatch(stand_in.kept_output, self.teacher_reads[name], self.massive[name]))
         return torch.stack(mismatches).mean()
 
     def _unevenness(self, stand_ins: Sequence[TaperedNorm]) -> Float[Tensor, ""]:
