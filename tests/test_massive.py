@@ -15,7 +15,7 @@ from tests.test_families import FAMILIES, random_model
 from unnorm.calibrate import collect_log_scales, set_constants
 from unnorm.equalize import mean_kl, naive_kl
 from unnorm.fold import install
-from unnorm.losses import read_mismatch, unevenness
+from unnorm.losses import massive_unevenness, read_mismatch, unevenness
 from unnorm.massive import Neuron, shrink_massive
 from unnorm.models import copy_model
 from unnorm.norms import linear_weight
@@ -165,6 +165,17 @@ def test_unevenness_counts_what_is_far_from_the_constant_either_way() -> None:
     torch.testing.assert_close(gradient, torch.tensor([[0, 0, 0, 0.4, -0.4]], dtype=torch.float64))
 
 
+def test_massive_tokens_unevenness_is_theirs_alone() -> None:
+    log_scale = torch.tensor([[5.0, 2.0, 2.1], [1.0, 2.0, 3.0]], dtype=torch.float64, requires_grad=True)
+    massive = torch.tensor([[True, False, False], [True, False, False]])
+    uneven = massive_unevenness(log_scale, torch.tensor(2.0), massive)
+    assert float(uneven.detach()) == pytest.approx((3**2 + 1**2) / 2)
+    (gradient,) = torch.autograd.grad(uneven, log_scale)
+    torch.testing.assert_close(gradient, torch.tensor([[3.0, 0, 0], [-1.0, 0, 0]], dtype=torch.float64))
+    none = torch.zeros_like(massive)
+    assert float(massive_unevenness(log_scale, torch.tensor(2.0), none).detach()) == 0
+
+
 def test_a_run_says_what_it_scaled_down_and_binds_what_is_left(
     tiny_model: GPT2LMHeadModel,
     tiny_tokenizer: PreTrainedTokenizerFast,
@@ -183,7 +194,14 @@ def test_a_run_says_what_it_scaled_down_and_binds_what_is_left(
         marked.append(massive)
         return read_mismatch(read, teacher_read, massive)
 
+    of_massive: list[torch.Tensor] = []
+
+    def remember_uneven(log_scale: torch.Tensor, log_constant: torch.Tensor, massive: torch.Tensor) -> torch.Tensor:
+        of_massive.append(massive_unevenness(log_scale, log_constant, massive))
+        return of_massive[-1]
+
     monkeypatch.setattr("unnorm.training.run.unevenness", remember)
+    monkeypatch.setattr("unnorm.training.run.massive_unevenness", remember_uneven)
     monkeypatch.setattr("unnorm.training.run.read_mismatch", remember_massive)
     with_massive(tiny_model, GPT2).save_pretrained(tmp_path / "planted")
     tiny_tokenizer.save_pretrained(tmp_path / "planted")
@@ -204,6 +222,7 @@ def test_a_run_says_what_it_scaled_down_and_binds_what_is_left(
     assert (neuron["writer"], neuron["index"]) == (GPT2.outgoing, PLANTED)
     assert neuron["factor"] < 1 < neuron["length"]
     assert max(float(value.detach()) for value in uneven) > 0
+    assert max(float(value.detach()) for value in of_massive) > 0
     assert result["norm_modules_left"] == 0
     # Of the sites some read the planted vector, at few tokens, and others none; without norms none are told apart.
     shares = [float(massive.float().mean()) for massive in marked if massive is not None]
@@ -214,5 +233,6 @@ def test_a_run_says_what_it_scaled_down_and_binds_what_is_left(
 def test_a_model_without_any_is_not_bound(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unnorm.training.run.unevenness", lambda *_: pytest.fail("nothing is uneven here"))
+    for loss in ("unevenness", "massive_unevenness"):
+        monkeypatch.setattr(f"unnorm.training.run.{loss}", lambda *_: pytest.fail("nothing is uneven here"))
     unnorm.remove(model=str(tiny_model_dir), data=str(text_file), tokens=2048, out=tmp_path / "run", device="cpu")

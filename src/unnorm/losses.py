@@ -139,6 +139,17 @@ def unevenness(log_scale: Float[Tensor, "*token"], log_constant: Float[Tensor, "
     return ((log_scale - log_constant).abs() - EVEN_ENOUGH).clamp(min=0).square().mean()
 
 
+def massive_unevenness(
+    log_scale: Float[Tensor, "*token"], log_constant: Float[Tensor, ""], massive: Bool[Tensor, "*token"]
+) -> Float[Tensor, ""]:
+    """Mean squared distance of massive tokens' log scales from the constant's; 0 where there is no such token.
+
+    Over massive tokens alone: among all others the one at position 0 counts for next to nothing, and what attention
+    reads of it by a constant is wrong for every token that follows.
+    """
+    return ((log_scale - log_constant).square() * massive).sum() / massive.sum().clamp(min=1)
+
+
 def read_mismatch(
     read: Float[Tensor, "*token width"],
     teacher_read: Float[Tensor, "*token width"],

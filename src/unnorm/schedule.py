@@ -81,7 +81,7 @@ class FidelityController:
 
     At full speed `position` is the share of the run that is done. It slows down from half the budget on and waits while
     the running KL is over it; it goes back, and on more slowly, when the loss spikes or a step was refused. Where
-    stand-ins are bounded it starts under a quarter of the budget, once training has made good what scaling massive
+    stand-ins are bounded it starts under half the budget, once training has made good what scaling massive
     activations down has cost; and when their bounds hold down next to no token any more, everything is removed at once.
     All of this is state that a checkpoint holds.
 
@@ -102,7 +102,7 @@ class FidelityController:
     MEMORY: ClassVar[float] = 0.9  # Share of the old running KL that stays at each step.
     SPIKE: ClassVar[float] = 4.0  # A step whose KL is this many times the running one is a spike,
     NO_SPIKE: ClassVar[float] = 0.5  # unless it is under this share of the budget.
-    STARTS: ClassVar[float] = 0.25  # Share of the budget under which it first moves, where stand-ins are bounded.
+    STARTS: ClassVar[float] = 0.5  # Share of the budget under which it first moves, where stand-ins are bounded.
     SLOWS: ClassVar[float] = 0.5  # Share of the budget that must be left for full speed.
     BACK: ClassVar[float] = 0.03  # How far the clock goes back, as a share of `end`.
     SLOWER: ClassVar[float] = 0.5  # Change of speed when the clock goes back,
@@ -147,8 +147,6 @@ class FidelityController:
         if self.position >= self.end:
             self.position = min(1.0, self.position + 1 / steps)
             self._heal()
-        elif self.running_held is not None and self.running_held < self.FEW:
-            self.position = self.end
         elif self.running_kl > self._limit and not self.arrived:
             self.waited += 1
         else:
@@ -162,8 +160,9 @@ class FidelityController:
 
     @property
     def arrived(self) -> bool:
-        """Whether everything is removed, or so nearly that the rest can be done at once."""
-        return self.position >= self.LANDING * self.end
+        """Whether everything is removed, or so nearly that waiting is for nothing."""
+        few_held = self.running_held is not None and self.running_held < self.FEW
+        return few_held or self.position >= self.LANDING * self.end
 
     @property
     def _limit(self) -> float:

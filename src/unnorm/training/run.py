@@ -20,7 +20,15 @@ from unnorm import processes
 from unnorm.calibrate import batches, evaluating, spread
 from unnorm.config import Plan
 from unnorm.errors import UnnormError
-from unnorm.losses import Penalty, distillation_losses, next_token_loss, read_mismatch, scale_penalty, unevenness
+from unnorm.losses import (
+    Penalty,
+    distillation_losses,
+    massive_unevenness,
+    next_token_loss,
+    read_mismatch,
+    scale_penalty,
+    unevenness,
+)
 from unnorm.norms import TaperedNorm
 from unnorm.schedule import Recipe
 from unnorm.training.callbacks import (
@@ -63,10 +71,10 @@ class Optimization:
         penalty: what else is minimized at the final norm; see `scale_penalty`.
         penalty_weight: its weight.
         read_weight: weight of `read_mismatch`, averaged over all sites; it falls to 0 over the first `READS_SHARE`.
-        even_weight: weight of `unevenness`, averaged over all bounded sites, with the norms on. It keeps massive
-            activations, once scaled down, from growing again.
-        even_weight_bounded: what comes on top, times alpha^4: while much is still held down it would only stand in the
-            way, and with all removed KL says the same.
+        massive_even_weight: weight of `massive_unevenness`, averaged over all bounded sites. It brings massive
+            activations, once scaled down, to the constant scale.
+        even_weight: weight of `unevenness`, averaged over all bounded sites, times alpha^4: while much is still held
+            down it would only stand in the way, and with all removed KL says the same.
     """
 
     least_lr: float
@@ -78,8 +86,8 @@ class Optimization:
     penalty: Penalty | None = None
     penalty_weight: float = 0.0
     read_weight: float = 0.0
+    massive_even_weight: float = 0.0
     even_weight: float = 0.0
-    even_weight_bounded: float = 0.0
 
 
 OPTIMIZATION: dict[Recipe, Optimization] = {
@@ -91,8 +99,8 @@ OPTIMIZATION: dict[Recipe, Optimization] = {
         distil=True,
         label_weight=0.05,
         read_weight=10.0,
-        even_weight=30.0,
-        even_weight_bounded=1000.0,
+        massive_even_weight=10.0,
+        even_weight=1000.0,
     ),
     # arXiv 2409.13710 and 2507.02559: weight decay 0.01, 20 of 300 steps of warm-up, a cosine to half the peak.
     "sequential": Optimization(0.5, 20 / 300, 0.01, (0.9, 0.999), distil=False),
@@ -177,8 +185,8 @@ class DistillationTrainer(Trainer):
             self.step_kl += shown[1:]
             if share := self._inner_share():
                 loss = loss + share * self.optimization.read_weight * self._read_mismatch()
-            if bounded := [stand_in for stand_in in self.bounded if not stand_in.removed]:
-                loss = loss + self._unevenness(bounded)
+            if any(not stand_in.removed for stand_in in self.bounded):
+                loss = loss + self._unevenness()
         self.sums += shown
         if self.penalized is not None:
             loss = loss + self._penalty(self.penalized, ids)
@@ -231,12 +239,17 @@ class DistillationTrainer(Trainer):
             mismatches.append(read_mismatch(stand_in.kept_output, self.teacher_reads[name], self.massive[name]))
         return torch.stack(mismatches).mean()
 
-    def _unevenness(self, stand_ins: Sequence[TaperedNorm]) -> Float[Tensor, ""]:
+    def _unevenness(self) -> Float[Tensor, ""]:
         uneven = []
-        for stand_in in stand_ins:
-            assert stand_in.kept_log_scale is not None
-            weight = self.optimization.even_weight + self.optimization.even_weight_bounded * stand_in.alpha.mean() ** 4
-            uneven.append(weight * unevenness(stand_in.kept_log_scale, stand_in.log_constant[0]))
+        for name, stand_in in self.stand_ins.items():
+            massive = self.massive[name]
+            if massive is None or stand_in.kept_log_scale is None:
+                continue
+            scale = stand_in.kept_log_scale, stand_in.log_constant[0]
+            uneven.append(
+                self.optimization.even_weight * stand_in.alpha.mean() ** 4 * unevenness(*scale)
+                + self.optimization.massive_even_weight * massive_unevenness(*scale, massive)
+            )
         return torch.stack(uneven).mean()
 
     def held(self) -> float | None:
