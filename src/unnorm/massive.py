@@ -38,7 +38,7 @@ MASSIVE = 10.0
 """A neuron is massive where it adds a vector this many times as long as the stream at the next site usually is."""
 EVENNESS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 """What even scales may count for, tried in this order."""
-MADE_GOOD = 3.0
+MADE_GOOD = 2.0
 """KL budgets that scaling down may cost at first, before training with the norms on makes it good."""
 POSITIONS = 32
 """Positions of each block that are looked at: massive activations sit on the first and on frequent tokens."""

@@ -13,7 +13,7 @@ Recipe = Literal["taper", "sequential", "sequential-aux", "tapernorm"]
 TAPER_SHARE = 0.1
 """Share of the run in which `taper` brings alpha from 0 to 1; the rest heals."""
 
-KL_BUDGET = 0.5
+KL_BUDGET = 0.9
 """How far the model may be from the original on the way, in nats per token, before the taper waits."""
 
 TAPERNORM_START, TAPERNORM_END = 0.1, 0.6
@@ -81,8 +81,8 @@ class FidelityController:
 
     At full speed `position` is the share of the run that is done. It slows down from half the budget on and waits while
     the running KL is over it; it goes back, and on more slowly, when the loss spikes or a step was refused. Where
-    stand-ins are bounded it starts under half the budget, once training has made good what scaling massive
-    activations down has cost; and when their bounds hold down next to no token any more, everything is removed at once.
+    stand-ins are bounded it starts only once training has made good what scaling massive activations down has cost (KL
+    under `STARTS` of the budget); and when their bounds hold down next to no token any more, it no longer waits for KL.
     All of this is state that a checkpoint holds.
 
     Attributes:
@@ -102,7 +102,7 @@ class FidelityController:
     MEMORY: ClassVar[float] = 0.9  # Share of the old running KL that stays at each step.
     SPIKE: ClassVar[float] = 4.0  # A step whose KL is this many times the running one is a spike,
     NO_SPIKE: ClassVar[float] = 0.5  # unless it is under this share of the budget.
-    STARTS: ClassVar[float] = 0.5  # Share of the budget under which it first moves, where stand-ins are bounded.
+    STARTS: ClassVar[float] = 0.3  # Share of the budget under which it first moves, where stand-ins are bounded.
     SLOWS: ClassVar[float] = 0.5  # Share of the budget that must be left for full speed.
     BACK: ClassVar[float] = 0.03  # How far the clock goes back, as a share of `end`.
     SLOWER: ClassVar[float] = 0.5  # Change of speed when the clock goes back,

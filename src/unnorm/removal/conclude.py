@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import PreTrainedModel
 
 from unnorm.calibrate import CALIBRATION_BLOCKS, collect_log_scales, scale_statistics, spread
@@ -61,12 +62,12 @@ def conclude(
     return result
 
 
-def evaluate(run: Run, model: PreTrainedModel, name: str) -> Evaluation:
-    """A model on the held-out blocks, beside the original unless it is that."""
+def evaluate(run: Run, model: PreTrainedModel, name: str, blocks: Dataset | None = None) -> Evaluation:
+    """A model on the held-out blocks, or on some of them, beside the original unless it is that."""
     original = None if model is run.original else run.original
     return evaluate_model(
         model,
-        run.validation_blocks,
+        run.validation_blocks if blocks is None else blocks,
         original,
         name,
         run.config.data,

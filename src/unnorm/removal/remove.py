@@ -27,6 +27,9 @@ from unnorm.schedule import FidelityController, Schedule, sequential, taper, tap
 from unnorm.sites import find_sites
 from unnorm.training import Outcome, Removal, Watcher, train
 
+NAIVE_HEAD = 8
+"""Blocks on which naive removal is tried first."""
+
 
 class RunInterruptedError(UnnormError):
     """The run was stopped and can be resumed; the message says how."""
@@ -127,10 +130,16 @@ def _train_removal(run: Run) -> tuple[dict[str, Any], Outcome | None]:
 
 
 def _naive_removal(run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNorm]) -> dict[str, Any]:
-    """Loss and KL with every norm replaced by its calibrated constant, before any training."""
+    """Loss and KL with every norm replaced by its calibrated constant, before any training.
+
+    One block that overflows makes the whole not a number, so where one of the first does, the rest is not measured.
+    """
     run.say("measuring naive removal")
+    head = run.validation_blocks.select(range(min(NAIVE_HEAD, len(run.validation_blocks))))
     with removed(stand_ins.values()):
-        measured = evaluate(run, student, "naive removal")
+        measured = evaluate(run, student, "naive removal", head)
+        if math.isfinite(measured.loss):
+            measured = evaluate(run, student, "naive removal")
     if not math.isfinite(measured.loss):
         run.say("without its norms and without training the model overflows: its loss is not a number")
     return {"naive_loss": measured.loss, "naive_kl": float(measured.kl or 0.0)}
