@@ -15,7 +15,7 @@ from tests.test_families import FAMILIES, random_model
 from unnorm.calibrate import collect_log_scales, set_constants
 from unnorm.equalize import mean_kl, naive_kl
 from unnorm.fold import install
-from unnorm.losses import massive_unevenness, read_mismatch, unevenness
+from unnorm.losses import RUNAWAY, massive_unevenness, read_mismatch, unevenness
 from unnorm.massive import Neuron, shrink_massive
 from unnorm.models import copy_model
 from unnorm.norms import linear_weight
@@ -182,10 +182,12 @@ def test_a_run_says_what_it_scaled_down_and_binds_what_is_left(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    uneven = []
+    uneven: list[torch.Tensor] = []
+    even_enough: list[float] = []
 
-    def remember(log_scale: torch.Tensor, log_constant: torch.Tensor) -> torch.Tensor:
-        uneven.append(unevenness(log_scale, log_constant))
+    def remember(log_scale: torch.Tensor, log_constant: torch.Tensor, *enough: float) -> torch.Tensor:
+        even_enough.extend(enough)
+        uneven.append(unevenness(log_scale, log_constant, *enough))
         return uneven[-1]
 
     marked: list[torch.Tensor | None] = []
@@ -223,6 +225,8 @@ def test_a_run_says_what_it_scaled_down_and_binds_what_is_left(
     assert neuron["factor"] < 1 < neuron["length"]
     assert max(float(value.detach()) for value in uneven) > 0
     assert max(float(value.detach()) for value in of_massive) > 0
+    # Once the norms are gone what may run away still counts.
+    assert set(even_enough) == {RUNAWAY}
     assert result["norm_modules_left"] == 0
     # Of the sites some read the planted vector, at few tokens, and others none; without norms none are told apart.
     shares = [float(massive.float().mean()) for massive in marked if massive is not None]

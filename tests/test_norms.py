@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from unnorm.norms import Estimator, Interpolation, PathReader, TaperedNorm, TokenMask, estimate_log_constant
+from unnorm.norms import CEILING, Estimator, Interpolation, PathReader, TaperedNorm, TokenMask, estimate_log_constant
 
 
 def make(centered: bool = True, paths: int = 1, width: int = 12, mask: TokenMask | None = None) -> TaperedNorm:
@@ -140,7 +140,7 @@ def at_both_ends_and_between(
     interpolation: Interpolation, gain: torch.Tensor, alpha: float, log_constant: float
 ) -> list[torch.Tensor]:
     """What a stand-in gives as a norm, as an affine map, and at `alpha`."""
-    stand_in = TaperedNorm(gain, None, 1e-5, True, interpolation=interpolation)
+    stand_in = TaperedNorm(gain, None, 1e-5, True, interpolation=interpolation).eval()
     stand_in.log_constant.fill_(log_constant)
     given = []
     for value in (0.0, 1.0, alpha):
@@ -178,6 +178,25 @@ def test_a_bounded_stand_in_holds_a_massive_activation_and_lets_ordinary_tokens_
     torch.testing.assert_close(stand_in(x)[:, 1:], x[:, 1:])
     assert stand_in.held is not None
     assert float(stand_in.held) == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize("removed", [True, False])
+def test_while_training_no_token_runs_away_and_afterwards_nothing_is_held(removed: bool) -> None:
+    stand_in = TaperedNorm(torch.ones(12).double(), None, 0.0, False, interpolation="bounded")
+    x = residual()
+    x = x / x.square().mean(-1, keepdim=True).sqrt()
+    x[:, 0] *= 50
+    x[:, 1] /= 50
+    stand_in.alpha.fill_(1.0)
+    stand_in.removed = removed
+    held = x.clone()
+    held[:, 0] /= 50 / CEILING
+    torch.testing.assert_close(stand_in(x), held)
+    torch.testing.assert_close(stand_in.eval()(x), x)
+    unbounded = TaperedNorm(torch.ones(12).double(), None, 0.0, False)
+    unbounded.alpha.fill_(1.0)
+    unbounded.removed = removed
+    torch.testing.assert_close(unbounded(x), x)
 
 
 @pytest.mark.parametrize("centered", [True, False])

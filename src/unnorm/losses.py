@@ -1,5 +1,6 @@
 """What is minimized: next-token loss or distillation from the teacher, and what published recipes add to it."""
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,9 @@ Penalty = Literal["spread", "target"]
 
 EVEN_ENOUGH = 0.25
 """Distance of a log scale from the constant's, either way, that `unevenness` leaves alone."""
+
+RUNAWAY = math.log(3.0)
+"""The same once the norms are removed: a token further off may grow from layer to layer, others KL looks after."""
 
 _CACHED, _CACHED_GPU = 2**17, 2**26
 """Logits that are worked on at once."""
@@ -130,13 +134,15 @@ def scale_penalty(
     return (scale - (mean if penalty == "spread" else log_constant.exp())).square().mean()
 
 
-def unevenness(log_scale: Float[Tensor, "*token"], log_constant: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """Mean squared distance of log scales from the constant's, beyond `EVEN_ENOUGH`.
+def unevenness(
+    log_scale: Float[Tensor, "*token"], log_constant: Float[Tensor, ""], even_enough: float = EVEN_ENOUGH
+) -> Float[Tensor, ""]:
+    """Mean squared distance of log scales from the constant's, beyond `even_enough`.
 
     In logs, so that a massive activation has a gradient that says which way, and no more than that; ordinary tokens
     have none.
     """
-    return ((log_scale - log_constant).abs() - EVEN_ENOUGH).clamp(min=0).square().mean()
+    return ((log_scale - log_constant).abs() - even_enough).clamp(min=0).square().mean()
 
 
 def massive_unevenness(

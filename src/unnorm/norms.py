@@ -1,5 +1,6 @@
 """The module that stands in for a norm while it is tapered."""
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal, cast
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 Estimator = Literal["geometric", "mean", "least-squares"]
 Interpolation = Literal["log", "linear", "bounded"]
+
+CEILING = 10.0
+"""While training, no token gets more than this many times what the norm would give it, where stand-ins are bounded."""
 
 
 def estimate_log_constant(
@@ -61,7 +65,9 @@ class TaperedNorm(nn.Module):
     so alpha = 0 is the norm and alpha = 1 is affine in x. That is interpolation in log scale; there are two more.
     Linear, as in TaperNorm, x is multiplied by (1 - alpha) / s(x) + alpha / c. Bounded, it is divided by c, but no
     token gets more than 1 / (1 - alpha) times what the norm would give it, nor less than 1 - alpha times: ordinary
-    tokens lose their norm first, massive activations last, and meanwhile none can grow from layer to layer.
+    tokens lose their norm first, massive activations last, and meanwhile none can grow from layer to layer. While
+    training, even at alpha = 1 and once removed, no token gets more than `CEILING` times what the norm would give it:
+    one that would run away overflows, and a step that overflows teaches nothing.
 
     A stand-in with two `paths` (query/key and value, which arXiv 2409.13710 removes one after the other) has an alpha
     for each and gives both outputs, joined along the last dimension; `PathReader` picks them apart.
@@ -140,12 +146,17 @@ class TaperedNorm(nn.Module):
         departure = self.kept_log_scale.detach() - self.log_constant[0]
         return (departure > _reach(self.alpha)).float().mean()
 
+    @property
+    def has_ceiling(self) -> bool:
+        """Whether tokens that would run away are held down, for training alone."""
+        return self.interpolation == "bounded" and self.training
+
     def forward(self, x: Float[Tensor, "batch position width"]) -> Float[Tensor, "batch position out"]:
         """The class's equation, in the parameters' precision; `out` is `width` for each path."""
         dtype = x.dtype
         x = self._centered(x)
         keeps = self.keep_log_scale and self.training
-        if self.removed:
+        if self.removed and not self.has_ceiling:
             if keeps:
                 self.kept_log_scale = self.log_scale(x).squeeze(-1)
             factors = [torch.exp(-self._log_constant(x))] * len(self.alpha)
@@ -156,7 +167,8 @@ class TaperedNorm(nn.Module):
             if self.estimating and self.training:
                 self._update_constants(log_scale.detach().squeeze(-1))
             log_constant = self._log_constant(x)
-            factors = [self._factor(log_scale, log_constant, alpha) for alpha in self.alpha.unbind()]
+            alphas = torch.ones_like(self.alpha) if self.removed else self.alpha
+            factors = [self._factor(log_scale, log_constant, alpha) for alpha in alphas.unbind()]
         y = torch.cat([self._affine(x * factor) for factor in factors], dim=-1)
         if self.keep_output and self.training:
             self.kept_output = y
@@ -173,7 +185,8 @@ class TaperedNorm(nn.Module):
             return torch.lerp(torch.exp(-log_scale), torch.exp(-log_constant).expand_as(log_scale), alpha)
         if self.interpolation == "bounded":
             reach = _reach(alpha)
-            return torch.exp((log_scale - log_constant).clamp(-reach, reach) - log_scale)
+            most = reach.clamp(max=math.log(CEILING)) if self.has_ceiling else reach
+            return torch.exp((log_scale - log_constant).clamp(-reach, most) - log_scale)
         return torch.exp(-(log_scale + alpha * (log_constant - log_scale)))
 
     def _affine(self, x: Float[Tensor, "batch position width"]) -> Float[Tensor, "batch position width"]:

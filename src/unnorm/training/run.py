@@ -21,6 +21,7 @@ from unnorm.calibrate import batches, evaluating, spread
 from unnorm.config import Plan
 from unnorm.errors import UnnormError
 from unnorm.losses import (
+    RUNAWAY,
     Penalty,
     distillation_losses,
     massive_unevenness,
@@ -74,7 +75,8 @@ class Optimization:
         massive_even_weight: weight of `massive_unevenness`, averaged over all bounded sites. It brings massive
             activations, once scaled down, to the constant scale.
         even_weight: weight of `unevenness`, averaged over all bounded sites, times alpha^4: while much is still held
-            down it would only stand in the way, and with all removed KL says the same.
+            down it would only stand in the way. Once all are removed KL says the same of ordinary tokens, and those
+            alone count that are beyond `RUNAWAY`.
     """
 
     least_lr: float
@@ -185,7 +187,7 @@ class DistillationTrainer(Trainer):
             self.step_kl += shown[1:]
             if share := self._inner_share():
                 loss = loss + share * self.optimization.read_weight * self._read_mismatch()
-            if any(not stand_in.removed for stand_in in self.bounded):
+            if self.bounded:
                 loss = loss + self._unevenness()
         self.sums += shown
         if self.penalized is not None:
@@ -242,10 +244,13 @@ class DistillationTrainer(Trainer):
     def _unevenness(self) -> Float[Tensor, ""]:
         uneven = []
         for name, stand_in in self.stand_ins.items():
-            massive = self.massive[name]
-            if massive is None or stand_in.kept_log_scale is None:
+            if stand_in.kept_log_scale is None:
                 continue
             scale = stand_in.kept_log_scale, stand_in.log_constant[0]
+            massive = self.massive[name]
+            if massive is None:
+                uneven.append(self.optimization.even_weight * unevenness(*scale, RUNAWAY))
+                continue
             uneven.append(
                 self.optimization.even_weight * stand_in.alpha.mean() ** 4 * unevenness(*scale)
                 + self.optimization.massive_even_weight * massive_unevenness(*scale, massive)
