@@ -47,6 +47,18 @@ def test_the_rest_of_the_model_does_not_run_for_them(tiny_model: GPT2LMHeadModel
     assert len(collect_log_scales(model, find_sites(model), BLOCKS, 3)[first.name]) == len(BLOCKS)
 
 
+def test_judged_by_the_first_norm_where_the_model_overflows(tiny_model: GPT2LMHeadModel) -> None:
+    original = uneven(tiny_model, 0.7)
+    student = copy_model(original)
+    sites = find_sites(student)
+    stand_ins = install(student, sites)
+    set_constants(stand_ins, collect_log_scales(student, sites, BLOCKS), "geometric")
+    removed_last = stand_ins[sites[-1].name]
+    removed_last.register_forward_hook(lambda module, _, output: output * torch.inf if module.removed else output)
+    assert naive_kl(student, original, stand_ins, BLOCKS) == torch.inf
+    assert equalize_embedding(student, original, sites, stand_ins, BLOCKS, "geometric")
+
+
 @pytest.mark.parametrize(("spread", "kept"), [(0.7, True), (0.0, False)])
 def test_kept_only_where_it_helps(tiny_model: GPT2LMHeadModel, spread: float, kept: bool) -> None:
     original = uneven(tiny_model, spread)

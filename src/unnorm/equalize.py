@@ -3,8 +3,8 @@
 What the first norm reads is the embedding, so its scale hangs on the token, and a norm ignores the scale of what it
 reads. Rescaling the rows of the embedding therefore leaves the first sublayer as it is and spares it the removal; what
 it costs is that the rest of the residual stream gets the rescaled embedding too. Half way (in log scale) is a good
-compromise, and it is kept only where removing the first norm, untrained, then costs less KL. Removing all of them
-would say more of the later ones than of the embedding, and where the model then overflows nothing at all.
+compromise, and it is kept only where it brings naive removal closer to the original: of all norms or, where the model
+then overflows, of the first alone.
 """
 
 import math
@@ -25,8 +25,6 @@ from unnorm.sites import NormSite, vocabulary_size
 STRENGTH = 0.5
 """How far rows go towards equal scales, in log scale. Naive KL of removing the demo's first norm: 0.065 at 0, 0.049 at
 0.5, 0.055 at 1."""
-LEAST_GAIN = 0.001
-"""Nats per token that it must save: a tied embedding is not untied for next to nothing."""
 PASSES = 4
 """Times that every token is met, each time at another position."""
 
@@ -39,7 +37,7 @@ def equalize_embedding(
     blocks: Dataset,
     estimator: Estimator,
 ) -> bool:
-    """Rescale the student's token embedding, untied from its unembedding, if the first norm is then easier to remove.
+    """Rescale the student's token embedding, untied from its unembedding, if that brings naive removal closer.
 
     Args:
         student: the model with calibrated stand-ins; changed in place only if it helps.
@@ -56,8 +54,10 @@ def equalize_embedding(
     first = sites[0]
     if not all(isinstance(student.get_submodule(writer), nn.Embedding) for writer in first.writers):
         return False
-    alone = {first.name: stand_ins[first.name]}
-    before = naive_kl(student, original, alone, blocks)
+    before = naive_kl(student, original, stand_ins, blocks)
+    measured = stand_ins if math.isfinite(before) else {first.name: stand_ins[first.name]}
+    if measured is not stand_ins:
+        before = naive_kl(student, original, measured, blocks)
     constants = {name: stand_in.log_constant.clone() for name, stand_in in stand_ins.items()}
     rows, tied = embedding.weight, student.config.tie_word_embeddings
     target = stand_ins[first.name].log_constant[0]
@@ -66,7 +66,7 @@ def equalize_embedding(
         _set_tied(student, nn.Parameter(rows.detach().clone()), False)
     embedding.weight = nn.Parameter(rows.detach() * factors[:, None], requires_grad=rows.requires_grad)
     set_constants(stand_ins, collect_log_scales(student, sites, blocks), estimator)
-    if naive_kl(student, original, alone, blocks) < before - LEAST_GAIN:
+    if naive_kl(student, original, measured, blocks) < before:
         return True
     embedding.weight = rows
     if tied:
