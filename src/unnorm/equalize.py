@@ -54,9 +54,9 @@ def equalize_embedding(
     first = sites[0]
     if not all(isinstance(student.get_submodule(writer), nn.Embedding) for writer in first.writers):
         return False
-    before = naive_kl(student, original, stand_ins, blocks)
-    measured = stand_ins if math.isfinite(before) else {first.name: stand_ins[first.name]}
-    if measured is not stand_ins:
+    measured, before = stand_ins, naive_kl(student, original, stand_ins, blocks)
+    if not math.isfinite(before):
+        measured = {first.name: stand_ins[first.name]}
         before = naive_kl(student, original, measured, blocks)
     constants = {name: stand_in.log_constant.clone() for name, stand_in in stand_ins.items()}
     rows, tied = embedding.weight, student.config.tie_word_embeddings
@@ -116,5 +116,6 @@ def mean_kl(student: PreTrainedModel, original: PreTrainedModel, blocks: Dataset
                 m(input_ids=ids, use_cache=False).logits.float().log_softmax(-1) for m in (student, original)
             )
             total += float(F.kl_div(log_q, log_p, reduction="sum", log_target=True)) / ids.numel() * len(ids)
-    kl = total / len(blocks)
-    return kl if math.isfinite(kl) else math.inf
+            if not math.isfinite(total):
+                return math.inf
+    return total / len(blocks)

@@ -250,11 +250,11 @@ class DistillationTrainer(Trainer):
             massive = self.massive[name]
             if massive is None:
                 uneven.append(self.optimization.even_weight * unevenness(*scale, RUNAWAY))
-                continue
-            uneven.append(
-                self.optimization.even_weight * stand_in.alpha.mean() ** 4 * unevenness(*scale)
-                + self.optimization.massive_even_weight * massive_unevenness(*scale, massive)
-            )
+            else:
+                uneven.append(
+                    self.optimization.even_weight * stand_in.alpha.mean() ** 4 * unevenness(*scale)
+                    + self.optimization.massive_even_weight * massive_unevenness(*scale, massive)
+                )
         return torch.stack(uneven).mean()
 
     def held(self) -> float | None:
