@@ -32,6 +32,7 @@ from unnorm.losses import (
 )
 from unnorm.norms import TaperedNorm
 from unnorm.schedule import Recipe
+from unnorm.sites import vocabulary_size
 from unnorm.training.callbacks import (
     GuardCallback,
     InterruptCallback,
@@ -40,6 +41,7 @@ from unnorm.training.callbacks import (
     ScheduleCallback,
     Watcher,
 )
+from unnorm.training.first_tokens import DRAWN, LEARNED, first_token_losses
 from unnorm.training.token_clip import clipping_tokens
 
 QUICK_BLOCKS = 16
@@ -76,7 +78,7 @@ class Optimization:
             activations, once scaled down, to the constant scale.
         even_weight: weight of `unevenness`, averaged over all bounded sites, times alpha^4: while much is still held
             down it would only stand in the way. Once all are removed KL says the same of ordinary tokens, and those
-            alone count that are beyond `RUNAWAY`.
+            alone count that are beyond `RUNAWAY`, first tokens among them (`first_token_losses`).
     """
 
     least_lr: float
@@ -189,6 +191,8 @@ class DistillationTrainer(Trainer):
                 loss = loss + share * self.optimization.read_weight * self._read_mismatch()
             if self.bounded:
                 loss = loss + self._unevenness()
+            if self.bounded and self.bounded[0].removed:
+                loss = loss + self._first_token_loss(model, ids)
         self.sums += shown
         if self.penalized is not None:
             loss = loss + self._penalty(self.penalized, ids)
@@ -256,6 +260,17 @@ class DistillationTrainer(Trainer):
                     + self.optimization.massive_even_weight * massive_unevenness(*scale, massive)
                 )
         return torch.stack(uneven).mean()
+
+    def _first_token_loss(self, model: nn.Module, ids: Int[Tensor, "batch position"]) -> Float[Tensor, ""]:
+        """Of tokens alone, each counted like one of the batch. Overwrites the log scales that are kept."""
+        assert self.teacher is not None
+        plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        shape = self.args.world_size, max(1, round(DRAWN * ids.numel())), 1
+        drawn = torch.randint(vocabulary_size(plain), shape)[self.args.process_index].to(ids.device)
+        count = max(1, round(LEARNED * ids.numel()))
+        with self.accelerator.autocast():
+            kl, uneven = first_token_losses(plain, self.teacher, self.bounded, drawn, count)
+        return LEARNED * (kl + self.optimization.even_weight * uneven)
 
     def held(self) -> float | None:
         """Share of the last batch's tokens that bounds held down, over all sites and processes; None without bounds."""
