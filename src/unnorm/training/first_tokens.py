@@ -1,7 +1,7 @@
 """Any token of the vocabulary may come first, and there is only one first position a block.
 
 A model with massive activations treats whatever stands there apart, and without norms some tokens grow there from layer
-to layer until they overflow. They are few (one in a hundred of SmolLM2-135M's), so a block hardly ever starts with one.
+to layer until they overflow. They are few (220 of SmolLM2-135M's 49,152), so a block hardly ever starts with one.
 """
 
 from collections.abc import Collection
@@ -46,7 +46,7 @@ def first_token_losses(
         teacher_logits = teacher(input_ids=ids, use_cache=False).logits
     kl, *_ = distillation_losses(model(input_ids=ids, use_cache=False).logits, teacher_logits, ids)
     departures = _departures(stand_ins, len(ids))
-    uneven = [unevenness(departure, torch.zeros_like(departure), RUNAWAY) for departure in departures]
+    uneven = [unevenness(departure, departure.new_zeros(()), RUNAWAY) for departure in departures]
     return kl, torch.stack(uneven).mean()
 
 

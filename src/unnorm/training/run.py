@@ -191,8 +191,8 @@ class DistillationTrainer(Trainer):
                 loss = loss + share * self.optimization.read_weight * self._read_mismatch()
             if self.bounded:
                 loss = loss + self._unevenness()
-            if self.bounded and self.bounded[0].removed:
-                loss = loss + self._first_token_loss(model, ids)
+                if self.bounded[0].removed:
+                    loss = loss + self._first_token_loss(model, ids)
         self.sums += shown
         if self.penalized is not None:
             loss = loss + self._penalty(self.penalized, ids)
