@@ -79,12 +79,20 @@ def remove(
     compile_: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="torch.compile the passes.", show_default="on a GPU")
     ] = None,
+    cuda_graph: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graph/--no-cuda-graph",
+            help="Record each step once and replay it, which small steps on a GPU gain from.",
+            show_default="on a GPU",
+        ),
+    ] = None,
     control: Annotated[
         bool, typer.Option("--control", help="Also fine-tune the original, norms kept, on the same tokens.")
     ] = False,
     kl_budget: Annotated[
         float, typer.Option(help="How far the model may drift on the way before the taper waits, in nats per token.")
-    ] = 0.5,
+    ] = 0.9,
     stress_share: Annotated[
         float, typer.Option(help="Share of the distilled blocks that no corpus has: random, repeated, foreign tokens.")
     ] = 0.2,

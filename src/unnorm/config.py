@@ -58,6 +58,7 @@ class RemoveConfig(BaseModel):
     device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'mps'")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="precision of the training passes")
     compile: bool | None = Field(None, description="torch.compile the training passes")
+    cuda_graph: bool | None = Field(None, description="on a GPU, record each training step once and replay it")
     control: bool = Field(False, description="also fine-tune the original, norms kept, on the same tokens")
     kl_budget: float = Field(
         KL_BUDGET, gt=0, allow_inf_nan=False, description="KL on the way, nats per token, at which the taper waits"
@@ -103,6 +104,7 @@ class Plan(BaseModel):
     device: str
     bfloat16: bool
     compile: bool
+    cuda_graph: bool
     tokens: int
     context: int
     batch_size: int
@@ -125,6 +127,11 @@ class Plan(BaseModel):
     def training_tokens(self) -> int:
         """Tokens in all steps: what was asked for, rounded to whole steps."""
         return self.steps * self.step_tokens
+
+    @property
+    def records_steps(self) -> bool:
+        """Whether steps are replayed from a record: not those that add up gradients, or share them with others."""
+        return self.cuda_graph and self.processes == 1 and self.accumulation == 1
 
     @property
     def accumulation(self) -> int:
@@ -201,6 +208,7 @@ def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) 
         device=device,
         bfloat16=config.dtype == "bfloat16" or (config.dtype == "auto" and _fast_bfloat16(device)),
         compile=config.compile if config.compile is not None else device == "cuda",
+        cuda_graph=config.cuda_graph is not False and device == "cuda",
         tokens=tokens,
         context=context,
         batch_size=batch_size,

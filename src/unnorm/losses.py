@@ -1,6 +1,7 @@
 """What is minimized: next-token loss or distillation from the teacher, and what published recipes add to it."""
 
 import math
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -58,12 +59,38 @@ def distillation_losses(
         label_weight: weight of the next-token loss.
     """
     labels = F.pad(input_ids[:, 1:].long(), (0, 1), value=-1)
-    is_shown = [True] * len(logits) if shown is None else shown.tolist()
-    temperatures = [1.0 if block else temperature for block in is_shown]
-    minimized, kl, loss = _Distillation.apply(logits, teacher_logits, labels, temperatures, label_weight)
-    if shown is not None:
-        kl, loss = kl[shown], loss[shown]
-    return minimized, kl.mean(), loss[:, :-1].mean()
+    parts = list(_parts(logits, shown, temperature))
+    minimized, kl, loss = _Distillation.apply(logits, teacher_logits, labels, parts, label_weight)
+    if shown is None:
+        return minimized, kl.mean(), loss[:, :-1].mean()
+    kl, loss = (of.mean(1).masked_fill(~shown, 0.0).sum() / shown.sum() for of in (kl, loss[:, :-1]))
+    return minimized, kl, loss
+
+
+_Part = tuple[slice, float | Float[Tensor, "row 1"]]
+
+
+def _parts(
+    logits: Float[Tensor, "batch position vocab"], shown: Bool[Tensor, " batch"] | None, temperature: float
+) -> Iterator[_Part]:
+    """Rows, one a token, that are worked on at once, and at what temperature."""
+    batch, positions, vocab = logits.shape
+    if logits.device.type == "cpu":
+        at_once = max(1, _CACHED // vocab)
+        for block, is_shown in enumerate([True] * batch if shown is None else shown.tolist()):
+            start, end = block * positions, (block + 1) * positions
+            for row in range(start, end, at_once):
+                yield slice(row, min(row + at_once, end)), 1.0 if is_shown else temperature
+        return
+    at_once = max(1, _CACHED_GPU // vocab)
+    rows = [slice(row, row + at_once) for row in range(0, batch * positions, at_once)]
+    if shown is None:
+        yield from ((part, 1.0) for part in rows)
+        return
+    # Which blocks are shown stays on the GPU: to ask would be to wait for it.
+    temperatures = torch.full_like(shown, temperature, dtype=torch.float32).masked_fill(shown, 1.0)
+    of_rows = temperatures.repeat_interleave(positions)[:, None]
+    yield from ((part, of_rows[part]) for part in rows)
 
 
 class _Distillation(torch.autograd.Function):
@@ -79,31 +106,31 @@ class _Distillation(torch.autograd.Function):
         logits: Float[Tensor, "batch position vocab"],
         teacher_logits: Float[Tensor, "batch position vocab"],
         labels: Int[Tensor, "batch position"],
-        temperatures: list[float],
+        parts: list[_Part],
         label_weight: float,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "batch position"], Float[Tensor, "batch position"]]:
         precision = torch.promote_types(logits.dtype, torch.float32)
-        kl, loss = (torch.empty(labels.shape, dtype=precision, device=logits.device) for _ in range(2))
-        gradient = torch.empty_like(logits)
-        weights = (labels >= 0).to(precision)
+        kl, loss = (torch.empty(labels.numel(), 1, dtype=precision, device=logits.device) for _ in range(2))
+        weights = (labels >= 0).to(precision).view(-1, 1)
         weights *= label_weight / weights.sum().clamp(min=1)
-        at_once = max(1, (_CACHED if logits.device.type == "cpu" else _CACHED_GPU) // logits.shape[-1])
-        for block, temperature in enumerate(temperatures):
-            for start in range(0, labels.shape[1], at_once):
-                part = block, slice(start, start + at_once)
-                log_q, log_p = (F.log_softmax(x[part].to(precision), dim=-1) for x in (logits, teacher_logits))
-                label, weight = labels[part][:, None].clamp(min=0), weights[part][:, None]
-                loss[part] = -log_q.gather(-1, label)[:, 0]
-                of_loss = log_q.exp().mul_(weight).scatter_add_(-1, label, -weight) if label_weight else None
-                if temperature != 1:
-                    log_q, log_p = (F.log_softmax(x / temperature, dim=-1) for x in (log_q, log_p))
-                p = log_p.exp()
-                kl[part] = temperature**2 * torch.linalg.vecdot(p, log_p - log_q)
-                of_kl = log_q.exp_().sub_(p).mul_(temperature / labels.numel())
-                gradient[part] = of_kl if of_loss is None else of_kl.add_(of_loss)
+        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+        of_rows = gradient.view(-1, gradient.shape[-1])
+        rows, teacher_rows, labels_of_rows = logits.flatten(0, 1), teacher_logits.flatten(0, 1), labels.view(-1, 1)
+        for part, temperature in parts:
+            log_q, log_p = (F.log_softmax(x[part].to(precision), dim=-1) for x in (rows, teacher_rows))
+            label, weight = labels_of_rows[part].clamp(min=0), weights[part]
+            loss[part] = -log_q.gather(-1, label)
+            of_loss = log_q.exp().mul_(weight).scatter_add_(-1, label, -weight) if label_weight else None
+            if isinstance(temperature, Tensor) or temperature != 1:
+                log_q, log_p = (F.log_softmax(x / temperature, dim=-1) for x in (log_q, log_p))
+            p = log_p.exp()
+            kl[part] = temperature**2 * torch.linalg.vecdot(p, log_p - log_q)[:, None]
+            of_kl = log_q.exp_().sub_(p).mul_(temperature / labels.numel())
+            of_rows[part] = of_kl if of_loss is None else of_kl.add_(of_loss)
+        minimized, kl, loss = kl.mean() + (weights * loss).sum(), kl.view_as(labels), loss.view_as(labels)
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(kl, loss)
-        return kl.mean() + (weights * loss).sum(), kl, loss
+        return minimized, kl, loss
 
     @staticmethod
     def backward(ctx: Any, grad: Float[Tensor, ""], *_: Any) -> tuple[Tensor, None, None, None, None]:

@@ -1,5 +1,8 @@
 """A model and the original token by token: distributions, and the contexts where they differ most."""
 
+# NumPy's own types are no classes from Python 3.12 and NumPy 2.5 on, which jaxtyping asks for when they are evaluated.
+from __future__ import annotations
+
 from dataclasses import dataclass
 from typing import Any
 

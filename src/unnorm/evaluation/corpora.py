@@ -1,5 +1,8 @@
 """Text to evaluate on: held-out blocks of tokens, and which document each token belongs to."""
 
+# NumPy's own types are no classes from Python 3.12 and NumPy 2.5 on, which jaxtyping asks for when they are evaluated.
+from __future__ import annotations
+
 import hashlib
 import math
 from dataclasses import dataclass

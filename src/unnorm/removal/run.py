@@ -19,7 +19,7 @@ BEFORE = "before.json"
 DISK_COPIES = 8
 """Sizes of the model in float32 that a run may write: a checkpoint with optimizer state, the models it leaves."""
 
-_MAY_CHANGE_ON_RESUME = {"device", "compile", "report_to", "out"}
+_MAY_CHANGE_ON_RESUME = {"device", "compile", "cuda_graph", "report_to", "out"}
 
 
 @dataclass(frozen=True)

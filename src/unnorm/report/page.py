@@ -248,6 +248,7 @@ PLAN_WORDS = {
     "lr": "peak learning rate",
     "bfloat16": "bfloat16 autocast",
     "compile": "compiled",
+    "cuda_graph": "replayed as a CUDA graph",
 }
 
 

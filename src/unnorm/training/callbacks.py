@@ -4,7 +4,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,7 +37,8 @@ PATIENCE, LEAST_PATIENCE = 0.5, 100
 class Removal:
     """What is being removed: the stand-ins, when each arrives, and where special tokens are marked.
 
-    Without a controller the clock of the schedule is the share of the run that is done.
+    Without a controller the clock of the schedule is the share of the run that is done. `phase` is what a step decides
+    in Python: what is removed, and which tokens are special.
     """
 
     stand_ins: dict[str, TaperedNorm]
@@ -45,6 +46,7 @@ class Removal:
     controller: FidelityController | None
     token_mask: TokenMask
     end_of_text: int | None
+    phase: Hashable = None
 
     def alphas(self) -> dict[str, float]:
         """Alpha of each site now, the mean over its paths."""
@@ -76,14 +78,15 @@ class ScheduleCallback(TrainerCallback):
         """Put the model in the state that belongs to `progress`, a position of the schedule's clock."""
         schedule = self.removal.schedule
         for name, alphas in schedule.alphas(progress).items():
-            alpha = self.removal.stand_ins[name].alpha
-            alpha.copy_(torch.tensor(alphas, dtype=alpha.dtype))
+            for path, alpha in zip(self.removal.stand_ins[name].alpha, alphas, strict=True):
+                path.fill_(alpha)
         self.mask_position_0 = progress < schedule.special_position_0
         self.mask_end_of_text = progress < schedule.special_end_of_text
         # All at once, so that a compiled model recompiles once and not for every site.
         removed = progress >= max(removal.end for removal in schedule.removals)
         for stand_in in self.removal.stand_ins.values():
             stand_in.estimating, stand_in.removed = not removed, removed
+        self.removal.phase = removed, self.mask_position_0, self.mask_end_of_text
 
     def finish(self) -> None:
         """Land everything and let go of the model."""

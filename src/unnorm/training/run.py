@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -42,6 +42,7 @@ from unnorm.training.callbacks import (
     Watcher,
 )
 from unnorm.training.first_tokens import DRAWN, LEARNED, first_token_losses
+from unnorm.training.recorded_step import RecordedStep
 from unnorm.training.token_clip import clipping_tokens
 
 QUICK_BLOCKS = 16
@@ -155,6 +156,7 @@ class DistillationTrainer(Trainer):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.teacher, self.optimization = teacher, optimization
+        self.removal = removal
         self.end_of_text = None if removal is None else removal.end_of_text
         self.controller = None if removal is None else removal.controller
         self.penalized: TaperedNorm | None = None
@@ -168,11 +170,24 @@ class DistillationTrainer(Trainer):
         self.sums = torch.zeros(3, device=self.args.device)
         self.step_kl = torch.zeros(2, device=self.args.device)
         self.last_kl = 0.0
+        self.recorded: RecordedStep | None = None
+
+    def record_steps(self) -> None:
+        """From now on, replay steps from a record."""
+
+        def step(inputs: dict[str, Tensor]) -> Tensor:
+            return cast(Tensor, Trainer.training_step(self, self.model_wrapped, inputs))
+
+        assert self.model is not None
+        self.recorded = RecordedStep(step, list(self.model.parameters()))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
     ) -> Tensor | tuple[Tensor, Any]:
-        """Loss of a batch of `input_ids`, (batch, position); sums up what the next log line shows, of `text` rows."""
+        """Loss of a batch of `input_ids`, (batch, position); sums up what the next log line shows, of `text` rows.
+
+        What else changes from step to step comes with the batch, see `_with_step`: a recorded step is not asked again.
+        """
         ids, is_text = inputs["input_ids"], inputs["text"]
         output = model(input_ids=ids, use_cache=False)
         if self.teacher is None:
@@ -185,18 +200,39 @@ class DistillationTrainer(Trainer):
                 output.logits, teacher_logits, ids, is_text, STRESS_TEMPERATURE, self.optimization.label_weight
             )
             shown = torch.stack([token_loss, text_kl, torch.ones_like(text_kl)])
-            shown = torch.where(is_text.any(), is_text.sum() * shown, 0.0)
+            shown = (is_text.sum() * shown).masked_fill(~is_text.any(), 0.0)
             self.step_kl += shown[1:]
-            if share := self._inner_share():
-                loss = loss + share * self.optimization.read_weight * self._read_mismatch()
+            if "read_share" in inputs:
+                loss = loss + inputs["read_share"] * self.optimization.read_weight * self._read_mismatch()
             if self.bounded:
                 loss = loss + self._unevenness()
-                if self.bounded[0].removed:
-                    loss = loss + self._first_token_loss(model, ids)
+            if "first_tokens" in inputs:
+                loss = loss + self._first_token_loss(model, inputs["first_tokens"], len(ids.flatten()))
         self.sums += shown
         if self.penalized is not None:
             loss = loss + self._penalty(self.penalized, ids)
         return (loss, output) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of one batch; on a GPU replayed from a record, where that is possible."""
+        inputs = self._with_step(model, inputs)
+        if self.recorded is None:
+            return cast(Tensor, super().training_step(model, inputs, num_items_in_batch))
+        phase = None if self.removal is None else self.removal.phase
+        return self.recorded(phase, self._prepare_inputs(inputs))
+
+    def _with_step(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch, with the weight of matching reads and tokens that are looked at alone, where there are any."""
+        inputs = dict(inputs)
+        if share := self._inner_share():
+            inputs["read_share"] = torch.tensor(share)
+        if self.bounded and self.bounded[0].removed:
+            vocabulary = vocabulary_size(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+            shape = self.args.world_size, max(1, round(DRAWN * inputs["input_ids"].numel())), 1
+            inputs["first_tokens"] = torch.randint(vocabulary, shape)[self.args.process_index]
+        return inputs
 
     @contextmanager
     def matching_reads(self) -> Iterator[None]:
@@ -261,13 +297,13 @@ class DistillationTrainer(Trainer):
                 )
         return torch.stack(uneven).mean()
 
-    def _first_token_loss(self, model: nn.Module, ids: Int[Tensor, "batch position"]) -> Float[Tensor, ""]:
+    def _first_token_loss(
+        self, model: nn.Module, drawn: Int[Tensor, "drawn 1"], batch_tokens: int
+    ) -> Float[Tensor, ""]:
         """Of tokens alone, each counted like one of the batch. Overwrites the log scales that are kept."""
         assert self.teacher is not None
         plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        shape = self.args.world_size, max(1, round(DRAWN * ids.numel())), 1
-        drawn = torch.randint(vocabulary_size(plain), shape)[self.args.process_index].to(ids.device)
-        count = max(1, round(LEARNED * ids.numel()))
+        count = max(1, round(LEARNED * batch_tokens))
         with self.accelerator.autocast():
             kl, uneven = first_token_losses(plain, self.teacher, self.bounded, drawn, count)
         return LEARNED * (kl + self.optimization.even_weight * uneven)
@@ -348,6 +384,8 @@ def train(
         optimization=optimization,
         removal=removal,
     )
+    if plan.records_steps:
+        trainer.record_steps()
     trainer.remove_callback(PrinterCallback)
     quick_blocks = spread(validation_blocks, QUICK_BLOCKS)
     metrics = MetricsCallback(

@@ -40,7 +40,7 @@ def clip_tokens(grad: Float[Tensor, "*token width"]) -> Float[Tensor, "*token wi
     """
     length = grad.to(torch.promote_types(grad.dtype, torch.float32)).norm(dim=-1, keepdim=True)
     most = TOKEN_CLIP * length.median()
-    factor = torch.where((length > most) & (most > 0), most / length, 1.0)
+    factor = (most / length).masked_fill(~((length > most) & (most > 0)), 1.0)
     return grad * factor.to(grad.dtype)
 
 

@@ -1,0 +1,77 @@
+"""On a GPU, a training step is thousands of small kernels, and starting them takes longer than running them.
+
+So forward and backward are recorded once as a CUDA graph and replayed as a whole, for as long as the shapes and the
+phase of the removal stay what they were.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+WARM_UP = 3
+"""Steps that run as usual before one is recorded, so that what libraries set up at first use is there."""
+
+
+class RecordedStep:
+    """Forward and backward of a step, recorded and replayed.
+
+    What the step reads must be its inputs or tensors that keep their place in memory; what it decides in Python is
+    decided once for each phase. Where it can't be recorded, since it has to know a value on the CPU, as some mixtures
+    of experts do, steps run as usual.
+
+    Attributes:
+        possible: whether recording has not failed yet.
+    """
+
+    def __init__(self, step: Callable[[dict[str, Tensor]], Tensor], parameters: Sequence[nn.Parameter]) -> None:
+        """Nothing is recorded yet.
+
+        Args:
+            step: gives the loss of a batch, and leaves its gradients in the parameters that had none.
+            parameters: those that it trains.
+        """
+        self.step, self.parameters = step, parameters
+        self.possible = True
+        self._key: Hashable = None
+        self._runs = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: dict[str, Tensor] = {}
+        self._loss: Tensor | None = None
+        self._gradients: list[Tensor | None] = []
+
+    def __call__(self, phase: Hashable, inputs: dict[str, Tensor]) -> Tensor:
+        """The loss of a batch; its gradients are in the parameters then."""
+        key = phase, tuple((name, value.shape) for name, value in inputs.items())
+        if key != self._key:
+            self._forget()
+            self._key = key
+        if self._graph is None:
+            self._runs += 1
+            if not self.possible or self._runs <= WARM_UP or not self._record(inputs):
+                return self.step(inputs)
+        assert self._graph is not None and self._loss is not None
+        for name, value in inputs.items():
+            self._inputs[name].copy_(value)
+        self._graph.replay()
+        for parameter, gradient in zip(self.parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        return self._loss
+
+    def _forget(self) -> None:
+        self._graph, self._inputs, self._loss, self._gradients, self._runs = None, {}, None, [], 0
+
+    def _record(self, inputs: dict[str, Tensor]) -> bool:
+        """Record a step, which does not run it; whether that worked."""
+        graph = torch.cuda.CUDAGraph()
+        self._inputs = {name: value.clone() for name, value in inputs.items()}
+        try:
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._loss = self.step(self._inputs)
+            self._graph, self._gradients = graph, [parameter.grad for parameter in self.parameters]
+        except RuntimeError:
+            self._forget()
+            self.possible = False
+        for parameter in self.parameters:
+            parameter.grad = None
+        return self.possible
