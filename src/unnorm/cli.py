@@ -77,8 +77,8 @@ def remove(
     device: Device = "auto",
     dtype: Annotated[str, typer.Option(help="Precision of the training passes: auto, float32 or bfloat16.")] = "auto",
     compile_: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="torch.compile the passes.", show_default="on a GPU")
-    ] = None,
+        bool, typer.Option("--compile/--no-compile", help="torch.compile the passes: minutes of work before the first.")
+    ] = False,
     cuda_graph: Annotated[
         bool | None,
         typer.Option(

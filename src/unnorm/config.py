@@ -207,7 +207,7 @@ def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) 
     return Plan(
         device=device,
         bfloat16=config.dtype == "bfloat16" or (config.dtype == "auto" and _fast_bfloat16(device)),
-        compile=config.compile if config.compile is not None else device == "cuda",
+        compile=config.compile is True,
         cuda_graph=config.cuda_graph is not False and device == "cuda",
         tokens=tokens,
         context=context,

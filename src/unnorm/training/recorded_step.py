@@ -4,6 +4,7 @@ So forward and backward are recorded once as a CUDA graph and replayed as a whol
 phase of the removal stay what they were.
 """
 
+import warnings
 from collections.abc import Callable, Hashable, Sequence
 
 import torch
@@ -66,7 +67,9 @@ class RecordedStep:
         graph = torch.cuda.CUDAGraph()
         self._inputs = {name: value.clone() for name, value in inputs.items()}
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            # Steps before ran on another stream; that their gradients are gone is what the warning asks for.
+            with warnings.catch_warnings(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
                 self._loss = self.step(self._inputs)
             self._graph, self._gradients = graph, [parameter.grad for parameter in self.parameters]
         except RuntimeError:
