@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 from torch import Tensor
 
 import unnorm
 from tests.conftest import Cli
+from unnorm.cli import app
+from unnorm.config import RemoveConfig
 from unnorm.losses import distillation_losses
 from unnorm.training import run
 
@@ -165,6 +168,14 @@ def test_command_line_json_and_config_file(cli: Cli, tiny_model_dir: Path, text_
     sites = json.loads(stdout)["sites"]
     assert [site["name"] for site in sites][-1] == "transformer.ln_f"
     assert all(site["smallest"] <= site["mean"] <= site["largest"] for site in sites)
+
+
+def test_help_shows_the_defaults_that_hold() -> None:
+    command = typer.main.get_command(app).get_command(None, "remove")  # type: ignore[attr-defined]
+    shown = {parameter.name.rstrip("_"): parameter.default for parameter in command.params}
+    real = {name: field.get_default(call_default_factory=True) for name, field in RemoveConfig.model_fields.items()}
+    assert real.keys() <= shown.keys()
+    assert {name: shown[name] or None for name in real} == {name: value or None for name, value in real.items()}
 
 
 def test_failing_proof_exits_with_1(cli: Cli, finished_run: Path, tmp_path: Path) -> None:

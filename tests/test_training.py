@@ -198,12 +198,16 @@ def test_only_some_blocks_are_shown_but_all_are_minimized() -> None:
     torch.testing.assert_close([shown_kl, shown_loss], expected)
 
 
+@pytest.mark.parametrize("unasked", [False, True])
 @pytest.mark.parametrize("cached", [1, 14, 10**6])
 @pytest.mark.parametrize(("temperature", "label_weight"), [(1.0, 0.0), (2.0, 0.0), (1.0, 0.3), (3.0, 0.1)])
 def test_gradient_is_that_of_the_plain_formula(
-    monkeypatch: pytest.MonkeyPatch, cached: int, temperature: float, label_weight: float
+    monkeypatch: pytest.MonkeyPatch, cached: int, temperature: float, label_weight: float, unasked: bool
 ) -> None:
     monkeypatch.setattr(losses, "_CACHED", cached)
+    monkeypatch.setattr(losses, "_CACHED_GPU", cached)
+    if unasked:
+        monkeypatch.setattr(losses, "_parts", lambda logits, *more: losses._parts_unasked(*logits.shape, *more))
     torch.manual_seed(0)
     logits, teacher_logits = torch.randn(3, 5, 7, requires_grad=True), torch.randn(3, 5, 7)
     ids, shown = torch.randint(7, (3, 5)), torch.tensor([True, False, True])

@@ -57,7 +57,7 @@ class RemoveConfig(BaseModel):
     seed: int = Field(0, ge=0, lt=2**32, description="seed of everything random")
     device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'mps'")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="precision of the training passes")
-    compile: bool | None = Field(None, description="torch.compile the training passes")
+    compile: bool = Field(False, description="torch.compile the training passes: minutes of work before the first")
     cuda_graph: bool | None = Field(None, description="on a GPU, record each training step once and replay it")
     control: bool = Field(False, description="also fine-tune the original, norms kept, on the same tokens")
     kl_budget: float = Field(
@@ -207,7 +207,7 @@ def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) 
     return Plan(
         device=device,
         bfloat16=config.dtype == "bfloat16" or (config.dtype == "auto" and _fast_bfloat16(device)),
-        compile=config.compile is True,
+        compile=config.compile,
         cuda_graph=config.cuda_graph is not False and device == "cuda",
         tokens=tokens,
         context=context,

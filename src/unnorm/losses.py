@@ -75,22 +75,28 @@ def _parts(
 ) -> Iterator[_Part]:
     """Rows, one a token, that are worked on at once, and at what temperature."""
     batch, positions, vocab = logits.shape
-    if logits.device.type == "cpu":
-        at_once = max(1, _CACHED // vocab)
-        for block, is_shown in enumerate([True] * batch if shown is None else shown.tolist()):
-            start, end = block * positions, (block + 1) * positions
-            for row in range(start, end, at_once):
-                yield slice(row, min(row + at_once, end)), 1.0 if is_shown else temperature
+    if logits.device.type != "cpu":
+        yield from _parts_unasked(batch, positions, vocab, shown, temperature)
         return
+    at_once = max(1, _CACHED // vocab)
+    for block, is_shown in enumerate([True] * batch if shown is None else shown.tolist()):
+        start, end = block * positions, (block + 1) * positions
+        for row in range(start, end, at_once):
+            yield slice(row, min(row + at_once, end)), 1.0 if is_shown else temperature
+
+
+def _parts_unasked(
+    batch: int, positions: int, vocab: int, shown: Bool[Tensor, " batch"] | None, temperature: float
+) -> Iterator[_Part]:
+    """The same for a GPU. Which blocks are shown stays there: to ask would be to wait for it."""
     at_once = max(1, _CACHED_GPU // vocab)
-    rows = [slice(row, row + at_once) for row in range(0, batch * positions, at_once)]
-    if shown is None:
-        yield from ((part, 1.0) for part in rows)
-        return
-    # Which blocks are shown stays on the GPU: to ask would be to wait for it.
-    temperatures = torch.full_like(shown, temperature, dtype=torch.float32).masked_fill(shown, 1.0)
-    of_rows = temperatures.repeat_interleave(positions)[:, None]
-    yield from ((part, of_rows[part]) for part in rows)
+    of_rows: Tensor | None = None
+    if shown is not None:
+        temperatures = torch.full_like(shown, temperature, dtype=torch.float32).masked_fill(shown, 1.0)
+        of_rows = temperatures.repeat_interleave(positions)[:, None]
+    for row in range(0, batch * positions, at_once):
+        part = slice(row, row + at_once)
+        yield part, 1.0 if of_rows is None else of_rows[part]
 
 
 class _Distillation(torch.autograd.Function):
