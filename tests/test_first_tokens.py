@@ -96,7 +96,7 @@ def test_a_run_meets_them_once_its_norms_are_gone(
         assert all(loss.requires_grad for loss in losses)
         return losses
 
-    monkeypatch.setattr("unnorm.training.run.first_token_losses", remember)
+    monkeypatch.setattr("unnorm.training.distillation.first_token_losses", remember)
     with_massive(tiny_model, GPT2).save_pretrained(tmp_path / "planted")
     tiny_tokenizer.save_pretrained(tmp_path / "planted")
     unnorm.remove(model=str(tmp_path / "planted"), data=str(text_file), tokens=8192, out=tmp_path / "run", device="cpu")

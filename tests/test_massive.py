@@ -202,9 +202,9 @@ def test_a_run_says_what_it_scaled_down_and_binds_what_is_left(
         of_massive.append(massive_unevenness(log_scale, log_constant, massive))
         return of_massive[-1]
 
-    monkeypatch.setattr("unnorm.training.run.unevenness", remember)
-    monkeypatch.setattr("unnorm.training.run.massive_unevenness", remember_uneven)
-    monkeypatch.setattr("unnorm.training.run.read_mismatch", remember_massive)
+    monkeypatch.setattr("unnorm.training.distillation.unevenness", remember)
+    monkeypatch.setattr("unnorm.training.distillation.massive_unevenness", remember_uneven)
+    monkeypatch.setattr("unnorm.training.distillation.read_mismatch", remember_massive)
     with_massive(tiny_model, GPT2).save_pretrained(tmp_path / "planted")
     tiny_tokenizer.save_pretrained(tmp_path / "planted")
     text = tmp_path / "text.jsonl"
@@ -238,5 +238,5 @@ def test_a_model_without_any_is_not_bound(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for loss in ("unevenness", "massive_unevenness"):
-        monkeypatch.setattr(f"unnorm.training.run.{loss}", lambda *_: pytest.fail("nothing is uneven here"))
+        monkeypatch.setattr(f"unnorm.training.distillation.{loss}", lambda *_: pytest.fail("nothing is uneven here"))
     unnorm.remove(model=str(tiny_model_dir), data=str(text_file), tokens=2048, out=tmp_path / "run", device="cpu")

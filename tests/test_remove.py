@@ -20,7 +20,7 @@ from tests.conftest import Cli
 from unnorm.cli import app
 from unnorm.config import RemoveConfig
 from unnorm.losses import distillation_losses
-from unnorm.training import run
+from unnorm.training import distillation
 
 SETTINGS: dict[str, Any] = {"tokens": 20 * 512, "batch_size": 8, "context": 64, "device": "cpu", "dtype": "float32"}
 RESULT_KEYS = {
@@ -101,7 +101,7 @@ def test_interrupted_and_resumed_equals_unbroken(
         kl, *shown = distillation_losses(logits, teacher_logits, ids, *more)
         return kl * (math.nan if faults and torch.is_grad_enabled() and int(ids.sum()) % 4 == 0 else 1.0), *shown
 
-    monkeypatch.setattr(run, "distillation_losses", faulty)
+    monkeypatch.setattr(distillation, "distillation_losses", faulty)
     options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file), "recipe": recipe}
     options |= {"tokens": 60 * 512}
     unnorm.remove(out=tmp_path / "unbroken", **options)

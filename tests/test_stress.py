@@ -17,7 +17,7 @@ from unnorm.data import random_starts, stress_blocks
 from unnorm.losses import read_mismatch
 from unnorm.removal.blocks import with_stress
 from unnorm.schedule import FidelityController
-from unnorm.training.run import DistillationTrainer
+from unnorm.training.distillation import DistillationTrainer
 
 
 @settings(max_examples=20, deadline=None)
@@ -108,7 +108,7 @@ def test_reads_are_matched_while_training_and_let_go_of_after_it(
 
     hooks = []
     monkeypatch.setattr("unnorm.removal.remove.equalize_embedding", lambda *_: False)
-    monkeypatch.setattr("unnorm.training.run.read_mismatch", remember)
+    monkeypatch.setattr("unnorm.training.distillation.read_mismatch", remember)
     monkeypatch.setattr(
         "unnorm.removal.conclude.evaluate_model",
         lambda model, *rest, evaluate=unnorm.evaluation.evaluate_model, **more: (

@@ -17,7 +17,7 @@ from unnorm.losses import distillation_losses, next_token_loss, scale_penalty
 from unnorm.models import copy_model
 from unnorm.removal import remove
 from unnorm.schedule import FidelityController
-from unnorm.training import run
+from unnorm.training import distillation
 from unnorm.training.callbacks import MOST_BAD_STEPS, RESTORE_AFTER, GuardCallback
 
 
@@ -105,7 +105,7 @@ def test_a_step_of_nan_is_not_applied(
         kl, *shown = distillation_losses(*args)
         return kl * (math.nan if torch.is_grad_enabled() and calls in (4, 5) else 1.0), *shown
 
-    monkeypatch.setattr(run, "distillation_losses", sometimes_nan)
+    monkeypatch.setattr(distillation, "distillation_losses", sometimes_nan)
     result = unnorm.remove(
         model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "run", tokens=30_000, device="cpu", batch_size=8
     )
@@ -168,7 +168,7 @@ def test_divergence_ends_the_run_with_a_message(
         kl, *shown = distillation_losses(*args)
         return kl * math.nan, *shown
 
-    monkeypatch.setattr(run, "distillation_losses", always_nan)
+    monkeypatch.setattr(distillation, "distillation_losses", always_nan)
     with pytest.raises(unnorm.UnnormError, match="diverged"):
         unnorm.remove(
             model=str(tiny_model_dir), data=str(text_file), out=tmp_path, tokens=20_000, device="cpu", batch_size=8
@@ -248,6 +248,6 @@ def test_running_out_of_something_is_no_traceback(
     def fail(*_: Any, **__: Any) -> None:
         raise fault
 
-    monkeypatch.setattr(run.DistillationTrainer, "_save_checkpoint", fail)
+    monkeypatch.setattr(distillation.DistillationTrainer, "_save_checkpoint", fail)
     with pytest.raises(unnorm.UnnormError, match=message):
         unnorm.remove(model=str(tiny_model_dir), data=str(text_file), out=tmp_path, tokens=10_000, device="cpu")

@@ -1,0 +1,241 @@
+"""The Trainer: what is minimized in a step."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer
+
+from unnorm import processes
+from unnorm.losses import (
+    RUNAWAY,
+    distillation_losses,
+    massive_unevenness,
+    next_token_loss,
+    read_mismatch,
+    scale_penalty,
+    unevenness,
+)
+from unnorm.norms import TaperedNorm
+from unnorm.sites import vocabulary_size
+from unnorm.training.callbacks import Removal
+from unnorm.training.first_tokens import DRAWN, LEARNED, first_token_losses
+from unnorm.training.optimization import Optimization
+from unnorm.training.recorded_step import RecordedStep
+
+READS_SHARE = 0.7
+"""Share of the run in which reads are matched; what they cost of the final KL is then made good.
+
+Steps by which the taper is late do not count: what it waits for is what matching brings about."""
+
+MASSIVE_SCALE = 3.0
+"""A token is massive at a site where its scale in the original is this many times the constant."""
+
+STRESS_TEMPERATURE = 2.0
+"""Stress blocks are distilled at it: worst losses are of tokens that the teacher gives next to no probability."""
+
+
+class DistillationTrainer(Trainer):
+    """Trainer whose loss is KL to the teacher's logits, or next-token loss where there is no teacher.
+
+    A penalty at the final norm comes on top, if the recipe has one.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: PreTrainedModel | None,
+        optimization: Optimization,
+        removal: Removal | None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.teacher, self.optimization = teacher, optimization
+        self.removal = removal
+        self.end_of_text = None if removal is None else removal.end_of_text
+        self.controller = None if removal is None else removal.controller
+        self.penalized: TaperedNorm | None = None
+        if removal is not None and optimization.penalty is not None:
+            self.penalized = list(removal.stand_ins.values())[-1]
+            self.penalized.keep_log_scale = True
+        self.stand_ins = removal.stand_ins if removal is not None and optimization.read_weight else {}
+        self.teacher_reads: dict[str, Tensor] = {}
+        self.massive: dict[str, Tensor | None] = {}
+        self.bounded = [stand_in for stand_in in self.stand_ins.values() if stand_in.interpolation == "bounded"]
+        self.sums = torch.zeros(3, device=self.args.device)
+        self.step_kl = torch.zeros(2, device=self.args.device)
+        self.last_kl = 0.0
+        self.recorded: RecordedStep | None = None
+
+    def record_steps(self) -> None:
+        """From now on, replay steps from a record."""
+
+        def step(inputs: dict[str, Tensor]) -> Tensor:
+            return cast(Tensor, Trainer.training_step(self, self.model_wrapped, inputs))
+
+        assert self.model is not None
+        self.recorded = RecordedStep(step, list(self.model.parameters()))
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Loss of a batch of `input_ids`, (batch, position); sums up what the next log line shows, of `text` rows.
+
+        What else changes from step to step comes with the batch, see `_with_step`: a recorded step is not asked again.
+        """
+        ids, is_text = inputs["input_ids"], inputs["text"]
+        output = model(input_ids=ids, use_cache=False)
+        if self.teacher is None:
+            loss = next_token_loss(output.logits, ids)
+            shown = torch.stack([loss.detach(), torch.full_like(loss, math.nan), torch.ones_like(loss)])
+        else:
+            with torch.no_grad(), self.accelerator.autocast():
+                teacher_logits = self.teacher(input_ids=ids, use_cache=False).logits
+            loss, text_kl, token_loss = distillation_losses(
+                output.logits, teacher_logits, ids, is_text, STRESS_TEMPERATURE, self.optimization.label_weight
+            )
+            shown = torch.stack([token_loss, text_kl, torch.ones_like(text_kl)])
+            shown = (is_text.sum() * shown).masked_fill(~is_text.any(), 0.0)
+            self.step_kl += shown[1:]
+            if "read_share" in inputs:
+                loss = loss + inputs["read_share"] * self.optimization.read_weight * self._read_mismatch()
+            if self.bounded:
+                loss = loss + self._unevenness()
+            if "first_tokens" in inputs:
+                loss = loss + self._first_token_loss(model, inputs["first_tokens"], len(ids.flatten()))
+        self.sums += shown
+        if self.penalized is not None:
+            loss = loss + self._penalty(self.penalized, ids)
+        return (loss, output) if return_outputs else loss
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of one batch; on a GPU replayed from a record, where that is possible."""
+        inputs = self._with_step(model, inputs)
+        if self.recorded is None:
+            return cast(Tensor, super().training_step(model, inputs, num_items_in_batch))
+        phase = None if self.removal is None else self.removal.phase
+        return self.recorded(phase, self._prepare_inputs(inputs))
+
+    def _with_step(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch, with the weight of matching reads and tokens that are looked at alone, where there are any."""
+        inputs = dict(inputs)
+        if share := self._inner_share():
+            inputs["read_share"] = torch.tensor(share)
+        if self.bounded and self.bounded[0].removed:
+            vocabulary = vocabulary_size(self.accelerator.unwrap_model(model, keep_torch_compile=False))
+            shape = self.args.world_size, max(1, round(DRAWN * inputs["input_ids"].numel())), 1
+            inputs["first_tokens"] = torch.randint(vocabulary, shape)[self.args.process_index]
+        return inputs
+
+    @contextmanager
+    def matching_reads(self) -> Iterator[None]:
+        """Keep what the norms of the teacher and their stand-ins give in each training pass, if the loss needs it."""
+
+        def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+            def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+                self.teacher_reads[name] = output
+                stand_in = self.stand_ins[name]
+                # Once the norms are gone the weight of few tokens is only in the way of all others.
+                told_apart = self.bounded and not stand_in.removed
+                self.massive[name] = stand_in.departure(args[0]) > math.log(MASSIVE_SCALE) if told_apart else None
+
+            return hook
+
+        teacher = self.teacher
+        handles = [teacher.get_submodule(name).register_forward_hook(keep(name)) for name in self.stand_ins if teacher]
+        for stand_in in self.stand_ins.values():
+            stand_in.keep_output = True
+        for stand_in in self.bounded:
+            stand_in.keep_log_scale = True
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for stand_in in self.stand_ins.values():
+                stand_in.keep_output, stand_in.kept_output = False, None
+            for stand_in in self.bounded:
+                stand_in.keep_log_scale, stand_in.kept_log_scale = False, None
+            self.teacher_reads.clear()
+            self.massive.clear()
+
+    def _inner_share(self) -> float:
+        """What is left of the weights of what is matched inside the model."""
+        if not self.stand_ins:
+            return 0.0
+        step, steps = self.state.global_step, max(1, self.state.max_steps)
+        late = 0 if self.controller is None else self.controller.late(step, steps)
+        return max(0.0, 1 - (step - late) / steps / READS_SHARE)
+
+    def _read_mismatch(self) -> Float[Tensor, ""]:
+        mismatches = []
+        for name, stand_in in self.stand_ins.items():
+            assert stand_in.kept_output is not None
+            mismatches.append(read_mismatch(stand_in.kept_output, self.teacher_reads[name], self.massive[name]))
+        return torch.stack(mismatches).mean()
+
+    def _unevenness(self) -> Float[Tensor, ""]:
+        uneven = []
+        for name, stand_in in self.stand_ins.items():
+            if stand_in.kept_log_scale is None:
+                continue
+            scale = stand_in.kept_log_scale, stand_in.log_constant[0]
+            massive = self.massive[name]
+            if massive is None:
+                uneven.append(self.optimization.even_weight * unevenness(*scale, RUNAWAY))
+            else:
+                uneven.append(
+                    self.optimization.even_weight * stand_in.alpha.mean() ** 4 * unevenness(*scale)
+                    + self.optimization.massive_even_weight * massive_unevenness(*scale, massive)
+                )
+        return torch.stack(uneven).mean()
+
+    def _first_token_loss(
+        self, model: nn.Module, drawn: Int[Tensor, "drawn 1"], batch_tokens: int
+    ) -> Float[Tensor, ""]:
+        """Of tokens alone, each counted like one of the batch. Overwrites the log scales that are kept."""
+        assert self.teacher is not None
+        plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        count = max(1, round(LEARNED * batch_tokens))
+        with self.accelerator.autocast():
+            kl, uneven = first_token_losses(plain, self.teacher, self.bounded, drawn, count)
+        return LEARNED * (kl + self.optimization.even_weight * uneven)
+
+    def held(self) -> float | None:
+        """Share of the last batch's tokens that bounds held down, over all sites and processes; None without bounds."""
+        shares = [share for stand_in in self.bounded if (share := stand_in.held) is not None]
+        if not shares:
+            return None
+        mean = torch.stack(shares).mean()
+        share, count = processes.total(torch.stack([mean, torch.ones_like(mean)])).tolist()
+        return float(share / count)
+
+    def _penalty(self, norm: TaperedNorm, ids: Int[Tensor, "batch position"]) -> Float[Tensor, ""]:
+        assert norm.kept_log_scale is not None and self.optimization.penalty is not None
+        special = torch.zeros_like(ids, dtype=torch.bool) if self.end_of_text is None else ids == self.end_of_text
+        special[:, 0] = True
+        penalty = scale_penalty(norm.kept_log_scale, special, norm.log_constant[0], self.optimization.penalty)
+        return self.optimization.penalty_weight * penalty
+
+    def take_step_kl(self) -> float:
+        """Mean KL on text since the last call, over all processes; as it was, where all rows were stress blocks."""
+        sums = processes.total(self.step_kl)
+        self.step_kl.zero_()
+        kl, count = sums.tolist()
+        self.last_kl = float(kl / count) if count else self.last_kl
+        return self.last_kl
+
+    def take_means(self) -> dict[str, float]:
+        """Means of loss and KL on text since the last call, over all processes; none, where there was no text."""
+        sums = processes.total(self.sums)
+        self.sums.zero_()
+        loss, kl, count = sums.tolist()
+        if not count:
+            return {}
+        return {"loss": loss / count} if math.isnan(kl) else {"loss": loss / count, "kl": kl / count}
