@@ -118,7 +118,7 @@ class GuardCallback(TrainerCallback, ExportableState):
 
     A step explodes when its gradient norm is over 100 times the median of the last steps, or of the clip where
     they were smaller: distillation starts at no loss at all, and its gradients rise from nothing. When several
-    steps in a row are refused, the last good weights come back.
+    steps in a row are refused, the last good weights come back. `norm` is that of the last step's gradients, unclipped.
     """
 
     CLIP, EXPLODES, REMEMBERED = 1.0, 100.0, 50
@@ -137,7 +137,7 @@ class GuardCallback(TrainerCallback, ExportableState):
             held: gives the share of its tokens that bounds held down, None where nothing is bounded.
         """
         self.controller, self.take_kl, self.held = controller, take_kl, held
-        self.norms: list[float] = []
+        self.norm, self.norms = 0.0, list[float]()
         self.skipped = self.in_a_row = self.restored = 0
         self.good: dict[str, Tensor] = {}
 
@@ -167,7 +167,7 @@ class GuardCallback(TrainerCallback, ExportableState):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
     ) -> None:
-        norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), self.CLIP))
+        norm = self.norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), self.CLIP))
         typical = sorted(self.norms)[len(self.norms) // 2] if self.norms else math.inf
         if math.isfinite(norm) and norm <= self.EXPLODES * max(typical, self.CLIP):
             self.norms = [*self.norms, norm][-self.REMEMBERED :]
@@ -252,11 +252,10 @@ class MetricsCallback(TrainerCallback):
         plan: Plan,
         watch: Watcher,
         evaluate: Callable[[], dict[str, float]],
-        take_means: Callable[[], dict[str, float]],
         removal: Removal | None,
     ) -> None:
         self.path, self.plan, self.watch, self.removal = path, plan, watch, removal
-        self.evaluate, self.take_means = evaluate, take_means
+        self.evaluate = evaluate
         self.rows: list[dict[str, Any]] = []
         self.seconds_before = self.started = 0.0
 
@@ -278,10 +277,9 @@ class MetricsCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
-        if "grad_norm" not in logs:
-            return
-        more = {"lr": logs["learning_rate"], "grad_norm": logs["grad_norm"]}
-        self._add(state, "train", {**self.take_means(), **more})
+        if "learning_rate" in logs:
+            measured = {key: logs[key] for key in logs if key in {"loss", "kl", "grad_norm"}}
+            self._add(state, "train", {**measured, "lr": logs["learning_rate"]})
 
     @property
     def seconds(self) -> float:

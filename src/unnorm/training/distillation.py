@@ -22,7 +22,7 @@ from unnorm.losses import (
 )
 from unnorm.norms import TaperedNorm
 from unnorm.sites import vocabulary_size
-from unnorm.training.callbacks import Removal
+from unnorm.training.callbacks import GuardCallback, Removal
 from unnorm.training.first_tokens import DRAWN, LEARNED, first_token_losses
 from unnorm.training.optimization import Optimization
 from unnorm.training.recorded_step import RecordedStep
@@ -70,6 +70,8 @@ class DistillationTrainer(Trainer):
         self.step_kl = torch.zeros(2, device=self.args.device)
         self.last_kl = 0.0
         self.recorded: RecordedStep | None = None
+        self.guard = GuardCallback(self.controller, self.take_step_kl, self.held)
+        self.add_callback(self.guard)
 
     def record_steps(self) -> None:
         """From now on, replay steps from a record."""
@@ -132,6 +134,13 @@ class DistillationTrainer(Trainer):
             shape = self.args.world_size, max(1, round(DRAWN * inputs["input_ids"].numel())), 1
             inputs["first_tokens"] = torch.randint(vocabulary, shape)[self.args.process_index]
         return inputs
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log as the Trainer does, but loss and KL on text, and the norm of the gradients that the guard found."""
+        if "learning_rate" in logs:
+            logs.pop("loss", None)
+            logs |= {**self.take_means(), "grad_norm": self.guard.norm}
+        super().log(logs, start_time)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """None: the Trainer would measure, and scale by 1, all gradients once more than the guard does."""

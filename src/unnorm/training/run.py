@@ -21,7 +21,6 @@ from unnorm.errors import UnnormError
 from unnorm.losses import distillation_losses
 from unnorm.schedule import Recipe
 from unnorm.training.callbacks import (
-    GuardCallback,
     InterruptCallback,
     MetricsCallback,
     Removal,
@@ -114,13 +113,11 @@ def train(
         plan,
         watch,
         lambda: quick_evaluation(model, teacher, quick_blocks, plan),
-        trainer.take_means,
         removal,
     )
     interrupt = InterruptCallback()
     schedule = ScheduleCallback(removal, model) if removal is not None else None
-    guard = GuardCallback(removal.controller if removal is not None else None, trainer.take_step_kl, trainer.held)
-    callbacks: list[TrainerCallback | None] = [schedule, guard, interrupt, metrics]
+    callbacks: list[TrainerCallback | None] = [schedule, interrupt, metrics]
     for callback in callbacks:
         if callback is not None:
             trainer.add_callback(callback)
@@ -150,9 +147,9 @@ def train(
         steps=steps,
         tokens=steps * plan.step_tokens,
         seconds=metrics.seconds,
-        skipped_steps=guard.skipped,
+        skipped_steps=trainer.guard.skipped,
         interrupted=interrupt.asked,
-        diverged=guard.diverged,
+        diverged=trainer.guard.diverged,
         unfinished=unfinished,
         rows=metrics.rows,
     )
