@@ -503,6 +503,8 @@ class TestOptions:
             (["--lr", "inf"], "lr"),
             (["--seed", "-1"], "seed"),
             (["--seed", str(2**70)], "seed"),
+            (["--report-to", "abacus"], "abacus is not supported"),
+            (["--report-to", "comet_ml"], "pip install"),
         ],
     )
     def test_of_remove(

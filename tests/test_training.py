@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import integration_utils
 
 import unnorm
 from unnorm import losses
@@ -137,6 +138,28 @@ def test_a_batch_that_overflows_on_the_way_leaves_no_trace(
     assert math.isfinite(result["lnfree_loss"])
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert sum(math.isfinite(row.get("kl") or math.nan) for row in rows) > len(rows) / 2
+
+
+def test_trackers_get_what_the_metrics_say(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[dict[str, float]] = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+            seen.append(dict(logs))
+
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "abacus", Tracker)
+    settings = {"data": str(text_file), "tokens": 10_000, "device": "cpu", "batch_size": 8, "report_to": ["abacus"]}
+    unnorm.remove(model=str(tiny_model_dir), out=tmp_path / "run", **settings)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["kind"] == "train"]
+    measured = ["loss", "kl", "grad_norm"]
+    assert [[row[key] for key in measured] for row in rows] == [
+        [logs[key] for key in measured] for logs in seen if "learning_rate" in logs
+    ]
+    assert rows[-1]["kl"] > 0
+    assert all(0 < row["grad_norm"] < math.inf for row in rows)
 
 
 def test_out_of_tokens_names_the_sites_that_are_still_norms(

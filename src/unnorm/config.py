@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations import get_reporting_integration_callbacks
 
 from unnorm.data import STDLIB
 from unnorm.errors import UnnormError
@@ -80,6 +81,17 @@ class RemoveConfig(BaseModel):
     def _parse_tokens(cls, value: Any) -> Any:
         return parse_count(value) if isinstance(value, str) else value
 
+    @field_validator("report_to")
+    @classmethod
+    def _trackers_are_installed(cls, names: list[str]) -> list[str]:
+        for name in names:
+            try:
+                for tracker in get_reporting_integration_callbacks(name):
+                    tracker()
+            except Exception as error:  # What transformers finds missing, it says in errors of many kinds.
+                raise ValueError(" ".join(str(error).split()).removesuffix(".")) from error
+        return names
+
     @classmethod
     def create(cls, **options: Any) -> "RemoveConfig":
         """Check options.
@@ -90,7 +102,8 @@ class RemoveConfig(BaseModel):
         try:
             return cls(**options)
         except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            said = {".".join(map(str, e["loc"])): e["msg"].removeprefix("Value error, ") for e in error.errors()}
+            wrong = "; ".join(f"{name}: {message}" for name, message in said.items())
             raise UnnormError(f"Wrong settings: {wrong}.") from error
 
     def save(self, path: Path) -> None:
