@@ -34,7 +34,7 @@ _progress = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Results as JSON on standard output, all else on standard error.")]
 Data = Annotated[
-    str, typer.Option(help="'stdlib'; a .txt, .jsonl or .parquet file, directory or glob; a hub data set.")
+    str, typer.Option(help="'stdlib'; a .txt, .jsonl, .parquet or .csv file, directory or glob; a hub data set.")
 ]
 TextField = Annotated[str | None, typer.Option(help="Column that holds the text.", show_default="'text'")]
 Split = Annotated[str, typer.Option(help="Split that the text comes from.")]
@@ -50,8 +50,8 @@ def remove(
     data: Annotated[
         str,
         typer.Option(
-            help="'stdlib'; a .txt, .jsonl, .parquet or .bin file, directory or glob; a hub data set; 'self': text "
-            "that the model writes."
+            help="'stdlib'; a .txt, .jsonl, .parquet, .csv or .bin file, directory or glob; a hub data set; 'self': "
+            "text that the model writes."
         ),
     ] = "stdlib",
     text_field: TextField = None,
@@ -108,7 +108,10 @@ def remove(
     ] = "geometric",
     config: Annotated[Path | None, typer.Option(help="YAML file with any of these options; flags win.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    report_to: Annotated[list[str] | None, typer.Option(help="wandb, trackio, tensorboard, …")] = None,
+    report_to: Annotated[
+        list[str] | None,
+        typer.Option(help="Tracker that follows the run: wandb, trackio, tensorboard, …; can be repeated."),
+    ] = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
