@@ -133,7 +133,7 @@ class _Distillation(torch.autograd.Function):
                 q, log_total = _softmax(x)
             p, log_teacher_total = _softmax(teacher_x)
             distance = torch.linalg.vecdot(p, teacher_x - x)[:, None] + log_total - log_teacher_total
-            kl[part] = temperature**2 * distance
+            kl[part] = temperature**2 * distance.clamp(min=0)  # Rounding of next to nothing may be negative.
             of_kl = q.sub_(p).mul_(temperature / labels.numel())
             of_rows[part] = of_kl.add_(of_loss).scatter_add_(-1, label, -weight)
         minimized, kl, loss = kl.mean() + (weights * loss).sum(), kl.view_as(labels), loss.view_as(labels)

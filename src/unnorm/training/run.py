@@ -92,7 +92,7 @@ def train(
         report_to: transformers' names of experiment trackers.
 
     Raises:
-        UnnormError: memory or disk ran out.
+        UnnormError: memory or disk ran out, or a tracker gave up.
     """
     optimization = OPTIMIZATION[recipe]
     trainer = DistillationTrainer(
@@ -136,6 +136,14 @@ def train(
         except (OSError, SafetensorError) as error:
             raise UnnormError(
                 f"Could not write a checkpoint to '{checkpoints}': {error}. Free some space and go on with --resume."
+            ) from error
+        except Exception as error:
+            tracker = type(error).__module__.partition(".")[0]
+            if tracker not in report_to:
+                raise
+            raise UnnormError(
+                f"{tracker} gave up: {str(error).strip()} Go on with --resume when that is mended, or without it: "
+                "--resume --report-to none."
             ) from error
     model.config.use_cache = use_cache  # The Trainer turns it off for good.
     steps = int(trainer.state.global_step)
