@@ -102,9 +102,10 @@ class RemoveConfig(BaseModel):
         try:
             return cls(**options)
         except ValidationError as error:
-            said = {".".join(map(str, e["loc"])): e["msg"].removeprefix("Value error, ") for e in error.errors()}
-            wrong = "; ".join(f"{name}: {message}" for name, message in said.items())
-            raise UnnormError(f"Wrong settings: {wrong}.") from error
+            wrong = [
+                f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
+            ]
+            raise UnnormError(f"Wrong settings: {'; '.join(wrong)}.") from error
 
     def save(self, path: Path) -> None:
         """Write the settings as YAML."""
