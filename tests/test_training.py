@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.integrations import integration_utils
 
 import unnorm
-from unnorm import losses
+from unnorm import config, losses
 from unnorm.losses import distillation_losses, next_token_loss, scale_penalty
 from unnorm.models import copy_model
 from unnorm.removal import remove
@@ -162,8 +162,9 @@ def test_trackers_get_what_the_metrics_say(
     assert all(0 < row["grad_norm"] < math.inf for row in rows)
 
 
+@pytest.mark.parametrize("asked", ["abacus", "all"])
 def test_a_tracker_that_gives_up_leaves_a_run_to_resume(
-    tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    asked: str, tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class NoKeyError(RuntimeError):
         __module__ = "abacus.errors"
@@ -173,7 +174,8 @@ def test_a_tracker_that_gives_up_leaves_a_run_to_resume(
             raise NoKeyError("No key.")
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "abacus", Tracker)
-    settings = {"data": str(text_file), "tokens": 10_000, "device": "cpu", "batch_size": 8, "report_to": ["abacus"]}
+    monkeypatch.setattr(config, "get_available_reporting_integrations", lambda: ["abacus"])
+    settings = {"data": str(text_file), "tokens": 10_000, "device": "cpu", "batch_size": 8, "report_to": [asked]}
     with pytest.raises(unnorm.UnnormError, match=r"abacus gave up: No key\. Go on with --resume"):
         unnorm.remove(model=str(tiny_model_dir), out=tmp_path / "run", **settings)
     assert unnorm.remove(out=tmp_path / "run", resume=True, report_to=["none"])["verified"]

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.integrations import get_reporting_integration_callbacks
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from unnorm.data import STDLIB
 from unnorm.errors import UnnormError
@@ -84,6 +84,8 @@ class RemoveConfig(BaseModel):
     @field_validator("report_to")
     @classmethod
     def _trackers_are_installed(cls, names: list[str]) -> list[str]:
+        if names == ["all"]:
+            return get_available_reporting_integrations()
         for name in names:
             try:
                 for tracker in get_reporting_integration_callbacks(name):
