@@ -83,9 +83,9 @@ class RemoveConfig(BaseModel):
 
     @field_validator("report_to")
     @classmethod
-    def _trackers_are_installed(cls, names: list[str]) -> list[str]:
+    def _installed_trackers(cls, names: list[str]) -> list[str]:
         if names == ["all"]:
-            return get_available_reporting_integrations()
+            names = get_available_reporting_integrations()
         for name in names:
             try:
                 for tracker in get_reporting_integration_callbacks(name):
