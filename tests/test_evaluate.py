@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
 import unnorm.evaluation.run
 from tests.conftest import POSITIONS, VOCAB, Cli, randomize, stdlib_text
+from unnorm.data import as_dataset
 from unnorm.errors import UnnormError
 from unnorm.evaluation import Results, Score, evaluate, evaluate_model
 from unnorm.evaluation.corpora import open_corpus
@@ -25,6 +28,7 @@ from unnorm.evaluation.harness import against
 from unnorm.evaluation.intervals import bootstrap_interval, paired_share_interval, share_interval
 from unnorm.evaluation.metrics import calibration
 from unnorm.evaluation.suites import choose
+from unnorm.terminal import evaluation_tables
 
 BLOCKS = 120
 
@@ -122,6 +126,36 @@ class TestNumbers:
     def test_a_model_against_itself(self, tokens: Path, tiny_model_dir: Path) -> None:
         (row,) = evaluate(str(tiny_model_dir), str(tiny_model_dir), str(tokens), tokens=2000)
         assert (row.kl, row.difference, row.difference_ci, row.top5_agreement) == (0, 0, (0, 0), 1)
+
+    def test_blocks_that_overflow_are_counted_and_the_others_measured(
+        self, tokens: Path, tiny_model: GPT2LMHeadModel, tiny_model_dir: Path
+    ) -> None:
+        ids = held_out(tokens)[:12]
+        model = randomize(deepcopy(tiny_model), 1)
+        bad = ids[:, 0] == ids[3, 0]
+        assert 0 < bad.sum() < len(bad)
+
+        def overflow(_: Any, __: Any, kwargs: Any, output: Any) -> Any:
+            output.logits[kwargs["input_ids"][:, 0] == ids[3, 0]] = torch.nan
+            return output
+
+        expected, whole = (
+            evaluate_model(model, as_dataset(blocks.numpy()), tiny_model, name="m", data="d")
+            for blocks in (ids[~bad], ids)
+        )
+        assert (whole.blocks, whole.overflowed_blocks, whole.loss_elsewhere, whole.kl_elsewhere) == (12, 0, None, None)
+        model.register_forward_hook(overflow, with_kwargs=True)
+        found = evaluate_model(model, as_dataset(ids.numpy()), tiny_model, name="m", data="d")
+        assert (found.blocks, found.overflowed_blocks) == (12, bad.sum())
+        assert math.isnan(found.loss) and found.kl is not None and math.isnan(found.kl)
+        assert found.loss_elsewhere == pytest.approx(expected.loss)
+        assert found.kl_elsewhere == pytest.approx(expected.kl)
+        protocol = {"corpora": [], "tasks": [], "interval": "none", "dtype": "float32", "device": "cpu"}
+        console = Console(width=120, file=StringIO())
+        console.print(evaluation_tables(Results((found, whole), (), (), protocol)))
+        lines = [line for line in console.file.getvalue().splitlines() if "overflow" in line]  # type: ignore[attr-defined]
+        (line,) = lines
+        assert line.startswith(f"m overflows in {bad.sum()} of 12 blocks of d; in the others loss {expected.loss:.4f}")
 
     def test_calibration_of_a_coin(self) -> None:
         """Confidence 0.8 and right 60% of the time is wrong by 0.2; a certain and right half adds nothing."""

@@ -416,6 +416,9 @@ def test_a_model_that_overflows_without_its_norms_says_so(
     for text in (done.out, (tmp_path / "run" / "result.json").read_text()):
         result = json.loads(text, parse_constant=refuse)
         assert (result["lnfree_loss"], result["naive_loss"], result["verified"]) == (None, None, False)
+        # It does in every block, so there are no others to speak of.
+        assert result["overflowed_blocks"] == result["validation_blocks"] > 0
+        assert (result["lnfree_loss_elsewhere"], result["kl_elsewhere"]) == (None, None)
     proof = cli("verify", tmp_path / "run", "--json")
     assert proof.code == 1
     failed = [check for check in json.loads(proof.out, parse_constant=refuse)["checks"] if not check["passed"]]

@@ -234,6 +234,16 @@ def test_scaled_down_neurons_are_named(data: ReportData) -> None:
     assert "transformer.h.2.mlp.c_proj 447 (55.5 times the usual scale, now times 0.023)" in page
 
 
+def test_what_overflows_is_counted_and_the_rest_measured(data: ReportData) -> None:
+    assert "overflow" not in Reader(render_report(data)).text
+    numbers = {"kl": math.nan, "overflowed_blocks": 1, "validation_blocks": 196}
+    page = Reader(render_report(replace(data, result=data.result | numbers))).text
+    assert "it overflows in 1 of 196 held-out blocks" in page and "in the others" not in page
+    numbers |= {"kl_elsewhere": 0.7052, "lnfree_loss_elsewhere": 4.2494}
+    page = Reader(render_report(replace(data, result=data.result | numbers))).text
+    assert "it overflows in 1 of 196 held-out blocks; in the others KL 0.705, loss 4.2494" in page
+
+
 def test_headline_claims_no_removal_while_norms_are_left() -> None:
     assert headline({"model": "m", "sites": 9, "norm_modules_left": 2}) == "2 norm modules are left in m"
 

@@ -94,11 +94,18 @@ def result_table(result: dict[str, Any]) -> RenderableType:
 def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     low, high = result["lnfree_loss_ci"]
     rows = [
-        ("KL to the original", f"{result['kl']:.4f}", "nats per token"),
+        ("KL to the original", f"{result['kl']:.4f}", _elsewhere(result["kl_elsewhere"]) or "nats per token"),
         ("top-1 agreement", f"{result['top1_agreement']:.1%}", "same most likely next token"),
         ("loss, original", f"{result['teacher_loss']:.4f}", f"{result['validation_tokens']:,} held-out tokens"),
-        ("loss, norms removed", f"{result['lnfree_loss']:.4f}", _interval(low, high)),
+        (
+            "loss, norms removed",
+            f"{result['lnfree_loss']:.4f}",
+            _elsewhere(result["lnfree_loss_elsewhere"]) or _interval(low, high),
+        ),
     ]
+    if result["overflowed_blocks"]:
+        overflowed = f"{result['overflowed_blocks']:,} of {result['validation_blocks']:,}"
+        rows.append(("overflows in", overflowed, "held-out blocks: give it more --tokens"))
     if result["control_loss"] is not None:
         rows += [
             ("loss, control", f"{result['control_loss']:.4f}", "norms kept, same tokens"),
@@ -130,6 +137,7 @@ def evaluation_tables(results: "Results", out: Path | None = None) -> Renderable
     results = results.with_short_names()
     rows = results.rows
     parts: list[RenderableType] = [_loss_table(rows), _fidelity_table(rows)] if rows else []
+    parts += [Text(line) for row in rows if row.overflowed_blocks for line in [_overflow_line(row)]]
     parts += [_score_table(results.scores)] if results.scores else []
     parts += [Text(line, style="dim") for line in _protocol_lines(results.protocol)]
     parts += [Text(f"page  {out / 'evaluation.html'}")] if out is not None else []
@@ -153,7 +161,19 @@ def _loss_table(rows: Sequence["Evaluation"]) -> Table:
 
 
 def _interval(low: float, high: float) -> str:
-    return f"95% interval {low:.3f} to {high:.3f}" if math.isfinite(high) else "it overflows: give it more --tokens"
+    return f"95% interval {low:.3f} to {high:.3f}" if math.isfinite(high) else ""
+
+
+def _elsewhere(value: float | None) -> str:
+    """What a mean is over the blocks that do not overflow; nothing where all do, or none."""
+    return "" if value is None else f"{value:.4f} in the blocks that do not overflow"
+
+
+def _overflow_line(row: "Evaluation") -> str:
+    line = f"{row.model} overflows in {row.overflowed_blocks:,} of {row.blocks:,} blocks of {row.data}"
+    if row.loss_elsewhere is None:
+        return line
+    return f"{line}; in the others loss {row.loss_elsewhere:.4f}, KL {_or_dash(row.kl_elsewhere, '.4f')}"
 
 
 def _fidelity_table(rows: Sequence["Evaluation"]) -> Table:

@@ -38,6 +38,10 @@ class Evaluation:
         units: how many of them.
         unit_losses: sum of the losses in each.
         unit_tokens: predicted tokens in each.
+        blocks: how many blocks.
+        overflowed_blocks: those with a prediction that is not a number; one of them, and no mean over all is.
+        loss_elsewhere: loss in the other blocks, where some overflow and some do not.
+        kl_elsewhere: KL there.
         comparison: model and original token by token, for the page.
     """
 
@@ -64,6 +68,10 @@ class Evaluation:
     units: int = 0
     unit_losses: tuple[float, ...] = field(default=(), repr=False)
     unit_tokens: tuple[int, ...] = field(default=(), repr=False)
+    blocks: int = 0
+    overflowed_blocks: int = 0
+    loss_elsewhere: float | None = None
+    kl_elsewhere: float | None = None
     comparison: Comparison | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, Any]:

@@ -328,6 +328,8 @@ def _summarize(
     sizes = np.bincount(units.ravel())
     sums = np.bincount(units.ravel(), ours.loss.ravel().astype(np.float64))
     loss = _mean(ours.loss)
+    overflowed = np.asarray(~(np.isfinite(ours.confidence).all(1) & np.isfinite(ours.loss).all(1)))
+    elsewhere = ~overflowed if overflowed.any() and not overflowed.all() else None
     ece, bins = calibration(ours.confidence[:, :-1], ours.guess[:, :-1] == ids[:, 1:])
     evaluation = Evaluation(
         model=name,
@@ -349,6 +351,9 @@ def _summarize(
         units=len(sizes),
         unit_losses=tuple(sums.tolist()),
         unit_tokens=tuple(sizes.tolist()),
+        blocks=len(overflowed),
+        overflowed_blocks=int(overflowed.sum()),
+        loss_elsewhere=None if elsewhere is None else _mean(ours.loss[elsewhere]),
     )
     if theirs is None or distances is None:
         return evaluation
@@ -356,6 +361,7 @@ def _summarize(
     return replace(
         evaluation,
         kl=_mean(distances.kl),
+        kl_elsewhere=None if elsewhere is None else _mean(distances.kl[elsewhere]),
         jsd=_mean(distances.jsd),
         top1_agreement=_mean(distances.top1),
         top5_agreement=_mean(distances.top5),

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from unnorm.report.numbers import count, finite, fixed, interval, massive_neurons, percent, shortest
+from unnorm.report.numbers import count, finite, fixed, interval, massive_neurons, overflowed, percent, shortest
 from unnorm.sites import NormSite
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -98,6 +98,7 @@ def _results(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("loss of the control (norms kept, same tokens)", loss("control")),
         ("loss with constants alone, before training", loss("naive") if result.get("tokens") else ""),
         ("KL(original, this model)", fixed(result.get("kl"))),
+        ("worst case on that text", overflowed(result)),
         ("Jensen-Shannon divergence", fixed(result.get("jsd"))),
         ("top-1 agreement with the original", percent(result.get("top1_agreement"))),
     ]

@@ -1,6 +1,7 @@
 """Numbers as a reader wants them; whatever is missing becomes a dash."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 MISSING = "—"
@@ -35,6 +36,16 @@ def shortest(value: Any, digits: int = 3) -> str:
     """With up to `digits` significant digits and no zeros after them: limits, settings."""
     number = finite(value)
     return MISSING if number is None else _minus(_tidy_exponent(f"{number:.{digits}g}"))
+
+
+def overflowed(result: Mapping[str, Any]) -> str:
+    """How many held-out blocks overflow, and loss and KL in the others; nothing where none do."""
+    number = finite(result.get("overflowed_blocks"))
+    if not number:
+        return ""
+    words = f"it overflows in {count(number)} of {count(result.get('validation_blocks'))} held-out blocks"
+    loss, kl = (result.get(key) for key in ("lnfree_loss_elsewhere", "kl_elsewhere"))
+    return words if loss is None else f"{words}; in the others KL {significant(kl)}, loss {fixed(loss)}"
 
 
 def percent(value: Any) -> str:

@@ -16,6 +16,7 @@ from unnorm.report.numbers import (
     fixed,
     interval,
     massive_neurons,
+    overflowed,
     percent,
     short_count,
     shortest,
@@ -140,7 +141,7 @@ def _tiles(result: dict[str, Any]) -> list[dict[str, str]]:
         {
             "name": "KL to the original",
             "value": significant(result.get("kl")),
-            "note": "nats per token" + (jsd if finite(result.get("jsd")) is not None else ""),
+            "note": overflowed(result) or "nats per token" + (jsd if finite(result.get("jsd")) is not None else ""),
         },
         {
             "name": "Loss increase",
