@@ -128,7 +128,7 @@ class TestNumbers:
         assert (row.kl, row.difference, row.difference_ci, row.top5_agreement) == (0, 0, (0, 0), 1)
 
     def test_blocks_that_overflow_are_counted_and_the_others_measured(
-        self, tokens: Path, tiny_model: GPT2LMHeadModel, tiny_model_dir: Path
+        self, tokens: Path, tiny_model: GPT2LMHeadModel
     ) -> None:
         ids = held_out(tokens)[:12]
         model = randomize(deepcopy(tiny_model), 1)
@@ -151,10 +151,9 @@ class TestNumbers:
         assert found.loss_elsewhere == pytest.approx(expected.loss)
         assert found.kl_elsewhere == pytest.approx(expected.kl)
         protocol = {"corpora": [], "tasks": [], "interval": "none", "dtype": "float32", "device": "cpu"}
-        console = Console(width=120, file=StringIO())
-        console.print(evaluation_tables(Results((found, whole), (), (), protocol)))
-        lines = [line for line in console.file.getvalue().splitlines() if "overflow" in line]  # type: ignore[attr-defined]
-        (line,) = lines
+        text = StringIO()
+        Console(width=120, file=text).print(evaluation_tables(Results((found, whole), (), (), protocol)))
+        (line,) = (line for line in text.getvalue().splitlines() if "overflow" in line)
         assert line.startswith(f"m overflows in {bad.sum()} of 12 blocks of d; in the others loss {expected.loss:.4f}")
 
     def test_calibration_of_a_coin(self) -> None:

@@ -137,7 +137,7 @@ def evaluation_tables(results: "Results", out: Path | None = None) -> Renderable
     results = results.with_short_names()
     rows = results.rows
     parts: list[RenderableType] = [_loss_table(rows), _fidelity_table(rows)] if rows else []
-    parts += [Text(line) for row in rows if row.overflowed_blocks for line in [_overflow_line(row)]]
+    parts += [Text(_overflow_line(row)) for row in rows if row.overflowed_blocks]
     parts += [_score_table(results.scores)] if results.scores else []
     parts += [Text(line, style="dim") for line in _protocol_lines(results.protocol)]
     parts += [Text(f"page  {out / 'evaluation.html'}")] if out is not None else []
