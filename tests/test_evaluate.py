@@ -28,6 +28,7 @@ from unnorm.evaluation.harness import against
 from unnorm.evaluation.intervals import bootstrap_interval, paired_share_interval, share_interval
 from unnorm.evaluation.metrics import calibration
 from unnorm.evaluation.suites import choose
+from unnorm.report.evaluation_page import render_evaluation
 from unnorm.terminal import evaluation_tables
 
 BLOCKS = 120
@@ -151,10 +152,13 @@ class TestNumbers:
         assert found.loss_elsewhere == pytest.approx(expected.loss)
         assert found.kl_elsewhere == pytest.approx(expected.kl)
         protocol = {"corpora": [], "tasks": [], "interval": "none", "dtype": "float32", "device": "cpu"}
+        results = Results((found, replace(whole, model="other")), (), (), protocol)
         text = StringIO()
-        Console(width=120, file=text).print(evaluation_tables(Results((found, whole), (), (), protocol)))
+        Console(width=120, file=text).print(evaluation_tables(results))
         (line,) = (line for line in text.getvalue().splitlines() if "overflow" in line)
         assert line.startswith(f"m overflows in {bad.sum()} of 12 blocks of d; in the others loss {expected.loss:.4f}")
+        (line,) = (line for line in render_evaluation(results).splitlines() if "overflows" in line)
+        assert f"m overflows in {bad.sum()} of 12 blocks of d; in the others KL {expected.kl:.3f}" in line
 
     def test_calibration_of_a_coin(self) -> None:
         """Confidence 0.8 and right 60% of the time is wrong by 0.2; a certain and right half adds nothing."""
@@ -622,8 +626,6 @@ class TestComparison:
             assert page.count(f'id="{place}"') == 1
 
     def test_texts_are_escaped_on_the_page(self, tokens: Path, tiny_model_dir: Path, other_dir: Path) -> None:
-        from unnorm.report.evaluation_page import render_evaluation
-
         results = evaluate(str(other_dir), str(tiny_model_dir), str(tokens), tokens=2000)
         row = results[0]
         assert row.comparison is not None

@@ -6,7 +6,7 @@ from typing import Any
 from unnorm.evaluation.results import Evaluation, Results, Score
 from unnorm.report import evaluation_figures as figures
 from unnorm.report.comparison import make_pair
-from unnorm.report.numbers import MISSING, count, fixed, interval, percent, significant
+from unnorm.report.numbers import MISSING, count, elsewhere, fixed, interval, percent, significant
 from unnorm.report.templates import render_page
 
 
@@ -22,6 +22,7 @@ def render_evaluation(results: Results) -> str:
     values = {
         "title": headline(results, original),
         "rows": [_row(row, original) for row in rows],
+        "overflows": [_overflow(row) for row in rows if row.overflowed_blocks],
         "scores": [_score(score, original) for score in results.scores],
         "style": style,
         "original": original,
@@ -60,6 +61,11 @@ def _row(row: Evaluation, original: str | None) -> dict[str, Any]:
         "entropy_difference": fixed(row.entropy_difference, 3, sign=True),
         "ece": fixed(row.ece),
     }
+
+
+def _overflow(row: Evaluation) -> str:
+    words = f"{row.model} overflows in {count(row.overflowed_blocks)} of {count(row.blocks)} blocks of {row.data}"
+    return words + elsewhere(row.kl_elsewhere, row.loss_elsewhere)
 
 
 def _score(score: Score, original: str | None) -> dict[str, Any]:

@@ -44,8 +44,14 @@ def overflowed(result: Mapping[str, Any]) -> str:
     if not number:
         return ""
     words = f"it overflows in {count(number)} of {count(result.get('validation_blocks'))} held-out blocks"
-    loss, kl = (result.get(key) for key in ("lnfree_loss_elsewhere", "kl_elsewhere"))
-    return words if loss is None else f"{words}; in the others KL {significant(kl)}, loss {fixed(loss)}"
+    return words + elsewhere(result.get("kl_elsewhere"), result.get("lnfree_loss_elsewhere"))
+
+
+def elsewhere(kl: Any, loss: Any) -> str:
+    """How the sentence on blocks that overflow ends: KL and loss in the others; nothing where they are missing."""
+    known = {"KL": significant(kl), "loss": fixed(loss)}
+    words = ", ".join(f"{name} {number}" for name, number in known.items() if number != MISSING)
+    return words and f"; in the others {words}"
 
 
 def percent(value: Any) -> str:
