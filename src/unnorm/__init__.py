@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from unnorm.exports.push import push
     from unnorm.exports.transformer_lens import to_transformer_lens
     from unnorm.proof import verify
+    from unnorm.removal.heal import heal
     from unnorm.removal.remove import RunInterruptedError, remove
     from unnorm.worst_case.audit import audit
 
@@ -26,6 +27,7 @@ __all__ = [
     "audit",
     "evaluate",
     "export",
+    "heal",
     "load",
     "push",
     "remove",
@@ -40,6 +42,7 @@ _HOMES = {
     "audit": "unnorm.worst_case.audit",
     "evaluate": "unnorm.evaluation",
     "export": "unnorm.exports.export",
+    "heal": "unnorm.removal.heal",
     "load": "unnorm.checkpoint",
     "push": "unnorm.exports.push",
     "remove": "unnorm.removal.remove",

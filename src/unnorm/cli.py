@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -40,6 +41,32 @@ TextField = Annotated[str | None, typer.Option(help="Column that holds the text.
 Split = Annotated[str, typer.Option(help="Split that the text comes from.")]
 Context = Annotated[int | None, typer.Option(help="Tokens in a block.", show_default="the model's, at most 1024")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+TrainingData = Annotated[
+    str,
+    typer.Option(
+        help="'stdlib'; a .txt, .jsonl, .parquet, .csv or .bin file, directory or glob; a hub data set; 'self': "
+        "text that the model writes."
+    ),
+]
+RunDirectory = Annotated[Path | None, typer.Option(help="Run directory.", show_default="a new one")]
+StepBlocks = Annotated[int | None, typer.Option(help="Blocks for each optimizer step.", show_default="by tokens")]
+LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="by width")]
+Precision = Annotated[str, typer.Option(help="Precision of the training passes: auto, float32 or bfloat16.")]
+Compile = Annotated[
+    bool, typer.Option("--compile/--no-compile", help="torch.compile the passes: minutes of work before the first.")
+]
+CudaGraph = Annotated[
+    bool | None,
+    typer.Option(
+        "--cuda-graph/--no-cuda-graph",
+        help="Record each step once and replay it, which small steps on a GPU gain from.",
+        show_default="on a GPU",
+    ),
+]
+Trackers = Annotated[
+    list[str] | None,
+    typer.Option(help="Tracker that follows the run: wandb, trackio, tensorboard, …; can be repeated."),
+]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modeling code that comes with the model.")]
 
 
@@ -47,16 +74,10 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modeling c
 def remove(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="'demo' (bundled), a local directory or a hub id.")] = "demo",
-    data: Annotated[
-        str,
-        typer.Option(
-            help="'stdlib'; a .txt, .jsonl, .parquet, .csv or .bin file, directory or glob; a hub data set; 'self': "
-            "text that the model writes."
-        ),
-    ] = "stdlib",
+    data: TrainingData = "stdlib",
     text_field: TextField = None,
     split: Split = "train",
-    out: Annotated[Path | None, typer.Option(help="Run directory.", show_default="a new one")] = None,
+    out: RunDirectory = None,
     recipe: Annotated[
         str,
         typer.Option(
@@ -68,25 +89,14 @@ def remove(
         str | None,
         typer.Option(help="Training tokens: 500k, 2M, 150M; 0 calibrates and folds only.", show_default="by device"),
     ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Blocks for each optimizer step.", show_default="by tokens")
-    ] = None,
+    batch_size: StepBlocks = None,
     context: Context = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="by width")] = None,
+    lr: LearningRate = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Device = "auto",
-    dtype: Annotated[str, typer.Option(help="Precision of the training passes: auto, float32 or bfloat16.")] = "auto",
-    compile_: Annotated[
-        bool, typer.Option("--compile/--no-compile", help="torch.compile the passes: minutes of work before the first.")
-    ] = False,
-    cuda_graph: Annotated[
-        bool | None,
-        typer.Option(
-            "--cuda-graph/--no-cuda-graph",
-            help="Record each step once and replay it, which small steps on a GPU gain from.",
-            show_default="on a GPU",
-        ),
-    ] = None,
+    dtype: Precision = "auto",
+    compile_: Compile = False,
+    cuda_graph: CudaGraph = None,
     control: Annotated[
         bool, typer.Option("--control", help="Also fine-tune the original, norms kept, on the same tokens.")
     ] = False,
@@ -108,24 +118,61 @@ def remove(
     ] = "geometric",
     config: Annotated[Path | None, typer.Option(help="YAML file with any of these options; flags win.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    report_to: Annotated[
-        list[str] | None,
-        typer.Option(help="Tracker that follows the run: wandb, trackio, tensorboard, …; can be repeated."),
-    ] = None,
+    report_to: Trackers = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
     """Remove every norm of MODEL by a short fine-tuning run and fold the constants into its weights."""
-    from unnorm import processes
     from unnorm.config import read_config_file
     from unnorm.removal.remove import remove as run
 
     _quiet()
     options = read_config_file(config) if config is not None else {}
     options |= _given(ctx, renamed={"compile_": "compile"}, left_out={"config", "resume", "json_"})
+    _train(lambda progress: run(resume=resume, watch=progress, **options), json_)
+
+
+@app.command()
+def heal(
+    ctx: typer.Context,
+    directory: Annotated[Path, typer.Argument(help="Directory of the finished run; it stays as it is.")],
+    tokens: Annotated[
+        str | None, typer.Option(help="Training tokens on top: 500k, 2M, 150M.", show_default="by device")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Other text, as for remove.", show_default="the run's")] = None,
+    text_field: TextField = None,
+    split: Annotated[str | None, typer.Option(help="Split that the text comes from.", show_default="the run's")] = None,
+    out: RunDirectory = None,
+    batch_size: StepBlocks = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate.", show_default="by width and share of all tokens")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.", show_default="the next one")] = None,
+    device: Device = "auto",
+    dtype: Precision = "auto",
+    compile_: Compile = False,
+    cuda_graph: CudaGraph = None,
+    control: Annotated[
+        bool | None,
+        typer.Option("--control/--no-control", help="Also train the control on.", show_default="if there is one"),
+    ] = None,
+    report_to: Trackers = None,
+    json_: Json = False,
+) -> None:
+    """Train the twin of a finished run on, with more tokens and without going back to its norms."""
+    from unnorm.removal.heal import heal as run
+
+    _quiet()
+    options = _given(ctx, renamed={"compile_": "compile"}, left_out={"directory", "json_"})
+    _train(lambda progress: run(directory, watch=progress, **options), json_)
+
+
+def _train(run: Callable[[Progress], dict[str, Any]], json_: bool) -> None:
+    from unnorm import processes
+
     try:
         with Progress(_progress) as progress:
-            result = run(resume=resume, watch=progress, **options)
+            result = run(progress)
     finally:
         processes.leave()
     if processes.is_main():
@@ -190,7 +237,6 @@ def evaluate(
     json_: Json = False,
 ) -> None:
     """Models side by side on held-out text and benchmarks: loss, fidelity, calibration, with confidence intervals."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars can't be turned off otherwise.
     from unnorm.evaluation import evaluate as run
 
     _quiet()
@@ -390,6 +436,8 @@ def main() -> None:
     """Run the command line; a message and exit code 2 for whatever the user can put right."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # Read when tqdm is first imported; the bars of lm-eval and of GGUF files can't be turned off otherwise.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app()
     except UnnormError as error:
@@ -403,7 +451,6 @@ def main() -> None:
 
 def _quiet() -> None:
     """One voice: the libraries' own progress bars would write over ours."""
-    os.environ["TQDM_DISABLE"] = "1"  # Read when tqdm is first imported; GGUF files are read with a bar of its own.
     import datasets
     from transformers.utils import logging
 

@@ -44,6 +44,7 @@ class RemoveConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
     model: str = Field(DEMO, description="'demo' (bundled), a local directory or a hub id")
+    twin: Path | None = Field(None, description="finished run whose twin is healed further; norms go at once")
     data: str = Field(
         STDLIB, description="'stdlib', a file, directory or glob, a hub data set, or 'self': what the model writes"
     )
@@ -245,6 +246,15 @@ def control_plan(plan: Plan) -> Plan:
     batch_size = plan.batch_size * factor
     steps = max(1, round(plan.tokens / (batch_size * plan.context)))
     return plan.model_copy(update={"batch_size": batch_size, "steps": steps})
+
+
+def healing_plan(plan: Plan, spent: int) -> Plan:
+    """The learning rate starts where it would stand in one run of all tokens, `spent` ones and those of the plan.
+
+    After 300 thousand tokens of the bundled model (KL 0.0529) as many more bring KL to 0.0473 from half the usual rate,
+    to 0.0476 from 0.7 times and to 0.0485 from all of it.
+    """
+    return plan.model_copy(update={"lr": plan.lr * plan.tokens / max(1, plan.tokens + spent)})
 
 
 def default_lr(model: PreTrainedModel, recipe: Recipe) -> float:

@@ -196,6 +196,11 @@ def taper(sites: Sequence[NormSite], share: float = TAPER_SHARE) -> Schedule:
     return Schedule(tuple(PathRemoval(site.name, 0, 0.0, share) for site in sites))
 
 
+def healing(sites: Sequence[NormSite]) -> Schedule:
+    """Every site removed from the first step on: for a twin that is to be healed further."""
+    return taper(sites, share=0.0)
+
+
 def tapernorm(sites: Sequence[NormSite]) -> Schedule:
     """One gate for all sites, held at 1 and then lowered as a cosine, as in arXiv 2602.10408 (alpha is 1 - gate).
 

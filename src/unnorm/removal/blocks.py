@@ -38,7 +38,7 @@ def write_blocks(
         directory.mkdir(parents=True, exist_ok=True)
         # The precision as chosen: where it was by timing, a resumed run must not choose again.
         config.model_copy(update={"dtype": plan.dtype}).save(directory / CONFIG_FILE)
-        train = spread(blocks.train, train_blocks)
+        train = _choose(blocks.train, train_blocks, config)
         train.save_to_disk(str(directory / DATA / "train"))
         stress = stress_blocks(
             np.asarray(train["input_ids"]),
@@ -55,6 +55,13 @@ def write_blocks(
     except OSError as error:
         raise UnnormError(f"Could not write to '{directory}': {error}.") from error
     return blocks.held_out
+
+
+def _choose(blocks: Dataset, count: int, config: RemoveConfig) -> Dataset:
+    """Evenly, or at random for a run that goes on from another's twin: the same ones would teach it less."""
+    if config.twin is None:
+        return spread(blocks, count)
+    return blocks.shuffle(seed=config.seed).select(range(min(count, len(blocks))))
 
 
 def _read_blocks(

@@ -1,12 +1,10 @@
 """The end of a run: what was saved is measured and proved from its files, and result, report and card are written."""
 
-import json
 import resource
 import shutil
 import sys
 import time
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from unnorm.evaluation import Evaluation, evaluate_model
 from unnorm.json_text import json_text
 from unnorm.proof import check_twin
 from unnorm.removal.run import CHECKPOINTS, CONTROL, DATA, REPORT, RESULT, Run
+from unnorm.removal.twin import history
 from unnorm.report import ReportData, render_card, render_report
 from unnorm.sites import norm_modules
 from unnorm.training import Outcome
@@ -38,14 +37,14 @@ def conclude(
         evaluations["control"] = evaluate(run, control, "control")
     run.say("verifying")
     checks = check_twin(twin.cpu(), load_unfolded(run.directory), sites)
-    rows = _metric_rows(run.directory)
+    rows = history(run.directory)
     result = _result(run, evaluations, before, rows, outcome, twin)
     result |= {"seconds": time.perf_counter() - started, "verified": all(check.passed for check in checks)}
     result["fold_max_abs_error"] = next(check.value for check in checks if "float64" in check.name)
     data = ReportData(
         result=result,
         rows=rows,
-        control_rows=_metric_rows(run.directory / CONTROL),
+        control_rows=history(run.directory / CONTROL),
         scales_before=scale_statistics(_log_scales(run, run.original)),
         scales_after=scale_statistics(_log_scales(run, twin)),
         constants=constants,
@@ -78,11 +77,6 @@ def evaluate(run: Run, model: PreTrainedModel, name: str, blocks: Dataset | None
 
 def _log_scales(run: Run, model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return collect_log_scales(model, run.sites, spread(run.validation_blocks, CALIBRATION_BLOCKS))
-
-
-def _metric_rows(directory: Path) -> list[dict[str, Any]]:
-    path = directory / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 
 def _samples(run: Run, twin: PreTrainedModel) -> list[dict[str, str]]:
@@ -146,6 +140,7 @@ def _result(
         "sites": len(run.sites),
         "norm_modules_left": len(norm_modules(twin)),
         "seed": run.config.seed,
+        "twin": None if run.config.twin is None else str(run.config.twin),
         "directory": str(run.directory),
         "plan": run.plan.model_dump(),
         "versions": {name: version(name) for name in ("unnorm", "torch", "transformers", "datasets")}

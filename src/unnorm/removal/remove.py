@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, set_seed
 from unnorm import processes
 from unnorm.calibrate import CALIBRATION_BLOCKS, collect_log_scales, set_constants, spread
 from unnorm.checkpoint import MODEL, UNFOLDED, load, save_folded, save_model, save_sites, unfolded_weights, write_text
-from unnorm.config import RemoveConfig, choose_device, control_plan, make_plan
+from unnorm.config import Plan, RemoveConfig, choose_device, control_plan, healing_plan, make_plan
 from unnorm.equalize import equalize_embedding
 from unnorm.errors import UnnormError
 from unnorm.fold import install, prove_sites, uninstall_paths
@@ -23,7 +23,8 @@ from unnorm.norms import TaperedNorm, TokenMask, removed
 from unnorm.removal.blocks import with_stress, write_blocks
 from unnorm.removal.conclude import conclude, evaluate
 from unnorm.removal.run import BEFORE, CHECKPOINTS, CONTROL, DATA, Run, check_disk, open_directory, saved_options
-from unnorm.schedule import FidelityController, Schedule, sequential, taper, tapernorm
+from unnorm.removal.twin import spent_tokens, take_up_control, take_up_twin
+from unnorm.schedule import FidelityController, Schedule, healing, sequential, taper, tapernorm
 from unnorm.sites import find_sites
 from unnorm.training import Outcome, Removal, Watcher, train
 
@@ -70,7 +71,7 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watcher) -> Run:
     model, tokenizer = load_original(config.model, config.trust_remote_code)
     sites = find_sites(model, config.in_place, config.keep)
     prove_sites(model, sites)
-    plan = processes.agree(lambda: make_plan(config, model, processes.count()))
+    plan = processes.agree(lambda: _plan(config, model))
     check_disk(directory, model)
     set_seed(config.seed)
     model.to(plan.device).requires_grad_(False)
@@ -94,15 +95,38 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watcher) -> Run:
     )
 
 
+def _plan(config: RemoveConfig, model: PreTrainedModel) -> Plan:
+    plan = make_plan(config, model, processes.count())
+    if config.twin is None or config.lr is not None:
+        return plan
+    return healing_plan(plan, spent_tokens(config.twin))
+
+
 def _train_removal(run: Run) -> tuple[dict[str, Any], Outcome | None]:
     """Calibrate, measure naive removal, train, fold and save; only what is not done yet."""
     note = run.directory / DATA / BEFORE
     if note.is_file() and (run.directory / MODEL).is_dir():
         return json.loads(note.read_text()), None
-    student = copy_model(run.original, share=not run.plan.steps)
+    token_mask = TokenMask()
+    student, stand_ins, before = _begin(run, token_mask) if run.config.twin is None else take_up_twin(run)
     disable_dropout(student)
     fuse_activations(student)
-    token_mask = TokenMask()
+    outcome = None
+    if run.plan.steps:
+        run.say(f"training: {run.plan.steps} steps of {run.plan.step_tokens:,} tokens", run.plan.training_tokens)
+        schedule = _lay_out(run, stand_ins)
+        controller = FidelityController(run.config.kl_budget, schedule.end) if run.config.recipe == "taper" else None
+        removal = Removal(stand_ins, schedule, controller, token_mask, run.tokenizer.eos_token_id)
+        outcome = _train(run, student, removal, run.directory)
+    for stand_in in stand_ins.values():
+        stand_in.removed = True
+    processes.agree(lambda: _fold_and_save(run, student, before))
+    return before, outcome
+
+
+def _begin(run: Run, token_mask: TokenMask) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dict[str, Any]]:
+    """The original with calibrated stand-ins, its norms still on, and what naive removal would cost."""
+    student = copy_model(run.original, share=not run.plan.steps)
     stand_ins = install(
         student,
         run.sites,
@@ -116,17 +140,7 @@ def _train_removal(run: Run) -> tuple[dict[str, Any], Outcome | None]:
     before = _naive_removal(run, student, stand_ins)
     equalizes = run.plan.steps and run.config.recipe == "taper"
     before["massive_neurons"] = _equalize(run, student, stand_ins, calibration) if equalizes else []
-    outcome = None
-    if run.plan.steps:
-        run.say(f"training: {run.plan.steps} steps of {run.plan.step_tokens:,} tokens", run.plan.training_tokens)
-        schedule = _lay_out(run, stand_ins)
-        controller = FidelityController(run.config.kl_budget, schedule.end) if run.config.recipe == "taper" else None
-        removal = Removal(stand_ins, schedule, controller, token_mask, run.tokenizer.eos_token_id)
-        outcome = _train(run, student, removal, run.directory)
-    for stand_in in stand_ins.values():
-        stand_in.removed = True
-    processes.agree(lambda: _fold_and_save(run, student, before))
-    return before, outcome
+    return student, stand_ins, before
 
 
 def _naive_removal(run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNorm]) -> dict[str, Any]:
@@ -161,6 +175,8 @@ def _equalize(
 
 
 def _lay_out(run: Run, stand_ins: dict[str, TaperedNorm]) -> Schedule:
+    if run.config.twin is not None:
+        return healing(run.sites)
     if run.config.recipe == "taper":
         return taper(run.sites)
     if run.config.recipe == "tapernorm":
@@ -219,7 +235,7 @@ def _fold_and_save(run: Run, student: PreTrainedModel, before: dict[str, Any]) -
 
 def _train_control(run: Run) -> PreTrainedModel:
     directory = run.directory / CONTROL
-    control = copy_model(run.original)
+    control = copy_model(run.original) if run.config.twin is None else take_up_control(run)
     disable_dropout(control)
     fuse_activations(control)
     if not (directory / "model.safetensors").is_file():

@@ -14,6 +14,8 @@ from unnorm.sites import NormSite
 from unnorm.training import Watcher
 
 RESULT, REPORT, CONTROL, DATA, CHECKPOINTS = "result.json", "report.html", "control", "data", "checkpoints"
+METRICS, EARLIER = "metrics.jsonl", "earlier.jsonl"
+"""Rows of the run's training, and of the runs that brought its twin to where it was taken up."""
 BEFORE = "before.json"
 """In `DATA`: what was measured and done before training."""
 DISK_COPIES = 8
@@ -49,7 +51,10 @@ def saved_options(options: dict[str, Any]) -> dict[str, Any]:
         raise UnnormError("Which run? Name its directory: --resume --out DIR.")
     directory = Path(options["out"]).expanduser()
     if (directory / RESULT).exists():
-        raise UnnormError(f"The run in '{directory}' is finished: there is nothing to resume.")
+        raise UnnormError(
+            f"The run in '{directory}' is finished: there is nothing to resume. Train its twin on with: "
+            f"unnorm heal {directory}"
+        )
     if not (directory / CONFIG_FILE).is_file():
         raise UnnormError(f"'{directory}' holds no run to resume: there is no {CONFIG_FILE} in it.")
     saved = read_config_file(directory / CONFIG_FILE)

@@ -1,0 +1,47 @@
+"""`unnorm heal`: more tokens for the twin of a finished run, in a run of its own that starts without norms."""
+
+from pathlib import Path
+from typing import Any
+
+from unnorm.config import run_settings
+from unnorm.errors import UnnormError
+from unnorm.removal.remove import remove
+from unnorm.removal.run import CONTROL, RESULT
+from unnorm.training import Watcher
+
+_OF_ONE_RUN = ("tokens", "lr", "batch_size", "device", "dtype", "compile", "cuda_graph", "report_to", "out", "twin")
+"""Settings that a run does not hand on to the one that goes on from its twin."""
+_OF_THE_DATA = ("text_field", "split")
+
+
+def heal(directory: str | Path, *, watch: Watcher | None = None, **options: Any) -> dict[str, Any]:
+    """Train the twin of a finished run on, on text that is drawn anew, and leave a run directory of its own.
+
+    Args:
+        directory: the finished run; it stays as it is.
+        watch: as for `remove`.
+        **options: fields of `RemoveConfig`. `tokens`, `lr`, `batch_size`, the device and the precision are chosen
+            anew, the seed is the next one, and all others are the finished run's.
+
+    Returns:
+        What stands in `result.json`; its tokens and seconds of training are those of all runs so far.
+
+    Raises:
+        UnnormError: there is no finished run, or the input can't be used.
+        RunInterruptedError: it was stopped; `remove(resume=True, out=…)` goes on.
+    """
+    directory = Path(directory).expanduser()
+    if not (directory / RESULT).is_file():
+        raise UnnormError(
+            f"'{directory}' holds no finished run: there is no {RESULT} in it. Give the directory of a finished run, "
+            "or finish it with: unnorm remove --resume --out DIR"
+        )
+    if options.get("tokens") in (0, "0"):
+        raise UnnormError("--tokens 0 would leave the twin as it is. Say how many tokens it is to be trained on.")
+    has_control = (directory / CONTROL).is_dir()
+    if options.get("control") and not has_control:
+        raise UnnormError(f"The run in '{directory}' has no control to go on with. Leave --control out.")
+    left_out = {*_OF_ONE_RUN, *(_OF_THE_DATA if "data" in options else ())}
+    saved = {key: value for key, value in run_settings(directory).items() if key not in left_out}
+    anew = {"seed": saved.get("seed", 0) + 1, "control": has_control and saved.get("control", False)}
+    return remove(watch=watch, **{**saved, **anew, **options, "twin": directory})

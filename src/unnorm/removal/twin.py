@@ -1,0 +1,86 @@
+"""What a run takes over from the finished one whose twin it heals further."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from unnorm import processes
+from unnorm.checkpoint import load, load_unfolded, write_text
+from unnorm.errors import UnnormError
+from unnorm.norms import TaperedNorm
+from unnorm.removal.run import CONTROL, EARLIER, METRICS, RESULT, Run
+
+
+def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dict[str, Any]]:
+    """The twin before folding, its stand-ins, and what was measured before it was first trained.
+
+    Raises:
+        UnnormError: files of the finished run are missing or damaged, or it has other sites.
+    """
+    directory = run.config.twin
+    assert directory is not None
+    before = _measured_before(directory)
+    student = load_unfolded(directory).to(run.plan.device)
+    stand_ins = {name: module for name, module in student.named_modules() if isinstance(module, TaperedNorm)}
+    if set(stand_ins) != {site.name for site in run.sites}:
+        raise UnnormError(
+            f"The run in '{directory}' took away other norms than these settings ask for: see its --keep."
+        )
+    for stand_in in stand_ins.values():
+        stand_in.interpolation = "bounded" if before["massive_neurons"] else "log"
+        stand_in.log_constant = stand_in.log_constant.to(stand_in.gain.dtype)
+        stand_in.alpha.fill_(1.0)
+    _take_over_history(directory, run.directory)
+    return student, stand_ins, before
+
+
+def take_up_control(run: Run) -> PreTrainedModel:
+    """The finished run's control.
+
+    Raises:
+        UnnormError: its files are missing or damaged.
+    """
+    assert run.config.twin is not None
+    control = load(run.config.twin / CONTROL).to(run.plan.device)
+    _take_over_history(run.config.twin / CONTROL, run.directory / CONTROL)
+    return control
+
+
+def history(directory: Path) -> list[dict[str, Any]]:
+    """Rows of metrics of a run, after those of the runs before that brought its twin to where it was taken up."""
+    earlier, rows = (_rows(directory / name) for name in (EARLIER, METRICS))
+    if not earlier:
+        return rows
+    spent = {key: earlier[-1][key] for key in ("step", "tokens", "seconds")}
+    return [*earlier, *({**row, **{key: row[key] + spent[key] for key in spent}} for row in rows)]
+
+
+def spent_tokens(directory: Path) -> int:
+    """Tokens that the twin of a finished run was trained on, in all."""
+    rows = history(directory)
+    return int(rows[-1]["tokens"]) if rows else 0
+
+
+def _take_over_history(finished: Path, directory: Path) -> None:
+    def write() -> None:
+        directory.mkdir(exist_ok=True)
+        write_text(directory / EARLIER, "\n".join(map(json.dumps, history(finished))))
+
+    processes.agree(write)
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines() if line] if path.is_file() else []
+
+
+def _measured_before(directory: Path) -> dict[str, Any]:
+    """What the result of a run says of the original and its naive removal."""
+    try:
+        result = json.loads((directory / RESULT).read_text())
+        naive = {key: math.nan if result[key] is None else float(result[key]) for key in ("naive_loss", "naive_kl")}
+        return {**naive, "massive_neurons": result["massive_neurons"]}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UnnormError(f"'{directory / RESULT}' is damaged. Do the run again.") from error

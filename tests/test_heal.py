@@ -1,0 +1,153 @@
+"""More tokens for a finished run's twin: it starts where that ended, without norms, and accounts for all tokens."""
+
+import itertools
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+import unnorm
+from tests.conftest import Cli
+from unnorm.config import default_lr
+from unnorm.models import load_original
+from unnorm.removal import blocks, remove
+from unnorm.training import callbacks
+
+TOKENS = 40 * 512
+SETTINGS: dict[str, Any] = {"batch_size": 8, "device": "cpu", "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path, text_file: Path) -> Path:
+    """A finished run with its control; don't change it."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    text = {"model": str(tiny_model_dir), "data": str(text_file), "context": 64}
+    unnorm.remove(out=out, tokens=TOKENS, lr=1e-3, control=True, **text, **SETTINGS)
+    return out
+
+
+def rows_of(run: Path, kind: str) -> list[dict[str, Any]]:
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["kind"] == kind]
+
+
+def test_goes_on_where_the_run_ended(trained: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
+    earlier = json.loads((trained / "result.json").read_text())
+    out = tmp_path / "healed"
+    result = unnorm.heal(trained, tokens=TOKENS, lr=1e-3, out=out, **SETTINGS)
+    assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
+    start, end = rows_of(out, "validation")[0], rows_of(trained, "validation")[-1]
+    assert (start["loss"], start["kl"]) == pytest.approx((end["loss"], end["kl"]), rel=1e-4)
+    assert {row["sites_removed"] for row in [start, *rows_of(out, "train")]} == {5}
+    assert result["kl"] < 0.95 * earlier["kl"]
+    assert result["control_loss"] < earlier["control_loss"]
+    assert (result["tokens"], result["norm_modules_left"], result["verified"]) == (2 * TOKENS, 0, True)
+    same = ("teacher_loss", "naive_loss", "naive_kl", "massive_neurons", "validation_tokens", "context")
+    assert [result.get(key) for key in same] == [earlier.get(key) for key in same]
+    assert (result["seed"], result["twin"]) == (earlier["seed"] + 1, str(trained))
+    assert "<html" in (out / "report.html").read_text()
+
+
+def test_tokens_and_seconds_of_all_runs_add_up(trained: Path, tmp_path: Path) -> None:
+    runs = [trained, tmp_path / "second", tmp_path / "third"]
+    for run, out in itertools.pairwise(runs):
+        result = unnorm.heal(run, tokens=10 * 512, out=out, control=False, **SETTINGS)
+    assert result["tokens"] == TOKENS + 20 * 512
+    seconds = [json.loads((run / "result.json").read_text())["training_seconds"] for run in runs]
+    assert seconds == sorted(seconds) and seconds[0] > 0
+    assert result["control_loss"] is None
+
+
+def test_trains_on_other_text(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[list[int]] = []
+
+    def choose(*arguments: Any) -> Dataset:
+        drawn = choose_blocks(*arguments)
+        chosen.extend(drawn["input_ids"])
+        return drawn
+
+    choose_blocks = blocks._choose
+    monkeypatch.setattr(blocks, "_choose", choose)
+    for name in ("a", "b"):
+        run = trained if name == "a" else tmp_path / "a"
+        unnorm.heal(run, tokens=10 * 512, out=tmp_path / name, control=False, **SETTINGS)
+    half = len(chosen) // 2
+    first, second = ({tuple(block) for block in part} for part in (chosen[:half], chosen[half:]))
+    assert len(first & second) < 0.7 * half
+
+
+def test_interrupted_and_resumed_equals_unbroken(trained: Path, tmp_path: Path) -> None:
+    options = {**SETTINGS, "tokens": TOKENS, "control": False}
+    unnorm.heal(trained, out=tmp_path / "unbroken", **options)
+
+    def press_ctrl_c(row: dict[str, Any]) -> None:
+        if row["kind"] == "train" and row["step"] == 15:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(unnorm.RunInterruptedError, match=r"--resume --out .*broken"):
+        unnorm.heal(trained, out=tmp_path / "broken", watch=press_ctrl_c, **options)
+    result = unnorm.remove(out=tmp_path / "broken", resume=True)
+    assert result["tokens"] == 2 * TOKENS
+    twins = [unnorm.load(tmp_path / name).state_dict() for name in ("unbroken", "broken")]
+    assert all(torch.equal(value, twins[1][key]) for key, value in twins[0].items())
+
+
+def test_learning_rate_goes_on_from_where_one_long_run_would_have_it(trained: Path, tmp_path: Path) -> None:
+    result = unnorm.heal(trained, tokens=TOKENS // 3, out=tmp_path / "a", control=False, **SETTINGS)
+    original, _ = load_original(result["model"])
+    assert result["plan"]["lr"] == pytest.approx(default_lr(original, "taper") / 4, rel=1e-3)
+
+
+def test_no_early_end_while_the_learning_rate_is_still_high(trained: Path, tmp_path: Path) -> None:
+    """A rate that drives the twin off for the whole run must not end it half way."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callbacks, "LEAST_PATIENCE", 1)
+        patch.setattr(callbacks, "PATIENCE", 0.1)
+        result = unnorm.heal(trained, tokens=TOKENS, lr=0.03, out=tmp_path / "a", control=False, **SETTINGS)
+    assert result["tokens"] == 2 * TOKENS
+
+
+def test_a_naive_twin(finished_run: Path, tmp_path: Path) -> None:
+    naive = json.loads((finished_run / "result.json").read_text())
+    result = unnorm.heal(finished_run, tokens=TOKENS, out=tmp_path / "healed", lr=1e-3, **SETTINGS)
+    assert result["kl"] < 0.5 * naive["kl"]
+    assert (result["tokens"], result["control_loss"]) == (TOKENS, None)
+
+
+def test_a_twin_with_massive_neurons_stays_bounded_while_training(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "massive"
+    shutil.copytree(trained, run)
+    result = json.loads((run / "result.json").read_text())
+    neurons = [{"layer": 0, "neuron": 1, "factor": 0.1}]
+    (run / "result.json").write_text(json.dumps({**result, "massive_neurons": neurons, "naive_loss": None}))
+    seen: set[str] = set()
+
+    def take_up(run: remove.Run) -> tuple[PreTrainedModel, Any, Any]:
+        model, stand_ins, before = take_up_twin(run)
+        seen.update(stand_in.interpolation for stand_in in stand_ins.values())
+        return model, stand_ins, before
+
+    take_up_twin = remove.take_up_twin
+    monkeypatch.setattr(remove, "take_up_twin", take_up)
+    healed = unnorm.heal(run, tokens=10 * 512, out=tmp_path / "healed", control=False, **SETTINGS)
+    assert seen == {"bounded"}
+    assert healed["massive_neurons"] == neurons and healed["verified"]
+
+
+def test_the_command(trained: Path, tmp_path: Path, cli: Cli) -> None:
+    out = tmp_path / "healed"
+    done = cli("heal", trained, "--tokens", "5k", "--no-control", "--batch-size", 8, "--device", "cpu", "--out", out)
+    assert done.code == 0, done.err
+    assert "removed 5/5" in done.err and "25,600" in done.out
+    text = cli("remove", "--resume", "--out", out)
+    assert text.code == 2 and "unnorm heal" in text.err
