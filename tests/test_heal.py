@@ -53,7 +53,8 @@ def test_goes_on_where_the_run_ended(trained: Path, tmp_path: Path) -> None:
     same = ("teacher_loss", "naive_loss", "naive_kl", "massive_neurons", "validation_tokens", "context")
     assert [result.get(key) for key in same] == [earlier.get(key) for key in same]
     assert (result["seed"], result["twin"]) == (earlier["seed"] + 1, str(trained))
-    assert "<html" in (out / "report.html").read_text()
+    for page in (out / "report.html", out / "model" / "README.md"):
+        assert "20\u202f480 of these tokens, on the twin of a finished run" in page.read_text()
 
 
 def test_tokens_and_seconds_of_all_runs_add_up(trained: Path, tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_a_twin_with_massive_neurons_stays_bounded_while_training(
     run = tmp_path / "massive"
     shutil.copytree(trained, run)
     result = json.loads((run / "result.json").read_text())
-    neurons = [{"layer": 0, "neuron": 1, "factor": 0.1}]
+    neurons = [{"writer": "transformer.h.0.mlp.c_proj", "index": 1, "length": 40.0, "factor": 0.1}]
     (run / "result.json").write_text(json.dumps({**result, "massive_neurons": neurons, "naive_loss": None}))
     seen: set[str] = set()
 

@@ -105,7 +105,7 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
     if result["overflowed_blocks"]:
         overflowed = f"{result['overflowed_blocks']:,} of {result['validation_blocks']:,}"
-        rows.append(("overflows in", overflowed, "held-out blocks: give it more --tokens"))
+        rows.append(("overflows in", overflowed, "held-out blocks: train it on with unnorm heal"))
     if result["control_loss"] is not None:
         rows += [
             ("loss, control", f"{result['control_loss']:.4f}", "norms kept, same tokens"),

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from unnorm.report.numbers import count, finite, fixed, interval, massive_neurons, overflowed, percent, shortest
+from unnorm.report.numbers import count, finite, fixed, healed, interval, massive_neurons, overflowed, percent, shortest
 from unnorm.sites import NormSite
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -152,6 +152,7 @@ def _settings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("batch size", f"{plan.get('batch_size')} blocks of {plan['context']} tokens"),
         ("peak learning rate", shortest(plan.get("lr"))),
         ("seed", str(result.get("seed"))),
+        *([("healed further", healed(result))] if healed(result) else []),
         *([("neurons scaled down", neurons)] if neurons else []),
         ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
     ]

@@ -106,6 +106,13 @@ def _tidy_exponent(text: str) -> str:
     return f"{mantissa}e{int(exponent)}" if e else text
 
 
+def healed(result: Mapping[str, Any]) -> str:
+    """How many of the training tokens a finished run's twin was trained on further; nothing where it was one run."""
+    if not result.get("twin"):
+        return ""
+    return f"{count(result['plan'].get('tokens'))} of these tokens, on the twin of a finished run"
+
+
 def massive_neurons(neurons: Any) -> str:
     """Each neuron that writes massive activations: where it is, how long its vector was, what it was multiplied by."""
     return "; ".join(

@@ -14,6 +14,7 @@ from unnorm.report.numbers import (
     duration,
     finite,
     fixed,
+    healed,
     interval,
     massive_neurons,
     overflowed,
@@ -262,6 +263,8 @@ def _settings(result: dict[str, Any]) -> list[tuple[str, str]]:
         "peak_memory_mb": lambda mb: MISSING if finite(mb) is None else f"{count(mb)} MB",
     }
     rows = [(words, shapes.get(key, _plain)(result.get(key))) for key, words in SETTINGS]
+    if further := healed(result):
+        rows.append(("healed further", further))
     if neurons := massive_neurons(result.get("massive_neurons")):
         rows.append(("neurons scaled down", neurons))
     plan = {key: value for key, value in _mapping(result.get("plan")).items() if key != "tokens"}
