@@ -24,7 +24,7 @@ def heal(directory: str | Path, *, watch: Watcher | None = None, **options: Any)
             anew, the seed is the next one, and all others are the finished run's.
 
     Returns:
-        What stands in `result.json`; its tokens and seconds of training are those of all runs so far.
+        What stands in `result.json`; its tokens and seconds are those of all runs so far.
 
     Raises:
         UnnormError: there is no finished run, or the input can't be used.

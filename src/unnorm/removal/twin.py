@@ -77,10 +77,10 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _measured_before(directory: Path) -> dict[str, Any]:
-    """What the result of a run says of the original and its naive removal."""
+    """What the result of a run says of the original, of its naive removal, and of the time it took."""
     try:
         result = json.loads((directory / RESULT).read_text())
         naive = {key: math.nan if result[key] is None else float(result[key]) for key in ("naive_loss", "naive_kl")}
-        return {**naive, "massive_neurons": result["massive_neurons"]}
+        return {**naive, "massive_neurons": result["massive_neurons"], "earlier_seconds": float(result["seconds"])}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UnnormError(f"'{directory / RESULT}' is damaged. Do the run again.") from error
