@@ -642,6 +642,40 @@ class TestRunDirectories:
         refused("remove", "--resume", "--out", unfinished_run)
 
 
+class TestHeal:
+    def test_no_finished_run(self, work: Path, unfinished_run: Path, refused: Callable[..., str]) -> None:
+        (work / "empty").mkdir()
+        for directory in ("empty", "missing", unfinished_run):
+            assert f"'{directory}' holds no finished run" in refused("heal", directory)
+
+    @pytest.mark.parametrize("tokens", ["0", "many"])
+    def test_tokens(self, tokens: str, run_copy: Path, refused: Callable[..., str]) -> None:
+        assert "tokens" in refused("heal", run_copy, "--tokens", tokens)
+
+    def test_no_control_to_go_on_with(self, run_copy: Path, refused: Callable[..., str]) -> None:
+        assert "Leave --control out" in refused("heal", run_copy, "--control")
+
+    @pytest.mark.parametrize(
+        "edit",
+        [
+            truncate("unfolded/model.safetensors", 1000),
+            delete("unfolded/model.safetensors"),
+            delete("unfolded/config.json"),
+            delete("sites.json"),
+            write("sites.json", b"[]"),
+            write("result.json", b"{"),
+            write("config.yaml", b"tokens: ["),
+        ],
+    )
+    def test_damaged(self, edit: Edit, run_copy: Path, work: Path, refused: Callable[..., str]) -> None:
+        edit(run_copy)
+        refused("heal", run_copy, "--tokens", "5k", "--out", "healed")
+        assert not (work / "healed").exists()
+
+    def test_out_is_the_run_itself(self, run_copy: Path, refused: Callable[..., str]) -> None:
+        assert "is not empty" in refused("heal", run_copy, "--tokens", "5k", "--out", run_copy)
+
+
 class TestVerify:
     @pytest.mark.parametrize("name", ["empty", "missing", "model"])
     def test_no_run(self, name: str, work: Path, tiny_model_dir: Path, refused: Callable[..., str]) -> None:

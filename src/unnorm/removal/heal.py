@@ -3,10 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from unnorm.checkpoint import load, load_unfolded
 from unnorm.config import run_settings
 from unnorm.errors import UnnormError
 from unnorm.removal.remove import remove
 from unnorm.removal.run import CONTROL, RESULT
+from unnorm.removal.twin import measured_before
 from unnorm.training import Watcher
 
 _OF_ONE_RUN = ("tokens", "lr", "batch_size", "device", "dtype", "compile", "cuda_graph", "report_to", "out", "twin")
@@ -44,4 +46,10 @@ def heal(directory: str | Path, *, watch: Watcher | None = None, **options: Any)
     left_out = {*_OF_ONE_RUN, *(_OF_THE_DATA if "data" in options else ())}
     saved = {key: value for key, value in run_settings(directory).items() if key not in left_out}
     anew = {"seed": saved.get("seed", 0) + 1, "control": has_control and saved.get("control", False)}
-    return remove(watch=watch, **{**saved, **anew, **options, "twin": directory})
+    settings = {**saved, **anew, **options, "twin": directory}
+    # What is damaged is found now, and not when a directory is made or the twin has been trained.
+    measured_before(directory)
+    load_unfolded(directory)
+    if settings["control"]:
+        load(directory / CONTROL)
+    return remove(watch=watch, **settings)

@@ -22,7 +22,7 @@ def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dic
     """
     directory = run.config.twin
     assert directory is not None
-    before = _measured_before(directory)
+    before = measured_before(directory)
     student = load_unfolded(directory).to(run.plan.device)
     stand_ins = {name: module for name, module in student.named_modules() if isinstance(module, TaperedNorm)}
     if set(stand_ins) != {site.name for site in run.sites}:
@@ -76,8 +76,12 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line] if path.is_file() else []
 
 
-def _measured_before(directory: Path) -> dict[str, Any]:
-    """What the result of a run says of the original, of its naive removal, and of the time it took."""
+def measured_before(directory: Path) -> dict[str, Any]:
+    """What the result of a run says of the original, of its naive removal, and of the time it took.
+
+    Raises:
+        UnnormError: the file is missing or damaged.
+    """
     try:
         result = json.loads((directory / RESULT).read_text())
         naive = {key: math.nan if result[key] is None else float(result[key]) for key in ("naive_loss", "naive_kl")}
