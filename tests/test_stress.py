@@ -86,14 +86,15 @@ def test_read_mismatch_is_a_share_of_the_teachers_reads() -> None:
 def test_matching_fades_over_the_run_and_a_late_taper_puts_that_off() -> None:
     state = SimpleNamespace(global_step=35, max_steps=100)
 
-    def share(position: float) -> float:
-        controller = FidelityController(position=position)
+    def share(position: float, end: float = 0.1) -> float:
+        controller = FidelityController(position=position, end=end)
         return DistillationTrainer._inner_share(  # Nothing else of a trainer matters for it.
             cast(Any, SimpleNamespace(stand_ins={"site": None}, state=state, controller=controller))
         )
 
     assert share(0.35) == pytest.approx(0.5)
     assert share(0.07) == pytest.approx(0.9)
+    assert share(0.35, end=0.0) == 0  # A twin that is healed further.
 
 
 def test_reads_are_matched_while_training_and_let_go_of_after_it(

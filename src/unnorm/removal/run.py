@@ -52,8 +52,7 @@ def saved_options(options: dict[str, Any]) -> dict[str, Any]:
     directory = Path(options["out"]).expanduser()
     if (directory / RESULT).exists():
         raise UnnormError(
-            f"The run in '{directory}' is finished: there is nothing to resume. Train its twin on with: "
-            f"unnorm heal {directory}"
+            f"The run in '{directory}' is finished: there is nothing to resume. `unnorm heal` trains its twin on."
         )
     if not (directory / CONFIG_FILE).is_file():
         raise UnnormError(f"'{directory}' holds no run to resume: there is no {CONFIG_FILE} in it.")
