@@ -41,16 +41,9 @@ TextField = Annotated[str | None, typer.Option(help="Column that holds the text.
 Split = Annotated[str, typer.Option(help="Split that the text comes from.")]
 Context = Annotated[int | None, typer.Option(help="Tokens in a block.", show_default="the model's, at most 1024")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
-TrainingData = Annotated[
-    str,
-    typer.Option(
-        help="'stdlib'; a .txt, .jsonl, .parquet, .csv or .bin file, directory or glob; a hub data set; 'self': "
-        "text that the model writes."
-    ),
-]
+RunSplit = Annotated[str | None, typer.Option(help="Split that the text comes from.", show_default="the run's")]
 RunDirectory = Annotated[Path | None, typer.Option(help="Run directory.", show_default="a new one")]
 StepBlocks = Annotated[int | None, typer.Option(help="Blocks for each optimizer step.", show_default="by tokens")]
-LearningRate = Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="by width")]
 Precision = Annotated[str, typer.Option(help="Precision of the training passes: auto, float32 or bfloat16.")]
 Compile = Annotated[
     bool, typer.Option("--compile/--no-compile", help="torch.compile the passes: minutes of work before the first.")
@@ -74,7 +67,13 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modeling c
 def remove(
     ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="'demo' (bundled), a local directory or a hub id.")] = "demo",
-    data: TrainingData = "stdlib",
+    data: Annotated[
+        str,
+        typer.Option(
+            help="'stdlib'; a .txt, .jsonl, .parquet, .csv or .bin file, directory or glob; a hub data set; 'self': "
+            "text that the model writes."
+        ),
+    ] = "stdlib",
     text_field: TextField = None,
     split: Split = "train",
     out: RunDirectory = None,
@@ -91,7 +90,7 @@ def remove(
     ] = None,
     batch_size: StepBlocks = None,
     context: Context = None,
-    lr: LearningRate = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="by width")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Device = "auto",
     dtype: Precision = "auto",
@@ -141,7 +140,7 @@ def heal(
     ] = None,
     data: Annotated[str | None, typer.Option(help="Other text, as for remove.", show_default="the run's")] = None,
     text_field: TextField = None,
-    split: Annotated[str | None, typer.Option(help="Split that the text comes from.", show_default="the run's")] = None,
+    split: RunSplit = None,
     out: RunDirectory = None,
     batch_size: StepBlocks = None,
     lr: Annotated[
@@ -275,7 +274,7 @@ def audit(
     ] = None,
     data: Annotated[str | None, typer.Option(help="Ordinary text.", show_default="the run's")] = None,
     text_field: TextField = None,
-    split: Annotated[str | None, typer.Option(help="Split that the text comes from.", show_default="the run's")] = None,
+    split: RunSplit = None,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     trust_remote_code: Trust = False,
@@ -328,7 +327,7 @@ def analyze(
         int | None, typer.Option(help="Tokens in a block.", show_default="the models', at most 256")
     ] = None,
     text_field: TextField = None,
-    split: Annotated[str | None, typer.Option(help="Split that the text comes from.", show_default="the run's")] = None,
+    split: RunSplit = None,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the generated prompts.")] = 0,
     trust_remote_code: Trust = False,

@@ -165,6 +165,11 @@ class FidelityController:
         return few_held or self.position >= self.LANDING * self.end
 
     @property
+    def only_heals(self) -> bool:
+        """Whether no norm was there to begin with: a twin is healed further."""
+        return self.end == 0
+
+    @property
     def _limit(self) -> float:
         """KL over which the clock stands still."""
         starting = self.running_held is not None and not self.position and not self.set_back

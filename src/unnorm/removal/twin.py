@@ -30,7 +30,8 @@ def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dic
             f"The run in '{directory}' took away other norms than these settings ask for: see its --keep."
         )
     for stand_in in stand_ins.values():
-        stand_in.interpolation = "bounded" if before["massive_neurons"] else "log"
+        if before["massive_neurons"]:
+            stand_in.interpolation = "bounded"
         stand_in.log_constant = stand_in.log_constant.to(stand_in.gain.dtype)
         stand_in.alpha.fill_(1.0)
     _take_over_history(directory, run.directory)

@@ -144,7 +144,7 @@ def _any_layer(name: str) -> str:
 
 def _settings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     plan, versions = result["plan"], result["versions"]
-    neurons = massive_neurons(result.get("massive_neurons"))
+    further, neurons = healed(result), massive_neurons(result.get("massive_neurons"))
     return [
         ("recipe", f"`{result['recipe']}`"),
         ("training tokens", count(result.get("tokens"))),
@@ -152,7 +152,7 @@ def _settings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("batch size", f"{plan.get('batch_size')} blocks of {plan['context']} tokens"),
         ("peak learning rate", shortest(plan.get("lr"))),
         ("seed", str(result.get("seed"))),
-        *([("healed further", healed(result))] if healed(result) else []),
+        *([("healed further", further)] if further else []),
         *([("neurons scaled down", neurons)] if neurons else []),
         ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
     ]

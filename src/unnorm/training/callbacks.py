@@ -192,7 +192,7 @@ class GuardCallback(TrainerCallback, ExportableState):
             controller.advance(self.take_kl(), not healthy, state.max_steps, self.held())
             healthy = healthy and controller.set_back == set_back
             # A twin that is healed further starts at its best, and is there again only as the learning rate falls.
-            if controller.end and controller.stale > max(PATIENCE * state.max_steps, LEAST_PATIENCE):
+            if not controller.only_heals and controller.stale > max(PATIENCE * state.max_steps, LEAST_PATIENCE):
                 control.should_training_stop = True
         if healthy and state.global_step % max(1, state.max_steps // SNAPSHOTS) == 0:
             self._remember(model)

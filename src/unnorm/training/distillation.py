@@ -181,7 +181,7 @@ class DistillationTrainer(Trainer):
     def _inner_share(self) -> float:
         """What is left of the weights of what is matched inside the model."""
         # Matching prepares for norms to go; a twin that has long lost them has nothing to prepare for.
-        if not self.stand_ins or (self.controller is not None and not self.controller.end):
+        if not self.stand_ins or (self.controller is not None and self.controller.only_heals):
             return 0.0
         step, steps = self.state.global_step, max(1, self.state.max_steps)
         late = 0 if self.controller is None else self.controller.late(step, steps)
