@@ -662,6 +662,7 @@ class TestHeal:
             delete("unfolded/model.safetensors"),
             delete("unfolded/config.json"),
             delete("sites.json"),
+            delete("config.yaml"),
             write("sites.json", b"[]"),
             write("result.json", b"{"),
             write("config.yaml", b"tokens: ["),

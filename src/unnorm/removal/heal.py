@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from unnorm.checkpoint import load, load_unfolded
-from unnorm.config import run_settings
+from unnorm.config import CONFIG_FILE, read_config_file
 from unnorm.errors import UnnormError
 from unnorm.removal.remove import remove
 from unnorm.removal.run import CONTROL, RESULT
@@ -33,18 +33,19 @@ def heal(directory: str | Path, *, watch: Watcher | None = None, **options: Any)
         RunInterruptedError: it was stopped; `remove(resume=True, out=…)` goes on.
     """
     directory = Path(directory).expanduser()
-    if not (directory / RESULT).is_file():
-        raise UnnormError(
-            f"'{directory}' holds no finished run: there is no {RESULT} in it. Give the directory of a finished run, "
-            "or finish it with: unnorm remove --resume --out DIR"
-        )
+    for name in (RESULT, CONFIG_FILE):  # Without its settings the original would be taken to be the default's.
+        if not (directory / name).is_file():
+            raise UnnormError(
+                f"'{directory}' holds no finished run: there is no {name} in it. Give the directory of a finished run, "
+                "or finish it with: unnorm remove --resume --out DIR"
+            )
     if options.get("tokens") in (0, "0"):
         raise UnnormError("--tokens 0 would leave the twin as it is. Say how many tokens it is to be trained on.")
     has_control = (directory / CONTROL).is_dir()
     if options.get("control") and not has_control:
         raise UnnormError(f"The run in '{directory}' has no control to go on with. Leave --control out.")
     left_out = {*_OF_ONE_RUN, *(_OF_THE_DATA if "data" in options else ())}
-    saved = {key: value for key, value in run_settings(directory).items() if key not in left_out}
+    saved = {key: value for key, value in read_config_file(directory / CONFIG_FILE).items() if key not in left_out}
     anew = {"seed": saved.get("seed", 0) + 1, "control": has_control and saved.get("control", False)}
     settings = {**saved, **anew, **options, "twin": directory}
     # What is damaged is found now, and not when a directory is made or the twin has been trained.
