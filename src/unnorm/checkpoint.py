@@ -12,17 +12,19 @@ import torch
 from accelerate import init_empty_weights
 from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import unnorm.modeling  # noqa: F401  (registers the LN-free classes)
 from unnorm.errors import UnnormError, short
 from unnorm.fold import FoldedWeights, empty_twin, install
+from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.norms import TaperedNorm
 from unnorm.sites import NormSite, gain_offset
 
 SHARD = "500MB"
 """Size of a weight file; writing one takes up to twice as much memory."""
-MODEL, UNFOLDED, SITES = "model", "unfolded", "sites.json"
+MODEL, UNFOLDED, SITES, LIMITS = "model", "unfolded", "sites.json", "limits.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,14 +138,47 @@ def write_text(path: Path, text: str) -> None:
         raise UnnormError(f"Could not write '{path}': {error}.") from error
 
 
-def unfolded_weights(model: PreTrainedModel, original: PreTrainedModel, sites: Sequence[NormSite]) -> PreTrainedModel:
-    """The model with stand-ins as one of the original's class, whose norms carry the trained gain and bias.
+def save_unfolded(
+    model: PreTrainedModel,
+    original: PreTrainedModel,
+    sites: Sequence[NormSite],
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+) -> None:
+    """Write a model with stand-ins as one of the original's class, whose norms carry the trained gain and bias.
 
-    Loaded by stock code its norms would divide by each token's own scale; `load_unfolded` puts the constants in.
+    Loaded by stock code its norms would divide by each token's own scale, and its neurons would have no limits;
+    `load_unfolded` puts the constants and the limits in.
+
+    Raises:
+        UnnormError: the disk is full or can't be written to.
     """
+    limits = {name: limit.detach().cpu() for name, limit in limits_of(model).items()}
+    stock = _stock(model, original, sites)
+    if limits:
+        stock.config.limited_neurons = list(limits)
+    save_model(stock, tokenizer, directory)
+    if limits:
+        save_limits(limits, directory)
+
+
+def save_limits(limits: dict[str, torch.Tensor], directory: Path) -> None:
+    """Write neurons' limits beside the weights of an unfolded model.
+
+    Raises:
+        UnnormError: the disk is full or can't be written to.
+    """
+    try:
+        save_file(limits, directory / LIMITS)
+    except (OSError, SafetensorError) as error:
+        raise UnnormError(f"Could not write '{directory / LIMITS}': {error}.") from error
+
+
+def _stock(model: PreTrainedModel, original: PreTrainedModel, sites: Sequence[NormSite]) -> PreTrainedModel:
     with init_empty_weights(include_buffers=False):
         stock = type(original)(deepcopy(model.config))
-    weights = model.state_dict()
+    limited = {f"{name}.limit" for name in limits_of(model)}
+    weights = {key: value for key, value in model.state_dict().items() if key not in limited}
     plain = original.state_dict()
     for site in sites:
         stand_in = model.get_submodule(site.name)
@@ -166,6 +201,7 @@ def load_trained(directory: Path) -> tuple[PreTrainedModel, list[NormSite], dict
     """
     sites, constants = load_sites(directory)
     model = _load(directory / UNFOLDED, torch.float32)
+    _take_up_limits(model, directory / UNFOLDED)
     modules = {name for name, _ in model.named_modules() if name}
     unknown = {name for site in sites for name in (site.name, *site.readers, *site.writers)} - modules
     if unknown:
@@ -187,6 +223,20 @@ def load_unfolded(directory: Path) -> PreTrainedModel:
         stand_in.log_constant = torch.full((2,), math.log(constants[name]), dtype=torch.float64)
         stand_in.removed = True
     return model
+
+
+def _take_up_limits(model: PreTrainedModel, directory: Path) -> None:
+    names = getattr(model.config, "limited_neurons", None)
+    if not names:
+        return
+    try:
+        limit_neurons(model, names)
+        for name, limit in load_file(directory / LIMITS).items():
+            model.get_submodule(name).get_buffer("limit").copy_(limit)
+    except (OSError, SafetensorError, AttributeError, RuntimeError) as error:
+        raise UnnormError(
+            f"'{directory / LIMITS}' is damaged ({short(error)}). Do the run again, or copy it again."
+        ) from error
 
 
 def _norm_weights(name: str, norm: TaperedNorm, offset: int, plain: dict[str, torch.Tensor]) -> dict[str, Any]:

@@ -112,6 +112,13 @@ def remove(
         bool,
         typer.Option("--in-place", help="Leave maps that fold into no weight (post-norm, some routers) as modules."),
     ] = False,
+    neuron_limits: Annotated[
+        bool,
+        typer.Option(
+            "--neuron-limits/--no-neuron-limits",
+            help="Limit neurons of gated MLPs where massive activations are found, so that no token runs away.",
+        ),
+    ] = True,
     estimator: Annotated[
         str, typer.Option(help="Of the constant scale: geometric, mean or least-squares.")
     ] = "geometric",

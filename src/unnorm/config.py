@@ -73,6 +73,9 @@ class RemoveConfig(BaseModel):
     )
     keep: str | None = Field(None, description="regular expression of norms that stay norms")
     in_place: bool = Field(False, description="let maps that fold into no weight stay as modules")
+    neuron_limits: bool = Field(
+        True, description="limit neurons of gated MLPs where massive activations are found, so that no token runs away"
+    )
     estimator: Estimator = Field("geometric", description="how the constant scale is estimated")
     trust_remote_code: bool = Field(False, description="run modeling code that comes with the model")
     report_to: list[str] = Field(default_factory=list, description="wandb, trackio, tensorboard, …")

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from unnorm.blockwise import float64_logits, in_float64
 from unnorm.errors import UnnormError, short
 from unnorm.modeling import ln_free_class
-from unnorm.modeling.modeling_unnorm import PREFIX
+from unnorm.modeling.modeling_unnorm import PREFIX, limits_of
 from unnorm.models import copy_model
 from unnorm.norms import Interpolation, PathReader, TaperedNorm, TokenMask, linear_weight
 from unnorm.reading import ReadWeight, read_weight
@@ -209,6 +209,7 @@ def empty_twin(model: PreTrainedModel, sites: Sequence[NormSite], weights: Folde
             if site.name in weights.maps
         },
         kept_norms=sorted(kept_norms(model, sites)),
+        limited_neurons=list(limits_of(model)),
         tie_word_embeddings=False,
         architectures=[twin_class.__name__],
     )
@@ -435,4 +436,11 @@ def _twin_class(model: PreTrainedModel) -> type[PreTrainedModel]:
         ) from error
 
 
-_NOT_CARRIED = {"model_type", "architectures", "tie_word_embeddings", "transformers_version", "auto_map"}
+_NOT_CARRIED = {
+    "model_type",
+    "architectures",
+    "tie_word_embeddings",
+    "transformers_version",
+    "auto_map",
+    "limited_neurons",
+}

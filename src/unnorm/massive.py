@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from unnorm.calibrate import collect_log_scales, evaluating, set_constants, spread
 from unnorm.equalize import mean_kl
 from unnorm.norms import Estimator, TaperedNorm, linear_weight, log_scale_of
-from unnorm.residual import recorded, residual_writers
+from unnorm.residual import recorded, stream_writers
 from unnorm.sites import NormSite
 
 MASSIVE = 10.0
@@ -127,8 +127,7 @@ class _Stream:
 
 @torch.no_grad()
 def _record(model: PreTrainedModel, sites: Sequence[NormSite], blocks: Dataset) -> _Stream:
-    last = max(sites, key=lambda site: len(site.writers))
-    writers = {writer.name: writer for writer in residual_writers(model, last.name) or []}
+    writers = stream_writers(model, sites)
     of_mlps = {name: writer.factor for name, writer in writers.items() if writer.kind == "mlp" and writer.linear}
     reading = [site for site in sites if set(site.writers) <= writers.keys()]
     ids = torch.tensor(blocks["input_ids"], device=model.device)[:, :POSITIONS]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unnorm.norms import linear_weight
-from unnorm.sites import inside_attention, residual_sources
+from unnorm.sites import NormSite, inside_attention, residual_sources
 
 WriterKind = Literal["embedding", "attention", "mlp"]
 PartKind = Literal["embedding", "head", "attention", "mlp", "bias"]
@@ -72,6 +72,12 @@ def residual_writers(model: PreTrainedModel, reader: str) -> list[Writer] | None
     if factors is None:
         return None
     return [_writer(model, name, factor) for name, factor in factors.items()]
+
+
+def stream_writers(model: PreTrainedModel, sites: Sequence[NormSite]) -> dict[str, Writer]:
+    """All modules that write the residual stream that `sites` read, by path; none where it is no plain sum."""
+    last = max(sites, key=lambda site: len(site.writers))
+    return {writer.name: writer for writer in residual_writers(model, last.name) or []}
 
 
 def layer_number(name: str) -> int | None:

@@ -15,7 +15,7 @@ from torch.utils.module_tracker import ModuleTracker
 from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError
-from unnorm.norms import linear_weight
+from unnorm.norms import is_linear, linear_weight
 from unnorm.reading import is_experts, read_weight
 
 Kind = Literal["layernorm", "rmsnorm"]
@@ -325,7 +325,7 @@ def is_norm(module: nn.Module, width: int, gated: bool = False) -> bool:
     One that is `gated` is called with a second tensor, all ones.
     """
     like = next(iter(module.parameters()), torch.ones(()))
-    if not like.is_floating_point():
+    if not like.is_floating_point() or is_linear(module):  # One whose inputs have limits may be all at them.
         return False
     x = _probe(width, like)
     gate = [torch.ones_like(x)] if gated else []

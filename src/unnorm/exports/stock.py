@@ -19,12 +19,14 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from unnorm.checkpoint import load_sites, load_trained
 from unnorm.errors import UnnormError
 from unnorm.exports.measure import FormError, errors
+from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.sites import NormSite, affine_parameters, gain_offset
 
 EPS = 1e12
 TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit, that the float32 form may show."""
 
+LIMITED = "its neurons have limits, which no stock class knows; --no-neuron-limits leaves a twin without them"
 NOTE = (
     "float32 and bfloat16 only: in float16 the gains overflow (largest number 65504). Its norms are still there, and "
     "tools that recompute them with an epsilon of their own get them wrong; the folded model has none."
@@ -61,9 +63,11 @@ def stock_form(directory: Path) -> PreTrainedModel:
     """The stock form of a finished run, in memory, in float32.
 
     Raises:
-        UnnormError: it is no finished run, or the family's config holds no epsilon.
+        UnnormError: it is no finished run, its neurons have limits, or the family's config holds no epsilon.
     """
     trained, sites, constants = load_trained(directory)
+    if limits_of(trained):
+        raise _refusal(type(trained).__name__, LIMITED)
     weights = trained.state_dict()
     for site in sites:
         weights |= _scaled_gain(trained.get_submodule(site.name), site, constants[site.name])

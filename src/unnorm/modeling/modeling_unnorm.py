@@ -1,9 +1,9 @@
 """Transformers classes for models whose norms have been folded away, of every family that transformers has.
 
 This file travels with every checkpoint (`trust_remote_code=True` loads it from there), so it needs torch and
-transformers only. An LN-free model is its stock class with three differences, all named in its config: an identity
+transformers only. An LN-free model is its stock class with a few differences, all named in its config: an identity
 where each removed norm was (or, where no weight could take it up, its constant affine map), a bias on the linear layers
-that took over a norm's bias, and an unembedding of its own.
+that took over a norm's bias, an unembedding of its own, and in some gated MLPs a limit on each neuron's activation.
 
 The classes are made when they are asked for: `UnnormGPT2Config` and `UnnormGPT2LMHeadModel` from `GPT2Config` and
 `GPT2LMHeadModel`, and so on. Each is a subclass of its stock class, so that module names, `generate` and the tools
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import transformers
-from torch import Tensor, nn, ones, zeros
+from torch import Tensor, full, inf, nn, ones, zeros
 from transformers import PretrainedConfig, PreTrainedModel
 
 PREFIX = "Unnorm"
@@ -60,8 +60,35 @@ def strip_norms(
         linear.bias = nn.Parameter(zeros(weight.shape[0], dtype=weight.dtype, device=weight.device))
 
 
+def limit_neurons(model: nn.Module, writers: Sequence[str]) -> None:
+    """Give MLPs' neurons limits, in place: each is kept between -limit and limit before the MLP writes it.
+
+    The limits are buffers of the linear layers that write, infinite until a checkpoint or a measurement fills them in.
+
+    Args:
+        model: any model.
+        writers: paths of linear layers whose inputs are an MLP's neurons.
+    """
+    for name in writers:
+        writer = model.get_submodule(name)
+        weight = writer.get_parameter("weight")
+        width = weight.shape[0] if type(writer).__name__ == "Conv1D" else weight.shape[1]
+        writer.register_buffer("limit", full((width,), inf, dtype=weight.dtype, device=weight.device))
+        writer.register_forward_pre_hook(_limited)
+
+
+def _limited(writer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    limit = writer.get_buffer("limit").to(args[0].dtype)
+    return (args[0].clamp(-limit, limit), *args[1:])
+
+
+def limits_of(model: nn.Module) -> dict[str, Tensor]:
+    """The limits of each linear layer whose inputs have some, shaped (neuron), by path."""
+    return {name: module.limit for name, module in model.named_modules() if "limit" in module._buffers}
+
+
 def ln_free_config(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
-    """The stock class's config, plus which norms are gone and which biases were added for them."""
+    """The stock class's config, plus what is different: norms gone, biases added for them, neurons with limits."""
     body = {
         "__module__": __name__,
         "__doc__": f"The config of a {stock.__name__.removesuffix('Config')} without norms.",
@@ -70,6 +97,7 @@ def ln_free_config(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
             "added_biases": list[str] | None,
             "affine_maps": dict[str, dict[str, Any]] | None,
             "kept_norms": list[str] | None,
+            "limited_neurons": list[str] | None,
             "tie_word_embeddings": bool,
         },
         "model_type": f"unnorm_{stock.model_type}",
@@ -77,6 +105,7 @@ def ln_free_config(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
         "added_biases": None,
         "affine_maps": None,
         "kept_norms": None,
+        "limited_neurons": None,
         "tie_word_embeddings": False,
     }
     return type(PREFIX + stock.__name__, (stock,), body)
@@ -88,6 +117,7 @@ def ln_free_model(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     def initialize(self: Any, config: Any) -> None:
         super(made, self).__init__(config)
         strip_norms(self, config.removed_norms or [], config.added_biases or [], config.affine_maps)
+        limit_neurons(self, config.limited_neurons or [])
 
     body = {
         "__module__": __name__,

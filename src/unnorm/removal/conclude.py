@@ -15,6 +15,8 @@ from unnorm.calibrate import CALIBRATION_BLOCKS, collect_log_scales, scale_stati
 from unnorm.checkpoint import MODEL, load, load_sites, load_unfolded, write_text
 from unnorm.evaluation import Evaluation, evaluate_model
 from unnorm.json_text import json_text
+from unnorm.limits import share_at_limit
+from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.proof import check_twin
 from unnorm.removal.run import CHECKPOINTS, CONTROL, DATA, REPORT, RESULT, Run
 from unnorm.removal.twin import history
@@ -126,6 +128,8 @@ def _result(
         "top5_agreement": lnfree.top5_agreement,
         "validation_blocks": lnfree.blocks,
         "overflowed_blocks": lnfree.overflowed_blocks,
+        "limited_neurons": sum(len(limit) for limit in limits_of(twin).values()),
+        "share_at_limit": share_at_limit(twin, spread(run.validation_blocks, CALIBRATION_BLOCKS)),
         "lnfree_loss_elsewhere": lnfree.loss_elsewhere,
         "kl_elsewhere": lnfree.kl_elsewhere,
         "control_kl": None if control is None else control.kl,

@@ -12,11 +12,12 @@ from transformers import PreTrainedModel, set_seed
 
 from unnorm import processes
 from unnorm.calibrate import CALIBRATION_BLOCKS, collect_log_scales, set_constants, spread
-from unnorm.checkpoint import MODEL, UNFOLDED, load, save_folded, save_model, save_sites, unfolded_weights, write_text
+from unnorm.checkpoint import MODEL, UNFOLDED, load, save_folded, save_model, save_sites, save_unfolded, write_text
 from unnorm.config import Plan, RemoveConfig, choose_device, control_plan, healing_plan, make_plan
 from unnorm.equalize import equalize_embedding
 from unnorm.errors import UnnormError
 from unnorm.fold import install, prove_sites, uninstall_paths
+from unnorm.limits import set_limits
 from unnorm.massive import MADE_GOOD, shrink_massive
 from unnorm.models import copy_model, disable_dropout, fuse_activations, load_original
 from unnorm.norms import TaperedNorm, TokenMask, removed
@@ -140,6 +141,8 @@ def _begin(run: Run, token_mask: TokenMask) -> tuple[PreTrainedModel, dict[str, 
     before = _naive_removal(run, student, stand_ins)
     equalizes = run.plan.steps and run.config.recipe == "taper"
     before["massive_neurons"] = _equalize(run, student, stand_ins, calibration) if equalizes else []
+    if before["massive_neurons"] and run.config.neuron_limits:
+        set_limits(student, run.original, run.sites, calibration)
     return student, stand_ins, before
 
 
@@ -227,7 +230,7 @@ def _fold_and_save(run: Run, student: PreTrainedModel, before: dict[str, Any]) -
     uninstall_paths(student)
     student.eval()
     constants = {site.name: student.get_submodule(site.name).constant for site in run.sites}
-    save_model(unfolded_weights(student, run.original, run.sites), run.tokenizer, run.directory / UNFOLDED)
+    save_unfolded(student, run.original, run.sites, run.tokenizer, run.directory / UNFOLDED)
     save_sites(run.directory, run.sites, constants)
     write_text(run.directory / DATA / BEFORE, json.dumps(before))
     save_folded(student, run.sites, run.tokenizer, run.directory / MODEL)

@@ -8,7 +8,18 @@ from typing import Any
 
 import yaml
 
-from unnorm.report.numbers import count, finite, fixed, healed, interval, massive_neurons, overflowed, percent, shortest
+from unnorm.report.numbers import (
+    count,
+    finite,
+    fixed,
+    healed,
+    interval,
+    limits,
+    massive_neurons,
+    overflowed,
+    percent,
+    shortest,
+)
 from unnorm.sites import NormSite
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -144,7 +155,7 @@ def _any_layer(name: str) -> str:
 
 def _settings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     plan, versions = result["plan"], result["versions"]
-    further, neurons = healed(result), massive_neurons(result.get("massive_neurons"))
+    further, neurons, limited = healed(result), massive_neurons(result.get("massive_neurons")), limits(result)
     return [
         ("recipe", f"`{result['recipe']}`"),
         ("training tokens", count(result.get("tokens"))),
@@ -154,5 +165,6 @@ def _settings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("seed", str(result.get("seed"))),
         *([("healed further", further)] if further else []),
         *([("neurons scaled down", neurons)] if neurons else []),
+        *([("limited", limited)] if limited else []),
         ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
     ]

@@ -113,6 +113,15 @@ def healed(result: Mapping[str, Any]) -> str:
     return f"{count(result['plan'].get('tokens'))} of these tokens, on the twin of a finished run"
 
 
+def limits(result: Mapping[str, Any]) -> str:
+    """How many neurons have limits, and how often one is reached on text; nothing where none has."""
+    if not result.get("limited_neurons"):
+        return ""
+    share = result.get("share_at_limit")
+    reached = "" if share is None else f", reached by {shortest(100 * share, 2)}% of activations on that text"
+    return f"{count(result['limited_neurons'])} neurons of gated MLPs{reached}"
+
+
 def massive_neurons(neurons: Any) -> str:
     """Each neuron that writes massive activations: where it is, how long its vector was, what it was multiplied by."""
     return "; ".join(

@@ -16,6 +16,7 @@ from unnorm.report.numbers import (
     fixed,
     healed,
     interval,
+    limits,
     massive_neurons,
     overflowed,
     percent,
@@ -267,6 +268,8 @@ def _settings(result: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("healed further", further))
     if neurons := massive_neurons(result.get("massive_neurons")):
         rows.append(("neurons scaled down", neurons))
+    if limited := limits(result):
+        rows.append(("limited", limited))
     plan = {key: value for key, value in _mapping(result.get("plan")).items() if key != "tokens"}
     return rows + [(PLAN_WORDS.get(key, str(key).replace("_", " ")), _plain(value)) for key, value in plan.items()]
 

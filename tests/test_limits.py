@@ -1,0 +1,249 @@
+"""Limits on neurons: which MLPs get them, what they hold, and that they travel with every form of the twin."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+
+import unnorm
+from tests.conftest import VOCAB, Cli, small_llama
+from tests.test_families import FAMILIES, random_model
+from tests.test_massive import BLOCKS, GPT2, IDS, LLAMA, RARE, read, with_massive
+from tests.test_modeling import WITHOUT_UNNORM
+from unnorm.checkpoint import LIMITS, load_unfolded
+from unnorm.fold import install
+from unnorm.limits import COMMON, ROOM, measure_limits, quadratic_writers, set_limits, share_at_limit
+from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
+from unnorm.models import copy_model
+from unnorm.sites import find_sites, norm_modules, trace_inputs
+
+QUADRATIC = ("stablelm", "llama", "mistral", "qwen2", "smollm3", "qwen3", "gemma", "olmo", "cohere", "nemotron")
+LINEAR = ("gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "falcon", "phi", "starcoder2", "gpt_bigcode", "bloom")
+WRITERS = [f"model.layers.{layer}.mlp.down_proj" for layer in range(3)]
+TOKENS = 2048
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name.partition(",")[0] in QUADRATIC + LINEAR])
+def test_gated_and_squared_mlps_are_told_from_others_by_running(family: str) -> None:
+    model = random_model(FAMILIES[family][0]).float().eval()
+    before = model(input_ids=trace_inputs(model)).logits
+    layers = {name.split(".")[2] for name in quadratic_writers(model, find_sites(model))}
+    assert layers == ({"0", "1"} if family.partition(",")[0] in QUADRATIC else set())
+    assert torch.equal(model(input_ids=trace_inputs(model)).logits, before)
+
+
+def test_limits_are_those_of_the_equation() -> None:
+    original = small_llama()
+    limits = measure_limits(original, WRITERS, BLOCKS)
+    assert list(limits) == WRITERS
+    for name, limit in limits.items():
+        largest = read(original, name).abs().amax((0, 1))
+        torch.testing.assert_close(limit, ROOM * largest.clamp(min=float(largest.quantile(COMMON))))
+
+
+def test_nothing_changes_where_no_limit_is_reached() -> None:
+    original = small_llama()
+    student = copy_model(original)
+    assert set_limits(student, original, find_sites(original), BLOCKS) == WRITERS
+    assert torch.equal(student(input_ids=IDS).logits, original(input_ids=IDS).logits)
+    assert share_at_limit(student, BLOCKS) == 0
+    assert share_at_limit(original, BLOCKS) is None
+
+
+def test_no_neuron_writes_more_than_its_limit_and_its_gradient_stops_there() -> None:
+    model = small_llama()
+    limit_neurons(model, WRITERS[:1])
+    limit = limits_of(model)[WRITERS[0]]
+    limit.fill_(0.01)
+    mlp = model.model.layers[0].mlp
+    x = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+    x[0] *= 1e-3
+    neurons = (mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)).detach()
+    held = neurons.clamp(-0.01, 0.01)
+    assert (neurons.abs() > 0.01).any()
+    torch.testing.assert_close(mlp(x), held @ mlp.down_proj.weight.T)
+    mlp(x).sum().backward()
+    # A neuron that is held for every token learns nothing from them.
+    always = (neurons.abs() > 0.01).all(0)
+    given = mlp.up_proj.weight.grad.abs().sum(1)
+    assert not given[always].any()
+    assert given[~always].all()
+    assert 0 < (share_at_limit(model, BLOCKS) or 0) <= 1
+    mlp(torch.full((1, 32), 1e30))  # What overflows on the way is held as well.
+    assert mlp(torch.full((1, 32), 1e30)).isfinite().all()
+
+
+def test_without_norms_a_long_token_overflows_unless_neurons_have_limits() -> None:
+    original = small_llama()
+    sites = find_sites(original)
+    students = [copy_model(original), copy_model(original)]
+    set_limits(students[1], original, sites, BLOCKS)
+    logits = []
+    for student in students:
+        for stand_in in install(student, sites).values():
+            stand_in.removed = True
+        with torch.no_grad():
+            student.get_input_embeddings().weight[RARE] *= 1e7
+            logits.append(student(input_ids=IDS).logits)
+    assert not logits[0].isfinite().all()
+    assert logits[1].isfinite().all()
+
+
+def planted_dir(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """A model with a massive activation and text in which it shows, as options of a run."""
+    model.save_pretrained(directory / "planted")
+    tokenizer.save_pretrained(directory / "planted")
+    rare = tokenizer.decode([RARE])
+    lines = (f'{{"text": "{rare} {number} is not {number + 1}"}}\n' for number in range(3000))
+    (directory / "text.jsonl").write_text("".join(lines))
+    return {
+        "model": str(directory / "planted"),
+        "data": str(directory / "text.jsonl"),
+        "tokens": TOKENS,
+        "device": "cpu",
+        "dtype": "float32",
+        "kl_budget": 100.0,
+    }
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Of a run on a Llama with a massive activation."""
+    return planted_dir(tmp_path_factory.mktemp("llama"), with_massive(small_llama(), LLAMA), tiny_tokenizer)
+
+
+@pytest.fixture(scope="module")
+def limited(tmp_path_factory: pytest.TempPathFactory, options: dict[str, Any]) -> Path:
+    """A finished run whose twin's neurons have limits; don't change it."""
+    out = tmp_path_factory.mktemp("limited") / "run"
+    unnorm.remove(out=out, **options)
+    return out
+
+
+def test_a_run_on_a_gated_model_with_massive_activations_leaves_limits_and_says_so(limited: Path) -> None:
+    result = json.loads((limited / "result.json").read_text())
+    assert result["massive_neurons"]
+    assert (result["limited_neurons"], result["norm_modules_left"], result["verified"]) == (3 * 64, 0, True)
+    assert 0 <= result["share_at_limit"] < 1
+    for page in (limited / "report.html", limited / "model" / "README.md"):
+        assert "192 neurons of gated MLPs, reached by " in page.read_text()
+    twin, unfolded = unnorm.load(limited), load_unfolded(limited)
+    assert list(limits_of(twin)) == list(limits_of(unfolded)) == twin.config.limited_neurons == WRITERS
+    for ours, theirs in zip(limits_of(twin).values(), limits_of(unfolded).values(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.isfinite().all()
+    assert norm_modules(twin) == []
+
+
+def test_the_proof_holds_where_limits_do(limited: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(limited, tmp_path / "run")
+    for directory in (run / "model", run / "unfolded"):
+        model = unnorm.load(directory) if directory.name == "model" else load_unfolded(run)
+        reached = share_at_limit(model, BLOCKS)
+        assert reached is not None
+    # With limits so low that half of all activations are held, in both forms.
+    twin = unnorm.load(run)
+    lower = {name: limit / 100 for name, limit in limits_of(twin).items()}
+    for name, limit in lower.items():
+        twin.get_submodule(name).get_buffer("limit").copy_(limit)
+    assert (share_at_limit(twin, BLOCKS) or 0) > 0.1
+    twin.save_pretrained(run / "model")
+    failed = [check.name for check in unnorm.verify(run) if not check.passed]
+    assert failed == ["checkpoint = unfolded, float32"]
+    from unnorm.checkpoint import save_limits
+
+    save_limits(lower, run / "unfolded")
+    assert all(check.passed for check in unnorm.verify(run))
+
+
+def test_limits_travel_to_where_unnorm_is_not_installed(limited: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WITHOUT_UNNORM, str(limited / "model"), str(tmp_path / "again")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    name, last_logits, _ = json.loads(done.stdout.splitlines()[-1])
+    assert name == "UnnormLlamaForCausalLM"
+    model, again = unnorm.load(limited), unnorm.load(tmp_path / "again")
+    ids = AutoTokenizer.from_pretrained(limited / "model")("def read(self):", return_tensors="pt").input_ids
+    torch.testing.assert_close(torch.tensor(last_logits).float(), model(input_ids=ids).logits[0, -1])
+    for ours, theirs in zip(limits_of(model).values(), limits_of(again).values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_precision_has_them(limited: Path, dtype: torch.dtype) -> None:
+    model = unnorm.load(limited, dtype=dtype)
+    assert {limit.dtype for limit in limits_of(model).values()} == {dtype}
+    assert model(input_ids=torch.randint(VOCAB, (2, 12))).logits.isfinite().all()
+
+
+def test_healing_keeps_them(limited: Path, tmp_path: Path) -> None:
+    result = unnorm.heal(limited, tokens=1024, out=tmp_path / "healed", device="cpu", dtype="float32")
+    assert (result["limited_neurons"], result["verified"]) == (3 * 64, True)
+    before, after = limits_of(unnorm.load(limited)), limits_of(unnorm.load(tmp_path / "healed"))
+    assert all(torch.equal(before[name], after[name]) for name in WRITERS)
+
+
+def test_a_twin_without_them_gets_them_when_it_is_healed_with(options: dict[str, Any], tmp_path: Path) -> None:
+    result = unnorm.remove(out=tmp_path / "run", neuron_limits=False, **options)
+    assert (result["limited_neurons"], result["share_at_limit"], result["verified"]) == (0, None, True)
+    assert not (tmp_path / "run" / "unfolded" / LIMITS).exists()
+    plain = unnorm.heal(tmp_path / "run", tokens=1024, out=tmp_path / "plain", device="cpu", dtype="float32")
+    assert plain["limited_neurons"] == 0  # As the run was asked to.
+    healed = unnorm.heal(
+        tmp_path / "run", tokens=1024, out=tmp_path / "healed", device="cpu", dtype="float32", neuron_limits=True
+    )
+    assert (healed["limited_neurons"], healed["verified"]) == (3 * 64, True)
+
+
+def test_an_interrupted_run_has_them_again(limited: Path, options: dict[str, Any], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["kind"] == "train" and row["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(unnorm.UnnormError, match="--resume"):
+        unnorm.remove(out=out, watch=stop, **options)
+    unnorm.remove(resume=True, out=out)
+    once, again = unnorm.load(limited), unnorm.load(out)
+    for (name, ours), (_, theirs) in zip(once.state_dict().items(), again.state_dict().items(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_models_whose_mlps_are_not_quadratic_get_none(tiny_model: PreTrainedModel, tmp_path: Path) -> None:
+    planted = with_massive(tiny_model, GPT2)
+    student = copy_model(planted)
+    assert set_limits(student, planted, find_sites(planted), BLOCKS) == []
+    assert limits_of(student) == {}
+
+
+def test_damaged_limits_are_refused(limited: Path, tmp_path: Path, cli: Cli) -> None:
+    run = shutil.copytree(limited, tmp_path / "run")
+    path = run / "unfolded" / LIMITS
+    whole = path.read_bytes()
+    for damaged in (None, whole[: len(whole) // 2], b""):
+        path.unlink(missing_ok=True)
+        if damaged is not None:
+            path.write_bytes(damaged)
+        result = cli("verify", str(run))
+        assert result.code == 2
+        assert "limits.safetensors' is damaged" in result.err
+        assert "Traceback" not in result.err
+
+
+def test_the_stock_form_is_refused_with_the_remedy(limited: Path, tmp_path: Path, cli: Cli) -> None:
+    result = cli("export", str(limited), "--to", "stock", "--out", str(tmp_path / "stock"))
+    assert result.code == 2
+    assert "--no-neuron-limits" in result.err
+    assert "unnorm export --to transformers" in result.err
+    assert not (tmp_path / "stock").exists()
+    assert cli("export", str(limited), "--out", str(tmp_path / "folded")).code == 0
+    assert list(limits_of(unnorm.load(tmp_path / "folded"))) == WRITERS
