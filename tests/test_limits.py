@@ -18,7 +18,7 @@ from tests.conftest import VOCAB, Cli, small_llama
 from tests.test_families import FAMILIES, random_model
 from tests.test_massive import BLOCKS, GPT2, IDS, LLAMA, RARE, read, with_massive
 from tests.test_modeling import WITHOUT_UNNORM
-from unnorm.checkpoint import LIMITS, load_unfolded
+from unnorm.checkpoint import LIMITS, load_unfolded, save_limits
 from unnorm.fold import install
 from unnorm.limits import COMMON, ROOM, measure_limits, quadratic_writers, set_limits, share_at_limit
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
@@ -143,24 +143,22 @@ def test_a_run_on_a_gated_model_with_massive_activations_leaves_limits_and_says_
     assert norm_modules(twin) == []
 
 
-def test_the_proof_holds_where_limits_do(limited: Path, tmp_path: Path) -> None:
-    run = shutil.copytree(limited, tmp_path / "run")
-    for directory in (run / "model", run / "unfolded"):
-        model = unnorm.load(directory) if directory.name == "model" else load_unfolded(run)
-        reached = share_at_limit(model, BLOCKS)
-        assert reached is not None
-    # With limits so low that half of all activations are held, in both forms.
-    twin = unnorm.load(run)
-    lower = {name: limit / 100 for name, limit in limits_of(twin).items()}
-    for name, limit in lower.items():
-        twin.get_submodule(name).get_buffer("limit").copy_(limit)
+def lowered(run: Path, copy: Path) -> Path:
+    """A copy of a run whose folded model has limits so low that many activations are held."""
+    shutil.copytree(run, copy)
+    twin = unnorm.load(copy)
+    for limit in limits_of(twin).values():
+        limit /= 100
     assert (share_at_limit(twin, BLOCKS) or 0) > 0.1
-    twin.save_pretrained(run / "model")
+    twin.save_pretrained(copy / "model")
+    return copy
+
+
+def test_the_proof_holds_where_limits_do(limited: Path, tmp_path: Path) -> None:
+    run = lowered(limited, tmp_path / "run")
     failed = [check.name for check in unnorm.verify(run) if not check.passed]
     assert failed == ["checkpoint = unfolded, float32"]
-    from unnorm.checkpoint import save_limits
-
-    save_limits(lower, run / "unfolded")
+    save_limits(limits_of(unnorm.load(run)), run / "unfolded")
     assert all(check.passed for check in unnorm.verify(run))
 
 
@@ -223,6 +221,20 @@ def test_models_whose_mlps_are_not_quadratic_get_none(tiny_model: PreTrainedMode
     student = copy_model(planted)
     assert set_limits(student, planted, find_sites(planted), BLOCKS) == []
     assert limits_of(student) == {}
+
+
+def test_transformer_lens_shows_what_the_mlp_writes(limited: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformer_lens")
+    run = lowered(limited, tmp_path / "run")
+    model, bridge = unnorm.load(run), unnorm.to_transformer_lens(run)
+    with torch.no_grad():
+        logits, cache = bridge.run_with_cache(IDS)
+        torch.testing.assert_close(logits, model(input_ids=IDS).logits)
+    for layer, (name, limit) in enumerate(limits_of(model).items()):
+        neurons, written = cache[f"blocks.{layer}.mlp.hook_post"], cache[f"blocks.{layer}.hook_mlp_out"]
+        assert (neurons.abs() <= limit).all()
+        assert (neurons.abs() == limit).any()
+        torch.testing.assert_close(neurons @ model.get_submodule(name).weight.T, written)
 
 
 def test_damaged_limits_are_refused(limited: Path, tmp_path: Path, cli: Cli) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import unnorm
 from tests.conftest import VOCAB, small_llama
@@ -99,10 +99,23 @@ def differing(student: PreTrainedModel, original: PreTrainedModel) -> list[str]:
     ]
 
 
-@pytest.fixture(params=[GPT2, LLAMA], ids=["gpt2", "llama"])
+def small_granite() -> GraniteForCausalLM:
+    """The small Llama's weights in a Granite, which multiplies what its sublayers write."""
+    llama = small_llama()
+    shape = {key: value for key, value in llama.config.to_dict().items() if key not in ("model_type", "architectures")}
+    granite = GraniteForCausalLM(GraniteConfig(**shape, residual_multiplier=0.22, embedding_multiplier=3.0))
+    granite.load_state_dict(llama.state_dict())
+    return granite
+
+
+@pytest.fixture(params=["gpt2", "llama", "granite"])
 def planted(request: pytest.FixtureRequest, tiny_model: GPT2LMHeadModel) -> tuple[PreTrainedModel, Mlp]:
-    mlp = request.param
-    return with_massive(tiny_model if mlp is GPT2 else small_llama(), mlp), mlp
+    if request.param == "gpt2":
+        return with_massive(tiny_model, GPT2), GPT2
+    if request.param == "llama":
+        return with_massive(small_llama(), LLAMA), LLAMA
+    granite = small_granite()
+    return with_massive(granite, LLAMA, length=100.0 / granite.config.residual_multiplier), LLAMA
 
 
 def test_the_neuron_is_found_and_scaled_down_within_the_budget(planted: tuple[PreTrainedModel, Mlp]) -> None:
@@ -124,7 +137,8 @@ def test_only_its_column_changes_and_by_its_factor(planted: tuple[PreTrainedMode
     ours, theirs = (linear_weight(model.get_submodule(mlp.outgoing)).detach().clone() for model in (student, original))
     torch.testing.assert_close(ours[:, PLANTED], neuron.factor * theirs[:, PLANTED])
     added = read(original, mlp.outgoing)[..., PLANTED, None] * theirs[:, PLANTED]
-    predicted = read(original, mlp.next_norm) + (neuron.factor - 1) * added
+    times = getattr(original.config, "residual_multiplier", 1.0)
+    predicted = read(original, mlp.next_norm) + times * (neuron.factor - 1) * added
     torch.testing.assert_close(read(student, mlp.next_norm), predicted, rtol=1e-3, atol=1e-3)
     ours[:, PLANTED] = theirs[:, PLANTED]
     assert torch.equal(ours, theirs)
@@ -154,7 +168,17 @@ def test_it_stays_within_the_budget_in_every_family(family: str, monkeypatch: py
     student, neurons, *_ = shrink(original, blocks=blocks)
     assert mean_kl(student, original, blocks) <= BUDGET
     assert bool(neurons) == bool(differing(student, original))
-    assert neurons or family not in ("gpt2", "gpt_neox, parallel", "opt", "falcon", "phi", "qwen3", "gemma", "olmo")
+    assert neurons or family not in (
+        "gpt2",
+        "gpt_neox, parallel",
+        "opt",
+        "falcon",
+        "phi",
+        "qwen3",
+        "gemma",
+        "olmo",
+        "granite",
+    )
 
 
 def test_unevenness_counts_what_is_far_from_the_constant_either_way() -> None:

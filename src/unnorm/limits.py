@@ -62,7 +62,7 @@ def quadratic_writers(original: PreTrainedModel, sites: Sequence[NormSite]) -> l
 
     So do gated MLPs and those with a squared ReLU. They are known by what happens when all norms put out much more.
     """
-    writers = stream_writers(original, sites).values()
+    writers, _ = stream_writers(original, sites)
     mlps = [writer.name for writer in writers if writer.kind == "mlp" and writer.linear]
     ids = trace_inputs(original)
     with _norms_times(original, sites, FAR):

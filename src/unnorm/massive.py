@@ -114,12 +114,14 @@ class _Stream:
 
     Attributes:
         sites: those that read the stream, in the order of a forward pass.
+        before: by site, the modules whose outputs add up to what it reads.
         reads: by site, (token, width), in float32.
         activations: by writer, (token, neuron).
         factors: by writer, what its output is multiplied by before it is added.
     """
 
     sites: list[NormSite]
+    before: dict[str, set[str]]
     reads: dict[str, Float[Tensor, "token width"]]
     activations: dict[str, Float[Tensor, "token neuron"]]
     factors: dict[str, float]
@@ -127,21 +129,22 @@ class _Stream:
 
 @torch.no_grad()
 def _record(model: PreTrainedModel, sites: Sequence[NormSite], blocks: Dataset) -> _Stream:
-    writers = stream_writers(model, sites)
-    of_mlps = {name: writer.factor for name, writer in writers.items() if writer.kind == "mlp" and writer.linear}
-    reading = [site for site in sites if set(site.writers) <= writers.keys()]
+    writers, before = stream_writers(model, sites)
+    of_mlps = {writer.name: writer.factor for writer in writers if writer.kind == "mlp" and writer.linear}
+    reading = [site for site in sites if site.name in before]
     ids = torch.tensor(blocks["input_ids"], device=model.device)[:, :POSITIONS]
     with recorded(model, [*(site.name for site in reading), *of_mlps], copies=True) as record, evaluating(model):
         model(input_ids=ids, use_cache=False)
     given = {name: value.flatten(0, -2).float() for name, (value, _) in record.items()}
-    return _Stream(reading, {site.name: given[site.name] for site in reading}, {n: given[n] for n in of_mlps}, of_mlps)
+    reads, activations = {site.name: given[site.name] for site in reading}, {name: given[name] for name in of_mlps}
+    return _Stream(reading, before, reads, activations, of_mlps)
 
 
 def _massive_neurons(model: PreTrainedModel, stream: _Stream, constants: dict[str, float]) -> list[Neuron]:
     """Those that add a vector `MASSIVE` times as long as usual, longest first."""
     found = []
     for writer, activations in stream.activations.items():
-        site = next((site for site in stream.sites if writer in site.writers), None)
+        site = next((site for site in stream.sites if writer in stream.before[site.name]), None)
         if site is None:
             continue
         columns = _columns(model, stream, writer)
@@ -167,7 +170,7 @@ def _fit_factors(
     activations = activations[tokens]
     reads = [stream.reads[site.name][tokens] for site in stream.sites]
     normed = [_normed(x, site)[0] for x, site in zip(reads, stream.sites, strict=True)]
-    is_before = [torch.tensor([[n.writer in site.writers] for n in neurons]) for site in stream.sites]
+    is_before = [torch.tensor([[n.writer in stream.before[site.name]] for n in neurons]) for site in stream.sites]
     columns_before = [columns * mask.to(columns) for mask in is_before]
     log_factors = torch.zeros(len(neurons), device=columns.device, requires_grad=True)
     optimizer = torch.optim.Adam([log_factors], lr=RATE)

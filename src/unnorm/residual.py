@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unnorm.norms import linear_weight
-from unnorm.sites import NormSite, inside_attention, residual_sources
+from unnorm.sites import NormSite, inside_attention, residual_sources, stream_sources
 
 WriterKind = Literal["embedding", "attention", "mlp"]
 PartKind = Literal["embedding", "head", "attention", "mlp", "bias"]
@@ -74,10 +74,12 @@ def residual_writers(model: PreTrainedModel, reader: str) -> list[Writer] | None
     return [_writer(model, name, factor) for name, factor in factors.items()]
 
 
-def stream_writers(model: PreTrainedModel, sites: Sequence[NormSite]) -> dict[str, Writer]:
-    """All modules that write the residual stream that `sites` read, by path; none where it is no plain sum."""
-    last = max(sites, key=lambda site: len(site.writers))
-    return {writer.name: writer for writer in residual_writers(model, last.name) or []}
+def stream_writers(model: PreTrainedModel, sites: Sequence[NormSite]) -> tuple[list[Writer], dict[str, set[str]]]:
+    """All modules that write the residual stream, in order, and for each site that reads it those before it."""
+    sources = stream_sources(model, [site.name for site in sites])
+    factors = max(sources.values(), key=len, default={})
+    before = {name: set(found) for name, found in sources.items() if found.keys() <= factors.keys()}
+    return [_writer(model, name, factor) for name, factor in factors.items()], before
 
 
 def layer_number(name: str) -> int | None:

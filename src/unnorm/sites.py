@@ -201,8 +201,14 @@ def residual_sources(model: PreTrainedModel, reader: str) -> dict[str, float] | 
 
     Factors other than 1 are what some families multiply embeddings and sublayers by.
     """
+    return stream_sources(model, [reader]).get(reader)
+
+
+def stream_sources(model: PreTrainedModel, readers: Sequence[str]) -> dict[str, dict[str, float]]:
+    """`residual_sources` of several modules, from one pass; those that read no such sum are left out."""
     trace = _trace(model)
-    return _summands(trace, trace.inputs[reader].grad_fn)
+    sources = {name: _summands(trace, trace.inputs[name].grad_fn) for name in readers}
+    return {name: factors for name, factors in sources.items() if factors is not None}
 
 
 def unembedding_name(model: PreTrainedModel) -> str:

@@ -59,9 +59,23 @@ def to_transformer_lens(
     register_adapter(type(twin).__name__)
     # Without a tokenizer the bridge asks the hub for one.
     tokenizer = AutoTokenizer.from_pretrained(path)
-    return TransformerBridge.boot_transformers(
+    bridge = TransformerBridge.boot_transformers(
         str(path), hf_model=twin, tokenizer=tokenizer, dtype=dtype, device=str(twin.device)
     )
+    _show_limits(bridge)
+    return bridge
+
+
+def _show_limits(bridge: "TransformerBridge") -> None:
+    """Where neurons have limits, `mlp.hook_post` is what the MLP writes, as without limits; hooks are not reset."""
+
+    def held(limit: torch.Tensor) -> Any:
+        return lambda neurons, hook: neurons.clamp(-limit, limit)
+
+    for component in bridge.modules():
+        writer = component._modules.get("_original_component")
+        if writer is not None and "limit" in writer._buffers and hasattr(component, "hook_in"):
+            component.hook_in.add_perma_hook(held(writer.limit))
 
 
 def register_adapter(architecture: str) -> None:
