@@ -2,15 +2,18 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import unnorm
@@ -24,6 +27,7 @@ from unnorm.limits import COMMON, ROOM, measure_limits, quadratic_writers, set_l
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.models import copy_model
 from unnorm.sites import find_sites, norm_modules, trace_inputs
+from unnorm.terminal import result_table
 
 QUADRATIC = ("stablelm", "llama", "mistral", "qwen2", "smollm3", "qwen3", "gemma", "olmo", "cohere", "nemotron")
 LINEAR = ("gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "falcon", "phi", "starcoder2", "gpt_bigcode", "bloom")
@@ -214,6 +218,15 @@ def test_an_interrupted_run_has_them_again(limited: Path, options: dict[str, Any
     once, again = unnorm.load(limited), unnorm.load(out)
     for (name, ours), (_, theirs) in zip(once.state_dict().items(), again.state_dict().items(), strict=True):
         torch.testing.assert_close(ours, theirs, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_the_summary_has_a_row_for_them(limited: Path) -> None:
+    result = json.loads((limited / "result.json").read_text())
+    shown = StringIO()
+    Console(file=shown, width=120).print(result_table(result))
+    assert re.search(r"neurons with limits *│ *192 *│ reached by [\d.e-]+% of activations", shown.getvalue())
+    Console(file=shown, width=120).print(result_table({**result, "limited_neurons": 0, "share_at_limit": None}))
+    assert shown.getvalue().count("neurons with limits") == 1
 
 
 def test_models_whose_mlps_are_not_quadratic_get_none(tiny_model: PreTrainedModel, tmp_path: Path) -> None:

@@ -114,12 +114,20 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows += [
         ("loss, naive removal", f"{result['naive_loss']:.4f}", "constants without training"),
         ("norm modules left", _norms_left(result), ""),
+        *_limits(result),
         ("fold error", f"{result['fold_max_abs_error']:.1e}", "largest difference of logits, float64"),
         ("proof", "passed" if result["verified"] else "FAILED", "unnorm verify"),
         ("training", f"{result['tokens']:,}", f"tokens, {result['tokens_per_second']:,.0f} a second"),
         ("time", f"{result['seconds']:.0f} s", f"peak memory {result['peak_memory_mb']:,.0f} MB"),
     ]
     return rows
+
+
+def _limits(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    count, share = result.get("limited_neurons"), result.get("share_at_limit")
+    if not count or share is None:
+        return []
+    return [("neurons with limits", f"{count:,}", f"reached by {100 * share:.2g}% of activations on held-out text")]
 
 
 def proof_table(checks: Sequence["Check"]) -> RenderableType:
