@@ -187,7 +187,10 @@ def test_every_precision_has_them(limited: Path, dtype: torch.dtype) -> None:
 
 
 def test_healing_keeps_them(limited: Path, tmp_path: Path) -> None:
-    result = unnorm.heal(limited, tokens=1024, out=tmp_path / "healed", device="cpu", dtype="float32")
+    said: list[Any] = []
+    settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "watch": lambda row: said.append(row.get("text"))}
+    result = unnorm.heal(limited, tokens=1024, out=tmp_path / "healed", **settings)
+    assert not [text for text in said if "limits" in str(text)]
     assert (result["limited_neurons"], result["verified"]) == (3 * 64, True)
     before, after = limits_of(unnorm.load(limited)), limits_of(unnorm.load(tmp_path / "healed"))
     assert all(torch.equal(before[name], after[name]) for name in WRITERS)
@@ -199,9 +202,10 @@ def test_a_twin_without_them_gets_them_when_it_is_healed_with(options: dict[str,
     assert not (tmp_path / "run" / "unfolded" / LIMITS).exists()
     plain = unnorm.heal(tmp_path / "run", tokens=1024, out=tmp_path / "plain", device="cpu", dtype="float32")
     assert plain["limited_neurons"] == 0  # As the run was asked to.
-    healed = unnorm.heal(
-        tmp_path / "run", tokens=1024, out=tmp_path / "healed", device="cpu", dtype="float32", neuron_limits=True
-    )
+    said: list[Any] = []
+    settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "watch": lambda row: said.append(row.get("text"))}
+    healed = unnorm.heal(tmp_path / "run", tokens=1024, out=tmp_path / "healed", neuron_limits=True, **settings)
+    assert "neurons of 3 gated MLPs have limits now" in said
     assert (healed["limited_neurons"], healed["verified"]) == (3 * 64, True)
 
 

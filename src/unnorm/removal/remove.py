@@ -17,13 +17,12 @@ from unnorm.config import Plan, RemoveConfig, choose_device, control_plan, heali
 from unnorm.equalize import equalize_embedding
 from unnorm.errors import UnnormError
 from unnorm.fold import install, prove_sites, uninstall_paths
-from unnorm.limits import set_limits
 from unnorm.massive import MADE_GOOD, shrink_massive
 from unnorm.models import copy_model, disable_dropout, fuse_activations, load_original
 from unnorm.norms import TaperedNorm, TokenMask, removed
 from unnorm.removal.blocks import with_stress, write_blocks
 from unnorm.removal.conclude import conclude, evaluate
-from unnorm.removal.run import BEFORE, CHECKPOINTS, CONTROL, DATA, Run, check_disk, open_directory, saved_options
+from unnorm.removal.run import BEFORE, CHECKPOINTS, CONTROL, DATA, Run, check_disk, limit, open_directory, saved_options
 from unnorm.removal.twin import spent_tokens, take_up_control, take_up_twin
 from unnorm.schedule import FidelityController, Schedule, healing, sequential, taper, tapernorm
 from unnorm.sites import find_sites
@@ -142,7 +141,7 @@ def _begin(run: Run, token_mask: TokenMask) -> tuple[PreTrainedModel, dict[str, 
     equalizes = run.plan.steps and run.config.recipe == "taper"
     before["massive_neurons"] = _equalize(run, student, stand_ins, calibration) if equalizes else []
     if before["massive_neurons"] and run.config.neuron_limits:
-        set_limits(student, run.original, run.sites, calibration)
+        limit(run, student)
     return student, stand_ins, before
 
 

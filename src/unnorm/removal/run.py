@@ -8,8 +8,10 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from unnorm.calibrate import CALIBRATION_BLOCKS, spread
 from unnorm.config import CONFIG_FILE, Plan, RemoveConfig, read_config_file
 from unnorm.errors import UnnormError
+from unnorm.limits import set_limits
 from unnorm.sites import NormSite
 from unnorm.training import Watcher
 
@@ -43,6 +45,13 @@ class Run:
     def say(self, text: str, tokens: int | None = None) -> None:
         """Announce a stage, and the tokens it will take."""
         self.watch({"kind": "phase", "text": text, "tokens": tokens})
+
+
+def limit(run: Run, student: PreTrainedModel) -> None:
+    """Give the neurons of a run's model their limits, where its MLPs are gated."""
+    calibration = spread(run.train_blocks, CALIBRATION_BLOCKS)
+    if limited := set_limits(student, run.original, run.sites, calibration):
+        run.say(f"neurons of {len(limited)} gated MLPs have limits now")
 
 
 def saved_options(options: dict[str, Any]) -> dict[str, Any]:

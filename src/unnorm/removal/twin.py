@@ -8,13 +8,11 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from unnorm import processes
-from unnorm.calibrate import CALIBRATION_BLOCKS, spread
 from unnorm.checkpoint import load, load_unfolded, write_text
 from unnorm.errors import UnnormError
-from unnorm.limits import set_limits
 from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.norms import TaperedNorm
-from unnorm.removal.run import CONTROL, EARLIER, METRICS, RESULT, Run
+from unnorm.removal.run import CONTROL, EARLIER, METRICS, RESULT, Run, limit
 
 
 def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dict[str, Any]]:
@@ -33,7 +31,7 @@ def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dic
             f"The run in '{directory}' took away other norms than these settings ask for: see its --keep."
         )
     if before["massive_neurons"] and run.config.neuron_limits and not limits_of(student):
-        set_limits(student, run.original, run.sites, spread(run.train_blocks, CALIBRATION_BLOCKS))
+        limit(run, student)
     for stand_in in stand_ins.values():
         if before["massive_neurons"]:
             stand_in.interpolation = "bounded"
