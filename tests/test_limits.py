@@ -174,7 +174,8 @@ def test_limits_travel_to_where_unnorm_is_not_installed(limited: Path, tmp_path:
     assert name == "UnnormLlamaForCausalLM"
     model, again = unnorm.load(limited), unnorm.load(tmp_path / "again")
     ids = AutoTokenizer.from_pretrained(limited / "model")("def read(self):", return_tensors="pt").input_ids
-    torch.testing.assert_close(torch.tensor(last_logits).float(), model(input_ids=ids).logits[0, -1])
+    # Threads, and so the order of sums, are that process's own.
+    torch.testing.assert_close(torch.tensor(last_logits).float(), model(input_ids=ids).logits[0, -1], rtol=0, atol=1e-4)
     for ours, theirs in zip(limits_of(model).values(), limits_of(again).values(), strict=True):
         assert torch.equal(ours, theirs)
 
