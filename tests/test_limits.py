@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 import unnorm
 from tests.conftest import VOCAB, Cli, small_llama
 from tests.test_families import FAMILIES, random_model
-from tests.test_massive import BLOCKS, GPT2, IDS, LLAMA, RARE, read, with_massive
+from tests.test_massive import BLOCKS, GPT2, IDS, LLAMA, RARE, planted_files, read, with_massive
 from tests.test_modeling import WITHOUT_UNNORM
 from unnorm.checkpoint import LIMITS, load_unfolded, save_limits
 from unnorm.fold import install
@@ -81,7 +81,7 @@ def test_no_neuron_writes_more_than_its_limit_and_its_gradient_stops_there() -> 
     assert not given[always].any()
     assert given[~always].all()
     assert 0 < (share_at_limit(model, BLOCKS) or 0) <= 1
-    mlp(torch.full((1, 32), 1e30))  # What overflows on the way is held as well.
+    # What overflows on the way is held as well.
     assert mlp(torch.full((1, 32), 1e30)).isfinite().all()
 
 
@@ -101,27 +101,11 @@ def test_without_norms_a_long_token_overflows_unless_neurons_have_limits() -> No
     assert logits[1].isfinite().all()
 
 
-def planted_dir(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """A model with a massive activation and text in which it shows, as options of a run."""
-    model.save_pretrained(directory / "planted")
-    tokenizer.save_pretrained(directory / "planted")
-    rare = tokenizer.decode([RARE])
-    lines = (f'{{"text": "{rare} {number} is not {number + 1}"}}\n' for number in range(3000))
-    (directory / "text.jsonl").write_text("".join(lines))
-    return {
-        "model": str(directory / "planted"),
-        "data": str(directory / "text.jsonl"),
-        "tokens": TOKENS,
-        "device": "cpu",
-        "dtype": "float32",
-        "kl_budget": 100.0,
-    }
-
-
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
     """Of a run on a Llama with a massive activation."""
-    return planted_dir(tmp_path_factory.mktemp("llama"), with_massive(small_llama(), LLAMA), tiny_tokenizer)
+    files = planted_files(tmp_path_factory.mktemp("llama"), with_massive(small_llama(), LLAMA), tiny_tokenizer)
+    return {**files, "tokens": TOKENS, "device": "cpu", "dtype": "float32", "kl_budget": 100.0}
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +218,7 @@ def test_the_summary_has_a_row_for_them(limited: Path) -> None:
     assert shown.getvalue().count("neurons with limits") == 1
 
 
-def test_models_whose_mlps_are_not_quadratic_get_none(tiny_model: PreTrainedModel, tmp_path: Path) -> None:
+def test_models_whose_mlps_are_not_quadratic_get_none(tiny_model: PreTrainedModel) -> None:
     planted = with_massive(tiny_model, GPT2)
     student = copy_model(planted)
     assert set_limits(student, planted, find_sites(planted), BLOCKS) == []

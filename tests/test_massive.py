@@ -81,6 +81,16 @@ def with_massive(model: PreTrainedModel, mlp: Mlp, length: float = 100.0) -> Pre
     return model
 
 
+def planted_files(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """A planted model and text in which its massive activation shows, written, as options of a run."""
+    model.save_pretrained(directory / "planted")
+    tokenizer.save_pretrained(directory / "planted")
+    text = directory / "text.jsonl"
+    rare = tokenizer.decode([RARE])
+    text.write_text("".join(f'{{"text": "{rare} {number} is not {number + 1}"}}\n' for number in range(3000)))
+    return {"model": str(directory / "planted"), "data": str(text)}
+
+
 def shrink(original: PreTrainedModel, budget: float = BUDGET, blocks: Dataset = BLOCKS) -> Shrunk:
     student = copy_model(original).eval()
     sites = find_sites(student)
@@ -229,15 +239,9 @@ def test_a_run_says_what_it_scaled_down_and_binds_what_is_left(
     monkeypatch.setattr("unnorm.training.distillation.unevenness", remember)
     monkeypatch.setattr("unnorm.training.distillation.massive_unevenness", remember_uneven)
     monkeypatch.setattr("unnorm.training.distillation.read_mismatch", remember_massive)
-    with_massive(tiny_model, GPT2).save_pretrained(tmp_path / "planted")
-    tiny_tokenizer.save_pretrained(tmp_path / "planted")
-    text = tmp_path / "text.jsonl"
-    rare = tiny_tokenizer.decode([RARE])
-    text.write_text("".join(f'{{"text": "{rare} {number} is not {number + 1}"}}\n' for number in range(3000)))
     phases: list[Any] = []
     result = unnorm.remove(
-        model=str(tmp_path / "planted"),
-        data=str(text),
+        **planted_files(tmp_path, with_massive(tiny_model, GPT2), tiny_tokenizer),
         tokens=2048,
         out=tmp_path / "run",
         device="cpu",

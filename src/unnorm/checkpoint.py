@@ -230,10 +230,8 @@ def _take_up_limits(model: PreTrainedModel, directory: Path) -> None:
     if not names:
         return
     try:
-        limit_neurons(model, names)
-        for name, limit in load_file(directory / LIMITS).items():
-            model.get_submodule(name).get_buffer("limit").copy_(limit)
-    except (OSError, SafetensorError, AttributeError, RuntimeError) as error:
+        limit_neurons(model, names, load_file(directory / LIMITS))
+    except (OSError, SafetensorError, AttributeError, RuntimeError, KeyError) as error:
         raise UnnormError(
             f"'{directory / LIMITS}' is damaged ({short(error)}). Do the run again, or copy it again."
         ) from error

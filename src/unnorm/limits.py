@@ -11,18 +11,18 @@ hundredth of the layer's neurons stay under. It is one elementwise nonlinearity 
 write: every read stays affine in the stream, and what the MLP adds stays a sum over its neurons.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from datasets import Dataset
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from unnorm.calibrate import batches, evaluating
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
-from unnorm.residual import stream_writers
+from unnorm.residual import recorded, stream_writers
 from unnorm.sites import NormSite, trace_inputs
 
 ROOM = 2.0
@@ -50,9 +50,7 @@ def set_limits(
         Paths of the linear layers whose inputs have limits now; none where no MLP is quadratic.
     """
     limits = measure_limits(original, quadratic_writers(original, sites), blocks)
-    limit_neurons(student, list(limits))
-    for name, limit in limits.items():
-        student.get_submodule(name).get_buffer("limit").copy_(limit)
+    limit_neurons(student, list(limits), limits)
     return list(limits)
 
 
@@ -86,22 +84,12 @@ def _largest(
 ) -> dict[str, Float[Tensor, " neuron"]]:
     """The largest absolute value of each input of the named linear layers, in float32."""
     largest: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            found = args[0].abs().flatten(0, -2).amax(0).float()
-            largest[name] = torch.maximum(largest[name], found) if name in largest else found
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(keep(name)) for name in writers]
-    try:
-        with evaluating(model):
-            for batch in ids:
-                model(input_ids=batch, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with recorded(model, writers) as record, evaluating(model):
+        for batch in ids:
+            model(input_ids=batch, use_cache=False)
+            for name, (neurons, _) in record.items():
+                found = neurons.abs().flatten(0, -2).amax(0).float()
+                largest[name] = torch.maximum(largest[name], found) if name in largest else found
     return largest
 
 
@@ -121,18 +109,14 @@ def _norms_times(model: PreTrainedModel, sites: Sequence[NormSite], factor: floa
 @torch.no_grad()
 def share_at_limit(model: PreTrainedModel, blocks: Dataset) -> float | None:
     """Share of all neurons' activations on text that a limit holds; None where there are no limits."""
-    counts: list[tuple[int, int]] = []
-
-    def count(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        # It sees what is left by the hook that limits, which was there before it.
-        counts.append((int((args[0].abs() >= module.get_buffer("limit")).sum()), args[0].numel()))
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(count) for name in limits_of(model)]
-    try:
-        with evaluating(model):
-            for batch in batches(blocks, BATCH, model.device) if handles else ():
-                model(input_ids=batch, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return sum(held for held, _ in counts) / sum(total for _, total in counts) if counts else None
+    limits = limits_of(model)
+    if not limits:
+        return None
+    held = total = 0
+    with recorded(model, list(limits)) as record, evaluating(model):
+        for batch in batches(blocks, BATCH, model.device):
+            model(input_ids=batch, use_cache=False)
+            for name, (neurons, _) in record.items():
+                held += int((neurons.abs() >= limits[name]).sum())
+                total += neurons.numel()
+    return held / total

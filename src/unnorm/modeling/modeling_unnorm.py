@@ -10,7 +10,7 @@ The classes are made when they are asked for: `UnnormGPT2Config` and `UnnormGPT2
 that know the family stay as they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import transformers
@@ -60,20 +60,22 @@ def strip_norms(
         linear.bias = nn.Parameter(zeros(weight.shape[0], dtype=weight.dtype, device=weight.device))
 
 
-def limit_neurons(model: nn.Module, writers: Sequence[str]) -> None:
+def limit_neurons(model: nn.Module, writers: Sequence[str], limits: Mapping[str, Tensor] | None = None) -> None:
     """Give MLPs' neurons limits, in place: each is kept between -limit and limit before the MLP writes it.
 
-    The limits are buffers of the linear layers that write, infinite until a checkpoint or a measurement fills them in.
+    The limits are buffers of the linear layers that write.
 
     Args:
         model: any model.
         writers: paths of linear layers whose inputs are an MLP's neurons.
+        limits: those of each, shaped (neuron); if left out infinite, until a checkpoint fills them in.
     """
     for name in writers:
         writer = model.get_submodule(name)
         weight = writer.get_parameter("weight")
         width = weight.shape[0] if type(writer).__name__ == "Conv1D" else weight.shape[1]
-        writer.register_buffer("limit", full((width,), inf, dtype=weight.dtype, device=weight.device))
+        limit = full((width,), inf, dtype=weight.dtype, device=weight.device)
+        writer.register_buffer("limit", limit if limits is None else limit.copy_(limits[name]))
         writer.register_forward_pre_hook(_limited)
 
 
