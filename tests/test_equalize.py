@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from transformers import GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from unnorm.calibrate import collect_log_scales, set_constants
 from unnorm.equalize import equalize_embedding, naive_kl, token_log_scales
@@ -33,6 +33,19 @@ def test_token_scales_are_those_of_the_first_norm(tiny_model: GPT2LMHeadModel) -
     expected = (rows - rows.mean(1, keepdim=True)).std(1, correction=0).log()
     measured = token_log_scales(model, find_sites(model)[0])
     torch.testing.assert_close(measured, expected.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_long_contexts_are_not_filled_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=3000, n_positions=2048, n_embd=8, n_layer=1, n_head=1)).eval()
+    lengths = set()
+
+    def measure(model: GPT2LMHeadModel, sites: object, blocks: Dataset, cut_short: bool) -> object:
+        lengths.add(len(blocks[0]["input_ids"]))
+        return collect_log_scales(model, sites, blocks, cut_short=cut_short)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("unnorm.equalize.collect_log_scales", measure)
+    assert token_log_scales(model, find_sites(model)[0]).shape == (3000,)
+    assert lengths == {1024}
 
 
 def test_the_rest_of_the_model_does_not_run_for_them(tiny_model: GPT2LMHeadModel) -> None:

@@ -48,8 +48,9 @@ def test_blocks_range_from_one_token_to_the_whole_vocabulary(tiny_tokenizer: Pre
     assert len(np.unique(blocks[:, 0])) > 75
 
 
+@pytest.mark.parametrize("tokens", [5_000, 40_000])  # Less than the text has, and several times as many.
 def test_stress_takes_the_place_of_text_and_only_where_the_run_distils(
-    tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tokens: int, tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = {}
 
@@ -58,7 +59,7 @@ def test_stress_takes_the_place_of_text_and_only_where_the_run_distils(
         return seen["mixed"]
 
     monkeypatch.setattr("unnorm.removal.remove.with_stress", remember)
-    common = {"model": str(tiny_model_dir), "data": str(text_file), "tokens": 5_000, "device": "cpu", "context": 32}
+    common = {"model": str(tiny_model_dir), "data": str(text_file), "tokens": tokens, "device": "cpu", "context": 32}
     unnorm.remove(out=tmp_path / "ours", stress_share=0.25, **common)
     text, mixed = (np.asarray(seen[key]["input_ids"]) for key in ("text", "mixed"))
     assert mixed.shape == text.shape

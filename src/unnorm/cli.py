@@ -40,7 +40,7 @@ Data = Annotated[
 TextField = Annotated[str | None, typer.Option(help="Column that holds the text.", show_default="'text'")]
 Split = Annotated[str, typer.Option(help="Split that the text comes from.")]
 Context = Annotated[int | None, typer.Option(help="Tokens in a block.", show_default="the model's, at most 1024")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Device = Annotated[str, typer.Option(help="auto (cuda or else cpu), cpu, cuda or mps (not tested).")]
 RunSplit = Annotated[str | None, typer.Option(help="Split that the text comes from.", show_default="the run's")]
 RunDirectory = Annotated[Path | None, typer.Option(help="Run directory.", show_default="a new one")]
 StepBlocks = Annotated[int | None, typer.Option(help="Blocks for each optimizer step.", show_default="by tokens")]

@@ -57,7 +57,7 @@ class RemoveConfig(BaseModel):
     context: int | None = Field(None, ge=2, description="tokens in a block")
     lr: float | None = Field(None, gt=0, allow_inf_nan=False, description="peak learning rate")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of everything random")
-    device: str = Field("auto", description="'auto', 'cpu', 'cuda' or 'mps'")
+    device: str = Field("auto", description="'auto' (cuda or else cpu), 'cpu', 'cuda' or 'mps' (not tested)")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="precision of the training passes")
     compile: bool = Field(False, description="torch.compile the training passes: minutes of work before the first")
     cuda_graph: bool | None = Field(None, description="on a GPU, record each training step once and replay it")
@@ -295,7 +295,7 @@ def choose_device(device: str) -> str:
     present += ["cuda"] if torch.cuda.is_available() else []
     present += ["mps"] if torch.backends.mps.is_available() else []
     if device == "auto":
-        return "cuda" if "cuda" in present else "mps" if "mps" in present else "cpu"
+        return "cuda" if "cuda" in present else "cpu"  # Nothing was ever run on Apple GPUs.
     if device not in present:
         raise UnnormError(f"No device '{device}' here. There is: {', '.join(present)}.")
     return device

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unnorm.calibrate import batches, collect_log_scales, evaluating, set_constants
+from unnorm.config import MOST_CONTEXT
 from unnorm.models import context_length
 from unnorm.norms import Estimator, TaperedNorm, removed
 from unnorm.sites import NormSite, vocabulary_size
@@ -85,7 +86,7 @@ def _set_tied(model: PreTrainedModel, unembedding: nn.Parameter, tied: bool) -> 
 def token_log_scales(model: PreTrainedModel, first: NormSite) -> Float[Tensor, " vocab"]:
     """Mean log scale of every token of the vocabulary at the first norm site."""
     vocab = vocabulary_size(model)
-    length = min(context_length(model), vocab)
+    length = min(context_length(model), MOST_CONTEXT, vocab)
     rows = math.ceil(vocab / length)
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros(vocab, dtype=torch.float64)

@@ -2,6 +2,8 @@
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from importlib import resources
 from importlib.util import find_spec
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -57,6 +60,8 @@ def load_original(model: str, trust_remote_code: bool = False) -> tuple[PreTrain
         config = _load_config(model, path, trust_remote_code)
         loaded = _load_weights(model, path, config, trust_remote_code)
         tokenizer = _load_tokenizer(model, path, trust_remote_code)
+    # Some configs say tied beside an unembedding of its own, which transformers then loads.
+    loaded.config.tie_word_embeddings = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     _check_finite(model, loaded)
     _check_causal(model, loaded)
     _check_tokenizer(model, loaded, tokenizer)
@@ -68,18 +73,33 @@ def context_length(model: PreTrainedModel) -> int:
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024)
 
 
-def disable_dropout(model: PreTrainedModel) -> None:
-    """Set every dropout to zero, in place: distillation wants the teacher's function, not a noisy one."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+@contextmanager
+def without_dropout(model: PreTrainedModel) -> Iterator[None]:
+    """No dropout while this lasts: distillation wants the teacher's function, not a noisy one.
+
+    Families keep its probability in a `nn.Dropout`, as a number of their own modules, or read it from the config.
+    """
+    before = [(module, "p", module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
+    for holder in (model.config, model.config.get_text_config(), *model.modules()):
+        before += [(holder, key, value) for key, value in vars(holder).items() if "drop" in key and _is_share(value)]
+    try:
+        for holder, key, _ in before:
+            setattr(holder, key, 0.0)
+        yield
+    finally:
+        for holder, key, value in before:
+            setattr(holder, key, value)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, float) and 0 < value < 1
 
 
 def fuse_activations(model: PreTrainedModel) -> None:
     """GPT-2's GELU as torch's one operation in place of transformers' eight: same function, a tenth of a CPU step."""
     for name, module in list(model.named_modules()):
         if type(module).__name__ == "NewGELUActivation":
-            model.set_submodule(name, torch.nn.GELU(approximate="tanh"))
+            model.set_submodule(name, nn.GELU(approximate="tanh"))
 
 
 def copy_model(model: PreTrainedModel, share: bool = False) -> PreTrainedModel:
@@ -90,7 +110,7 @@ def copy_model(model: PreTrainedModel, share: bool = False) -> PreTrainedModel:
     # What stands here is taken instead of a copy.
     taken: dict[int, torch.Tensor] = {}
     if share:
-        taken = {id(p): torch.nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
+        taken = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
     for module in model.modules():  # States that some families keep from the last pass can't be copied with its graph.
         kept = (value for value in vars(module).values() if isinstance(value, torch.Tensor) and value.grad_fn)
         taken |= {id(value): value.detach() for value in kept}

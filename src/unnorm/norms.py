@@ -128,7 +128,7 @@ class TaperedNorm(nn.Module):
     @property
     def constant(self) -> float:
         """The constant scale of ordinary tokens."""
-        return float(self.log_constant[0].double().exp())
+        return float(self.log_constant[0].cpu().double().exp())
 
     def log_scale(self, centered_x: Float[Tensor, "batch position width"]) -> Float[Tensor, "batch position 1"]:
         """Log of the scale, from x as it is divided (already centered for LayerNorm)."""

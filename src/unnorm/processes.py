@@ -3,6 +3,7 @@
 import gc
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -12,6 +13,9 @@ from torch import Tensor
 from unnorm.errors import UnnormError
 
 T = TypeVar("T")
+
+LONGEST_WAIT = timedelta(days=2)
+"""For the main process, which reads and tokenizes the text, evaluates and proves while all others wait."""
 
 
 def count() -> int:
@@ -27,7 +31,8 @@ def is_main() -> bool:
 def join(device: str) -> None:
     """Meet the other processes of the launch, if there are any; gloo on the CPU, the device's own backend else."""
     if count() > 1 and not dist.is_initialized():
-        PartialState(cpu=device == "cpu", **({"backend": "gloo"} if device == "cpu" else {}))
+        backend = {"backend": "gloo"} if device == "cpu" else {}
+        PartialState(cpu=device == "cpu", timeout=LONGEST_WAIT, **backend)
 
 
 def agree(make: Callable[[], T]) -> T:

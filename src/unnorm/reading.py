@@ -56,9 +56,9 @@ def _ndim(module: nn.Module, name: str) -> int:
 @torch.no_grad()
 def _is_linear(module: nn.Module) -> bool:
     """Whether a module with a matrix, such as a router, gives that matrix's product first, in any precision."""
-    double = deepcopy(module).double()
+    double = deepcopy(module).cpu().double()  # Apple GPUs have no float64.
     weight, bias = double.get_parameter("weight"), getattr(double, "bias", None)
-    x = torch.linspace(-1.7, 1.7, 6 * weight.shape[1], dtype=torch.float64, device=weight.device)
+    x = torch.linspace(-1.7, 1.7, 6 * weight.shape[1], dtype=torch.float64)
     x = x.sin().view(6, weight.shape[1])
     try:
         y = double(x)

@@ -44,7 +44,7 @@ def write_blocks(
             np.asarray(train["input_ids"]),
             tokenizer,
             vocabulary_size(model),
-            round(config.stress_share * train_blocks),
+            round(config.stress_share * len(train)),
             np.random.default_rng(config.seed),
         )
         if len(stress):

@@ -18,11 +18,22 @@ from unnorm.equalize import equalize_embedding
 from unnorm.errors import UnnormError
 from unnorm.fold import install, prove_sites, uninstall_paths
 from unnorm.massive import MADE_GOOD, shrink_massive
-from unnorm.models import copy_model, disable_dropout, fuse_activations, load_original
+from unnorm.models import copy_model, fuse_activations, load_original
 from unnorm.norms import TaperedNorm, TokenMask, removed
 from unnorm.removal.blocks import with_stress, write_blocks
 from unnorm.removal.conclude import conclude, evaluate
-from unnorm.removal.run import BEFORE, CHECKPOINTS, CONTROL, DATA, Run, check_disk, limit, open_directory, saved_options
+from unnorm.removal.run import (
+    BEFORE,
+    CHECKPOINTS,
+    CONTROL,
+    CONTROL_DONE,
+    DATA,
+    Run,
+    check_disk,
+    limit,
+    open_directory,
+    saved_options,
+)
 from unnorm.removal.twin import spent_tokens, take_up_control, take_up_twin
 from unnorm.schedule import FidelityController, Schedule, healing, sequential, taper, tapernorm
 from unnorm.sites import find_sites
@@ -75,7 +86,6 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watcher) -> Run:
     check_disk(directory, model)
     set_seed(config.seed)
     model.to(plan.device).requires_grad_(False)
-    disable_dropout(model)
     fuse_activations(model)
     held_out = processes.agree(lambda: write_blocks(config, plan, model, tokenizer, directory, watch))
     train_blocks, validation_blocks = (load_from_disk(str(directory / DATA / side)) for side in ("train", "validation"))
@@ -104,12 +114,11 @@ def _plan(config: RemoveConfig, model: PreTrainedModel) -> Plan:
 
 def _train_removal(run: Run) -> tuple[dict[str, Any], Outcome | None]:
     """Calibrate, measure naive removal, train, fold and save; only what is not done yet."""
-    note = run.directory / DATA / BEFORE
-    if note.is_file() and (run.directory / MODEL).is_dir():
+    note = run.directory / DATA / BEFORE  # Written when all that is done.
+    if note.is_file():
         return json.loads(note.read_text()), None
     token_mask = TokenMask()
     student, stand_ins, before = _begin(run, token_mask) if run.config.twin is None else take_up_twin(run)
-    disable_dropout(student)
     fuse_activations(student)
     outcome = None
     if run.plan.steps:
@@ -227,21 +236,25 @@ def _train(run: Run, model: PreTrainedModel, removal: Removal | None, directory:
 def _fold_and_save(run: Run, student: PreTrainedModel, before: dict[str, Any]) -> None:
     run.say("folding")
     uninstall_paths(student)
-    student.eval()
+    student.cpu().eval()  # Where there is float64.
     constants = {site.name: student.get_submodule(site.name).constant for site in run.sites}
     save_unfolded(student, run.original, run.sites, run.tokenizer, run.directory / UNFOLDED)
     save_sites(run.directory, run.sites, constants)
-    write_text(run.directory / DATA / BEFORE, json.dumps(before))
     save_folded(student, run.sites, run.tokenizer, run.directory / MODEL)
+    write_text(run.directory / DATA / BEFORE, json.dumps(before))
 
 
 def _train_control(run: Run) -> PreTrainedModel:
     directory = run.directory / CONTROL
     control = copy_model(run.original) if run.config.twin is None else take_up_control(run)
-    disable_dropout(control)
     fuse_activations(control)
-    if not (directory / "model.safetensors").is_file():
+    if not (run.directory / DATA / CONTROL_DONE).is_file():
         run.say("training the control", run.plan.training_tokens)
         _train(replace(run, plan=control_plan(run.plan)), control, None, directory)
-        processes.agree(lambda: save_model(control, run.tokenizer, directory))
+        processes.agree(lambda: _save_control(run, control))
     return load(directory).to(run.plan.device)
+
+
+def _save_control(run: Run, control: PreTrainedModel) -> None:
+    save_model(control, run.tokenizer, run.directory / CONTROL)
+    write_text(run.directory / DATA / CONTROL_DONE, "trained and saved")

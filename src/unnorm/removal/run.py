@@ -19,7 +19,9 @@ RESULT, REPORT, CONTROL, DATA, CHECKPOINTS = "result.json", "report.html", "cont
 METRICS, EARLIER = "metrics.jsonl", "earlier.jsonl"
 """Rows of the run's training, and of the runs that brought its twin to where it was taken up."""
 BEFORE = "before.json"
-"""In `DATA`: what was measured and done before training."""
+"""In `DATA`: what was measured and done before training; written when the twin is saved."""
+CONTROL_DONE = "control.txt"
+"""In `DATA`, when the control is saved."""
 DISK_COPIES = 8
 """Sizes of the model in float32 that a run may write: a checkpoint with optimizer state, the models it leaves."""
 

@@ -126,18 +126,19 @@ class GuardCallback(TrainerCallback, ExportableState):
     def __init__(
         self,
         controller: FidelityController | None = None,
-        take_kl: Callable[[], float] = lambda: 0.0,
+        take_kl: Callable[[], float | None] = lambda: 0.0,
         held: Callable[[], float | None] = lambda: None,
     ) -> None:
         """Guard a run.
 
         Args:
             controller: told of every step.
-            take_kl: gives the KL of the step that was just done, over all processes.
+            take_kl: gives the KL of the step that was just done, over all processes; None where there was no text.
             held: gives the share of its tokens that bounds held down, None where nothing is bounded.
         """
         self.controller, self.take_kl, self.held = controller, take_kl, held
         self.norm, self.norms = 0.0, list[float]()
+        self.kl: float | None = None
         self.skipped = self.in_a_row = self.restored = 0
         self.good: dict[str, Tensor] = {}
 
@@ -148,7 +149,7 @@ class GuardCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as transformers stores it."""
-        names = ("norms", "skipped", "in_a_row", "restored")
+        names = ("norms", "kl", "skipped", "in_a_row", "restored")
         controller = {} if self.controller is None else asdict(self.controller)
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names} | {"controller": controller}}
 
@@ -189,13 +190,22 @@ class GuardCallback(TrainerCallback, ExportableState):
         controller, healthy = self.controller, not self.in_a_row
         if controller is not None:
             set_back = controller.set_back
-            controller.advance(self.take_kl(), not healthy, state.max_steps, self.held())
+            kl = self.take_kl()
+            self.kl = self.kl if kl is None else kl
+            if self.kl is not None or not healthy:
+                known = math.nan if self.kl is None else self.kl
+                controller.advance(known, not healthy, state.max_steps, self.held())
             healthy = healthy and controller.set_back == set_back
             # A twin that is healed further starts at its best, and is there again only as the learning rate falls.
             if not controller.only_heals and controller.stale > max(PATIENCE * state.max_steps, LEAST_PATIENCE):
                 control.should_training_stop = True
         if healthy and state.global_step % max(1, state.max_steps // SNAPSHOTS) == 0:
             self._remember(model)
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+    ) -> None:
+        self._remember(model)  # As a run does that goes on from this checkpoint.
 
     @torch.no_grad()
     def _remember(self, model: nn.Module) -> None:

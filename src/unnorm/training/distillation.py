@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from unnorm import processes
+from unnorm.errors import UnnormError
 from unnorm.losses import (
     RUNAWAY,
     distillation_losses,
@@ -68,7 +69,6 @@ class DistillationTrainer(Trainer):
         self.bounded = [stand_in for stand_in in self.stand_ins.values() if stand_in.interpolation == "bounded"]
         self.sums = torch.zeros(3, device=self.args.device)
         self.step_kl = torch.zeros(2, device=self.args.device)
-        self.last_kl = 0.0
         self.recorded: RecordedStep | None = None
         self.guard = GuardCallback(self.controller, self.take_step_kl, self.held)
         self.add_callback(self.guard)
@@ -141,6 +141,30 @@ class DistillationTrainer(Trainer):
             logs.pop("loss", None)
             logs |= {**self.take_means(), "grad_norm": self.guard.norm}
         super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Write a checkpoint's weights under the names that they have in the model, where resuming looks for them.
+
+        The Trainer would write them as the hub has them, and in some families the unembedding or the experts have
+        other names there.
+        """
+        if self.args.should_save:
+            self._plain_model().save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Refuse a checkpoint that lacks weights; those that are another's too are not in it.
+
+        Raises:
+            UnnormError: weights are missing.
+        """
+        weights = self._plain_model().state_dict()
+        missing = set(load_result.missing_keys)
+        found = {weights[name].data_ptr() for name in weights.keys() - missing}
+        if lost := sorted(name for name in missing if weights[name].data_ptr() not in found):
+            raise UnnormError(f"The last checkpoint lacks {', '.join(lost[:3])}. It is damaged; do the run again.")
+
+    def _plain_model(self) -> PreTrainedModel:
+        return cast(PreTrainedModel, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """None: the Trainer would measure, and scale by 1, all gradients once more than the guard does."""
@@ -237,13 +261,12 @@ class DistillationTrainer(Trainer):
         penalty = scale_penalty(norm.kept_log_scale, special, norm.log_constant[0], self.optimization.penalty)
         return self.optimization.penalty_weight * penalty
 
-    def take_step_kl(self) -> float:
-        """Mean KL on text since the last call, over all processes; as it was, where all rows were stress blocks."""
+    def take_step_kl(self) -> float | None:
+        """Mean KL on text since the last call, over all processes; None where all rows were stress blocks."""
         sums = processes.total(self.step_kl)
         self.step_kl.zero_()
         kl, count = sums.tolist()
-        self.last_kl = float(kl / count) if count else self.last_kl
-        return self.last_kl
+        return float(kl / count) if count else None
 
     def take_means(self) -> dict[str, float]:
         """Means of loss and KL on text since the last call, over all processes; none, where there was no text."""

@@ -1,6 +1,7 @@
 """One training run: of the model that loses its norms, or of the control that keeps them."""
 
 import math
+import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -11,14 +12,17 @@ import torch
 from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import PreTrainedModel, PrinterCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from unnorm import processes
 from unnorm.calibrate import batches, evaluating, spread
 from unnorm.config import Plan
 from unnorm.errors import UnnormError
 from unnorm.losses import distillation_losses
+from unnorm.models import without_dropout
 from unnorm.schedule import Recipe
 from unnorm.training.callbacks import (
     InterruptCallback,
@@ -122,10 +126,10 @@ def train(
         if callback is not None:
             trainer.add_callback(callback)
     checkpoints = directory / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    last = processes.agree(lambda: last_checkpoint(checkpoints))
     use_cache = model.config.use_cache
     clipping = clipping_tokens(model, model.get_output_embeddings()) if trainer.bounded else nullcontext()
-    with interrupt.listening(), trainer.matching_reads(), clipping:
+    with interrupt.listening(), without_dropout(model), trainer.matching_reads(), clipping:
         try:
             trainer.train(resume_from_checkpoint=last)
         except torch.OutOfMemoryError as error:
@@ -135,7 +139,8 @@ def train(
             ) from error
         except (OSError, SafetensorError) as error:
             raise UnnormError(
-                f"Could not write a checkpoint to '{checkpoints}': {error}. Free some space and go on with --resume."
+                f"Could not read or write a checkpoint in '{checkpoints}': {error}. Free some space and go on with "
+                "--resume."
             ) from error
         except Exception as error:
             tracker = type(error).__module__.partition(".")[0]
@@ -172,9 +177,19 @@ def quick_evaluation(model: PreTrainedModel, teacher: PreTrainedModel, blocks: D
             logits = model(input_ids=ids, use_cache=False).logits
             teacher_logits = teacher(input_ids=ids, use_cache=False).logits
             pair = torch.stack(distillation_losses(logits, teacher_logits, ids)[1:])
-            totals += len(ids) * pair.double().cpu()
+            totals += len(ids) * pair.cpu().double()
     kl, loss = (totals / len(blocks)).tolist()
     return {"loss": loss, "kl": kl}
+
+
+def last_checkpoint(checkpoints: Path) -> str | None:
+    """The last checkpoint that is whole, if there is one; those that a kill or a full disk cut short are deleted."""
+    for checkpoint in checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:  # What the Trainer writes last.
+            TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint)
+    return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
 
 
 def _collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -188,7 +203,7 @@ def _collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
 def _arguments(
     optimization: Optimization, plan: Plan, checkpoints: Path, seed: int, report_to: Sequence[str]
 ) -> TrainingArguments:
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(checkpoints),
         max_steps=plan.steps,
         per_device_train_batch_size=plan.micro_batch,
@@ -218,3 +233,6 @@ def _arguments(
         disable_tqdm=True,
         log_level="error",
     )
+    # Of several devices it would take all, by replicas that have no reads and no bounds; `torchrun` is for that.
+    arguments._n_gpu = min(1, arguments.n_gpu)
+    return arguments

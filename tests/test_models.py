@@ -1,0 +1,79 @@
+"""What loading a model makes of it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+import unnorm
+from tests.test_families import IDS, random_model
+from unnorm.checkpoint import load_unfolded
+from unnorm.models import load_original, without_dropout
+
+OPT: dict[str, Any] = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "word_embed_proj_dim": 32}
+SIZES: dict[str, Any] = {"vocab_size": 64, "num_attention_heads": 4, "max_position_embeddings": 64, **IDS}
+NOISY = {
+    "gpt2, in modules": lambda: hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, **IDS),
+    "opt, in numbers": lambda: hf.OPTConfig(**SIZES, **OPT, attention_dropout=0.2, layerdrop=0.5),
+    "falcon, in the config": lambda: hf.FalconConfig(
+        **SIZES, hidden_size=32, num_hidden_layers=2, hidden_dropout=0.2, attention_dropout=0.2
+    ),
+    "llama": lambda: hf.LlamaConfig(
+        **SIZES, hidden_size=32, intermediate_size=48, num_hidden_layers=2, attention_dropout=0.3
+    ),
+}
+
+
+@pytest.mark.parametrize("family", NOISY)
+def test_no_family_has_dropout_while_it_is_off(family: str) -> None:
+    model = random_model(NOISY[family])
+    ids = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(0))
+
+    def passes() -> list[torch.Tensor]:
+        model.train()
+        return [model(input_ids=ids, use_cache=False).logits for _ in range(3)]
+
+    saved = model.config.to_dict()
+    with without_dropout(model):
+        first, *others = passes()
+        expected = model.eval()(input_ids=ids, use_cache=False).logits
+    assert all(torch.equal(first, other) for other in others)
+    torch.testing.assert_close(first, expected)
+    assert model.config.to_dict() == saved
+    first, *others = passes()
+    assert not all(torch.equal(first, other) for other in others)
+
+
+@pytest.fixture
+def said_to_be_tied(tiny_model: GPT2LMHeadModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+    """A GPT-2 whose config says that its unembedding is its embedding, beside an unembedding of its own."""
+    directory = tmp_path / "model"
+    tiny_model.save_pretrained(directory)
+    tiny_tokenizer.save_pretrained(directory)
+    weights = load_file(directory / "model.safetensors")
+    weights["lm_head.weight"] = 2 * weights["transformer.wte.weight"].flip(0).contiguous()
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory
+
+
+def test_an_unembedding_of_its_own_counts_and_not_what_the_config_says(
+    said_to_be_tied: Path, text_file: Path, tmp_path: Path
+) -> None:
+    original, _ = load_original(str(said_to_be_tied))
+    assert not original.config.tie_word_embeddings
+    result = unnorm.remove(
+        model=str(said_to_be_tied), data=str(text_file), out=tmp_path / "run", tokens=4_000, context=32, device="cpu"
+    )
+    assert result["verified"]
+    unfolded = load_unfolded(tmp_path / "run")
+    assert not torch.equal(unfolded.lm_head.weight, unfolded.transformer.wte.weight)
+    assert torch.nn.functional.cosine_similarity(unfolded.lm_head.weight, original.lm_head.weight).min() > 0.9
+
+
+def test_tied_weights_stay_tied(tiny_model_dir: Path) -> None:
+    original, _ = load_original(str(tiny_model_dir))
+    assert original.config.tie_word_embeddings
