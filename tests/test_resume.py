@@ -1,16 +1,21 @@
 """Going on with a run that was cut short: at any point, of any family, to the same result."""
 
+import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast, TrainerControl, TrainerState, TrainingArguments
 
 import unnorm
+from tests.conftest import Cli
 from tests.test_families import FAMILIES, random_model
 from tests.test_remove import SETTINGS, assert_same_weights
 from unnorm.removal import remove as removal
@@ -27,13 +32,17 @@ CUT_SHORT: dict[str, Callable[[Path], object]] = {
 }
 
 
+class CrashError(Exception):
+    """What nobody has foreseen."""
+
+
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on a run breaks off there, without saving anything more."""
     take = distillation.DistillationTrainer.training_step
 
     def training_step(self: distillation.DistillationTrainer, *args: Any, **more: Any) -> torch.Tensor:
         if self.state.global_step == step:
-            raise KeyboardInterrupt
+            raise CrashError
         return take(self, *args, **more)
 
     monkeypatch.setattr(distillation.DistillationTrainer, "training_step", training_step)
@@ -56,7 +65,7 @@ def test_all_weights_come_back_whatever_the_hub_calls_them(
     unnorm.remove(out=tmp_path / "unbroken", **options)
     with monkeypatch.context() as patch:
         stop_at(14, patch)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(CrashError):
             unnorm.remove(out=tmp_path / "broken", **options)
     unnorm.remove(out=tmp_path / "broken", resume=True)
     assert_same_weights(tmp_path / "unbroken", tmp_path / "broken")
@@ -69,11 +78,11 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(
     options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file), "out": tmp_path / "run"}
     with monkeypatch.context() as patch:
         stop_at(14, patch)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(CrashError):
             unnorm.remove(**options)
     whole = last_checkpoint(tmp_path / "run" / "checkpoints")
     assert whole is not None
-    cut_short = Path(whole).with_name("checkpoint-14")
+    cut_short = Path(whole).with_name("checkpoint-15")
     cut_short.mkdir()
     CUT_SHORT[fault](cut_short)
     assert unnorm.remove(out=tmp_path / "run", resume=True)["verified"]
@@ -89,7 +98,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(
     options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file), "out": tmp_path / "run"}
     with monkeypatch.context() as patch:
         stop_at(14, patch)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(CrashError):
             unnorm.remove(**options)
     file = Path(str(last_checkpoint(tmp_path / "run" / "checkpoints"))) / "model.safetensors"
     weights = load_file(file)
@@ -155,3 +164,64 @@ def test_weights_that_may_come_back_are_those_of_the_checkpoint(tmp_path: Path) 
     model.weight.data.fill_(3.0)
     guard.on_save(arguments, state, control, model=model)
     assert guard.good["weight"].item() == 3.0
+
+
+def test_out_of_tokens_goes_on_with_more(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    said: list[Any] = []
+    options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file), "out": tmp_path / "run"}
+    with pytest.raises(unnorm.UnnormError, match=rf"--resume --out {tmp_path}/run --tokens 20480"):
+        unnorm.remove(**options, kl_budget=1e-6)
+    result = unnorm.remove(
+        out=tmp_path / "run", resume=True, tokens="40960", kl_budget=100, watch=lambda row: said.append(row.get("text"))
+    )
+    assert (result["verified"], result["tokens"]) == (True, 40960)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert steps[-1] == 80
+    # The text has less than that, and as much of it as there is was read anew.
+    assert any("is gone over" in text for text in said if text)
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (saved["tokens"], saved["kl_budget"]) == (40960, 100)
+
+
+@pytest.mark.parametrize("stage", ["_begin", "conclude"])
+def test_ctrl_c_at_any_time_says_how_to_go_on(
+    stage: str, monkeypatch: pytest.MonkeyPatch, cli: Cli, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(removal, stage, interrupt)
+        stopped = cli("remove", tiny_model_dir, "--data", text_file, "--tokens", "4k", "--context", 32, "--out", out)
+    assert stopped.code == 130
+    assert f"unnorm remove --resume --out {out}" in stopped.err
+    assert unnorm.remove(out=out, resume=True)["verified"]
+
+
+def test_ctrl_c_before_anything_is_written_says_so(
+    monkeypatch: pytest.MonkeyPatch, cli: Cli, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(removal, "write_blocks", interrupt)
+    stopped = cli("remove", tiny_model_dir, "--data", text_file, "--out", tmp_path / "run")
+    assert stopped.code == 130
+    assert "Stopped" in stopped.err
+    assert "Traceback" not in stopped.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_is_as_good_as_ctrl_c(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "unnorm", "remove", "demo", "--tokens", "2k", "--context", "32"]
+    process = subprocess.Popen([*command, "--out", "run"], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = ""
+    while "reading" not in said and process.poll() is None:
+        said += process.stderr.readline()
+    process.terminate()
+    said += process.stderr.read()
+    assert process.wait() == 130
+    assert "Stopped" in said

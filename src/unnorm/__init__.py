@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from unnorm.analysis.analyze import analyze
     from unnorm.calibrate import stats
     from unnorm.checkpoint import load
+    from unnorm.config import RemoveConfig
     from unnorm.evaluation import evaluate
     from unnorm.exports.export import export
     from unnorm.exports.push import push
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "RemoveConfig",
     "RunInterruptedError",
     "UnnormError",
     "__version__",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "RemoveConfig": "unnorm.config",
     "RunInterruptedError": "unnorm.removal.remove",
     "analyze": "unnorm.analysis.analyze",
     "audit": "unnorm.worst_case.audit",

@@ -41,7 +41,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     Raises:
         UnnormError: there is none, or its files are damaged.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     return _load(path / MODEL if (path / MODEL).is_dir() else path, dtype)
 
 

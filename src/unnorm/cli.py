@@ -1,6 +1,7 @@
 """The command line: arguments to calls, errors to messages. No logic."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,12 +33,22 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _progress = Console(stderr=True)
+STOPPED = 130
+"""Exit code after Ctrl-C, as shells have it."""
+BY_DEVICE = "1.6M on a CPU, 20M on a GPU"
 
 Json = Annotated[bool, typer.Option("--json", help="Results as JSON on standard output, all else on standard error.")]
+Model = Annotated[str, typer.Argument(help="'demo' (bundled), a local directory, a GGUF file or a hub id.")]
 Data = Annotated[
-    str, typer.Option(help="'stdlib'; a .txt, .jsonl, .parquet or .csv file, directory or glob; a hub data set.")
+    str,
+    typer.Option(
+        help="'stdlib'; a .txt, .jsonl, .parquet or .csv file, directory or glob; a hub data set, OWNER/NAME[:SUBSET]."
+    ),
 ]
-TextField = Annotated[str | None, typer.Option(help="Column that holds the text.", show_default="'text'")]
+TextField = Annotated[
+    str | None, typer.Option(help="Column that holds the text.", show_default="text, else the only one of text")
+]
+RunTextField = Annotated[str | None, typer.Option(help="Column that holds the text.", show_default="the run's")]
 Split = Annotated[str, typer.Option(help="Split that the text comes from.")]
 Context = Annotated[int | None, typer.Option(help="Tokens in a block.", show_default="the model's, at most 1024")]
 Device = Annotated[str, typer.Option(help="auto (cuda or else cpu), cpu, cuda or mps (not tested).")]
@@ -66,11 +77,12 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modeling c
 @app.command()
 def remove(
     ctx: typer.Context,
-    model: Annotated[str, typer.Argument(help="'demo' (bundled), a local directory or a hub id.")] = "demo",
+    model: Model = "demo",
     data: Annotated[
         str,
         typer.Option(
-            help="'stdlib'; a .txt, .jsonl, .parquet, .csv or .bin file, directory or glob; a hub data set; 'self': "
+            help="'stdlib'; a .txt, .jsonl, .parquet, .csv or .bin file, directory or glob; a hub data set, "
+            "OWNER/NAME[:SUBSET]; 'self': "
             "text that the model writes."
         ),
     ] = "stdlib",
@@ -86,11 +98,16 @@ def remove(
     ] = "taper",
     tokens: Annotated[
         str | None,
-        typer.Option(help="Training tokens: 500k, 2M, 150M; 0 calibrates and folds only.", show_default="by device"),
+        typer.Option(
+            help="Training tokens: 500k, 2M, 150M; 0 calibrates and folds only.",
+            show_default=BY_DEVICE,
+        ),
     ] = None,
     batch_size: StepBlocks = None,
     context: Context = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.", show_default="by width")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate.", show_default="1.25e-4 * sqrt(768 / width)")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Device = "auto",
     dtype: Precision = "auto",
@@ -143,10 +160,11 @@ def heal(
     ctx: typer.Context,
     directory: Annotated[Path, typer.Argument(help="Directory of the finished run; it stays as it is.")],
     tokens: Annotated[
-        str | None, typer.Option(help="Training tokens on top: 500k, 2M, 150M.", show_default="by device")
+        str | None,
+        typer.Option(help="Training tokens on top: 500k, 2M, 150M.", show_default=BY_DEVICE),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Other text, as for remove.", show_default="the run's")] = None,
-    text_field: TextField = None,
+    text_field: RunTextField = None,
     split: RunSplit = None,
     out: RunDirectory = None,
     batch_size: StepBlocks = None,
@@ -255,7 +273,7 @@ def evaluate(
             tasks=tasks,
             text_field=text_field,
             split=split,
-            tokens=None if tokens is None else _count(tokens),
+            tokens=tokens,
             items=items,
             context=context,
             batch_size=batch_size,
@@ -280,7 +298,7 @@ def audit(
         int | None, typer.Option(help="Tokens in the longest sequences.", show_default="the models', at most 4096")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Ordinary text.", show_default="the run's")] = None,
-    text_field: TextField = None,
+    text_field: RunTextField = None,
     split: RunSplit = None,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
@@ -295,7 +313,7 @@ def audit(
         result = run(
             directory,
             against,
-            tokens=_count(tokens),
+            tokens=tokens,
             context=context,
             data=data,
             text_field=text_field,
@@ -333,7 +351,7 @@ def analyze(
     context: Annotated[
         int | None, typer.Option(help="Tokens in a block.", show_default="the models', at most 256")
     ] = None,
-    text_field: TextField = None,
+    text_field: RunTextField = None,
     split: RunSplit = None,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the generated prompts.")] = 0,
@@ -352,7 +370,7 @@ def analyze(
             data=data,
             prompts=prompts,
             out=out,
-            tokens=_count(tokens),
+            tokens=tokens,
             context=context,
             text_field=text_field,
             split=split,
@@ -366,7 +384,7 @@ def analyze(
 
 @app.command()
 def stats(
-    model: Annotated[str, typer.Argument(help="'demo' (bundled), a local directory or a hub id.")] = "demo",
+    model: Model = "demo",
     data: Data = "stdlib",
     text_field: TextField = None,
     split: Split = "train",
@@ -444,15 +462,30 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # Read when tqdm is first imported; the bars of lm-eval and of GGUF files can't be turned off otherwise.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    signal.signal(signal.SIGTERM, _stop)
     try:
         app()
     except UnnormError as error:
         if os.environ.get("RANK", "0") == "0":
-            _progress.print(f"[bold red]unnorm:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+            _say(str(error))
+        sys.exit(error.exit_code)
+    except SystemExit as leaving:
+        if leaving.code == STOPPED:  # typer says nothing.
+            _progress.print("Stopped; nothing was written that could be gone on with.")
+        raise
+    except Exception as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        _say("The device is out of memory. Use a smaller --batch-size or --context, or --device cpu.")
         sys.exit(2)
-    except KeyboardInterrupt:
-        _progress.print("Stopped.")
-        sys.exit(130)
+
+
+def _stop(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _say(message: str) -> None:
+    _progress.print(f"[bold red]unnorm:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def _quiet() -> None:
@@ -472,15 +505,6 @@ def _given(ctx: typer.Context, renamed: dict[str, str], left_out: set[str]) -> d
         if key not in left_out and str(ctx.get_parameter_source(key)).endswith("COMMANDLINE")
     }
     return {renamed.get(key, key): value for key, value in named.items()}
-
-
-def _count(tokens: str) -> int:
-    from unnorm.config import parse_count
-
-    try:
-        return parse_count(tokens)
-    except ValueError as error:
-        raise UnnormError(f"--tokens: {error}.") from error
 
 
 def _print(values: dict[str, Any], as_json: bool, table: Any) -> None:

@@ -1,6 +1,8 @@
 """The settings of one run: what the user may choose, and what is chosen for them."""
 
+import glob
 import math
+import os
 import re
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
-from unnorm.data import STDLIB
+from unnorm.data import OWN_TEXT, STDLIB
 from unnorm.errors import UnnormError
 from unnorm.models import DEMO, context_length
 from unnorm.norms import Estimator
@@ -80,6 +82,11 @@ class RemoveConfig(BaseModel):
     trust_remote_code: bool = Field(False, description="run modeling code that comes with the model")
     report_to: list[str] = Field(default_factory=list, description="wandb, trackio, tensorboard, …")
 
+    @field_validator("model", "data", mode="before")
+    @classmethod
+    def _path_as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
+
     @field_validator("tokens", mode="before")
     @classmethod
     def _parse_tokens(cls, value: Any) -> Any:
@@ -111,11 +118,27 @@ class RemoveConfig(BaseModel):
             wrong = [
                 f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()
             ]
-            raise UnnormError(f"Wrong settings: {'; '.join(wrong)}.") from error
+            unknown = any(e["type"] == "extra_forbidden" for e in error.errors())
+            known = f" Known: {', '.join(cls.model_fields)}." if unknown else ""
+            raise UnnormError(f"Wrong settings: {'; '.join(wrong)}.{known}") from error
+
+    def to_saved(self) -> dict[str, Any]:
+        """The settings as they are saved: paths are absolute, so that they hold wherever the run is gone on with."""
+        saved = self.model_dump(mode="json")
+        for key in ("model", "data", "twin", "out"):
+            if saved[key] is not None and saved[key] not in (DEMO, STDLIB, OWN_TEXT):
+                saved[key] = _absolute(saved[key])
+        return saved
 
     def save(self, path: Path) -> None:
         """Write the settings as YAML."""
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False))
+        path.write_text(yaml.safe_dump(self.to_saved(), sort_keys=False))
+
+
+def _absolute(source: str) -> str:
+    """The absolute path of a local file, directory or glob; anything else, such as a hub id, as it is."""
+    path = os.path.abspath(os.path.expanduser(source))  # noqa: PTH100, PTH111 (pathlib's raise, or follow links)
+    return path if glob.glob(path) else source  # noqa: PTH207 (Path.glob takes no absolute pattern)
 
 
 class Plan(BaseModel):
@@ -166,13 +189,25 @@ def parse_count(text: str) -> int:
         ValueError: the text is no such number.
     """
     match = re.fullmatch(r"\s*([\d_]*\.?\d+)\s*([kKmMbBgG]?)\s*", text)
-    if not match:
+    if not match or ("." in match[1] and not match[2]):
         raise ValueError(f"'{text}' is not a number of tokens; write 500000, 500k, 2M or 1.5B")
     factor = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}[match[2].lower()]
     count = float(match[1].replace("_", "")) * factor
     if not math.isfinite(count):
         raise ValueError("that many tokens can't be counted")
     return round(count)
+
+
+def read_count(tokens: int | str, name: str = "--tokens") -> int:
+    """A number of tokens, also written as `parse_count` reads it.
+
+    Raises:
+        UnnormError: the text is no such number.
+    """
+    try:
+        return parse_count(tokens) if isinstance(tokens, str) else int(tokens)
+    except ValueError as error:
+        raise UnnormError(f"{name}: {error}.") from error
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -223,7 +258,7 @@ def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) 
     wanted = min(max(tokens // steps_wanted, LEAST_STEP_TOKENS), MOST_STEP_TOKENS)
     batch_size = config.batch_size or max(1, round(wanted / context))
     batch_size = processes * max(1, round(batch_size / processes))
-    micro_batch = _micro_batch(model, context, batch_size // processes, device)
+    micro_batch = _micro_batch(model, context, batch_size // processes, device) if tokens else 1
     return Plan(
         device=device,
         bfloat16=config.dtype == "bfloat16" or (config.dtype == "auto" and _fast_bfloat16(device)),
@@ -317,7 +352,14 @@ def _micro_batch(model: PreTrainedModel, context: int, most: int, device: str) -
     config = model.config.get_text_config()
     numbers = context * (40 * config.hidden_size * config.num_hidden_layers + 6 * config.vocab_size)
     states = 16 * sum(p.numel() for p in model.parameters())
-    fit = max(1, int((free_memory(device) * MEMORY_SHARE - states) / (4 * numbers)))
+    free = free_memory(device)
+    if states > free:
+        raise UnnormError(
+            f"Training this model takes {states / 1e9:.1f} GB on {device} for weights, gradients and the optimizer "
+            f"alone, and {free / 1e9:.1f} GB are free. Take a smaller model or a larger "
+            "machine; --tokens 0 needs far less."
+        )
+    fit = max(1, int((free * MEMORY_SHARE - states) / (4 * numbers)))
     return max(size for size in range(1, most + 1) if most % size == 0 and size <= max(1, fit))
 
 

@@ -4,8 +4,10 @@
 class UnnormError(Exception):
     """Something the user can put right: the message says what was wrong, where, and what to do.
 
-    The CLI prints the message without a traceback and exits with code 2.
+    The CLI prints the message without a traceback and exits with `exit_code`.
     """
+
+    exit_code = 2
 
 
 def short(error: Exception) -> str:

@@ -55,7 +55,7 @@ def verify(directory: str | Path) -> list[Check]:
     Raises:
         UnnormError: it holds no finished run, or files of it are missing or damaged.
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     sites, _ = load_sites(directory)
     twin = load(directory)
     unfolded = load_unfolded(directory)

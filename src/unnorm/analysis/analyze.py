@@ -16,7 +16,7 @@ from unnorm.analysis.page import Skipped, render_analysis
 from unnorm.analysis.prompts import PromptPair, indirect_object_prompts, read_prompts
 from unnorm.calibrate import spread
 from unnorm.checkpoint import load, load_sites, write_text
-from unnorm.config import CONFIG_FILE, choose_context, choose_device, run_settings
+from unnorm.config import CONFIG_FILE, choose_context, choose_device, read_count, run_settings
 from unnorm.data import STDLIB, build_blocks
 from unnorm.errors import UnnormError
 from unnorm.evaluation import EVALUATION_SPREAD
@@ -47,11 +47,11 @@ def analyze(
     directory: str | Path,
     against: str | None = None,
     *,
-    what: Sequence[str] | None = None,
+    what: str | Sequence[str] | None = None,
     data: str | None = None,
     prompts: str | Path | None = None,
     out: str | Path | None = None,
-    tokens: int = TOKENS,
+    tokens: int | str = TOKENS,
     context: int | None = None,
     text_field: str | None = None,
     split: str | None = None,
@@ -89,7 +89,8 @@ def analyze(
     say: Watch = watch or (lambda _: None)
     started = time.perf_counter()
     directory = Path(directory).expanduser()
-    names = _chosen(what)
+    names = _chosen([what] if isinstance(what, str) else what)
+    tokens = read_count(tokens)
     place = choose_device(device)
     out = directory / "analysis" if out is None else Path(out).expanduser()
     _check_out(out)

@@ -14,7 +14,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unnorm.config import choose_context, choose_device
+from unnorm.config import choose_context, choose_device, read_count
 from unnorm.errors import UnnormError
 from unnorm.evaluation.comparison import compare_tokens
 from unnorm.evaluation.corpora import Corpus, count_bytes, open_corpus, tokens_in
@@ -56,15 +56,15 @@ class _Session:
 
 
 def evaluate(
-    models: str | Sequence[str],
-    against: str | None = None,
-    data: str | Sequence[str] | None = None,
+    models: str | Path | Sequence[str | Path],
+    against: str | Path | None = None,
+    data: str | Path | Sequence[str] | None = None,
     *,
     suite: str | None = None,
-    tasks: Sequence[str] | None = None,
+    tasks: str | Sequence[str] | None = None,
     text_field: str | None = None,
     split: str = "train",
-    tokens: int | None = None,
+    tokens: int | str | None = None,
     items: int | str | None = None,
     context: int | None = None,
     batch_size: int = 4,
@@ -103,9 +103,12 @@ def evaluate(
     Raises:
         UnnormError: a model, a corpus or a benchmark can't be used, or the models' tokenizers differ.
     """
-    names = [models] if isinstance(models, str) else list(models)
+    names = [str(models)] if isinstance(models, str | Path) else [str(model) for model in models]
+    against = None if against is None else str(against)
     place = choose_device(device)
-    choice = choose(suite, data, tasks, tokens, items, place)
+    sources = str(data) if isinstance(data, Path) else data
+    most = None if tokens is None else read_count(tokens)
+    choice = choose(suite, sources, [tasks] if isinstance(tasks, str) else tasks, most, items, place)
     say: Watch = watch or (lambda _: None)
     record = Record.open(out)
     entrants, original, tokenizer, vocab_size, longest = _enter(names, against, context, trust_remote_code, say)

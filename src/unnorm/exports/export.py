@@ -64,7 +64,7 @@ def export(directory: str | Path, to: Form = "transformers", *, out: str | Path)
     Raises:
         UnnormError: no finished run, `out` is taken or can't be written, no such form, or the family doesn't have it.
     """
-    directory, out = Path(directory), Path(out)
+    directory, out = Path(directory).expanduser(), Path(out).expanduser()
     if to not in get_args(Form):
         raise UnnormError(f"There is no form '{to}'. Forms are {', '.join(get_args(Form))}.")
     _check_free(out)

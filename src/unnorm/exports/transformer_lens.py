@@ -43,7 +43,8 @@ def to_transformer_lens(
     _import_transformer_lens()
     from transformer_lens.model_bridge import TransformerBridge
 
-    path = Path(directory) / MODEL if (Path(directory) / MODEL).is_dir() else Path(directory)
+    path = Path(directory).expanduser()
+    path = path / MODEL if (path / MODEL).is_dir() else path
     twin = load(path, dtype).to(device)
     left = norm_modules(twin)
     if left or not type(twin).__name__.startswith(PREFIX):

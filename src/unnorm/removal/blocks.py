@@ -1,6 +1,7 @@
 """The blocks that one run trains on and is measured on: text, thinned evenly, and the stress blocks among it."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +9,11 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.calibrate import CALIBRATION_BLOCKS, spread
-from unnorm.config import CONFIG_FILE, Plan, RemoveConfig
-from unnorm.data import OWN_TEXT, Blocks, as_dataset, build_blocks, own_text, random_starts, stress_blocks
+from unnorm.config import CONFIG_FILE, Plan, RemoveConfig, read_config_file
+from unnorm.data import OWN_TEXT, STDLIB, Blocks, as_dataset, build_blocks, own_text, random_starts, stress_blocks
 from unnorm.errors import UnnormError
 from unnorm.evaluation import EVALUATION_SPREAD, EVALUATION_TOKENS
+from unnorm.models import DEMO
 from unnorm.removal.run import DATA, Run
 from unnorm.sites import vocabulary_size
 from unnorm.training import Watcher
@@ -28,17 +30,27 @@ def write_blocks(
     directory: Path,
     watch: Watcher,
 ) -> str:
-    """Settings and packed blocks into the run directory, unless they are there; returns how validation was held out."""
+    """Settings and packed blocks into the run directory, unless they are there; returns how validation was held out.
+
+    A resumed run that was given more tokens gets new blocks.
+    """
     note = directory / DATA / "held_out.txt"
-    if note.is_file():
-        return note.read_text()
     train_blocks = max(CALIBRATION_BLOCKS, math.ceil(plan.tokens / plan.context))
+    # The precision as chosen: where it was by timing, a resumed run must not choose again.
+    chosen = config.model_copy(update={"dtype": plan.dtype, "tokens": plan.tokens})
+    if note.is_file():
+        as_many = read_config_file(directory / CONFIG_FILE).get("tokens") == plan.tokens
+        chosen.save(directory / CONFIG_FILE)
+        if as_many:
+            return note.read_text()
+        shutil.rmtree(directory / DATA)
     blocks = _read_blocks(config, plan, model, tokenizer, train_blocks, watch)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        # The precision as chosen: where it was by timing, a resumed run must not choose again.
-        config.model_copy(update={"dtype": plan.dtype}).save(directory / CONFIG_FILE)
+        chosen.save(directory / CONFIG_FILE)
         train = _choose(blocks.train, train_blocks, config)
+        if times := _times_over(len(train), plan):
+            watch({"kind": "phase", "text": times})
         train.save_to_disk(str(directory / DATA / "train"))
         stress = stress_blocks(
             np.asarray(train["input_ids"]),
@@ -55,6 +67,17 @@ def write_blocks(
     except OSError as error:
         raise UnnormError(f"Could not write to '{directory}': {error}.") from error
     return blocks.held_out
+
+
+def _times_over(blocks: int, plan: Plan) -> str:
+    """What to say of text that is shorter than the run; nothing, where it is long enough."""
+    tokens = blocks * plan.context
+    if plan.tokens < 1.05 * tokens:
+        return ""
+    return (
+        f"the text has {tokens:,} tokens to train on and is gone over {plan.tokens / tokens:.1f} times: "
+        "more text, or --data self, would bring the twin closer"
+    )
 
 
 def _choose(blocks: Dataset, count: int, config: RemoveConfig) -> Dataset:
@@ -81,6 +104,8 @@ def _read_blocks(
     if config.data == OWN_TEXT:
         return own_text(model, tokenizer, plan.context, train_blocks, validation_blocks, say)
     say(f"reading {config.data}")
+    if config.data == STDLIB and config.model != DEMO and "data" not in config.model_fields_set:
+        say("no --data was named, so the text is Python's standard library; name text like what the model was made for")
     return build_blocks(
         config.data,
         tokenizer,

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from unnorm.checkpoint import load, load_unfolded
-from unnorm.config import CONFIG_FILE, read_config_file
+from unnorm.config import CONFIG_FILE, read_config_file, read_count
 from unnorm.errors import UnnormError
 from unnorm.removal.remove import remove
 from unnorm.removal.run import CONTROL, RESULT
@@ -39,7 +39,7 @@ def heal(directory: str | Path, *, watch: Watcher | None = None, **options: Any)
                 f"'{directory}' holds no finished run: there is no {name} in it. Give the directory of a finished run, "
                 "or finish it with: unnorm remove --resume --out DIR"
             )
-    if options.get("tokens") in (0, "0"):
+    if options.get("tokens") is not None and read_count(options["tokens"]) == 0:
         raise UnnormError("--tokens 0 would leave the twin as it is. Say how many tokens it is to be trained on.")
     has_control = (directory / CONTROL).is_dir()
     if options.get("control") and not has_control:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, set_seed
 from unnorm import processes
 from unnorm.calibrate import CALIBRATION_BLOCKS, collect_log_scales, set_constants, spread
 from unnorm.checkpoint import MODEL, UNFOLDED, load, save_folded, save_model, save_sites, save_unfolded, write_text
-from unnorm.config import Plan, RemoveConfig, choose_device, control_plan, healing_plan, make_plan
+from unnorm.config import CONFIG_FILE, Plan, RemoveConfig, choose_device, control_plan, healing_plan, make_plan
 from unnorm.equalize import equalize_embedding
 from unnorm.errors import UnnormError
 from unnorm.fold import install, prove_sites, uninstall_paths
@@ -46,14 +46,19 @@ NAIVE_HEAD = 8
 class RunInterruptedError(UnnormError):
     """The run was stopped and can be resumed; the message says how."""
 
+    exit_code = 130
 
-def remove(*, resume: bool = False, watch: Watcher | None = None, **options: Any) -> dict[str, Any]:
+
+def remove(
+    model: str | Path | None = None, *, resume: bool = False, watch: Watcher | None = None, **options: Any
+) -> dict[str, Any]:
     """Remove every norm of a model and leave a run directory with its LN-free twin.
 
     Args:
+        model: `demo`, a local directory or a hub id.
         resume: go on with the run in `out` from its last checkpoint, with the settings saved there.
         watch: called with each row of metrics, and with `{"kind": "phase", "text": …}` as the run goes on.
-        **options: fields of `RemoveConfig`, such as `model`, `data`, `tokens`, `out` and `recipe`.
+        **options: the other fields of `RemoveConfig`, such as `data`, `tokens`, `out` and `recipe`.
 
     Returns:
         What stands in `result.json`, on every process. Losses in nats per predicted token, KL in nats per token.
@@ -63,10 +68,23 @@ def remove(*, resume: bool = False, watch: Watcher | None = None, **options: Any
         RunInterruptedError: it was stopped by Ctrl-C or SIGTERM.
     """
     started = time.perf_counter()
+    if model is not None:
+        options["model"] = model
     config = RemoveConfig.create(**(saved_options(options) if resume else options))
     processes.join(choose_device(config.device))
     directory = processes.agree(lambda: open_directory(config, resume))
-    run = _prepare(config, directory, watch if watch is not None and processes.is_main() else _ignore)
+    try:
+        return _run(config, directory, watch if watch is not None and processes.is_main() else _ignore, started)
+    except KeyboardInterrupt:
+        if not (directory / CONFIG_FILE).is_file():
+            raise
+        raise RunInterruptedError(
+            f"Stopped; what was saved is kept. Go on with: unnorm remove --resume --out {directory}"
+        ) from None
+
+
+def _run(config: RemoveConfig, directory: Path, watch: Watcher, started: float) -> dict[str, Any]:
+    run = _prepare(config, directory, watch)
     before, outcome = _train_removal(run)
     control = _train_control(run) if config.control and run.plan.steps else None
     return processes.agree(lambda: conclude(run, before, outcome, control, started))
@@ -219,7 +237,8 @@ def _train(run: Run, model: PreTrainedModel, removal: Removal | None, directory:
     if outcome.diverged:
         raise UnnormError(
             f"The run diverged: {outcome.skipped_steps} steps had gradients that were not finite or exploded. "
-            f"The last checkpoint is in '{directory / CHECKPOINTS}'. Try a lower --lr or more --tokens."
+            f"The last checkpoint is in '{directory / CHECKPOINTS}'. Start a new run with a lower --lr or more "
+            "--tokens."
         )
     if outcome.unfinished:
         sites = ", ".join(f"{name} (alpha {alpha:.2f})" for name, alpha in outcome.unfinished.items())
@@ -228,7 +247,8 @@ def _train(run: Run, model: PreTrainedModel, removal: Removal | None, directory:
             f"Out of tokens after {outcome.tokens:,}, and {len(outcome.unfinished)} sites are still norms: {sites}. "
             f"It waited in {last.get('waited', 0)} steps, {run.config.kl_budget} nats or more from the original, "
             f"and went back {last.get('set_back', 0)} times, after spikes or refused steps. "
-            f"The last checkpoint is in '{directory / CHECKPOINTS}'. Give it more --tokens or a larger --kl-budget."
+            "Go on with more tokens, and with a larger --kl-budget if it mostly waited: "
+            f"unnorm remove --resume --out {run.directory} --tokens {2 * outcome.tokens}"
         )
     return outcome
 

@@ -1,5 +1,6 @@
 """What all stages of one run share, and its directory."""
 
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ CONTROL_DONE = "control.txt"
 DISK_COPIES = 8
 """Sizes of the model in float32 that a run may write: a checkpoint with optimizer state, the models it leaves."""
 
-_MAY_CHANGE_ON_RESUME = {"device", "compile", "cuda_graph", "report_to", "out"}
+_MAY_CHANGE_ON_RESUME = {"device", "compile", "cuda_graph", "report_to", "out", "kl_budget"}
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,16 @@ def saved_options(options: dict[str, Any]) -> dict[str, Any]:
     if not (directory / CONFIG_FILE).is_file():
         raise UnnormError(f"'{directory}' holds no run to resume: there is no {CONFIG_FILE} in it.")
     saved = read_config_file(directory / CONFIG_FILE)
-    asked = RemoveConfig.create(**{**saved, **options}).model_dump(mode="json")
+    asked = RemoveConfig.create(**{**saved, **options}).to_saved()
     if asked["dtype"] == "auto":  # The precision that was chosen is what was saved.
         asked["dtype"] = saved.get("dtype")
-    changed = [key for key in options if key not in _MAY_CHANGE_ON_RESUME and asked[key] != saved.get(key)]
+    more = (asked["tokens"] or 0) > (saved.get("tokens") or math.inf)
+    may_change = _MAY_CHANGE_ON_RESUME | ({"tokens"} if more else set())
+    changed = [key for key in options if key not in may_change and asked[key] != saved.get(key)]
     if changed:
         was = ", ".join(f"{key} {saved.get(key)}" for key in changed)
         raise UnnormError(f"The run in '{directory}' was started with {was}. Leave that out, or start a new run.")
-    return {**saved, **{key: options[key] for key in options if key in _MAY_CHANGE_ON_RESUME}}
+    return {**saved, **{key: options[key] for key in options if key in may_change}}
 
 
 def open_directory(config: RemoveConfig, resume: bool) -> Path:

@@ -162,7 +162,10 @@ class GuardCallback(TrainerCallback, ExportableState):
             controller = attributes.pop("controller")
             vars(self).update(attributes)
             if self.controller is not None:
+                budget = self.controller.kl_budget
                 vars(self.controller).update(controller)
+                if budget != self.controller.kl_budget:  # It slowed down by another measure.
+                    self.controller.kl_budget, self.controller.speed = budget, 1.0
         self._remember(model)
 
     def on_pre_optimizer_step(

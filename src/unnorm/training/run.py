@@ -37,7 +37,7 @@ from unnorm.training.token_clip import clipping_tokens
 
 QUICK_BLOCKS = 16
 """Validation blocks in the quick evaluations along the way."""
-CHECKPOINTS = 5
+CHECKPOINTS = 10
 LOG_LINES = 100
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.checkpoint import load_sites
-from unnorm.config import CONFIG_FILE, choose_context, choose_device, run_settings
+from unnorm.config import CONFIG_FILE, choose_context, choose_device, read_count, run_settings
 from unnorm.data import STDLIB, build_blocks
 from unnorm.errors import UnnormError
 from unnorm.models import context_length, load_original
@@ -44,7 +44,7 @@ def audit(
     directory: str | Path,
     against: str | None = None,
     *,
-    tokens: int = AUDIT_TOKENS,
+    tokens: int | str = AUDIT_TOKENS,
     context: int | None = None,
     data: str | None = None,
     text_field: str | None = None,
@@ -83,6 +83,7 @@ def audit(
     """
     directory = Path(directory).expanduser()
     say: Watch = watch or (lambda _: None)
+    tokens = read_count(tokens)
     if tokens < 1:
         raise UnnormError(f"--tokens {tokens}: a class takes 1 token at least.")
     place = choose_device(device)

@@ -1,0 +1,100 @@
+"""What may be given for an option, in the command line and in Python, and what is kept of it."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import unnorm
+from unnorm import config
+from unnorm.config import RemoveConfig, parse_count
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("500k", 500_000), ("1.5B", 1_500_000_000), ("2_000", 2000), (" 7 ", 7), (".5M", 500_000)]
+)
+def test_counts(text: str, count: int) -> None:
+    assert parse_count(text) == count
+
+
+@pytest.mark.parametrize("text", ["1.6", "2.0", "", "many", "-5", "1e6"])
+def test_what_is_no_count(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a number of tokens"):
+        parse_count(text)
+
+
+def test_paths_are_as_good_as_text() -> None:
+    settings = RemoveConfig.create(model=Path("a"), data=Path("b.txt"), out="c")
+    assert (settings.model, settings.data, settings.out) == ("a", "b.txt", Path("c"))
+
+
+def test_an_unknown_name_is_told_the_known_ones() -> None:
+    with pytest.raises(unnorm.UnnormError, match=r"token: Extra.* Known: .*\btokens\b"):
+        RemoveConfig.create(token="1M")
+
+
+def test_saved_paths_hold_from_everywhere(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(text_file.parent)
+    model = os.path.relpath(tiny_model_dir)
+    unnorm.remove(model, data="*.txt", tokens=0, context=32, device="cpu", out=tmp_path / "run")
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["model"] == str(tiny_model_dir)
+    assert saved["data"] == str(text_file.parent / "*.txt")
+    monkeypatch.chdir(tmp_path)
+    assert unnorm.analyze("run", what="scales", tokens="1k")["findings"].keys() == {"scales"}
+
+
+def test_names_that_are_no_paths_are_saved_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stdlib").mkdir()
+    saved = RemoveConfig.create(model="demo", data="stdlib").to_saved()
+    assert (saved["model"], saved["data"]) == ("demo", "stdlib")
+    assert RemoveConfig.create(model="owner/name", data="owner/text:part").to_saved()["data"] == "owner/text:part"
+
+
+def test_siblings_take_what_remove_takes(finished_run: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small: dict[str, Any] = {"data": text_file, "tokens": "1k", "context": 32, "device": "cpu"}
+    results = unnorm.evaluate(finished_run, tasks="none", **small)
+    assert [row.model for row in results] == [str(finished_run)]
+    monkeypatch.setenv("HOME", str(finished_run.parent))
+    assert unnorm.load("~/finished").config.removed_norms
+    assert all(check.passed for check in unnorm.verify("~/finished"))
+    with pytest.raises(unnorm.UnnormError, match="--tokens: 'some' is not a number"):
+        unnorm.audit(finished_run, tokens="some")
+
+
+def test_text_shorter_than_the_run_is_said_to_be(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    said: list[Any] = []
+    options: dict[str, Any] = {"model": tiny_model_dir, "context": 32, "device": "cpu", "kl_budget": 100}
+    options["watch"] = lambda row: said.append(row.get("text") or "")
+    unnorm.remove(data=text_file, tokens=2_000, out=tmp_path / "short", **options)
+    assert not any("gone over" in text for text in said)
+    unnorm.remove(data=text_file, tokens=20_000, out=tmp_path / "long", **options)
+    assert any("is gone over" in text and "times: more text" in text for text in said)
+    assert not any("no --data" in text for text in said)
+
+
+def test_a_model_of_ones_own_without_text_is_warned_of(tiny_model_dir: Path, tmp_path: Path) -> None:
+    said: list[Any] = []
+    options: dict[str, Any] = {"context": 32, "device": "cpu", "tokens": 0}
+    options["watch"] = lambda row: said.append(row.get("text") or "")
+    unnorm.remove(tiny_model_dir, out=tmp_path / "own", **options)
+    assert any("no --data was named" in text for text in said)
+    said.clear()
+    unnorm.remove("demo", out=tmp_path / "demo", **options)
+    assert not any("no --data" in text for text in said)
+
+
+def test_a_model_that_can_not_be_trained_here_is_refused_at_once(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config, "free_memory", lambda _: 100_000)
+    options: dict[str, Any] = {"data": text_file, "context": 32, "device": "cpu"}
+    with pytest.raises(unnorm.UnnormError, match="GB on cpu for weights"):
+        unnorm.remove(tiny_model_dir, out=tmp_path / "run", tokens="4k", **options)
+    assert not (tmp_path / "run").exists()
+    assert unnorm.remove(tiny_model_dir, out=tmp_path / "run", tokens=0, **options)["verified"]
