@@ -426,3 +426,30 @@ class TestPacking:
         path = write_ids(tmp_path / "a.bin", np.arange(tokens))
         with pytest.raises(UnnormError, match=r"less than two blocks of 16 tokens.*smaller --context"):
             pack(path, tiny_tokenizer)
+
+
+def test_a_hub_data_set_with_subsets_asks_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def fail(*_: object) -> None:
+        raise ValueError(
+            "Config name is missing.\nPlease pick one among the available configs: ['small-v1', 'large-v1']\n"
+            "Example of usage:\n\t`load_dataset('owner/text', 'small-v1')`"
+        )
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", fail)
+    with pytest.raises(UnnormError, match=r"several subsets: small-v1, large-v1\. Name one .*'owner/text:small-v1'"):
+        open_documents("owner/text")
+
+
+def test_a_connection_that_breaks_is_not_taken_for_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def rows(*_: object, **__: object) -> Iterator[dict[str, object]]:
+        yield {"text": "some text"}
+        raise TimeoutError("Read timed out.")
+
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_: ["train"])
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    with pytest.raises(UnnormError, match=r"Read timed out\. If the connection broke, do it again\."):
+        list(open_documents("owner/text").train())

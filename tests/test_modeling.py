@@ -141,3 +141,21 @@ def test_verify_finds_a_norm_that_came_back(finished_run: Path) -> None:
     assert "no module is a norm" in failed
     assert "no operation of a norm runs" in failed
     assert "every read is affine" in failed
+
+
+def test_a_twin_on_the_hub_loads_by_its_name(
+    finished_run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked = []
+
+    def fetch(name: str) -> str:
+        asked.append(name)
+        return str(finished_run / "model")
+
+    monkeypatch.setattr("unnorm.checkpoint.snapshot_download", fetch)
+    assert unnorm.load("me/norm-free").config.removed_norms
+    assert asked == ["me/norm-free"]
+    monkeypatch.undo()
+    with pytest.raises(unnorm.UnnormError, match="'me/norm-free': neither a local directory nor a hub model"):
+        unnorm.load("me/norm-free")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import torch
 from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
 from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -36,13 +37,25 @@ _SAVED = TypeAdapter(list[_SavedSite])
 
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load an LN-free model from a run directory, or from the `model/` in it.
+    """Load an LN-free model from a run directory, from the `model/` in it, or from the hub, where `push` put it.
 
     Raises:
         UnnormError: there is none, or its files are damaged.
     """
-    path = Path(path).expanduser()
+    path = _fetched(Path(path).expanduser())
     return _load(path / MODEL if (path / MODEL).is_dir() else path, dtype)
+
+
+def _fetched(path: Path) -> Path:
+    """The path itself where there is something; else the files of the hub model that is called so, as OWNER/NAME."""
+    if path.exists() or path.is_absolute() or len(path.parts) != 2:
+        return path
+    try:
+        return Path(snapshot_download(path.as_posix()))
+    except Exception as error:  # The hub's errors are of many kinds.
+        raise UnnormError(
+            f"No model '{path}': neither a local directory nor a hub model that can be reached ({short(error)})."
+        ) from error
 
 
 def load_sites(directory: Path) -> tuple[list[NormSite], dict[str, float]]:

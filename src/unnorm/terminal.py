@@ -92,7 +92,6 @@ def result_table(result: dict[str, Any]) -> RenderableType:
 
 
 def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    low, high = result["lnfree_loss_ci"]
     rows = [
         ("KL to the original", f"{result['kl']:.4f}", _elsewhere(result["kl_elsewhere"]) or "nats per token"),
         ("top-1 agreement", f"{result['top1_agreement']:.1%}", "same most likely next token"),
@@ -100,7 +99,7 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             "loss, norms removed",
             f"{result['lnfree_loss']:.4f}",
-            _elsewhere(result["lnfree_loss_elsewhere"]) or _interval(low, high),
+            _elsewhere(result["lnfree_loss_elsewhere"]) or _increase(result),
         ),
     ]
     if result["overflowed_blocks"]:
@@ -117,10 +116,16 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         *_limits(result),
         ("fold error", f"{result['fold_max_abs_error']:.1e}", "largest difference of logits, float64"),
         ("proof", "passed" if result["verified"] else "FAILED", "unnorm verify"),
-        ("training", f"{result['tokens']:,}", f"tokens, {result['tokens_per_second']:,.0f} a second"),
+        ("training", f"{result['tokens']:,}", _training(result)),
         ("time", f"{result['seconds']:.0f} s", f"peak memory {result['peak_memory_mb']:,.0f} MB"),
     ]
     return rows
+
+
+def _training(result: dict[str, Any]) -> str:
+    tokens, text = result["plan"]["tokens"], result.get("text_tokens") or math.inf
+    over = f", {tokens / text:.1f} times over the text" if tokens > 1.05 * text else ""
+    return f"tokens, {result['tokens_per_second']:,.0f} a second{over}"
 
 
 def _limits(result: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -145,6 +150,8 @@ def evaluation_tables(results: "Results", out: Path | None = None) -> Renderable
     results = results.with_short_names()
     rows = results.rows
     parts: list[RenderableType] = [_loss_table(rows), _fidelity_table(rows)] if rows else []
+    if all(row.kl is None for row in rows):
+        parts.append(Text("No --against ORIGINAL was named, so there is nothing that models are at a distance to."))
     parts += [Text(_overflow_line(row)) for row in rows if row.overflowed_blocks]
     parts += [_score_table(results.scores)] if results.scores else []
     parts += [Text(line, style="dim") for line in _protocol_lines(results.protocol)]
@@ -168,8 +175,11 @@ def _loss_table(rows: Sequence["Evaluation"]) -> Table:
     return table
 
 
-def _interval(low: float, high: float) -> str:
-    return f"95% interval {low:.3f} to {high:.3f}" if math.isfinite(high) else ""
+def _increase(result: dict[str, Any]) -> str:
+    """The loss less the original's on the same tokens, with its interval."""
+    increase = f"{result['lnfree_loss'] - result['teacher_loss']:+.4f}"
+    ends = result["loss_increase_ci"]
+    return f"{increase}, 95% interval {ends[0]:+.4f} to {ends[1]:+.4f}" if len(ends) == 2 else increase
 
 
 def _elsewhere(value: float | None) -> str:

@@ -43,6 +43,9 @@ _SPLIT_WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 
+_SUBSETS = re.compile(r"available configs: \[(.+?)\]", re.DOTALL)
+"""What `datasets` says where a hub data set has several subsets and none was named."""
+
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _HELD_OUT_ONE_IN = 10
 """Where a source names no validation split, one document in ten, chosen by hash, is kept from training."""
@@ -237,6 +240,12 @@ def _hub(source: str, text_field: str | None, split: str) -> Documents:
     try:
         splits = datasets.get_dataset_split_names(name, subset or None)
     except Exception as error:
+        if subsets := _SUBSETS.search(str(error)):
+            names = subsets[1].replace("'", "")
+            first = names.partition(",")[0]
+            raise UnnormError(
+                f"'{source}' has several subsets: {names}. Name one of them, as in '{name}:{first}'."
+            ) from error
         raise UnnormError(
             f"No data at '{source}': neither a local file, directory or glob nor a hub data set "
             f"that can be reached ({short(error)})."
@@ -300,10 +309,9 @@ def _readable(source: str, rows: Callable[[], Iterable[dict[str, object]]]) -> I
     except StopIteration as error:  # How `datasets` meets a file without a row.
         raise _empty(source) from error
     except Exception as error:
-        raise UnnormError(
-            f"Could not read '{source}': {short(error).rstrip('.')}. It is damaged, or not what its name says; "
-            "fetch or write it again."
-        ) from error
+        local = "It is damaged, or not what its name says; fetch or write it again."
+        remedy = local if find_files(source) else "If the connection broke, do it again."
+        raise UnnormError(f"Could not read '{source}': {short(error).rstrip('.')}. {remedy}") from error
 
 
 def _text_column(source: str, row: dict[str, object], field: str | None) -> str:

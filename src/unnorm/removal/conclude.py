@@ -135,6 +135,7 @@ def _result(
         "control_kl": None if control is None else control.kl,
         **before,
         "tokens": trained["tokens"],
+        "text_tokens": len(run.train_blocks) * run.plan.context,
         "training_seconds": trained["seconds"],
         "tokens_per_second": trained["tokens_per_second"],
         "skipped_steps": 0 if outcome is None else outcome.skipped_steps,
