@@ -225,3 +225,35 @@ def test_sigterm_is_as_good_as_ctrl_c(tmp_path: Path) -> None:
     said += process.stderr.read()
     assert process.wait() == 130
     assert "Stopped" in said
+
+
+def test_a_control_may_be_asked_for_afterwards(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file)}
+    together = unnorm.remove(out=tmp_path / "together", control=True, **options)
+    first = unnorm.remove(out=tmp_path / "run", **options)
+    twin = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    result = unnorm.remove(out=tmp_path / "run", resume=True, control=True)
+    assert {key: result[key] for key in ("control_loss", "gap", "kl", "naive_kl", "tokens")} == {
+        key: together[key] for key in ("control_loss", "gap", "kl", "naive_kl", "tokens")
+    }
+    assert result["seconds"] > first["seconds"]
+    assert all(torch.equal(w, twin[k]) for k, w in load_file(tmp_path / "run" / "model" / "model.safetensors").items())
+    assert "Gap to the control" in (tmp_path / "run" / "report.html").read_text()
+    with pytest.raises(unnorm.UnnormError, match="is finished: there is nothing to resume"):
+        unnorm.remove(out=tmp_path / "run", resume=True, control=True)
+
+
+def test_a_control_that_is_in_the_way_may_be_let_go_of(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file), "control": True}
+
+    def fail(*_: object) -> None:
+        raise unnorm.UnnormError("The run diverged.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(removal, "_train_control", fail)
+        with pytest.raises(unnorm.UnnormError, match="diverged"):
+            unnorm.remove(out=tmp_path / "run", **options)
+    result = unnorm.remove(out=tmp_path / "run", resume=True, control=False)
+    assert (result["verified"], result["control_loss"]) == (True, None)

@@ -114,7 +114,8 @@ def remove(
     compile_: Compile = False,
     cuda_graph: CudaGraph = None,
     control: Annotated[
-        bool, typer.Option("--control", help="Also fine-tune the original, norms kept, on the same tokens.")
+        bool,
+        typer.Option("--control/--no-control", help="Also fine-tune the original, norms kept, on the same tokens."),
     ] = False,
     kl_budget: Annotated[
         float, typer.Option(help="How far the model may drift on the way before the taper waits, in nats per token.")

@@ -22,14 +22,11 @@ from unnorm.removal.run import CHECKPOINTS, CONTROL, DATA, REPORT, RESULT, Run
 from unnorm.removal.twin import history
 from unnorm.report import ReportData, render_card, render_report
 from unnorm.sites import norm_modules
-from unnorm.training import Outcome
 
 SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 4, 32, 48
 
 
-def conclude(
-    run: Run, before: dict[str, Any], outcome: Outcome | None, control: PreTrainedModel | None, started: float
-) -> dict[str, Any]:
+def conclude(run: Run, before: dict[str, Any], control: PreTrainedModel | None, started: float) -> dict[str, Any]:
     """Measure and prove what was saved, from the files; write result and report."""
     run.say("evaluating")
     twin = load(run.directory).to(run.plan.device)
@@ -40,7 +37,7 @@ def conclude(
     run.say("verifying")
     checks = check_twin(twin.cpu(), load_unfolded(run.directory), sites)
     rows = history(run.directory)
-    result = _result(run, evaluations, before, rows, outcome, twin)
+    result = _result(run, evaluations, before, rows, twin)
     seconds = time.perf_counter() - started + before.get("earlier_seconds", 0.0)
     result |= {"seconds": seconds, "verified": all(check.passed for check in checks)}
     result["fold_max_abs_error"] = next(check.value for check in checks if "float64" in check.name)
@@ -104,7 +101,6 @@ def _result(
     evaluations: dict[str, Evaluation],
     before: dict[str, Any],
     rows: list[dict[str, Any]],
-    outcome: Outcome | None,
     twin: PreTrainedModel,
 ) -> dict[str, Any]:
     original, lnfree, control = (evaluations.get(name) for name in ("original", "lnfree", "control"))
@@ -138,7 +134,6 @@ def _result(
         "text_tokens": len(run.train_blocks) * run.plan.context,
         "training_seconds": trained["seconds"],
         "tokens_per_second": trained["tokens_per_second"],
-        "skipped_steps": 0 if outcome is None else outcome.skipped_steps,
         "waited_steps": trained.get("waited", 0),
         "set_backs": trained.get("set_back", 0),
         "validation_tokens": lnfree.tokens,

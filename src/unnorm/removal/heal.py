@@ -7,8 +7,7 @@ from unnorm.checkpoint import load, load_unfolded
 from unnorm.config import CONFIG_FILE, read_config_file, read_count
 from unnorm.errors import UnnormError
 from unnorm.removal.remove import remove
-from unnorm.removal.run import CONTROL, RESULT
-from unnorm.removal.twin import measured_before
+from unnorm.removal.run import CONTROL, RESULT, measured_before
 from unnorm.training import Watcher
 
 _OF_ONE_RUN = ("tokens", "lr", "batch_size", "device", "dtype", "compile", "cuda_graph", "report_to", "out", "twin")
@@ -43,7 +42,10 @@ def heal(directory: str | Path, *, watch: Watcher | None = None, **options: Any)
         raise UnnormError("--tokens 0 would leave the twin as it is. Say how many tokens it is to be trained on.")
     has_control = (directory / CONTROL).is_dir()
     if options.get("control") and not has_control:
-        raise UnnormError(f"The run in '{directory}' has no control to go on with. Leave --control out.")
+        raise UnnormError(
+            f"The run in '{directory}' has no control to go on with. Leave --control out, or train "
+            f"it first: unnorm remove --resume --control --out {directory}"
+        )
     left_out = {*_OF_ONE_RUN, *(_OF_THE_DATA if "data" in options else ())}
     saved = {key: value for key, value in read_config_file(directory / CONFIG_FILE).items() if key not in left_out}
     anew = {"seed": saved.get("seed", 0) + 1, "control": has_control and saved.get("control", False)}

@@ -28,9 +28,11 @@ from unnorm.removal.run import (
     CONTROL,
     CONTROL_DONE,
     DATA,
+    RESULT,
     Run,
     check_disk,
     limit,
+    measured_before,
     open_directory,
     saved_options,
 )
@@ -56,7 +58,8 @@ def remove(
 
     Args:
         model: `demo`, a local directory or a hub id.
-        resume: go on with the run in `out` from its last checkpoint, with the settings saved there.
+        resume: go on with the run in `out` from its last checkpoint, with the settings saved there; `tokens` may be
+            more, `kl_budget` another, and `control` may be asked for or let go of, also when the rest is finished.
         watch: called with each row of metrics, and with `{"kind": "phase", "text": …}` as the run goes on.
         **options: the other fields of `RemoveConfig`, such as `data`, `tokens`, `out` and `recipe`.
 
@@ -85,9 +88,9 @@ def remove(
 
 def _run(config: RemoveConfig, directory: Path, watch: Watcher, started: float) -> dict[str, Any]:
     run = _prepare(config, directory, watch)
-    before, outcome = _train_removal(run)
+    before = _train_removal(run)
     control = _train_control(run) if config.control and run.plan.steps else None
-    return processes.agree(lambda: conclude(run, before, outcome, control, started))
+    return processes.agree(lambda: conclude(run, before, control, started))
 
 
 def _ignore(row: dict[str, Any], /) -> None:
@@ -130,25 +133,28 @@ def _plan(config: RemoveConfig, model: PreTrainedModel) -> Plan:
     return healing_plan(plan, spent_tokens(config.twin))
 
 
-def _train_removal(run: Run) -> tuple[dict[str, Any], Outcome | None]:
-    """Calibrate, measure naive removal, train, fold and save; only what is not done yet."""
+def _train_removal(run: Run) -> dict[str, Any]:
+    """Calibrate, measure naive removal, train, fold and save, as far as it is not done; what was found on the way."""
+    if (run.directory / RESULT).is_file():  # Only the control is left to train.
+        return measured_before(run.directory)
     note = run.directory / DATA / BEFORE  # Written when all that is done.
     if note.is_file():
-        return json.loads(note.read_text()), None
+        found: dict[str, Any] = json.loads(note.read_text())
+        return found
     token_mask = TokenMask()
     student, stand_ins, before = _begin(run, token_mask) if run.config.twin is None else take_up_twin(run)
     fuse_activations(student)
-    outcome = None
+    before["skipped_steps"] = 0
     if run.plan.steps:
         run.say(f"training: {run.plan.steps} steps of {run.plan.step_tokens:,} tokens", run.plan.training_tokens)
         schedule = _lay_out(run, stand_ins)
         controller = FidelityController(run.config.kl_budget, schedule.end) if run.config.recipe == "taper" else None
         removal = Removal(stand_ins, schedule, controller, token_mask, run.tokenizer.eos_token_id)
-        outcome = _train(run, student, removal, run.directory)
+        before["skipped_steps"] = _train(run, student, removal, run.directory).skipped_steps
     for stand_in in stand_ins.values():
         stand_in.removed = True
     processes.agree(lambda: _fold_and_save(run, student, before))
-    return before, outcome
+    return before
 
 
 def _begin(run: Run, token_mask: TokenMask) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dict[str, Any]]:

@@ -1,5 +1,6 @@
 """What all stages of one run share, and its directory."""
 
+import json
 import math
 import shutil
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ CONTROL_DONE = "control.txt"
 DISK_COPIES = 8
 """Sizes of the model in float32 that a run may write: a checkpoint with optimizer state, the models it leaves."""
 
-_MAY_CHANGE_ON_RESUME = {"device", "compile", "cuda_graph", "report_to", "out", "kl_budget"}
+_MAY_CHANGE_ON_RESUME = {"device", "compile", "cuda_graph", "report_to", "out", "kl_budget", "control"}
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,11 @@ def saved_options(options: dict[str, Any]) -> dict[str, Any]:
     if options.get("out") is None:
         raise UnnormError("Which run? Name its directory: --resume --out DIR.")
     directory = Path(options["out"]).expanduser()
-    if (directory / RESULT).exists():
-        raise UnnormError(
-            f"The run in '{directory}' is finished: there is nothing to resume. `unnorm heal` trains its twin on."
-        )
     if not (directory / CONFIG_FILE).is_file():
         raise UnnormError(f"'{directory}' holds no run to resume: there is no {CONFIG_FILE} in it.")
     saved = read_config_file(directory / CONFIG_FILE)
+    if (directory / RESULT).exists():
+        _check_control_is_left(directory, {**saved, **options})
     asked = RemoveConfig.create(**{**saved, **options}).to_saved()
     if asked["dtype"] == "auto":  # The precision that was chosen is what was saved.
         asked["dtype"] = saved.get("dtype")
@@ -79,6 +78,48 @@ def saved_options(options: dict[str, Any]) -> dict[str, Any]:
         was = ", ".join(f"{key} {saved.get(key)}" for key in changed)
         raise UnnormError(f"The run in '{directory}' was started with {was}. Leave that out, or start a new run.")
     return {**saved, **{key: options[key] for key in options if key in may_change}}
+
+
+def _check_control_is_left(directory: Path, settings: dict[str, Any]) -> None:
+    """Of a finished run only a control that it has not got may be asked for."""
+    if not settings.get("control") or finished_result(directory).get("control_loss") is not None:
+        raise UnnormError(
+            f"The run in '{directory}' is finished: there is nothing to resume. `unnorm heal` trains its twin on, and "
+            "--resume --control trains the control that it has not got."
+        )
+    if settings.get("twin"):
+        raise UnnormError(
+            f"The twin in '{directory}' is that of another run, trained on, so a control would lack the first run's "
+            "tokens. Leave --control out."
+        )
+
+
+def finished_result(directory: Path) -> dict[str, Any]:
+    """The result of a finished run.
+
+    Raises:
+        UnnormError: the file is missing or damaged.
+    """
+    try:
+        result = json.loads((directory / RESULT).read_text())
+        return {**result}
+    except (OSError, ValueError, TypeError) as error:
+        raise UnnormError(f"'{directory / RESULT}' is damaged. Do the run again.") from error
+
+
+def measured_before(directory: Path) -> dict[str, Any]:
+    """What the result of a run says of the original, of its naive removal, and of the time it took.
+
+    Raises:
+        UnnormError: the file is missing or damaged.
+    """
+    result = finished_result(directory)
+    try:
+        naive = {key: math.nan if result[key] is None else float(result[key]) for key in ("naive_loss", "naive_kl")}
+        taken_over = {key: result[key] for key in ("massive_neurons", "skipped_steps")}
+        return {**naive, **taken_over, "earlier_seconds": float(result["seconds"])}
+    except (TypeError, ValueError, KeyError) as error:
+        raise UnnormError(f"'{directory / RESULT}' is damaged. Do the run again.") from error
 
 
 def open_directory(config: RemoveConfig, resume: bool) -> Path:

@@ -1,7 +1,6 @@
 """What a run takes over from the finished one whose twin it heals further."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from unnorm.checkpoint import load, load_unfolded, write_text
 from unnorm.errors import UnnormError
 from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.norms import TaperedNorm
-from unnorm.removal.run import CONTROL, EARLIER, METRICS, RESULT, Run, limit
+from unnorm.removal.run import CONTROL, EARLIER, METRICS, Run, limit, measured_before
 
 
 def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dict[str, Any]]:
@@ -78,17 +77,3 @@ def _take_over_history(finished: Path, directory: Path) -> None:
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line] if path.is_file() else []
-
-
-def measured_before(directory: Path) -> dict[str, Any]:
-    """What the result of a run says of the original, of its naive removal, and of the time it took.
-
-    Raises:
-        UnnormError: the file is missing or damaged.
-    """
-    try:
-        result = json.loads((directory / RESULT).read_text())
-        naive = {key: math.nan if result[key] is None else float(result[key]) for key in ("naive_loss", "naive_kl")}
-        return {**naive, "massive_neurons": result["massive_neurons"], "earlier_seconds": float(result["seconds"])}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UnnormError(f"'{directory / RESULT}' is damaged. Do the run again.") from error
