@@ -348,8 +348,8 @@ _MOST_FIXED = 10_000
 def sites_table(rows: Sequence[tuple["NormSite", "ScaleStatistics"]]) -> RenderableType:
     """The rows of `unnorm stats`, with paths less the prefix that all norms share, so that they fit 80 columns."""
     caption = (
-        "scale: what a norm divides a token by; spread: deviation of its log, a norm with much of it is hard to remove\n"
-        "position 0 at many times the mean: a massive activation, which is what makes large models hard"
+        "scale: divisor of a token; spread: deviation of its log, the larger the harder\n"
+        "position 0 at many times the mean: a massive activation, harder still"
     )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption, caption_justify="left")
     for heading in ("norm site", "kind", "folds into"):
