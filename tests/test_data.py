@@ -453,3 +453,13 @@ def test_a_connection_that_breaks_is_not_taken_for_damage(monkeypatch: pytest.Mo
     monkeypatch.setattr(datasets, "load_dataset", rows)
     with pytest.raises(UnnormError, match=r"Read timed out\. If the connection broke, do it again\."):
         list(open_documents("owner/text").train())
+
+
+def test_slow_reading_says_how_far_it_is(
+    monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(packing_module, "_SAYS_EVERY", 0.0)
+    said: list[str] = []
+    build_blocks(str(write(tmp_path / "a.jsonl", DOCUMENTS)), tiny_tokenizer, 300, CONTEXT, 50, 5, say=said.append)
+    assert said
+    assert all(line.startswith("read ") and line.endswith(" of 800 tokens at most") for line in said)

@@ -1,6 +1,7 @@
 """Documents into blocks of exactly `context` tokens, end-of-text between documents, nothing padded."""
 
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ Tokens = NDArray[np.int32]
 
 _TEXTS_AT_ONCE = 64
 _CHARS_AT_ONCE = 1_000_000
+_SAYS_EVERY = 15.0  # seconds
 _SMALL_SOURCE = 1000
 """Blocks of which the last tenth is held out, where the text that was held out does not fill one block."""
 
@@ -46,11 +48,12 @@ def build_blocks(
     validation_blocks: int,
     text_field: str | None = None,
     split: str = "train",
+    say: Callable[[str], None] = lambda _: None,
 ) -> Blocks:
     """Read as much of `source` as is asked for (less, if it holds less) and pack it.
 
     Where the held-out text fills less than one block, the last tenth of the training blocks is held out in
-    its place.
+    its place. While training text is read, `say` is told every few seconds how far that is.
 
     Raises:
         UnnormError: the source cannot be read, holds less than two blocks, or has token ids that the
@@ -71,7 +74,7 @@ def build_blocks(
 
     validation = _cut(validation_tokens(), context, validation_blocks)
     if len(validation):
-        train = _cut(train_tokens(), context, train_blocks)
+        train = _cut(train_tokens(), context, train_blocks, say)
     else:
         whole = _cut(train_tokens(), context, _SMALL_SOURCE)
         held = max(1, len(whole) // 10)
@@ -121,15 +124,19 @@ def _pieces(text: str) -> Iterator[tuple[str, bool]]:
     yield text[start:], True
 
 
-def _cut(pieces: Iterable[Tokens], context: int, most: int) -> Tokens:
+def _cut(pieces: Iterable[Tokens], context: int, most: int, say: Callable[[str], None] = lambda _: None) -> Tokens:
     """Join pieces of tokens and cut them into at most `most` whole blocks; the rest is dropped."""
     kept: list[Tokens] = []
     total = 0
+    said = time.monotonic()
     for piece in pieces:
         kept.append(piece)
         total += len(piece)
         if total >= most * context:
             break
+        if time.monotonic() - said > _SAYS_EVERY:
+            said = time.monotonic()
+            say(f"read {total:,} of {most * context:,} tokens at most")
     blocks = min(total // context, most)
     joined = np.concatenate(kept) if kept else np.empty(0, np.int32)
     return joined[: blocks * context].reshape(blocks, context)

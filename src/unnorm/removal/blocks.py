@@ -115,6 +115,7 @@ def _read_blocks(
         validation_blocks=EVALUATION_SPREAD * validation_blocks,
         text_field=config.text_field,
         split=config.split,
+        say=say,
     )
 
 
