@@ -522,3 +522,8 @@ def test_models_are_left_as_they_were(finished_run: Path) -> None:
 
 def hooks_of(model: PreTrainedModel) -> list[list[int]]:
     return [[*module._forward_hooks, *module._forward_pre_hooks] for module in model.modules()]
+
+
+def test_stacked_experts_are_no_reason_to_lose_the_other_analyses(runs: dict[str, Path], text_file: Path) -> None:
+    result = unnorm.analyze(runs["mixtral"], data=str(text_file), tokens=256, context=32, device="cpu")
+    assert {"attribution", "geometry"} <= result["findings"].keys()

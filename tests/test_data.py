@@ -463,3 +463,9 @@ def test_slow_reading_says_how_far_it_is(
     build_blocks(str(write(tmp_path / "a.jsonl", DOCUMENTS)), tiny_tokenizer, 300, CONTEXT, 50, 5, say=said.append)
     assert said
     assert all(line.startswith("read ") and line.endswith(" of 800 tokens at most") for line in said)
+
+
+def test_a_word_in_one_name_of_several_is_no_split(tmp_path: Path) -> None:
+    for name in ("installation.md", "training.md", "usage.md"):
+        (tmp_path / name).write_text("\n".join(f"line {i} of {name}" for i in range(40)))
+    assert len(list(open_documents(str(tmp_path)).train())) == 3

@@ -455,3 +455,15 @@ def test_gated_norms_may_be_kept() -> None:
 def test_keep_that_can_not_be_followed(keep: str, message: str) -> None:
     with pytest.raises(UnnormError, match=message):
         find_sites(random_model(FAMILIES["llama"][0]), keep=keep)
+
+
+def test_a_run_whose_norms_all_fold_into_writers_is_proved(
+    tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
+) -> None:
+    config = FAMILIES["qwen3"][0]()
+    config.vocab_size = len(tiny_tokenizer)
+    random_model(lambda: config).save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    options: dict[str, Any] = {"context": 32, "tokens": 0, "device": "cpu", "keep": r"layernorm$|model\.norm$"}
+    result = unnorm.remove(str(tmp_path / "model"), data=str(text_file), out=tmp_path / "run", **options)
+    assert result["verified"]

@@ -261,3 +261,8 @@ def test_the_stock_form_is_refused_with_the_remedy(limited: Path, tmp_path: Path
     assert not (tmp_path / "stock").exists()
     assert cli("export", str(limited), "--out", str(tmp_path / "folded")).code == 0
     assert list(limits_of(unnorm.load(tmp_path / "folded"))) == WRITERS
+
+
+def test_a_twin_with_them_is_analyzed(limited: Path, options: dict[str, Any]) -> None:
+    result = unnorm.analyze(limited, what=["geometry", "scales"], tokens=256, data=options["data"], device="cpu")
+    assert result["findings"].keys() == {"geometry", "scales"}

@@ -7,12 +7,13 @@ from typing import Any
 
 def json_text(values: Any) -> str:
     """Indented JSON; Python's own would write NaN and Infinity, which JSON does not have."""
-    return json.dumps(_finite(values), indent=2, allow_nan=False)
+    return json.dumps(finite(values), indent=2, allow_nan=False)
 
 
-def _finite(values: Any) -> Any:
+def finite(values: Any) -> Any:
+    """The same values, with None in place of numbers that are not finite."""
     if isinstance(values, dict):
-        return {key: _finite(value) for key, value in values.items()}
+        return {key: finite(value) for key, value in values.items()}
     if isinstance(values, list | tuple):
-        return [_finite(value) for value in values]
+        return [finite(value) for value in values]
     return None if isinstance(values, float) and not math.isfinite(values) else values

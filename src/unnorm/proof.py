@@ -142,6 +142,8 @@ def _reads_affine(twin: PreTrainedModel, sites: Sequence[NormSite], ids: Int[Ten
         / float(f_mixed[reader].abs().max())
         for reader in f_mixed
     }
+    if not errors:
+        return _row("every read is affine", 0.0, FLOAT64_LIMIT, "all norms went into what wrote their input")
     worst = max(errors, key=lambda reader: errors[reader])
     return _row("every read is affine", errors[worst], FLOAT64_LIMIT, f"relative; worst of {len(errors)}: {worst}")
 

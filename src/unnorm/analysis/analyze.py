@@ -1,6 +1,5 @@
 """`unnorm analyze`: what norms do to the analysis of a model, with the original and its twin side by side."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from unnorm.config import CONFIG_FILE, choose_context, choose_device, read_count
 from unnorm.data import STDLIB, build_blocks
 from unnorm.errors import UnnormError
 from unnorm.evaluation import EVALUATION_SPREAD
+from unnorm.json_text import finite, json_text
 from unnorm.modeling.modeling_unnorm import PREFIX
 from unnorm.models import load_original
 from unnorm.report.numbers import count, short_count
@@ -129,7 +129,7 @@ def analyze(
         "prompts": str(prompts) if prompts else f"{len(pairs)} generated" if not isinstance(pairs, str) else "none",
         "seed": seed,
         "seconds": time.perf_counter() - started,
-        "findings": {finding.key: _plain(finding.numbers) for finding in findings},
+        "findings": {finding.key: finite(finding.numbers) for finding in findings},
         "skipped": {row.key: row.reason for row in skipped},
         "page": str(out / PAGE),
         "numbers": str(out / NUMBERS),
@@ -168,6 +168,8 @@ def _check_pair(original: PreTrainedModel, twin: PreTrainedModel, sites: Sequenc
     shapes = [{k: v.shape for k, v in m.state_dict().items() if not k.startswith(norms)} for m in (original, twin)]
     for added in twin.config.added_biases or ():
         shapes[1].pop(f"{added}.bias", None)
+    for limited in twin.config.limited_neurons or ():
+        shapes[1].pop(f"{limited}.limit", None)
     modules = {key for key, _ in original.named_modules()}
     differ = sorted(key for key in shapes[0].keys() | shapes[1].keys() if shapes[0].get(key) != shapes[1].get(key))
     differ += [key for site in sites for key in (site.name, *site.readers, *site.writers) if key not in modules]
@@ -208,15 +210,6 @@ def _text(
     return spread(found.validation, blocks)
 
 
-def _plain(value: Any) -> Any:
-    """Numbers as JSON has them: what is not finite becomes null."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _settings(result: dict[str, Any]) -> dict[str, str]:
     return {
         "original": result["original"],
@@ -235,4 +228,4 @@ def _write(out: Path, result: dict[str, Any], page: str) -> None:
     except OSError as error:
         raise UnnormError(f"Could not write '{out}': {error}. Give another --out.") from error
     write_text(out / PAGE, page)
-    write_text(out / NUMBERS, json.dumps(result, indent=2))
+    write_text(out / NUMBERS, json_text(result))

@@ -58,7 +58,7 @@ class Geometry:
 def geometry(
     original: PreTrainedModel, twin: PreTrainedModel, sites: Sequence[NormSite], constants: dict[str, float]
 ) -> list[Geometry]:
-    """Compare every weight that took a norm's constant map up, in float64 on the CPU.
+    """Compare every matrix that took a norm's constant map up, in float64 on the CPU; stacked experts are left out.
 
     Args:
         original: the model with norms.
@@ -72,6 +72,8 @@ def geometry(
             beside.setdefault(name, []).append(site)
     rows = []
     for name, its_sites in beside.items():
+        if not hasattr(twin.get_submodule(name), "weight"):  # Experts that are stacked in tensors of other names.
+            continue
         stored, folded = (_weight(model.get_submodule(name)) for model in (original, twin))
         mapped = stored
         for site in its_sites:

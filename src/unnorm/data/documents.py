@@ -205,16 +205,19 @@ def _check_decompresses(path: Path) -> None:
 
 
 def _by_split(source: str, files: list[Path]) -> dict[str, list[Path]]:
-    """Files by the split that their names tell, if any of several is named as `train`; else all are `train`."""
+    """Files by the split that their names tell, if each of several tells one and any is `train`; else all are `train`.
+
+    A word in a few names is no split: `training.md` among other chapters must not be all that is read.
+    """
     named: dict[str, list[Path]] = {}
     root = Path(os.path.expanduser(source))  # noqa: PTH111
     for path in files:
         parts = path.relative_to(root).parts if root.is_dir() else (path.name,)
         told = (_split_in(part) for part in reversed(parts))
         named.setdefault(next((s for s in told if s), ""), []).append(path)
-    if len(files) == 1 or "train" not in named:
+    if len(files) == 1 or "train" not in named or "" in named:
         return {"train": files}
-    return {split: paths for split, paths in named.items() if split}
+    return named
 
 
 def _split_in(name: str) -> str | None:

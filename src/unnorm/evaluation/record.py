@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from unnorm.checkpoint import write_text
 from unnorm.errors import UnnormError
 from unnorm.evaluation.results import Results
+from unnorm.json_text import json_text
 
 MEASUREMENTS, RESULTS, PAGE = "measurements", "evaluation.json", "evaluation.html"
 
@@ -73,7 +74,7 @@ class Record:
             return
         from unnorm.report.evaluation_page import render_evaluation
 
-        write_text(self.directory / RESULTS, json.dumps(results.to_json(), indent=2))
+        write_text(self.directory / RESULTS, json_text(results.to_json()))
         write_text(self.directory / PAGE, render_evaluation(results))
 
 

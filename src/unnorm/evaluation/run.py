@@ -25,6 +25,7 @@ from unnorm.evaluation.record import Record
 from unnorm.evaluation.results import Evaluation, Results, Score
 from unnorm.evaluation.suites import PILE_FILTERED, Choice, choose
 from unnorm.models import load_original
+from unnorm.sites import vocabulary_size
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def _enter(
         say({"kind": "phase", "text": f"loading {name}"})
         model, tokenizer = load_original(name, trust_remote_code)
         length = choose_context(context, model)
-        found[name] = (_Entrant(name, _digest(model)), tokenizer, int(model.config.vocab_size), length)
+        found[name] = (_Entrant(name, _digest(model)), tokenizer, vocabulary_size(model), length)
     sizes = [size for _, _, size, _ in found.values()]
     if len(set(sizes)) > 1:
         raise UnnormError(
