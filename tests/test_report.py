@@ -5,6 +5,7 @@ import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -294,3 +295,13 @@ def test_numbers_read_well() -> None:
     assert {f(x) for f in (fixed, significant, shortest, percent, count, duration) for x in (None, math.nan, "x")} == {
         MISSING
     }
+
+
+def test_a_local_path_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from unnorm.report.card import _on_hub, _published
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "gpt").mkdir(parents=True)
+    assert not _on_hub("models/gpt") and _published("models/gpt") == "gpt"
+    assert not _on_hub("./gpt") and not _on_hub("~/gpt")
+    assert _on_hub("openai-community/gpt2") and _on_hub("Salesforce/wikitext:wikitext-2-raw-v1")

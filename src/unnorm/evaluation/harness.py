@@ -134,19 +134,20 @@ def run_benchmark(
     task = benchmark.task.task_name
     found = results["results"][task]
     better = results.get("higher_is_better", {}).get(task, {})
-    samples = [row for row in results["samples"][task] if row["filter"] == results["samples"][task][0]["filter"]]
+    filters = {row["filter"] for row in results["samples"][task]}
     scores = []
     for key, value in found.items():
         metric, _, of_filter = key.partition(",")
         if not of_filter or metric.endswith("_stderr") or not isinstance(value, int | float):
             continue
+        samples = [row for row in results["samples"][task] if row["filter"] == of_filter]
         values = {int(row["doc_id"]): row[metric] for row in samples if metric in row}
         ci, single = _interval(values, float(value))
         scores.append(
             Score(
                 model=name,
                 task=benchmark.name,
-                metric=metric,
+                metric=metric if len(filters) == 1 else f"{metric}, {of_filter}",
                 value=float(value),
                 ci=ci,
                 items=len(benchmark.items),
@@ -279,7 +280,7 @@ def _interval(values: dict[int, Any], reported: float) -> tuple[Interval | None,
         if _same(math.exp(min(-mean, 700)), reported):
             low, high = bootstrap_interval([-row for row in rows])
             return (math.exp(min(low, 700)), math.exp(min(high, 700))), {}
-    elif all(isinstance(row, tuple | list) and len(row) == 2 for row in rows):
+    elif all(isinstance(row, tuple | list) and [*map(_is_number, row)] == [True, True] for row in rows):
         sums, weights = np.array([(-total, weight) for total, weight in rows], dtype=np.float64).T
         mean = float(sums.sum() / weights.sum())
         low, high = bootstrap_interval(sums, weights)
@@ -288,6 +289,10 @@ def _interval(values: dict[int, Any], reported: float) -> tuple[Interval | None,
         if _same(mean / math.log(2), reported):
             return (low / math.log(2), high / math.log(2)), {}
     return None, {}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 def _same(a: float, b: float) -> bool:

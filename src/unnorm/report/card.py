@@ -65,9 +65,9 @@ def front_matter(result: Mapping[str, Any]) -> dict[str, Any]:
         "pipeline_tag": "text-generation",
         "tags": ["unnorm", "interpretability", "norm-free", "layernorm-free"],
     }
-    if _HUB_NAME.fullmatch(model):
+    if _on_hub(model):
         named |= {"base_model": model, "base_model_relation": "finetune"}
-    if _HUB_NAME.fullmatch(data.partition(":")[0]):
+    if _on_hub(data):
         named["datasets"] = [data.partition(":")[0]]
     measured = (("loss", "loss, nats per token", "lnfree_loss"), ("kl", "KL to the original, nats per token", "kl"))
     metrics = [
@@ -91,7 +91,13 @@ def _name(result: Mapping[str, Any]) -> str:
 
 def _published(source: str) -> str:
     """A model's or data's name on the hub; of a local path only its end, since cards are read elsewhere."""
-    return source if _HUB_NAME.fullmatch(source.partition(":")[0]) else Path(source).name
+    return source if _on_hub(source) else Path(source).name
+
+
+def _on_hub(source: str) -> bool:
+    """Whether a name is one of the hub's, OWNER/NAME or OWNER/NAME:SUBSET, and not that of a local file."""
+    here = source.startswith((".", "~")) or Path(source).exists()
+    return bool(_HUB_NAME.fullmatch(source.partition(":")[0])) and not here
 
 
 def _results(result: Mapping[str, Any]) -> list[tuple[str, str]]:
