@@ -641,3 +641,22 @@ class TestComparison:
 def test_public_function_is_the_same() -> None:
     assert unnorm.evaluate is evaluate
     assert isinstance(sys.modules["unnorm.evaluation"].evaluate, Callable)  # type: ignore[arg-type]
+
+
+def test_tokens_of_sentencepiece_keep_their_spaces() -> None:
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    from unnorm.evaluation.comparison import _token_text
+
+    words = Tokenizer(models.BPE({"\u2581the": 0, "\u2581cat": 1, "s": 2}, []))
+    words.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert [_token_text(tokenizer, token) for token in range(3)] == [" the", " cat", "s"]
+
+
+def test_tokens_that_occur_are_read_from_token_files_too(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    from unnorm.evaluation.corpora import tokens_in
+
+    np.array([1, 2, 7] * 100, dtype="<u2").tofile(tmp_path / "train.bin")
+    assert tokens_in(str(tmp_path / "train.bin"), tiny_tokenizer, 300).nonzero()[0].tolist() == [1, 2, 7]

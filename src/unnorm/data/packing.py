@@ -59,19 +59,7 @@ def build_blocks(
         UnnormError: the source cannot be read, holds less than two blocks, or has token ids that the
             model's vocabulary of `vocab_size` does not.
     """
-    files = find_files(source)
-    if files and all(data_suffix(path) == TOKEN_FILE for path in files):
-        train_tokens, validation_tokens, held_out = _token_files(files)
-    else:
-        documents = open_documents(source, text_field, split)
-        held_out = documents.held_out
-
-        def train_tokens() -> Iterator[Tokens]:
-            return token_stream(documents.train(), tokenizer)
-
-        def validation_tokens() -> Iterator[Tokens]:
-            return token_stream(documents.validation(), tokenizer)
-
+    train_tokens, validation_tokens, held_out = open_tokens(source, tokenizer, text_field, split)
     validation = _cut(validation_tokens(), context, validation_blocks)
     if len(validation):
         train = _cut(train_tokens(), context, train_blocks, say)
@@ -88,6 +76,25 @@ def build_blocks(
     for blocks in (train, validation):
         _check_ids(source, blocks, vocab_size)
     return Blocks(source, as_dataset(train), as_dataset(validation), held_out)
+
+
+def open_tokens(
+    source: str, tokenizer: PreTrainedTokenizerBase, text_field: str | None = None, split: str = "train"
+) -> tuple[Callable[[], Iterator[Tokens]], Callable[[], Iterator[Tokens]], str]:
+    """Training and held-out token ids of text or of nanoGPT's token files, and in words how they are kept apart.
+
+    Raises:
+        UnnormError: the source can't be read.
+    """
+    files = find_files(source)
+    if files and all(data_suffix(path) == TOKEN_FILE for path in files):
+        return _token_files(files)
+    documents = open_documents(source, text_field, split)
+    return (
+        lambda: token_stream(documents.train(), tokenizer),
+        lambda: token_stream(documents.validation(), tokenizer),
+        documents.held_out,
+    )
 
 
 def token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:

@@ -141,6 +141,13 @@ def _contexts(pair: _Pair) -> tuple[Context, ...]:
     )
 
 
+def _token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
+    """What a token stands for within a text: Llama 2's decoder takes the space off what it takes for a beginning."""
+    text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+    starts_word = str(tokenizer.convert_ids_to_tokens(token)).startswith("\u2581")
+    return f" {text}" if starts_word and not text.startswith(" ") else text
+
+
 def _window_means(values: Float[NDArray[Any], "block predicted"], length: int) -> Float[NDArray[Any], "block window"]:
     """Means over consecutive windows; what does not fill one at the end of a block is left out."""
     windows = values.shape[1] // length
@@ -155,7 +162,7 @@ def _context(pair: _Pair, block: int, start: int, length: int, why: str) -> Cont
         return tuple(round(float(value), digits) for value in values[block, at])
 
     def texts(of: NDArray[Any]) -> tuple[str, ...]:
-        return tuple(pair.tokenizer.batch_decode([[int(i)] for i in of], clean_up_tokenization_spaces=False))
+        return tuple(_token_text(pair.tokenizer, int(i)) for i in of)
 
     return Context(
         block=block,

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from unnorm.calibrate import spread
-from unnorm.data import build_blocks, open_documents
-from unnorm.data.packing import token_stream
+from unnorm.data import build_blocks
+from unnorm.data.packing import open_tokens
 from unnorm.errors import UnnormError
 
 EVALUATION_TOKENS = 50_000
@@ -159,8 +159,9 @@ def tokens_in(
     """
     occurs = np.zeros(vocab_size, dtype=np.bool_)
     seen = 0
-    for ids in token_stream(open_documents(source, text_field, split).train(), tokenizer):
-        occurs[ids] = True
+    train_tokens, *_ = open_tokens(source, tokenizer, text_field, split)
+    for ids in train_tokens():
+        occurs[ids[ids < vocab_size]] = True
         seen += len(ids)
         if seen >= most:
             break
