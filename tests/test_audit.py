@@ -219,11 +219,12 @@ class TestVerdict:
         assert "bfloat16" in verdict(same, same, {**FINITE, "bfloat16": False}, {**FINITE, "bfloat16": False})
 
     def test_the_largest_residuals_are_taken(self) -> None:
-        parts = [Inputs(torch.zeros(3, 4, dtype=torch.long), torch.ones(3, 4, dtype=torch.long)) for _ in range(2)]
+        ids = torch.arange(24).view(2, 3, 4)
+        parts = [Inputs(part, torch.ones(3, 4, dtype=torch.long)) for part in ids]
         norm = torch.ones(24)
         norm[21] = 50  # the last sequence of the second part
         taken = largest_residuals(parts, [norm, torch.ones(24)], 4)
-        assert [part.ids.shape for part in taken] == [(1, 4)]
+        assert [part.ids.tolist() for part in taken] == [[[20, 21, 22, 23]]]
 
 
 class TestCommand:

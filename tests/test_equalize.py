@@ -35,7 +35,7 @@ def test_token_scales_are_those_of_the_first_norm(tiny_model: GPT2LMHeadModel) -
     torch.testing.assert_close(measured, expected.detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_long_contexts_are_not_filled_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_log_scales_use_at_most_1024_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=3000, n_positions=2048, n_embd=8, n_layer=1, n_head=1)).eval()
     lengths = set()
 
@@ -48,7 +48,7 @@ def test_long_contexts_are_not_filled_for_them(monkeypatch: pytest.MonkeyPatch) 
     assert lengths == {1024}
 
 
-def test_the_rest_of_the_model_does_not_run_for_them(tiny_model: GPT2LMHeadModel) -> None:
+def test_token_log_scales_stop_after_the_first_norm(tiny_model: GPT2LMHeadModel) -> None:
     def fail(*_: object) -> None:
         raise AssertionError("a pass over the whole vocabulary went past the first norm")
 

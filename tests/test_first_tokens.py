@@ -53,7 +53,7 @@ def test_those_that_run_furthest_are_learned(runaway: Run) -> None:
     assert first_token_losses(*runaway, others, len(others))[1] < 0.01
 
 
-def test_the_first_is_their_kl_to_the_teacher(runaway: Run) -> None:
+def test_first_token_loss_is_kl_to_the_teacher(runaway: Run) -> None:
     student, teacher, _ = runaway
     ids = torch.tensor([[LONG], [LONGER]])
     log_q, log_p = (model(input_ids=ids).logits.log_softmax(-1) for model in (student, teacher))
@@ -61,7 +61,7 @@ def test_the_first_is_their_kl_to_the_teacher(runaway: Run) -> None:
     torch.testing.assert_close(first_token_losses(*runaway, VOCABULARY, 2)[0], expected)
 
 
-def test_learning_brings_them_in(runaway: Run) -> None:
+def test_training_on_first_tokens_lowers_unevenness(runaway: Run) -> None:
     model, *_ = runaway
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     losses = []

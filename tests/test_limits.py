@@ -165,7 +165,7 @@ def test_limits_travel_to_where_unnorm_is_not_installed(limited: Path, tmp_path:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_every_precision_has_them(limited: Path, dtype: torch.dtype) -> None:
+def test_limits_hold_in_every_precision(limited: Path, dtype: torch.dtype) -> None:
     model = unnorm.load(limited, dtype=dtype)
     assert {limit.dtype for limit in limits_of(model).values()} == {dtype}
     assert model(input_ids=torch.randint(VOCAB, (2, 12))).logits.isfinite().all()

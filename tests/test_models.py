@@ -77,3 +77,4 @@ def test_an_unembedding_of_its_own_counts_and_not_what_the_config_says(
 def test_tied_weights_stay_tied(tiny_model_dir: Path) -> None:
     original, _ = load_original(str(tiny_model_dir))
     assert original.config.tie_word_embeddings
+    assert original.lm_head.weight is original.transformer.wte.weight

@@ -33,8 +33,16 @@ def test_bfloat16_is_taken_where_it_is_faster(
     assert make_plan(RemoveConfig(device="cpu", dtype="bfloat16"), tiny_model).dtype == "bfloat16"
 
 
-def test_it_is_timed() -> None:
-    assert 0 < config._bfloat16_gain() < 1000
+def test_bfloat16_gain_is_the_ratio_of_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 1.0 if torch.is_autocast_enabled("cpu") else 2.0
+        return now
+
+    monkeypatch.setattr(config.time, "perf_counter", clock)
+    assert config._bfloat16_gain() == 2.0
 
 
 @pytest.mark.parametrize("gain", [3.0, 0.8])

@@ -1,4 +1,4 @@
-"""The whole path on a tiny model: both recipes, the control, resuming, several processes."""
+"""The whole path on a tiny model: all recipes, the control, resuming, several processes."""
 
 import json
 import math

@@ -89,7 +89,7 @@ def test_matching_fades_over_the_run_and_a_late_taper_puts_that_off() -> None:
 
     def share(position: float, end: float = 0.1) -> float:
         controller = FidelityController(position=position, end=end)
-        return DistillationTrainer._inner_share(  # Nothing else of a trainer matters for it.
+        return DistillationTrainer._read_match_share(  # Nothing else of a trainer matters for it.
             cast(Any, SimpleNamespace(stand_ins={"site": None}, state=state, controller=controller))
         )
 

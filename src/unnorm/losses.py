@@ -39,13 +39,13 @@ def distillation_losses(
     logits: Float[Tensor, "batch position vocab"],
     teacher_logits: Float[Tensor, "batch position vocab"],
     input_ids: Int[Tensor, "batch position"],
-    shown: Bool[Tensor, " batch"] | None = None,
+    is_text: Bool[Tensor, " batch"] | None = None,
     temperature: float = 1.0,
     label_weight: float = 0.0,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
-    """What is minimized, with its gradient; and, to show, mean KL(teacher || model) and next-token loss of some blocks.
+    """What is minimized, with its gradient; and, to show, KL(teacher || model) and next-token loss of the text in it.
 
-    Minimized is the mean of T^2 KL(teacher^(1/T) || model^(1/T)), with T = 1 in the blocks that are shown (Hinton et
+    Minimized is the mean of T^2 KL(teacher^(1/T) || model^(1/T)), with T = 1 in blocks of text (Hinton et
     al. 2015, arXiv 1503.02531), and `label_weight` times the next-token loss. Every position counts for KL, the last
     too: unlike the next-token loss it needs no label. All in nats per token.
 
@@ -53,17 +53,18 @@ def distillation_losses(
         logits: the model's.
         teacher_logits: the teacher's.
         input_ids: what both were given.
-        shown: which blocks count for what is shown; NaN comes of none, all of them of None.
-        temperature: T of the blocks that are not shown. Above 1, tokens that the teacher gives next to no probability
-            count for more.
+        is_text: which blocks are text. They are distilled at temperature 1, and the KL and the loss that are shown are
+            theirs alone (NaN if there are none). None: all are text.
+        temperature: T of all other blocks. Above 1, tokens that the teacher gives next to no probability count for
+            more.
         label_weight: weight of the next-token loss.
     """
     labels = F.pad(input_ids[:, 1:].long(), (0, 1), value=-1)
-    parts = list(_parts(logits, shown, temperature))
+    parts = list(_parts(logits, is_text, temperature))
     minimized, kl, loss = _Distillation.apply(logits, teacher_logits, labels, parts, label_weight)
-    if shown is None:
+    if is_text is None:
         return minimized, kl.mean(), loss[:, :-1].mean()
-    kl, loss = (of.mean(1).masked_fill(~shown, 0.0).sum() / shown.sum() for of in (kl, loss[:, :-1]))
+    kl, loss = (of.mean(1).masked_fill(~is_text, 0.0).sum() / is_text.sum() for of in (kl, loss[:, :-1]))
     return minimized, kl, loss
 
 
@@ -71,28 +72,28 @@ _Part = tuple[slice, float | Float[Tensor, "row 1"]]
 
 
 def _parts(
-    logits: Float[Tensor, "batch position vocab"], shown: Bool[Tensor, " batch"] | None, temperature: float
+    logits: Float[Tensor, "batch position vocab"], is_text: Bool[Tensor, " batch"] | None, temperature: float
 ) -> Iterator[_Part]:
     """Rows, one a token, that are worked on at once, and at what temperature."""
     batch, positions, vocab = logits.shape
     if logits.device.type != "cpu":
-        yield from _parts_unasked(batch, positions, vocab, shown, temperature)
+        yield from _parts_unasked(batch, positions, vocab, is_text, temperature)
         return
     at_once = max(1, _CACHED // vocab)
-    for block, is_shown in enumerate([True] * batch if shown is None else shown.tolist()):
+    for block, of_text in enumerate([True] * batch if is_text is None else is_text.tolist()):
         start, end = block * positions, (block + 1) * positions
         for row in range(start, end, at_once):
-            yield slice(row, min(row + at_once, end)), 1.0 if is_shown else temperature
+            yield slice(row, min(row + at_once, end)), 1.0 if of_text else temperature
 
 
 def _parts_unasked(
-    batch: int, positions: int, vocab: int, shown: Bool[Tensor, " batch"] | None, temperature: float
+    batch: int, positions: int, vocab: int, is_text: Bool[Tensor, " batch"] | None, temperature: float
 ) -> Iterator[_Part]:
-    """The same for a GPU. Which blocks are shown stays there: to ask would be to wait for it."""
+    """The same for a GPU. Which blocks are text stays there: to ask would be to wait for it."""
     at_once = max(1, _CACHED_GPU // vocab)
     of_rows: Tensor | None = None
-    if shown is not None:
-        temperatures = torch.full_like(shown, temperature, dtype=torch.float32).masked_fill(shown, 1.0)
+    if is_text is not None:
+        temperatures = torch.full_like(is_text, temperature, dtype=torch.float32).masked_fill(is_text, 1.0)
         of_rows = temperatures.repeat_interleave(positions)[:, None]
     for row in range(0, batch * positions, at_once):
         part = slice(row, row + at_once)

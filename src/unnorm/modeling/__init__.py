@@ -48,7 +48,7 @@ FAMILIES = (
     "SmolLM3ForCausalLM",
     "GraniteForCausalLM",
 )
-"""Stock classes whose twins the Auto classes know as soon as unnorm is imported; others from their first use on."""
+"""Stock classes whose twins the Auto classes know once `unnorm.modeling` is imported; others from their first use."""
 
 for _family in FAMILIES:
     ln_free_class(getattr(transformers, _family))

@@ -117,6 +117,7 @@ def _result(
         "lnfree_loss_ci": list(lnfree.loss_ci),
         "loss_increase_ci": list(lnfree.difference_ci or ()),
         "control_loss": None if control is None else control.loss,
+        "control_loss_ci": None if control is None else list(control.loss_ci),
         "gap": None if control is None else lnfree.loss - control.loss,
         "kl": lnfree.kl,
         "jsd": lnfree.jsd,

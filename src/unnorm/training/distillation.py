@@ -41,9 +41,10 @@ STRESS_TEMPERATURE = 2.0
 
 
 class DistillationTrainer(Trainer):
-    """Trainer whose loss is KL to the teacher's logits, or next-token loss where there is no teacher.
+    """Trainer whose loss is KL to the teacher's logits; without a teacher it is next-token loss.
 
-    A penalty at the final norm comes on top, if the recipe has one.
+    On top come, as the recipe asks for them: a little next-token loss, the mismatch of what sites read, unevenness of
+    scales at bounded stand-ins, KL on first tokens alone, and a penalty at the final norm.
     """
 
     def __init__(
@@ -87,7 +88,8 @@ class DistillationTrainer(Trainer):
     ) -> Tensor | tuple[Tensor, Any]:
         """Loss of a batch of `input_ids`, (batch, position); sums up what the next log line shows, of `text` rows.
 
-        What else changes from step to step comes with the batch, see `_with_step`: a recorded step is not asked again.
+        What else changes from step to step comes with the batch, see `_add_step_inputs`: a recorded step is not asked
+        again.
         """
         ids, is_text = inputs["input_ids"], inputs["text"]
         output = model(input_ids=ids, use_cache=False)
@@ -118,16 +120,16 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Forward and backward of one batch; on a GPU replayed from a record, where that is possible."""
-        inputs = self._with_step(model, inputs)
+        inputs = self._add_step_inputs(model, inputs)
         if self.recorded is None:
             return cast(Tensor, super().training_step(model, inputs, num_items_in_batch))
         phase = None if self.removal is None else self.removal.phase
         return self.recorded(phase, self._prepare_inputs(inputs))
 
-    def _with_step(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _add_step_inputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch, with the weight of matching reads and tokens that are looked at alone, where there are any."""
         inputs = dict(inputs)
-        if share := self._inner_share():
+        if share := self._read_match_share():
             inputs["read_share"] = torch.tensor(share)
         if self.bounded and self.bounded[0].removed:
             vocabulary = vocabulary_size(self.accelerator.unwrap_model(model, keep_torch_compile=False))
@@ -202,8 +204,8 @@ class DistillationTrainer(Trainer):
             self.teacher_reads.clear()
             self.massive.clear()
 
-    def _inner_share(self) -> float:
-        """What is left of the weights of what is matched inside the model."""
+    def _read_match_share(self) -> float:
+        """Share of `read_weight` in force: 1 at first, 0 after `READS_SHARE` of the run; a late taper delays it."""
         # Matching prepares for norms to go; a twin that has long lost them has nothing to prepare for.
         if not self.stand_ins or (self.controller is not None and self.controller.only_heals):
             return 0.0

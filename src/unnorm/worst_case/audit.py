@@ -32,7 +32,7 @@ HALF_CPU_TOKENS = 1024
 LOSS_MARGIN = 1.1
 """The 99.99th percentile of the twin's loss may be this many times the reference's."""
 BLOW_UP = 2.0
-"""So may its largest loss: in many tokens one bad one is beyond every percentile."""
+"""Times the reference's that the twin's largest loss may be. Percentiles miss one bad token among very many."""
 PERCENTILES = (99.9, 99.99)
 
 _WORST, _SHOWN_TOKENS = 3, 12
