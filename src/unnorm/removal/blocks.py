@@ -17,6 +17,7 @@ from unnorm.models import DEMO
 from unnorm.removal.run import DATA, Run
 from unnorm.sites import vocabulary_size
 from unnorm.training import Watcher
+from unnorm.training.optimization import OPTIMIZATION
 
 TRAINING_SPREAD = 4
 """Times as much training text is read, and thinned evenly: neighbouring blocks come from one document and say less."""
@@ -121,7 +122,7 @@ def _read_blocks(
 
 def with_stress(run: Run) -> Dataset:
     """Training text with its share of stress blocks in place of as many others, for recipes that distil."""
-    if run.config.recipe != "taper" or run.stress_blocks is None:
+    if not OPTIMIZATION[run.config.recipe].distil or run.stress_blocks is None:
         return run.train_blocks
     kept = spread(run.train_blocks, max(1, len(run.train_blocks) - len(run.stress_blocks)))
     vocab_size = vocabulary_size(run.original)

@@ -42,10 +42,10 @@ class Optimization:
 
 OPTIMIZATION: dict[Recipe, Optimization] = {
     "taper": Optimization(
-        0.0,
-        0.05,
-        0.0,
-        (0.9, 0.98),
+        least_lr=0.0,
+        warmup=0.05,
+        weight_decay=0.0,
+        betas=(0.9, 0.98),
         distil=True,
         label_weight=0.05,
         read_weight=10.0,
@@ -53,8 +53,29 @@ OPTIMIZATION: dict[Recipe, Optimization] = {
         even_weight=1000.0,
     ),
     # arXiv 2409.13710 and 2507.02559: weight decay 0.01, 20 of 300 steps of warm-up, a cosine to half the peak.
-    "sequential": Optimization(0.5, 20 / 300, 0.01, (0.9, 0.999), distil=False),
-    # The weight is that of 2507.02559's published configuration.
-    "sequential-aux": Optimization(0.5, 20 / 300, 0.01, (0.9, 0.999), False, penalty="spread", penalty_weight=0.1),
-    "tapernorm": Optimization(0.1, 0.05, 0.01, (0.9, 0.95), False, penalty="target", penalty_weight=0.1),
+    "sequential": Optimization(
+        least_lr=0.5,
+        warmup=20 / 300,
+        weight_decay=0.01,
+        betas=(0.9, 0.999),
+        distil=False,
+    ),
+    "sequential-aux": Optimization(
+        least_lr=0.5,
+        warmup=20 / 300,
+        weight_decay=0.01,
+        betas=(0.9, 0.999),
+        distil=False,
+        penalty="spread",
+        penalty_weight=0.1,  # That of 2507.02559's published configuration.
+    ),
+    "tapernorm": Optimization(
+        least_lr=0.1,
+        warmup=0.05,
+        weight_decay=0.01,
+        betas=(0.9, 0.95),
+        distil=False,
+        penalty="target",
+        penalty_weight=0.1,
+    ),
 }
