@@ -44,7 +44,7 @@ def heal(directory: str | Path, *, watch: Watcher | None = None, **options: Any)
     if options.get("control") and not has_control:
         raise UnnormError(
             f"The run in '{directory}' has no control to go on with. Leave --control out, or train "
-            f"it first: unnorm remove --resume --control --out {directory}"
+            "it first: unnorm remove --resume --control --out DIR"
         )
     left_out = {*_OF_ONE_RUN, *(_OF_THE_DATA if "data" in options else ())}
     saved = {key: value for key, value in read_config_file(directory / CONFIG_FILE).items() if key not in left_out}
