@@ -108,7 +108,7 @@ def test_a_checkpoint_that_lacks_weights_is_refused(
         unnorm.remove(out=tmp_path / "run", resume=True)
 
 
-@pytest.mark.parametrize("stage", ["save_unfolded", "save_sites", "save_folded", "conclude"])
+@pytest.mark.parametrize("stage", ["save_folded", "conclude"])
 def test_a_disk_that_is_full_at_the_end_costs_no_training(
     stage: str, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -78,15 +78,19 @@ def test_text_shorter_than_the_run_is_said_to_be(tiny_model_dir: Path, text_file
     assert not any("no --data" in text for text in said)
 
 
-def test_a_model_of_ones_own_without_text_is_warned_of(tiny_model_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("model", "warned"), [("own", True), ("demo", False)])
+def test_a_model_of_ones_own_without_text_is_warned_of(
+    model: str, warned: bool, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def enough(*_: object, **__: object) -> None:
+        raise unnorm.UnnormError("enough")
+
+    monkeypatch.setattr("unnorm.removal.blocks.build_blocks", enough)
     said: list[Any] = []
-    options: dict[str, Any] = {"context": 32, "device": "cpu", "tokens": 0}
-    options["watch"] = lambda row: said.append(row.get("text") or "")
-    unnorm.remove(tiny_model_dir, out=tmp_path / "own", **options)
-    assert any("no --data was named" in text for text in said)
-    said.clear()
-    unnorm.remove("demo", out=tmp_path / "demo", **options)
-    assert not any("no --data" in text for text in said)
+    name = tiny_model_dir if model == "own" else model
+    with pytest.raises(unnorm.UnnormError, match="enough"):
+        unnorm.remove(name, out=tmp_path, device="cpu", watch=lambda row: said.append(row.get("text") or ""))
+    assert any("no --data was named" in text for text in said) is warned
 
 
 def test_a_model_that_can_not_be_trained_here_is_refused_at_once(
