@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from unnorm.data import STDLIB, Blocks, Documents, build_blocks, open_documents
 from unnorm.data import packing as packing_module
 from unnorm.data.documents import COMPRESSIONS
-from unnorm.data.packing import token_stream
+from unnorm.data.packing import held_out_blocks, token_stream
 from unnorm.errors import UnnormError
 
 DOCUMENTS = [f'Document {i}: naïve\n  text,\twith "quotes" and {"words " * (i % 7)}' for i in range(120)]
@@ -469,3 +469,24 @@ def test_a_word_in_one_name_of_several_is_no_split(tmp_path: Path) -> None:
     for name in ("installation.md", "training.md", "usage.md"):
         (tmp_path / name).write_text("\n".join(f"line {i} of {name}" for i in range(40)))
     assert len(list(open_documents(str(tmp_path)).train())) == 3
+
+
+def test_held_out_text_of_a_small_source_is_never_trained_on_at_any_context(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(f"{i} squared is {i * i}" for i in range(400)))
+    held = held_out_blocks(str(path), tiny_tokenizer, 300, 4096, 5)[0]["input_ids"]
+    assert len(held) == 1 and 8 <= len(held[0]) < 4096
+    pieces = {tuple(held[0][at : at + 24]) for at in range(0, len(held[0]) - 23, 24)}
+    for context in (24, 64, 256):
+        train = np.concatenate(build_blocks(str(path), tiny_tokenizer, 300, context, 1000, 5).train["input_ids"])
+        trained = {tuple(train[at : at + 24]) for at in range(len(train) - 23)}
+        assert not pieces & trained
+
+
+def test_next_to_no_held_out_text_is_too_little(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("few words\n")
+    with pytest.raises(UnnormError, match="less than two blocks"):
+        held_out_blocks(str(path), tiny_tokenizer, 300, 64, 5)

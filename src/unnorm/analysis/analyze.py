@@ -16,7 +16,8 @@ from unnorm.analysis.prompts import PromptPair, indirect_object_prompts, read_pr
 from unnorm.calibrate import spread
 from unnorm.checkpoint import load, load_sites, write_text
 from unnorm.config import CONFIG_FILE, choose_context, choose_device, read_count, run_settings
-from unnorm.data import STDLIB, build_blocks
+from unnorm.data import STDLIB
+from unnorm.data.packing import held_out_blocks
 from unnorm.errors import UnnormError
 from unnorm.evaluation import EVALUATION_SPREAD
 from unnorm.json_text import finite, json_text
@@ -204,10 +205,8 @@ def _text(
     length = min(length, MOST_CONTEXT) if context is None else length
     blocks = max(1, math.ceil(tokens / length))
     vocabulary = vocabulary_size(models[0])
-    found = build_blocks(
-        data, tokenizer, vocabulary, length, 1, EVALUATION_SPREAD * blocks, text_field=text_field, split=split
-    )
-    return spread(found.validation, blocks)
+    found, _ = held_out_blocks(data, tokenizer, vocabulary, length, EVALUATION_SPREAD * blocks, text_field, split)
+    return spread(found, blocks)
 
 
 def _settings(result: dict[str, Any]) -> dict[str, str]:

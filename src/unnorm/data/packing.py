@@ -22,6 +22,9 @@ _SAYS_EVERY = 15.0  # seconds
 _SMALL_SOURCE = 1000
 """Blocks of which the last tenth is held out, where the text that was held out does not fill one block."""
 
+_LEAST_HELD_OUT = 8
+"""Tokens of held-out text that something is measured on at least."""
+
 # Between words and between lines tokenizers split in any case, so a long document may be tokenized in pieces.
 _SEAM = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=\S)")
 
@@ -69,13 +72,46 @@ def build_blocks(
         train, validation = whole[:-held][:train_blocks], whole[-held:][:validation_blocks]
         held_out = f"the last {held} of {len(whole)} blocks"
     if len(train) == 0 or len(validation) == 0:
-        raise UnnormError(
-            f"'{source}' holds less than two blocks of {context} tokens, one to train on and one to validate. "
-            "Give more text or a smaller --context."
-        )
+        raise _too_little(source, context)
     for blocks in (train, validation):
         _check_ids(source, blocks, vocab_size)
     return Blocks(source, as_dataset(train), as_dataset(validation), held_out)
+
+
+def _too_little(source: str, context: int) -> UnnormError:
+    return UnnormError(
+        f"'{source}' holds less than two blocks of {context} tokens, one to train on and one to validate. "
+        "Give more text or a smaller --context."
+    )
+
+
+def held_out_blocks(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    context: int,
+    count: int,
+    text_field: str | None = None,
+    split: str = "train",
+) -> tuple[Dataset, str]:
+    """At most `count` blocks of text that no run trains on, at whatever context; and in words what that is.
+
+    Where there is less than one block, all of it is one, shorter block: what `build_blocks` holds out in its place is
+    training text of runs with a shorter context.
+
+    Raises:
+        UnnormError: the source cannot be read, has next to no held-out text, or has token ids that the model's
+            vocabulary of `vocab_size` does not.
+    """
+    _, validation_tokens, held_out = open_tokens(source, tokenizer, text_field, split)
+    blocks = _cut(validation_tokens(), context, count)
+    if not len(blocks):
+        rest = np.concatenate([*validation_tokens(), np.empty(0, np.int32)])
+        if len(rest) < _LEAST_HELD_OUT:
+            raise _too_little(source, context)
+        blocks, held_out = rest[None], f"{held_out}, {len(rest)} tokens"
+    _check_ids(source, blocks, vocab_size)
+    return as_dataset(blocks), held_out
 
 
 def open_tokens(

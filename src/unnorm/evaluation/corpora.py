@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from unnorm.calibrate import spread
-from unnorm.data import build_blocks
-from unnorm.data.packing import open_tokens
+from unnorm.data.packing import held_out_blocks, open_tokens
 from unnorm.errors import UnnormError
 
 EVALUATION_TOKENS = 50_000
@@ -122,13 +121,15 @@ def open_corpus(
         UnnormError: the source can't be read or holds too little text, or no block is left.
     """
     count = max(1, math.ceil(tokens / context))
-    found = build_blocks(source, tokenizer, vocab_size, context, 1, EVALUATION_SPREAD * count, text_field, split)
-    blocks = _with_documents(found.validation, tokenizer)
+    found, held_out = held_out_blocks(
+        source, tokenizer, vocab_size, context, EVALUATION_SPREAD * count, text_field, split
+    )
+    blocks = _with_documents(found, tokenizer)
     if keep is not None:
         blocks = blocks.select(np.flatnonzero(keep[_column(blocks, "input_ids")].all(1)))
     if not len(blocks):
         raise UnnormError(
-            f"Nothing is left of '{name}': each of its {len(found.validation)} blocks has a token that the text it is "
+            f"Nothing is left of '{name}': each of its {len(found)} blocks has a token that the text it is "
             "filtered by lacks. Give more of that text, or evaluate on the unfiltered corpus."
         )
     blocks = spread(blocks, count)
@@ -137,9 +138,9 @@ def open_corpus(
         source=source,
         blocks=blocks.select_columns("input_ids"),
         documents=_column(blocks, "document") if "document" in blocks.column_names else None,
-        read=len(found.validation),
+        read=len(found),
         separator=_separator(tokenizer),
-        held_out=found.held_out,
+        held_out=held_out,
         text_bytes=count_bytes(_column(blocks, "input_ids"), tokenizer),
     )
 

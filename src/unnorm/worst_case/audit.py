@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.checkpoint import load_sites
 from unnorm.config import CONFIG_FILE, choose_context, choose_device, read_count, run_settings
-from unnorm.data import STDLIB, build_blocks
+from unnorm.data import STDLIB
+from unnorm.data.packing import held_out_blocks
 from unnorm.errors import UnnormError
 from unnorm.models import context_length, load_original
 from unnorm.sites import NormSite, vocabulary_size
@@ -308,12 +309,12 @@ def _ordinary_text(
     count = 1 + max(1, tokens // context)
     field, part = text_field or own.get("text_field"), split or own.get("split", "train")
     try:
-        blocks = build_blocks(source, tokenizer, rows, context, 1, count, field, part)
+        blocks, _ = held_out_blocks(source, tokenizer, rows, context, count, field, part)
     except UnnormError as error:
         if data is not None:
             raise
         raise UnnormError(f"The run's own text can't be read. {error} Or name other text with --data.") from error
-    return torch.tensor(blocks.validation["input_ids"]).flatten()
+    return torch.tensor(blocks["input_ids"]).flatten()
 
 
 def _takes_positions(model: PreTrainedModel) -> bool:
