@@ -2,8 +2,8 @@
 
 import math
 import shutil
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from unnorm.training.token_clip import clipping_tokens
 
 QUICK_BLOCKS = 16
 """Validation blocks in the quick evaluations along the way."""
-CHECKPOINTS = 10
+CHECKPOINTS_PER_RUN = 10
 LOG_LINES = 100
 
 
@@ -128,28 +128,10 @@ def train(
     checkpoints = directory / "checkpoints"
     last = processes.agree(lambda: last_checkpoint(checkpoints))
     use_cache = model.config.use_cache
+    errors = _as_unnorm_errors(plan, checkpoints, report_to)
     clipping = clipping_tokens(model, model.get_output_embeddings()) if trainer.bounded else nullcontext()
-    with interrupt.listening(), without_dropout(model), trainer.matching_reads(), clipping:
-        try:
-            trainer.train(resume_from_checkpoint=last)
-        except torch.OutOfMemoryError as error:
-            raise UnnormError(
-                f"Out of memory with {plan.micro_batch} blocks of {plan.context} tokens at once. "
-                "Use a smaller --batch-size or --context."
-            ) from error
-        except (OSError, SafetensorError) as error:
-            raise UnnormError(
-                f"Could not read or write a checkpoint in '{checkpoints}': {error}. Free some space and go on with "
-                "--resume."
-            ) from error
-        except Exception as error:
-            tracker = type(error).__module__.partition(".")[0]
-            if tracker not in report_to:
-                raise
-            raise UnnormError(
-                f"{tracker} gave up: {str(error).strip()} Go on with --resume when that is mended, or without it: "
-                "--resume --report-to none."
-            ) from error
+    with interrupt.listening(), without_dropout(model), trainer.matching_reads(), clipping, errors:
+        trainer.train(resume_from_checkpoint=last)
     model.config.use_cache = use_cache  # The Trainer turns it off for good.
     steps = int(trainer.state.global_step)
     unfinished = {}
@@ -166,6 +148,31 @@ def train(
         unfinished=unfinished,
         rows=metrics.rows,
     )
+
+
+@contextmanager
+def _as_unnorm_errors(plan: Plan, checkpoints: Path, report_to: Sequence[str]) -> Iterator[None]:
+    """What runs out, and trackers that give up, in words that say what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UnnormError(
+            f"Out of memory with {plan.micro_batch} blocks of {plan.context} tokens at once. "
+            "Use a smaller --batch-size or --context."
+        ) from error
+    except (OSError, SafetensorError) as error:
+        raise UnnormError(
+            f"Could not read or write a checkpoint in '{checkpoints}': {error}. Free some space and go on with "
+            "--resume."
+        ) from error
+    except Exception as error:
+        tracker = type(error).__module__.partition(".")[0]
+        if tracker not in report_to:
+            raise
+        raise UnnormError(
+            f"{tracker} gave up: {str(error).strip()} Go on with --resume when that is mended, or without it: "
+            "--resume --report-to none."
+        ) from error
 
 
 @torch.no_grad()
@@ -223,7 +230,7 @@ def _arguments(
         ddp_broadcast_buffers=False,  # Constants are averaged instead; see ScheduleCallback.
         ddp_find_unused_parameters=False,
         save_strategy="steps",
-        save_steps=max(1, math.ceil(plan.steps / CHECKPOINTS)),
+        save_steps=max(1, math.ceil(plan.steps / CHECKPOINTS_PER_RUN)),
         save_total_limit=1,
         logging_steps=max(1, plan.steps // LOG_LINES),
         report_to=list(report_to) or "none",
