@@ -13,14 +13,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from rich.console import Console
 from transformers.utils import logging
 
 import unnorm
 from unnorm.evaluation import Results
-from unnorm.schedule import Recipe
+from unnorm.recipes import RECIPES
 from unnorm.terminal import Progress
 
 PUBLISHED = (
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=["demo"])
     parser.add_argument("--train-data", default="stdlib", help="data that twins and control are trained on")
     parser.add_argument("--tokens", help="training tokens of each run; default by device")
-    parser.add_argument("--recipes", nargs="+", choices=get_args(Recipe), default=list(get_args(Recipe)))
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--suite", default="paper", choices=("quick", "full", "paper"))
     parser.add_argument("--data", action="append", help="[NAME=]SOURCE, as for unnorm evaluate")
     parser.add_argument("--tasks", action="append", help="as for unnorm evaluate")

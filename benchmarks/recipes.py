@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 import unnorm
 from unnorm.config import parse_count
-from unnorm.schedule import Recipe
+from unnorm.recipes import RECIPES
 from unnorm.terminal import Progress
 
 MEASURES = ("lnfree_loss", "gap", "kl", "jsd", "top1_agreement", "tokens_per_second", "peak_memory_mb")
@@ -110,7 +110,7 @@ def table(summary: list[dict[str, Any]]) -> str:
 def plot(summary: list[dict[str, Any]]) -> go.Figure:
     """Gap and KL against tokens, both axes of KL logarithmic."""
     figure = make_subplots(rows=1, cols=2, subplot_titles=("gap to the control", "KL to the original"))
-    colours = dict(zip(get_args(Recipe), ("#0072B2", "#D55E00", "#E69F00", "#009E73"), strict=True))
+    colours = dict(zip(RECIPES, ("#0072B2", "#D55E00", "#E69F00", "#009E73"), strict=True))
     for recipe, colour in colours.items():
         mine = sorted((row for row in summary if row["recipe"] == recipe), key=lambda row: row["tokens"])
         for column, key in ((1, "gap"), (2, "kl")):
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--data", default="stdlib")
     parser.add_argument("--tokens", nargs="+", type=parse_count, default=[40_000, 100_000, 400_000])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--recipes", nargs="+", choices=get_args(Recipe), default=list(get_args(Recipe)))
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--table", type=Path, help="Markdown file")
     parser.add_argument("--plot", type=Path, help="HTML file")

@@ -112,6 +112,12 @@ def test_frozen_scale_in_the_original_is_off_and_the_direct_effect_is_not(family
     assert (heads > 1e-3).all()
 
 
+def test_error_of_a_frozen_scale_is_a_share_of_the_direct_effect() -> None:
+    contributions = torch.tensor([[3.0, -3.0], [0.5, 1.0], [0.0, 0.0]])
+    direct_effects = torch.tensor([[2.0, -1.0], [0.5, 1.0], [0.0, 0.0]])
+    assert frozen_scale_error(contributions, direct_effects).tolist() == [1.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("family", BRIDGED)
 def test_attribution_sinks_and_lens_agree_with_transformer_lens(family: str, runs: dict[str, Path]) -> None:
     pytest.importorskip("transformer_lens")

@@ -7,9 +7,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from unnorm.calibrate import collect_log_scales, set_constants
 from unnorm.equalize import equalize_embedding, naive_kl, token_log_scales
-from unnorm.fold import install
 from unnorm.models import copy_model
 from unnorm.sites import find_sites
+from unnorm.stand_ins import install
 
 BLOCKS = Dataset.from_dict(
     {"input_ids": torch.randint(300, (8, 32), generator=torch.Generator().manual_seed(0)).tolist()}

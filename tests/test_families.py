@@ -17,8 +17,10 @@ import unnorm
 from tests.conftest import Cli
 from unnorm.analysis.material import float64_copy
 from unnorm.errors import UnnormError
-from unnorm.fold import fold, install, prove_sites
+from unnorm.fold import fold
+from unnorm.site_proof import prove_sites
 from unnorm.sites import NormSite, find_sites, norm_modules, trace_inputs
+from unnorm.stand_ins import install
 
 IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 LLAMA_LIKE = {

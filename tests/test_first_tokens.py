@@ -12,11 +12,11 @@ import unnorm
 from tests.conftest import VOCAB, small_llama
 from tests.test_massive import GPT2, with_massive
 from unnorm.calibrate import set_constants
-from unnorm.fold import install
 from unnorm.models import copy_model
 from unnorm.norms import TaperedNorm
 from unnorm.residual import recorded
 from unnorm.sites import find_sites
+from unnorm.stand_ins import install
 from unnorm.training.first_tokens import DRAWN, LEARNED, first_token_losses
 
 LONG, LONGER = 3, 11

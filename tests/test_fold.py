@@ -11,8 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from unnorm.errors import UnnormError
-from unnorm.fold import fold, install, prove_sites, uninstall_paths
+from unnorm.fold import fold
+from unnorm.site_proof import prove_sites
 from unnorm.sites import find_sites, is_norm, norm_modules, trace_inputs
+from unnorm.stand_ins import install, uninstall_paths
 
 
 def random_gpt2(**options: Any) -> GPT2LMHeadModel:

@@ -21,12 +21,13 @@ from tests.conftest import VOCAB, Cli, small_llama
 from tests.test_families import FAMILIES, random_model
 from tests.test_massive import BLOCKS, GPT2, IDS, LLAMA, RARE, planted_files, read, with_massive
 from tests.test_modeling import WITHOUT_UNNORM
-from unnorm.checkpoint import LIMITS, load_unfolded, save_limits
-from unnorm.fold import install
+from unnorm.checkpoint import load_unfolded, save_limits
 from unnorm.limits import COMMON, ROOM, measure_limits, quadratic_writers, set_limits, share_at_limit
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.models import copy_model
+from unnorm.run_directory import LIMITS
 from unnorm.sites import find_sites, norm_modules, trace_inputs
+from unnorm.stand_ins import install
 from unnorm.terminal import result_table
 
 QUADRATIC = ("stablelm", "llama", "mistral", "qwen2", "smollm3", "qwen3", "gemma", "olmo", "cohere", "nemotron")

@@ -14,13 +14,13 @@ from tests.conftest import VOCAB, small_llama
 from tests.test_families import FAMILIES, random_model
 from unnorm.calibrate import collect_log_scales, set_constants
 from unnorm.equalize import mean_kl, naive_kl
-from unnorm.fold import install
 from unnorm.losses import RUNAWAY, massive_unevenness, read_mismatch, unevenness
 from unnorm.massive import Neuron, shrink_massive
 from unnorm.models import copy_model
 from unnorm.norms import linear_weight
 from unnorm.residual import recorded
 from unnorm.sites import find_sites, vocabulary_size
+from unnorm.stand_ins import install
 
 WIDTH = 32
 RARE, PLANTED = 7, 5

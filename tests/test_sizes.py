@@ -13,9 +13,10 @@ import unnorm.checkpoint
 from tests.test_families import FAMILIES, IN_PLACE, random_model, removed_twin
 from unnorm.analysis.material import float64_copy
 from unnorm.blockwise import float64_logits
-from unnorm.fold import FoldedWeights, empty_twin, fold, install
+from unnorm.fold import FoldedWeights, empty_twin, fold
 from unnorm.models import copy_model
 from unnorm.sites import find_sites, trace_inputs
+from unnorm.stand_ins import install
 
 MODELS = {
     "gpt2": FAMILIES["gpt2"][0],

@@ -7,22 +7,30 @@ from unnorm.errors import UnnormError
 
 if TYPE_CHECKING:
     from unnorm.analysis.analyze import analyze
-    from unnorm.calibrate import stats
+    from unnorm.calibrate import ScaleStatistics, stats
     from unnorm.checkpoint import load
     from unnorm.config import RemoveConfig
-    from unnorm.evaluation import evaluate
-    from unnorm.exports.export import export
-    from unnorm.exports.push import push
+    from unnorm.evaluation import Evaluation, Results, evaluate
+    from unnorm.exports.export import Exported, export
+    from unnorm.exports.push import Pushed, push
     from unnorm.exports.transformer_lens import to_transformer_lens
-    from unnorm.proof import verify
+    from unnorm.proof import Check, verify
     from unnorm.removal.heal import heal
     from unnorm.removal.remove import RunInterruptedError, remove
+    from unnorm.sites import NormSite
     from unnorm.worst_case.audit import audit
 
 __version__ = "0.1.0"
 __all__ = [
+    "Check",
+    "Evaluation",
+    "Exported",
+    "NormSite",
+    "Pushed",
     "RemoveConfig",
+    "Results",
     "RunInterruptedError",
+    "ScaleStatistics",
     "UnnormError",
     "__version__",
     "analyze",
@@ -39,8 +47,15 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Check": "unnorm.proof",
+    "Evaluation": "unnorm.evaluation",
+    "Exported": "unnorm.exports.export",
+    "NormSite": "unnorm.sites",
+    "Pushed": "unnorm.exports.push",
     "RemoveConfig": "unnorm.config",
+    "Results": "unnorm.evaluation",
     "RunInterruptedError": "unnorm.removal.remove",
+    "ScaleStatistics": "unnorm.calibrate",
     "analyze": "unnorm.analysis.analyze",
     "audit": "unnorm.worst_case.audit",
     "evaluate": "unnorm.evaluation",
@@ -56,7 +71,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import each verb when it is first used, so that `unnorm --help` does not wait for torch."""
+    """Import each name when it is first used, so that `unnorm --help` does not wait for torch."""
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'unnorm' has no attribute '{name}'")

@@ -1,19 +1,20 @@
 """Scale statistics of every norm site, and the constant scale from them."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unnorm.config import choose_context, choose_device
-from unnorm.data import STDLIB, build_blocks
-from unnorm.models import load_original
+from unnorm.data import STDLIB, batches, build_blocks
+from unnorm.models import evaluating, load_original
 from unnorm.norms import Estimator, TaperedNorm, estimate_log_constant, log_scale_of
 from unnorm.sites import NormSite, find_sites, vocabulary_size
 
@@ -49,8 +50,8 @@ class ScaleStatistics:
 
 
 def stats(
-    model: str,
-    data: str = STDLIB,
+    model: str | Path,
+    data: str | Path = STDLIB,
     *,
     text_field: str | None = None,
     split: str = "train",
@@ -63,12 +64,12 @@ def stats(
     Raises:
         UnnormError: the model has no norms, or it or the data can't be used.
     """
-    original, tokenizer = load_original(model, trust_remote_code)
+    original, tokenizer = load_original(str(model), trust_remote_code)
     sites = find_sites(original, in_place=True)
     original.to(choose_device(device))
     context = choose_context(context, original)
     vocab_size = vocabulary_size(original)
-    blocks = build_blocks(data, tokenizer, vocab_size, context, CALIBRATION_BLOCKS, 1, text_field, split)
+    blocks = build_blocks(str(data), tokenizer, vocab_size, context, CALIBRATION_BLOCKS, 1, text_field, split)
     rows = scale_statistics(collect_log_scales(original, sites, blocks.train))
     return list(zip(sites, rows, strict=True))
 
@@ -159,26 +160,3 @@ def set_constants(
         parts = (log_scale[:, 1:], log_scale[:, :1])
         constants = [estimate_log_constant(part, torch.ones_like(part), estimator) for part in parts]
         stand_in.log_constant.copy_(torch.stack(constants))
-
-
-def spread(blocks: Dataset, count: int) -> Dataset:
-    """At most `count` rows, evenly spaced: neighbouring blocks often come from one document."""
-    count = min(count, len(blocks))
-    return blocks.select([i * len(blocks) // count for i in range(count)])
-
-
-def batches(blocks: Dataset, batch_size: int, device: torch.device) -> Iterator[Int[Tensor, "batch position"]]:
-    """The rows of `blocks` in order, `batch_size` at a time."""
-    for start in range(0, len(blocks), batch_size):
-        yield torch.tensor(blocks[start : start + batch_size]["input_ids"], device=device)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and back as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

@@ -18,14 +18,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 import unnorm.modeling  # noqa: F401  (registers the LN-free classes)
 from unnorm.errors import UnnormError, short
-from unnorm.fold import FoldedWeights, empty_twin, install
+from unnorm.fold import FoldedWeights, empty_twin
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.norms import TaperedNorm
+from unnorm.run_directory import LIMITS, MODEL, SITES, UNFOLDED
 from unnorm.sites import NormSite, gain_offset
+from unnorm.stand_ins import install
 
 SHARD = "500MB"
 """Size of a weight file; writing one takes up to twice as much memory."""
-MODEL, UNFOLDED, SITES, LIMITS = "model", "unfolded", "sites.json", "limits.safetensors"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,19 +20,17 @@ from unnorm.data import OWN_TEXT, STDLIB
 from unnorm.errors import UnnormError
 from unnorm.models import DEMO, context_length
 from unnorm.norms import Estimator
-from unnorm.schedule import KL_BUDGET, PAPER_STEPS, Recipe
-
-CONFIG_FILE = "config.yaml"
+from unnorm.recipes import RECIPES, RecipeName
+from unnorm.run_directory import CONFIG_FILE
+from unnorm.schedule import KL_BUDGET
 
 CPU_TOKENS = 1_600_000
 GPU_TOKENS = 20_000_000
 MOST_CONTEXT = 1024
 CONTROL_STEP_TOKENS = 4096
 """Tokens that the control's steps have at least."""
-STEPS_WANTED = 12_800
-"""Optimizer steps that a run's tokens are divided into, as far as the limits on tokens a step allow. The bundled model
-ends at KL 0.027 after 12,500 steps of 512 tokens and at 0.037 after 3,125 of 4,096 (`benchmarks/steps.json`)."""
 LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 512, 2**19
+MOST_LR = 2e-3
 MEMORY_SHARE = 0.5
 """Share of the free memory that activations may take."""
 LEAST_BFLOAT16_GAIN = 1.5
@@ -53,7 +51,7 @@ class RemoveConfig(BaseModel):
     text_field: str | None = Field(None, description="column that holds the text")
     split: str = Field("train", description="split that training text comes from")
     out: Path | None = Field(None, description="run directory; by default a new one named after the model")
-    recipe: Recipe = Field("taper", description="'taper', 'sequential', 'sequential-aux' or 'tapernorm'")
+    recipe: RecipeName = Field("taper", description="'taper', 'sequential', 'sequential-aux' or 'tapernorm'")
     tokens: int | None = Field(None, ge=0, description="training tokens (2M, 150M); 0 only calibrates and folds")
     batch_size: int | None = Field(None, ge=1, description="blocks for each optimizer step, over all processes")
     context: int | None = Field(None, ge=2, description="tokens in a block")
@@ -254,8 +252,7 @@ def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) 
     device = choose_device(config.device)
     context = choose_context(config.context, model)
     tokens = config.tokens if config.tokens is not None else (GPU_TOKENS if device == "cuda" else CPU_TOKENS)
-    steps_wanted = STEPS_WANTED if config.recipe == "taper" else PAPER_STEPS
-    wanted = min(max(tokens // steps_wanted, LEAST_STEP_TOKENS), MOST_STEP_TOKENS)
+    wanted = min(max(tokens // RECIPES[config.recipe].steps_wanted, LEAST_STEP_TOKENS), MOST_STEP_TOKENS)
     batch_size = config.batch_size or max(1, round(wanted / context))
     batch_size = processes * max(1, round(batch_size / processes))
     micro_batch = _micro_batch(model, context, batch_size // processes, device) if tokens else 1
@@ -295,14 +292,9 @@ def healing_plan(plan: Plan, spent: int) -> Plan:
     return plan.model_copy(update={"lr": plan.lr * plan.tokens / max(1, plan.tokens + spent)})
 
 
-def default_lr(model: PreTrainedModel, recipe: Recipe) -> float:
-    """Peak learning rate, by the model's width.
-
-    The published recipes have the 6e-4 of arXiv 2409.13710 at GPT-2 small's width. `taper` takes less, since its steps
-    are more and smaller and must not carry the model off where there is nothing to learn (`docs/method.md`).
-    """
-    at_768 = 1.25e-4 if recipe == "taper" else 6e-4
-    return min(2e-3, at_768 * (768 / int(model.config.get_text_config().hidden_size)) ** 0.5)
+def default_lr(model: PreTrainedModel, recipe: RecipeName) -> float:
+    """Peak learning rate: the recipe's, by the inverse root of the model's width."""
+    return min(MOST_LR, RECIPES[recipe].lr_at_768 * (768 / int(model.config.get_text_config().hidden_size)) ** 0.5)
 
 
 def choose_context(asked: int | None, *models: PreTrainedModel) -> int:

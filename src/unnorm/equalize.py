@@ -17,9 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unnorm.calibrate import batches, collect_log_scales, evaluating, set_constants
+from unnorm.calibrate import collect_log_scales, set_constants
 from unnorm.config import MOST_CONTEXT
-from unnorm.models import context_length
+from unnorm.data import batches
+from unnorm.models import context_length, evaluating
 from unnorm.norms import Estimator, TaperedNorm, removed
 from unnorm.sites import NormSite, vocabulary_size
 

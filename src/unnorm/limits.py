@@ -20,8 +20,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unnorm.calibrate import batches, evaluating
+from unnorm.data import batches
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
+from unnorm.models import evaluating
 from unnorm.residual import recorded, stream_writers
 from unnorm.sites import NormSite, trace_inputs
 

@@ -28,8 +28,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unnorm.calibrate import collect_log_scales, evaluating, set_constants, spread
+from unnorm.calibrate import collect_log_scales, set_constants
+from unnorm.data import spread
 from unnorm.equalize import mean_kl
+from unnorm.models import evaluating
 from unnorm.norms import Estimator, TaperedNorm, linear_weight, log_scale_of
 from unnorm.residual import recorded, stream_writers
 from unnorm.sites import NormSite

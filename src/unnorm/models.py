@@ -23,6 +23,7 @@ from transformers import (
 
 import unnorm.modeling  # noqa: F401  (registers the LN-free classes)
 from unnorm.errors import UnnormError, short
+from unnorm.run_directory import MODEL, SITES
 from unnorm.sites import trace_inputs, vocabulary_size
 
 DEMO = "demo"
@@ -37,8 +38,8 @@ def model_path(model: str) -> str:
     if model == DEMO:
         return str(resources.files("unnorm") / "demo")
     path = Path(os.path.expanduser(model))  # noqa: PTH111 (pathlib's raises where there is no such user)
-    if (path / "sites.json").is_file():
-        return str(path / "model")
+    if (path / SITES).is_file():
+        return str(path / MODEL)
     return str(path) if path.exists() else model
 
 
@@ -71,6 +72,17 @@ def load_original(model: str, trust_remote_code: bool = False) -> tuple[PreTrain
 def context_length(model: PreTrainedModel) -> int:
     """Most tokens that the model takes at once, or 1024 where its config does not say."""
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and back as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 @contextmanager

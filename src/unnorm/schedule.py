@@ -1,14 +1,11 @@
-"""Recipes: which site has which alpha when, as pure functions of a clock; and the controller that runs the clock."""
+"""Schedules: which site has which alpha when, as pure functions of a clock; and the controller that runs the clock."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from unnorm.sites import NormSite
-
-Recipe = Literal["taper", "sequential", "sequential-aux", "tapernorm"]
-"""Ours; arXiv 2409.13710; the same with the auxiliary loss of 2507.02559; TaperNorm (2602.10408)."""
 
 TAPER_SHARE = 0.1
 """Share of the run in which `taper` brings alpha from 0 to 1; the rest heals."""
@@ -50,7 +47,7 @@ class PathRemoval:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A recipe laid out over one run.
+    """What a recipe lays out over one run.
 
     Attributes:
         removals: one for each path of each site.

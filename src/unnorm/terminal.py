@@ -15,6 +15,8 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
+from unnorm.run_directory import MODEL, REPORT
+
 if TYPE_CHECKING:
     from unnorm.calibrate import ScaleStatistics
     from unnorm.evaluation import Evaluation, Results, Score
@@ -87,7 +89,7 @@ def result_table(result: dict[str, Any]) -> RenderableType:
     for row in _result_rows(result):
         table.add_row(*row)
     where = result["directory"]
-    paths = Text(f"model   {where}/model\nreport  {where}/report.html\nproof   unnorm verify {where}")
+    paths = Text(f"model   {where}/{MODEL}\nreport  {where}/{REPORT}\nproof   unnorm verify {where}")
     return Group(table, paths)
 
 

@@ -13,17 +13,18 @@ from unnorm.analysis import attribution, geometry, lens, neurons, patching, scal
 from unnorm.analysis.material import Finding, Material
 from unnorm.analysis.page import Skipped, render_analysis
 from unnorm.analysis.prompts import PromptPair, indirect_object_prompts, read_prompts
-from unnorm.calibrate import spread
 from unnorm.checkpoint import load, load_sites, write_text
-from unnorm.config import CONFIG_FILE, choose_context, choose_device, read_count, run_settings
-from unnorm.data import STDLIB
+from unnorm.config import choose_context, choose_device, read_count, run_settings
+from unnorm.data import STDLIB, spread
 from unnorm.data.packing import held_out_blocks
 from unnorm.errors import UnnormError
 from unnorm.evaluation import EVALUATION_SPREAD
 from unnorm.json_text import finite, json_text
 from unnorm.modeling.modeling_unnorm import PREFIX
 from unnorm.models import load_original
+from unnorm.progress import Watch
 from unnorm.report.numbers import count, short_count
+from unnorm.run_directory import CONFIG_FILE
 from unnorm.sites import NormSite, vocabulary_size
 
 ANALYSES: dict[str, Callable[[Material], Finding]] = {
@@ -41,15 +42,13 @@ TOKENS, PROMPTS = 4096, 64
 MOST_CONTEXT = 256
 """Longest blocks by default: attention weights of all pairs of positions are kept."""
 
-Watch = Callable[[dict[str, Any]], None]
-
 
 def analyze(
     directory: str | Path,
-    against: str | None = None,
+    against: str | Path | None = None,
     *,
     what: str | Sequence[str] | None = None,
-    data: str | None = None,
+    data: str | Path | None = None,
     prompts: str | Path | None = None,
     out: str | Path | None = None,
     tokens: int | str = TOKENS,
@@ -97,7 +96,7 @@ def analyze(
     _check_out(out)
     sites, constants = load_sites(directory)
     settings = run_settings(directory)
-    name = against or str(settings.get("model") or "")
+    name = str(against or settings.get("model") or "")
     if not name:
         raise UnnormError(f"'{directory / CONFIG_FILE}' does not name the original. Name it with --against.")
     say({"kind": "phase", "text": f"loading {directory} and {name}"})
@@ -105,7 +104,7 @@ def analyze(
     twin = load(directory)
     _check_pair(original, twin, sites, name)
     pairs = _prompts(prompts, tokenizer, seed)
-    text = data or str(settings.get("data") or STDLIB)
+    text = str(data or settings.get("data") or STDLIB)
     blocks = _text(
         (original, twin), tokenizer, text, tokens, context,
         text_field if data or text_field else settings.get("text_field"),

@@ -103,7 +103,10 @@ def frozen_scale_error(
 ) -> Float[Tensor, " part"]:
     """NMAE of attributions against direct effects, over tokens, for each part; 0 where the part does nothing."""
     miss = (contributions - direct_effects).abs().flatten(1).sum(1)
-    effect = direct_effects.abs().flatten(1).sum(1)
+    return _share(miss, direct_effects.abs().flatten(1).sum(1))
+
+
+def _share(miss: Float[Tensor, " part"], effect: Float[Tensor, " part"]) -> Float[Tensor, " part"]:
     return torch.where(effect > 0, miss / effect.clamp_min(torch.finfo(effect.dtype).tiny), miss)
 
 
@@ -199,7 +202,7 @@ def _numbers(
     shape: Anatomy, parts: list[Part], totals: dict[str, Tensor], neurons: dict[int, Tensor], tokens: int
 ) -> dict[str, Any]:
     miss, effect = totals["miss"], totals["effect"]
-    error = [*(miss / effect.clamp_min(1e-300)).tolist(), None]
+    error = [*_share(miss, effect).tolist(), None]
     size, signed = ((totals[key] / tokens).tolist() for key in ("size", "signed"))
     rows = [
         {"part": p.name, "kind": p.kind, "layer": p.layer, "head": p.head, "mean_abs": s, "mean": m, "error": e}

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.analysis.anatomy import Anatomy, anatomy
 from unnorm.analysis.prompts import PromptPair
-from unnorm.calibrate import batches
+from unnorm.data import batches
 from unnorm.sites import NormSite
 
 if TYPE_CHECKING:

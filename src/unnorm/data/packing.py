@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Dataset, Features, List, Value
+from jaxtyping import Int
 from numpy.typing import NDArray
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from unnorm.data.documents import TOKEN_FILE, data_suffix, find_files, open_documents
@@ -235,3 +238,15 @@ def as_dataset(blocks: Tokens) -> Dataset:
     """Token ids, (block, position), as rows of `input_ids`."""
     features = Features({"input_ids": List(Value("int32"), length=blocks.shape[1])})
     return Dataset.from_dict({"input_ids": blocks}, features=features)
+
+
+def spread(blocks: Dataset, count: int) -> Dataset:
+    """At most `count` rows, evenly spaced: neighbouring blocks often come from one document."""
+    count = min(count, len(blocks))
+    return blocks.select([i * len(blocks) // count for i in range(count)])
+
+
+def batches(blocks: Dataset, batch_size: int, device: torch.device) -> Iterator[Int[Tensor, "batch position"]]:
+    """The rows of `blocks` in order, `batch_size` at a time."""
+    for start in range(0, len(blocks), batch_size):
+        yield torch.tensor(blocks[start : start + batch_size]["input_ids"], device=device)

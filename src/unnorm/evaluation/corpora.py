@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from unnorm.calibrate import spread
+from unnorm.data import spread
 from unnorm.data.packing import held_out_blocks, open_tokens
 from unnorm.errors import UnnormError
 

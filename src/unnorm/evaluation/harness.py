@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unnorm.errors import UnnormError, short
 from unnorm.evaluation.benchmarks import READERS
 from unnorm.evaluation.intervals import Interval, bootstrap_interval, paired_share_interval, share_interval
-from unnorm.evaluation.metrics import Watch
 from unnorm.evaluation.results import Score
+from unnorm.progress import Watch
 
 LOCAL = "local_"
 """What the names of the tasks in `tasks/` begin with."""

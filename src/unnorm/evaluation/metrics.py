@@ -1,6 +1,6 @@
 """What is measured at every token: loss, distance to the original, entropy, confidence."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unnorm.calibrate import batches, evaluating
+from unnorm.data import batches
+from unnorm.models import evaluating
+from unnorm.progress import Watch
 
 CALIBRATION_BINS = 15
 """Bins of equal width in confidence, as in arXiv 1706.04599."""
@@ -23,7 +25,6 @@ _AT_ONCE, _AT_ONCE_GPU = 2**20, 2**26
 """Logits that are worked on at once: a softmax of all of them would be several times the model's memory."""
 
 Floats = NDArray[np.float32]
-Watch = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)

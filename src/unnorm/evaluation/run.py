@@ -20,11 +20,12 @@ from unnorm.evaluation.comparison import compare_tokens
 from unnorm.evaluation.corpora import Corpus, count_bytes, open_corpus, tokens_in
 from unnorm.evaluation.harness import Benchmark, against, open_benchmarks, run_benchmark
 from unnorm.evaluation.intervals import LEVEL, RESAMPLES, bootstrap_interval
-from unnorm.evaluation.metrics import Distances, ModelTokens, Watch, calibration, measure_tokens
+from unnorm.evaluation.metrics import Distances, ModelTokens, calibration, measure_tokens
 from unnorm.evaluation.record import Record
 from unnorm.evaluation.results import Evaluation, Results, Score
 from unnorm.evaluation.suites import PILE_FILTERED, Choice, choose
 from unnorm.models import load_original
+from unnorm.progress import Watch
 from unnorm.sites import vocabulary_size
 
 

@@ -9,10 +9,11 @@ from typing import Any, Literal, get_args
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from unnorm.checkpoint import MODEL, load, load_sites
+from unnorm.checkpoint import load, load_sites
 from unnorm.errors import UnnormError, short
 from unnorm.exports import nanogpt, stock
 from unnorm.exports.measure import FormError, errors
+from unnorm.run_directory import MODEL
 
 Form = Literal["transformers", "stock", "nanogpt"]
 

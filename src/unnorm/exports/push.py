@@ -1,17 +1,14 @@
 """`unnorm push`: the LN-free model of a finished run, with its card, to a repository on the Hugging Face hub."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from unnorm.checkpoint import MODEL, load_sites
+from unnorm.checkpoint import load_sites
 from unnorm.errors import UnnormError, short
-
-CARD = "README.md"
-_RESULT = "result.json"
+from unnorm.run_directory import CARD, MODEL, finished_result
 
 
 @dataclass(frozen=True)
@@ -86,14 +83,7 @@ def check_run(directory: Path) -> Path:
         UnnormError: what is missing or wrong, and how to mend it.
     """
     load_sites(directory)
-    try:
-        result = json.loads((directory / _RESULT).read_text())
-    except (OSError, ValueError) as error:
-        raise UnnormError(
-            f"The run in '{directory}' is not finished: there is no {_RESULT} that can be read. Finish it with: "
-            f"unnorm remove --resume --out {directory}"
-        ) from error
-    if not result.get("verified"):
+    if not finished_result(directory).get("verified"):
         raise UnnormError(
             f"The proof of the run in '{directory}' did not pass, so that it is not published: see unnorm verify "
             f"{directory}"

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer
 
-from unnorm.checkpoint import MODEL, load
+from unnorm.checkpoint import load
 from unnorm.errors import UnnormError, short
 from unnorm.modeling.modeling_unnorm import PREFIX
+from unnorm.run_directory import MODEL
 from unnorm.sites import norm_modules
 
 if TYPE_CHECKING:

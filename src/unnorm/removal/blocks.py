@@ -8,16 +8,27 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unnorm.calibrate import CALIBRATION_BLOCKS, spread
-from unnorm.config import CONFIG_FILE, Plan, RemoveConfig, read_config_file
-from unnorm.data import OWN_TEXT, STDLIB, Blocks, as_dataset, build_blocks, own_text, random_starts, stress_blocks
+from unnorm.calibrate import CALIBRATION_BLOCKS
+from unnorm.config import Plan, RemoveConfig, read_config_file
+from unnorm.data import (
+    OWN_TEXT,
+    STDLIB,
+    Blocks,
+    as_dataset,
+    build_blocks,
+    own_text,
+    random_starts,
+    spread,
+    stress_blocks,
+)
 from unnorm.errors import UnnormError
 from unnorm.evaluation import EVALUATION_SPREAD, EVALUATION_TOKENS
 from unnorm.models import DEMO
-from unnorm.removal.run import DATA, Run
+from unnorm.progress import Watch
+from unnorm.recipes import RECIPES
+from unnorm.removal.run import Run
+from unnorm.run_directory import CONFIG_FILE, DATA, HELD_OUT
 from unnorm.sites import vocabulary_size
-from unnorm.training import Watcher
-from unnorm.training.optimization import OPTIMIZATION
 
 TRAINING_SPREAD = 4
 """Times as much training text is read, and thinned evenly: neighbouring blocks come from one document and say less."""
@@ -29,13 +40,13 @@ def write_blocks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
-    watch: Watcher,
+    watch: Watch,
 ) -> str:
     """Settings and packed blocks into the run directory, unless they are there; returns how validation was held out.
 
     A resumed run that was given more tokens gets new blocks.
     """
-    note = directory / DATA / "held_out.txt"
+    note = directory / DATA / HELD_OUT
     train_blocks = max(CALIBRATION_BLOCKS, math.ceil(plan.tokens / plan.context))
     # The precision as chosen: where it was by timing, a resumed run must not choose again.
     chosen = config.model_copy(update={"dtype": plan.dtype, "tokens": plan.tokens})
@@ -94,7 +105,7 @@ def _read_blocks(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     train_blocks: int,
-    watch: Watcher,
+    watch: Watch,
 ) -> Blocks:
     """Text from the source, more than is needed so that it can be spread over more of it; or the original's own."""
 
@@ -122,7 +133,7 @@ def _read_blocks(
 
 def with_stress(run: Run) -> Dataset:
     """Training text with its share of stress blocks in place of as many others, for recipes that distil."""
-    if not OPTIMIZATION[run.config.recipe].distil or run.stress_blocks is None:
+    if not RECIPES[run.config.recipe].optimization.distil or run.stress_blocks is None:
         return run.train_blocks
     kept = spread(run.train_blocks, max(1, len(run.train_blocks) - len(run.stress_blocks)))
     vocab_size = vocabulary_size(run.original)

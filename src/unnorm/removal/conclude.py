@@ -11,16 +11,18 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from unnorm.calibrate import CALIBRATION_BLOCKS, collect_log_scales, scale_statistics, spread
-from unnorm.checkpoint import MODEL, load, load_sites, load_unfolded, write_text
+from unnorm.calibrate import CALIBRATION_BLOCKS, collect_log_scales, scale_statistics
+from unnorm.checkpoint import load, load_sites, load_unfolded, write_text
+from unnorm.data import spread
 from unnorm.evaluation import Evaluation, evaluate_model
 from unnorm.json_text import json_text
 from unnorm.limits import share_at_limit
 from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.proof import check_twin
-from unnorm.removal.run import CHECKPOINTS, CONTROL, DATA, REPORT, RESULT, Run
+from unnorm.removal.run import Run
 from unnorm.removal.twin import history
 from unnorm.report import ReportData, render_card, render_report
+from unnorm.run_directory import CARD, CHECKPOINTS, CONTROL, DATA, MODEL, REPORT, RESULT
 from unnorm.sites import norm_modules
 
 SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 4, 32, 48
@@ -54,7 +56,7 @@ def conclude(run: Run, before: dict[str, Any], control: PreTrainedModel | None, 
         comparison=evaluations["lnfree"].comparison,
     )
     write_text(run.directory / REPORT, render_report(data))
-    write_text(run.directory / MODEL / "README.md", render_card(result, sites, constants))
+    write_text(run.directory / MODEL / CARD, render_card(result, sites, constants))
     write_text(run.directory / RESULT, json_text(result))
     for leftover in (DATA, CHECKPOINTS, f"{CONTROL}/{CHECKPOINTS}"):
         shutil.rmtree(run.directory / leftover, ignore_errors=True)

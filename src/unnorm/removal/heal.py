@@ -4,18 +4,19 @@ from pathlib import Path
 from typing import Any
 
 from unnorm.checkpoint import load, load_unfolded
-from unnorm.config import CONFIG_FILE, read_config_file, read_count
+from unnorm.config import read_config_file, read_count
 from unnorm.errors import UnnormError
+from unnorm.progress import Watch
 from unnorm.removal.remove import remove
-from unnorm.removal.run import CONTROL, RESULT, measured_before
-from unnorm.training import Watcher
+from unnorm.removal.run import measured_before
+from unnorm.run_directory import CONFIG_FILE, CONTROL, RESULT
 
 _OF_ONE_RUN = ("tokens", "lr", "batch_size", "device", "dtype", "compile", "cuda_graph", "report_to", "out", "twin")
 """Settings that a run does not hand on to the one that goes on from its twin."""
 _OF_THE_DATA = ("text_field", "split")
 
 
-def heal(directory: str | Path, *, watch: Watcher | None = None, **options: Any) -> dict[str, Any]:
+def heal(directory: str | Path, *, watch: Watch | None = None, **options: Any) -> dict[str, Any]:
     """Train the twin of a finished run on, on text that is drawn anew, and leave a run directory of its own.
 
     Args:

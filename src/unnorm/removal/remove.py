@@ -11,35 +11,27 @@ from datasets import Dataset, load_from_disk
 from transformers import PreTrainedModel, set_seed
 
 from unnorm import processes
-from unnorm.calibrate import CALIBRATION_BLOCKS, collect_log_scales, set_constants, spread
-from unnorm.checkpoint import MODEL, UNFOLDED, load, save_folded, save_model, save_sites, save_unfolded, write_text
-from unnorm.config import CONFIG_FILE, Plan, RemoveConfig, choose_device, control_plan, healing_plan, make_plan
+from unnorm.calibrate import CALIBRATION_BLOCKS, collect_log_scales, set_constants
+from unnorm.checkpoint import load, save_folded, save_model, save_sites, save_unfolded, write_text
+from unnorm.config import Plan, RemoveConfig, choose_device, control_plan, healing_plan, make_plan
+from unnorm.data import spread
 from unnorm.equalize import equalize_embedding
 from unnorm.errors import UnnormError
-from unnorm.fold import install, prove_sites, uninstall_paths
 from unnorm.massive import MADE_GOOD, shrink_massive
 from unnorm.models import copy_model, fuse_activations, load_original
 from unnorm.norms import TaperedNorm, TokenMask, removed
+from unnorm.progress import Watch
+from unnorm.recipes import RECIPES
 from unnorm.removal.blocks import with_stress, write_blocks
 from unnorm.removal.conclude import conclude, evaluate
-from unnorm.removal.run import (
-    BEFORE,
-    CHECKPOINTS,
-    CONTROL,
-    CONTROL_DONE,
-    DATA,
-    RESULT,
-    Run,
-    check_disk,
-    limit,
-    measured_before,
-    open_directory,
-    saved_options,
-)
+from unnorm.removal.run import Run, check_disk, limit, measured_before, open_directory, saved_options
 from unnorm.removal.twin import spent_tokens, take_up_control, take_up_twin
-from unnorm.schedule import FidelityController, Schedule, healing, sequential, taper, tapernorm
+from unnorm.run_directory import BEFORE, CHECKPOINTS, CONFIG_FILE, CONTROL, CONTROL_DONE, DATA, MODEL, RESULT, UNFOLDED
+from unnorm.schedule import FidelityController, Schedule, healing
+from unnorm.site_proof import prove_sites
 from unnorm.sites import find_sites
-from unnorm.training import Outcome, Removal, Watcher, train
+from unnorm.stand_ins import install, uninstall_paths
+from unnorm.training import Outcome, Removal, train
 
 NAIVE_HEAD = 8
 """Blocks on which naive removal is tried first."""
@@ -52,7 +44,7 @@ class RunInterruptedError(UnnormError):
 
 
 def remove(
-    model: str | Path | None = None, *, resume: bool = False, watch: Watcher | None = None, **options: Any
+    model: str | Path | None = None, *, resume: bool = False, watch: Watch | None = None, **options: Any
 ) -> dict[str, Any]:
     """Remove every norm of a model and leave a run directory with its LN-free twin.
 
@@ -86,7 +78,7 @@ def remove(
         ) from None
 
 
-def _run(config: RemoveConfig, directory: Path, watch: Watcher, started: float) -> dict[str, Any]:
+def _run(config: RemoveConfig, directory: Path, watch: Watch, started: float) -> dict[str, Any]:
     run = _prepare(config, directory, watch)
     before = _train_removal(run)
     control = _train_control(run) if config.control and run.plan.steps else None
@@ -97,7 +89,7 @@ def _ignore(row: dict[str, Any], /) -> None:
     pass
 
 
-def _prepare(config: RemoveConfig, directory: Path, watch: Watcher) -> Run:
+def _prepare(config: RemoveConfig, directory: Path, watch: Watch) -> Run:
     """Load and check everything before anything is written or trained."""
     watch({"kind": "phase", "text": f"loading {config.model}"})
     model, tokenizer = load_original(config.model, config.trust_remote_code)
@@ -146,9 +138,10 @@ def _train_removal(run: Run) -> dict[str, Any]:
     fuse_activations(student)
     before["skipped_steps"] = 0
     if run.plan.steps:
+        recipe = RECIPES[run.config.recipe]
         run.say(f"training: {run.plan.steps} steps of {run.plan.step_tokens:,} tokens", run.plan.training_tokens)
         schedule = _lay_out(run, stand_ins)
-        controller = FidelityController(run.config.kl_budget, schedule.end) if run.config.recipe == "taper" else None
+        controller = FidelityController(run.config.kl_budget, schedule.end) if recipe.controlled else None
         removal = Removal(stand_ins, schedule, controller, token_mask, run.tokenizer.eos_token_id)
         before["skipped_steps"] = _train(run, student, removal, run.directory).skipped_steps
     for stand_in in stand_ins.values():
@@ -159,19 +152,20 @@ def _train_removal(run: Run) -> dict[str, Any]:
 
 def _begin(run: Run, token_mask: TokenMask) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dict[str, Any]]:
     """The original with calibrated stand-ins, its norms still on, and what naive removal would cost."""
+    recipe = RECIPES[run.config.recipe]
     student = copy_model(run.original, share=not run.plan.steps)
     stand_ins = install(
         student,
         run.sites,
-        split_paths=run.config.recipe.startswith("sequential"),
+        split_paths=recipe.splits_paths,
         token_mask=token_mask,
-        interpolation="linear" if run.config.recipe == "tapernorm" else "log",
+        interpolation=recipe.interpolation,
     )
     run.say("calibrating")
     calibration = spread(run.train_blocks, CALIBRATION_BLOCKS)
     set_constants(stand_ins, collect_log_scales(student, run.sites, calibration), run.config.estimator)
     before = _naive_removal(run, student, stand_ins)
-    equalizes = run.plan.steps and run.config.recipe == "taper"
+    equalizes = run.plan.steps and recipe.equalizes
     before["massive_neurons"] = _equalize(run, student, stand_ins, calibration) if equalizes else []
     if before["massive_neurons"] and run.config.neuron_limits:
         limit(run, student)
@@ -212,11 +206,8 @@ def _equalize(
 def _lay_out(run: Run, stand_ins: dict[str, TaperedNorm]) -> Schedule:
     if run.config.twin is not None:
         return healing(run.sites)
-    if run.config.recipe == "taper":
-        return taper(run.sites)
-    if run.config.recipe == "tapernorm":
-        return tapernorm(run.sites)
-    return sequential(run.sites, [name for name, stand_in in stand_ins.items() if len(stand_in.alpha) == 2])
+    apart = [name for name, stand_in in stand_ins.items() if len(stand_in.alpha) == 2]
+    return RECIPES[run.config.recipe].lay_out(run.sites, apart)
 
 
 def _train(run: Run, model: PreTrainedModel, removal: Removal | None, directory: Path) -> Outcome:
@@ -226,7 +217,7 @@ def _train(run: Run, model: PreTrainedModel, removal: Removal | None, directory:
         model=model.requires_grad_(True),
         teacher=run.original,
         removal=removal,
-        recipe=run.config.recipe,
+        optimization=RECIPES[run.config.recipe].optimization,
         plan=run.plan,
         train_blocks=run.train_blocks if removal is None else with_stress(run),
         validation_blocks=run.validation_blocks,

@@ -1,6 +1,5 @@
 """What all stages of one run share, and its directory."""
 
-import json
 import math
 import shutil
 from dataclasses import dataclass
@@ -10,20 +9,15 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unnorm.calibrate import CALIBRATION_BLOCKS, spread
-from unnorm.config import CONFIG_FILE, Plan, RemoveConfig, read_config_file
+from unnorm.calibrate import CALIBRATION_BLOCKS
+from unnorm.config import Plan, RemoveConfig, read_config_file
+from unnorm.data import spread
 from unnorm.errors import UnnormError
 from unnorm.limits import set_limits
+from unnorm.progress import Watch
+from unnorm.run_directory import CONFIG_FILE, RESULT, finished_result
 from unnorm.sites import NormSite
-from unnorm.training import Watcher
 
-RESULT, REPORT, CONTROL, DATA, CHECKPOINTS = "result.json", "report.html", "control", "data", "checkpoints"
-METRICS, EARLIER = "metrics.jsonl", "earlier.jsonl"
-"""Rows of the run's training, and of the runs that brought its twin to where it was taken up."""
-BEFORE = "before.json"
-"""In `DATA`: what was measured and done before training; written when the twin is saved."""
-CONTROL_DONE = "control.txt"
-"""In `DATA`, when the control is saved."""
 DISK_COPIES = 8
 """Sizes of the model in float32 that a run may write: a checkpoint with optimizer state, the models it leaves."""
 
@@ -44,7 +38,7 @@ class Run:
     stress_blocks: Dataset | None
     validation_blocks: Dataset
     held_out: str
-    watch: Watcher
+    watch: Watch
 
     def say(self, text: str, tokens: int | None = None) -> None:
         """Announce a stage, and the tokens it will take."""
@@ -92,19 +86,6 @@ def _check_control_is_left(directory: Path, settings: dict[str, Any]) -> None:
             f"The twin in '{directory}' is that of another run, trained on, so a control would lack the first run's "
             "tokens. Leave --control out."
         )
-
-
-def finished_result(directory: Path) -> dict[str, Any]:
-    """The result of a finished run.
-
-    Raises:
-        UnnormError: the file is missing or damaged.
-    """
-    try:
-        result = json.loads((directory / RESULT).read_text())
-        return {**result}
-    except (OSError, ValueError, TypeError) as error:
-        raise UnnormError(f"'{directory / RESULT}' is damaged. Do the run again.") from error
 
 
 def measured_before(directory: Path) -> dict[str, Any]:

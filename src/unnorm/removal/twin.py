@@ -11,7 +11,8 @@ from unnorm.checkpoint import load, load_unfolded, write_text
 from unnorm.errors import UnnormError
 from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.norms import TaperedNorm
-from unnorm.removal.run import CONTROL, EARLIER, METRICS, Run, limit, measured_before
+from unnorm.removal.run import Run, limit, measured_before
+from unnorm.run_directory import CONTROL, EARLIER, METRICS
 
 
 def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dict[str, Any]]:

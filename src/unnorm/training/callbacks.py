@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from transformers.trainer_callback import ExportableState
 from unnorm import processes
 from unnorm.config import Plan
 from unnorm.norms import TaperedNorm, TokenMask
+from unnorm.progress import Watch
 from unnorm.schedule import FidelityController, Schedule
 
 QUICK_EVALUATIONS = 12
@@ -51,12 +52,6 @@ class Removal:
     def alphas(self) -> dict[str, float]:
         """Alpha of each site now, the mean over its paths."""
         return {name: float(stand_in.alpha.mean()) for name, stand_in in self.stand_ins.items()}
-
-
-class Watcher(Protocol):
-    """Whoever shows progress: called with each row of metrics as it comes."""
-
-    def __call__(self, row: dict[str, Any], /) -> None: ...
 
 
 class ScheduleCallback(TrainerCallback):
@@ -264,7 +259,7 @@ class MetricsCallback(TrainerCallback):
         self,
         path: Path,
         plan: Plan,
-        watch: Watcher,
+        watch: Watch,
         evaluate: Callable[[], dict[str, float]],
         removal: Removal | None,
     ) -> None:

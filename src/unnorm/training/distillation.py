@@ -22,10 +22,10 @@ from unnorm.losses import (
     unevenness,
 )
 from unnorm.norms import TaperedNorm
+from unnorm.recipes import Optimization
 from unnorm.sites import vocabulary_size
 from unnorm.training.callbacks import GuardCallback, Removal
 from unnorm.training.first_tokens import DRAWN, LEARNED, first_token_losses
-from unnorm.training.optimization import Optimization
 from unnorm.training.recorded_step import RecordedStep
 
 READS_SHARE = 0.7

@@ -18,21 +18,21 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from unnorm import processes
-from unnorm.calibrate import batches, evaluating, spread
 from unnorm.config import Plan
+from unnorm.data import batches, spread
 from unnorm.errors import UnnormError
 from unnorm.losses import distillation_losses
-from unnorm.models import without_dropout
-from unnorm.schedule import Recipe
+from unnorm.models import evaluating, without_dropout
+from unnorm.progress import Watch
+from unnorm.recipes import Optimization
+from unnorm.run_directory import CHECKPOINTS, METRICS
 from unnorm.training.callbacks import (
     InterruptCallback,
     MetricsCallback,
     Removal,
     ScheduleCallback,
-    Watcher,
 )
 from unnorm.training.distillation import DistillationTrainer
-from unnorm.training.optimization import OPTIMIZATION, Optimization
 from unnorm.training.token_clip import clipping_tokens
 
 QUICK_BLOCKS = 16
@@ -70,13 +70,13 @@ def train(
     model: PreTrainedModel,
     teacher: PreTrainedModel,
     removal: Removal | None,
-    recipe: Recipe,
+    optimization: Optimization,
     plan: Plan,
     train_blocks: Dataset,
     validation_blocks: Dataset,
     directory: Path,
     seed: int,
-    watch: Watcher,
+    watch: Watch,
     report_to: Sequence[str] = (),
 ) -> Outcome:
     """Train `model` in place for `plan.steps` steps, going on from the last checkpoint in `directory` if there is one.
@@ -85,7 +85,7 @@ def train(
         model: the model with its stand-ins, or the plain original to train the control.
         teacher: the original, frozen; the loss of distilling recipes, and the yardstick of the quick evaluations.
         removal: what to remove and when; None trains the control with next-token loss.
-        recipe: sets the optimizer.
+        optimization: the recipe's.
         plan: sizes, precision and device.
         train_blocks: rows of `input_ids`; gone over again if they are fewer than the plan's tokens. Rows whose
             `stress` is true are trained on, but do not count in the losses that are shown and that hold the taper.
@@ -98,10 +98,9 @@ def train(
     Raises:
         UnnormError: memory or disk ran out, or a tracker gave up.
     """
-    optimization = OPTIMIZATION[recipe]
     trainer = DistillationTrainer(
         model=model,
-        args=_arguments(optimization, plan, directory / "checkpoints", seed, report_to),
+        args=_arguments(optimization, plan, directory / CHECKPOINTS, seed, report_to),
         train_dataset=train_blocks,
         data_collator=_collate,
         teacher=teacher if removal is not None and optimization.distil else None,
@@ -113,7 +112,7 @@ def train(
     trainer.remove_callback(PrinterCallback)
     quick_blocks = spread(validation_blocks, QUICK_BLOCKS)
     metrics = MetricsCallback(
-        directory / "metrics.jsonl",
+        directory / METRICS,
         plan,
         watch,
         lambda: quick_evaluation(model, teacher, quick_blocks, plan),
@@ -125,7 +124,7 @@ def train(
     for callback in callbacks:
         if callback is not None:
             trainer.add_callback(callback)
-    checkpoints = directory / "checkpoints"
+    checkpoints = directory / CHECKPOINTS
     last = processes.agree(lambda: last_checkpoint(checkpoints))
     use_cache = model.config.use_cache
     errors = _as_unnorm_errors(plan, checkpoints, report_to)

@@ -1,7 +1,6 @@
 """Worst-case audit: a twin beside a model with norms on inputs that may blow it up, class by class."""
 
 import inspect
-import json
 import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
@@ -15,11 +14,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.checkpoint import load_sites
-from unnorm.config import CONFIG_FILE, choose_context, choose_device, read_count, run_settings
+from unnorm.config import choose_context, choose_device, read_count, run_settings
 from unnorm.data import STDLIB
 from unnorm.data.packing import held_out_blocks
 from unnorm.errors import UnnormError
 from unnorm.models import context_length, load_original
+from unnorm.progress import Watch
+from unnorm.run_directory import CONFIG_FILE, CONTROL, finished_result
 from unnorm.sites import NormSite, vocabulary_size
 from unnorm.worst_case.inputs import InputClass, Inputs, Material, input_classes
 from unnorm.worst_case.measure import Measured, is_finite, largest_residuals, measure
@@ -38,16 +39,14 @@ PERCENTILES = (99.9, 99.99)
 
 _WORST, _SHOWN_TOKENS = 3, 12
 
-Watch = Callable[[dict[str, Any]], None]
-
 
 def audit(
     directory: str | Path,
-    against: str | None = None,
+    against: str | Path | None = None,
     *,
     tokens: int | str = AUDIT_TOKENS,
     context: int | None = None,
-    data: str | None = None,
+    data: str | Path | None = None,
     text_field: str | None = None,
     split: str | None = None,
     device: str = "auto",
@@ -90,7 +89,7 @@ def audit(
     place = choose_device(device)
     sites, _ = load_sites(directory)
     settings = run_settings(directory)
-    name = against or _default_reference(directory, settings)
+    name = str(against or _default_reference(directory, settings))
     twin, tokenizer = load_original(str(directory))
     reference = _load_reference(name, against is not None, trust_remote_code)
     _check_same_vocabulary(twin, reference, name)
@@ -101,7 +100,7 @@ def audit(
     length = choose_context(length, twin, reference)
     material = Material(
         tokenizer=tokenizer,
-        text=_ordinary_text(twin, tokenizer, length, tokens, settings, data, text_field, split),
+        text=_ordinary_text(twin, tokenizer, length, tokens, settings, str(data) if data else None, text_field, split),
         vocabulary=max(tokenizer.get_vocab().values()) + 1,
         context=length,
         trained=_trained_context(directory, settings),
@@ -253,7 +252,7 @@ def _places(inputs: Sequence[Inputs]) -> Callable[[int], tuple[int, int, int]]:
 
 
 def _default_reference(directory: Path, settings: dict[str, Any]) -> str:
-    control = directory / "control"
+    control = directory / CONTROL
     if (control / "config.json").is_file() and any(control.glob("*.safetensors")):
         return str(control)
     if settings.get("model"):
@@ -287,8 +286,8 @@ def _check_same_vocabulary(twin: PreTrainedModel, reference: PreTrainedModel, na
 def _trained_context(directory: Path, settings: dict[str, Any]) -> int | None:
     """Tokens in a training block: as the plan had it, else as it was asked for."""
     try:
-        return int(json.loads((directory / "result.json").read_text())["plan"]["context"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(finished_result(directory)["plan"]["context"])
+    except (UnnormError, ValueError, KeyError, TypeError):
         return settings.get("context")
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unnorm.calibrate import evaluating
+from unnorm.models import evaluating
 from unnorm.sites import NormSite, vocabulary_size
 from unnorm.worst_case.inputs import Inputs
 

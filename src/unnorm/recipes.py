@@ -1,0 +1,152 @@
+"""The recipes, in one table: what each lays out over a run, how it removes a norm, and how it optimizes."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from unnorm.losses import Penalty
+from unnorm.norms import Interpolation
+from unnorm.schedule import PAPER_STEPS, Schedule, sequential, taper, tapernorm
+from unnorm.sites import NormSite
+
+RecipeName = Literal["taper", "sequential", "sequential-aux", "tapernorm"]
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """What a recipe minimizes, and the settings of its optimizer.
+
+    Attributes:
+        least_lr: share of the peak learning rate at the end of the cosine; 0 stands for a straight line to zero.
+        warmup: share of the steps with rising learning rate.
+        weight_decay: AdamW's.
+        betas: AdamW's.
+        distil: minimize KL to the teacher's logits; else next-token loss.
+        label_weight: weight of the next-token loss beside KL.
+        penalty: what else is minimized at the final norm; see `scale_penalty`.
+        penalty_weight: its weight.
+        read_weight: weight of `read_mismatch`, averaged over all sites; it falls to 0 over the first `READS_SHARE`.
+        massive_even_weight: weight of `massive_unevenness`, averaged over all bounded sites. It brings massive
+            activations, once scaled down, to the constant scale.
+        even_weight: weight of `unevenness`, averaged over all bounded sites, times alpha^4: while much is still held
+            down it would only stand in the way. Once all are removed KL says the same of ordinary tokens, and those
+            alone count that are beyond `RUNAWAY`, first tokens among them (`first_token_losses`).
+    """
+
+    least_lr: float
+    warmup: float
+    weight_decay: float
+    betas: tuple[float, float]
+    distil: bool
+    label_weight: float = 0.0
+    penalty: Penalty | None = None
+    penalty_weight: float = 0.0
+    read_weight: float = 0.0
+    massive_even_weight: float = 0.0
+    even_weight: float = 0.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way from norms to constants.
+
+    Attributes:
+        lay_out: the schedule for a model's sites, and for the names of those whose paths go apart.
+        controlled: the schedule's clock waits for KL and goes back after spikes (`FidelityController`).
+        equalizes: scales are made more even before training, while the norms are on.
+        splits_paths: attention's query/key and value paths lose their norm apart.
+        interpolation: between norm and constant, see `TaperedNorm`.
+        steps_wanted: optimizer steps that a run's tokens are divided into, as far as the limits on tokens a step allow.
+        lr_at_768: peak learning rate for a model that is 768 wide.
+        optimization: what is minimized, and how.
+    """
+
+    lay_out: Callable[[Sequence[NormSite], Sequence[str]], Schedule]
+    controlled: bool
+    equalizes: bool
+    splits_paths: bool
+    interpolation: Interpolation
+    steps_wanted: int
+    lr_at_768: float
+    optimization: Optimization
+
+
+PAPER_LR_AT_768 = 6e-4
+"""That of arXiv 2409.13710 for GPT-2 small."""
+
+SEQUENTIAL = Recipe(
+    lay_out=sequential,
+    controlled=False,
+    equalizes=False,
+    splits_paths=True,
+    interpolation="log",
+    steps_wanted=PAPER_STEPS,
+    lr_at_768=PAPER_LR_AT_768,
+    # Weight decay 0.01, 20 of 300 steps of warm-up, a cosine to half the peak.
+    optimization=Optimization(
+        least_lr=0.5,
+        warmup=20 / 300,
+        weight_decay=0.01,
+        betas=(0.9, 0.999),
+        distil=False,
+    ),
+)
+"""That of arXiv 2409.13710."""
+
+SEQUENTIAL_AUX = replace(
+    SEQUENTIAL, optimization=replace(SEQUENTIAL.optimization, penalty="spread", penalty_weight=0.1)
+)
+"""The same with the auxiliary loss of arXiv 2507.02559, at the weight of its published configuration."""
+
+TAPERNORM = Recipe(
+    lay_out=lambda sites, _: tapernorm(sites),
+    controlled=False,
+    equalizes=False,
+    splits_paths=False,
+    interpolation="linear",
+    steps_wanted=PAPER_STEPS,
+    lr_at_768=PAPER_LR_AT_768,
+    optimization=Optimization(
+        least_lr=0.1,
+        warmup=0.05,
+        weight_decay=0.01,
+        betas=(0.9, 0.95),
+        distil=False,
+        penalty="target",
+        penalty_weight=0.1,
+    ),
+)
+"""That of arXiv 2602.10408."""
+
+TAPER = Recipe(
+    lay_out=lambda sites, _: taper(sites),
+    controlled=True,
+    equalizes=True,
+    splits_paths=False,
+    interpolation="log",
+    # The bundled model ends at KL 0.027 after 12,500 steps of 512 tokens, at 0.037 after 3,125 of 4,096
+    # (`benchmarks/steps.json`).
+    steps_wanted=12_800,
+    # Less than the papers', since its steps are more and smaller and must not carry the model off where there is
+    # nothing to learn (`docs/method.md`).
+    lr_at_768=1.25e-4,
+    optimization=Optimization(
+        least_lr=0.0,
+        warmup=0.05,
+        weight_decay=0.0,
+        betas=(0.9, 0.98),
+        distil=True,
+        label_weight=0.05,
+        read_weight=10.0,
+        massive_even_weight=10.0,
+        even_weight=1000.0,
+    ),
+)
+"""Ours, and the default."""
+
+RECIPES: dict[RecipeName, Recipe] = {
+    "taper": TAPER,
+    "sequential": SEQUENTIAL,
+    "sequential-aux": SEQUENTIAL_AUX,
+    "tapernorm": TAPERNORM,
+}

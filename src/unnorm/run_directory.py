@@ -1,0 +1,47 @@
+"""The names of the files of one run, and its result."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from unnorm.errors import UnnormError
+
+CONFIG_FILE = "config.yaml"
+MODEL, UNFOLDED = "model", "unfolded"
+"""The LN-free twin; the trained model before folding, in the original's class."""
+SITES = "sites.json"
+"""The former norm sites and their constant scales."""
+LIMITS = "limits.safetensors"
+"""Neurons' limits, in `UNFOLDED`."""
+CONTROL = "control"
+RESULT, REPORT, CARD = "result.json", "report.html", "README.md"
+"""Numbers; the page to look at; the model card, in `MODEL`."""
+METRICS, EARLIER = "metrics.jsonl", "earlier.jsonl"
+"""Rows of the run's training, and of the runs that brought its twin to where it was taken up."""
+
+# Deleted when the run is finished.
+CHECKPOINTS, DATA = "checkpoints", "data"
+HELD_OUT = "held_out.txt"
+"""In `DATA`, when its blocks are written: how validation text was held out."""
+BEFORE = "before.json"
+"""In `DATA`, when the twin is saved: what was measured and done before training."""
+CONTROL_DONE = "control.txt"
+"""In `DATA`, when the control is saved."""
+
+
+def finished_result(directory: Path) -> dict[str, Any]:
+    """The result of a finished run.
+
+    Raises:
+        UnnormError: the file is missing or damaged.
+    """
+    try:
+        result = json.loads((directory / RESULT).read_text())
+        return {**result}
+    except OSError as error:
+        raise UnnormError(
+            f"The run in '{directory}' is not finished: there is no {RESULT} that can be read. Finish it with: "
+            f"unnorm remove --resume --out {directory}"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise UnnormError(f"'{directory / RESULT}' is damaged. Do the run again.") from error

@@ -1,0 +1,146 @@
+"""Proof, before anything is trained, that the norm sites found are right and that the fold of each is exact."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from unnorm.blockwise import float64_logits, in_float64
+from unnorm.errors import UnnormError, short
+from unnorm.fold import FoldedWeights, empty_twin, twin_class
+from unnorm.modeling.modeling_unnorm import PREFIX
+from unnorm.models import copy_model
+from unnorm.norms import TaperedNorm
+from unnorm.sites import NormSite, norm_operations, trace_inputs
+from unnorm.stand_ins import install
+
+PROOF_TOLERANCE = 1e-10
+"""Largest difference of logits, relative to the largest logit, that float64 may show at load."""
+
+
+@torch.no_grad()
+def prove_sites(model: PreTrainedModel, sites: Sequence[NormSite]) -> float:
+    """Show that the sites, and the fold of each, are right for this model, before anything is trained.
+
+    In float64: stand-ins reproduce the norms; then, with random constant scales, folded and unfolded logits
+    agree.
+
+    Returns:
+        The largest absolute difference of logits between folded and unfolded.
+
+    Raises:
+        UnnormError: they don't agree (the message names the first site that can't be folded), or the family has
+            no LN-free class yet.
+    """
+    twin_class(model)
+    ids = trace_inputs(model, batch=2, length=16)
+    work = copy_model(model, share=True)
+    before = _float64_logits(work, ids)
+    stand_ins = install(work, sites)
+    after = _logits(work, ids)
+    # A norm that computes in float32 whatever it is given agrees to float32 only.
+    if not torch.allclose(before, after, rtol=1e-4, atol=1e-4 * float(before.abs().max())):
+        raise UnnormError(f"Stand-ins for the norms of {type(model).__name__} don't reproduce its logits.")
+    with _random_constants(stand_ins):
+        _logits(work, ids)
+    unfolded = _logits(work, ids)
+    weights = FoldedWeights(work, sites, torch.float64)
+    twin = empty_twin(work, sites, weights)
+    error = float((_logits(twin, ids, weights) - unfolded).abs().max())
+    if not error <= PROOF_TOLERANCE * max(1.0, float(unfolded.abs().max())):
+        raise UnnormError(
+            f"Folding {type(model).__name__} changes its logits by {error:.1e}: {_what_is_wrong(model, sites)}. "
+            "The model is refused."
+        )
+    if not twin.config.kept_norms:
+        with in_float64(twin, weights):
+            _refuse_norms_left(model, norm_operations(twin, ids))
+    return error
+
+
+def _refuse_norms_left(model: PreTrainedModel, left: dict[str, str]) -> None:
+    for operation, place in left.items():
+        raise UnnormError(
+            f"{type(model).__name__} normalizes outside of its norm modules ({operation} runs in '{place}'), and that "
+            "would stay. It needs modeling code in which every norm is a module of its own; with --keep, which leaves "
+            "some norms on purpose, the others can be removed."
+        )
+
+
+def _float64_logits(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Float[Tensor, "..."]:
+    try:
+        return float64_logits(model, ids)
+    except Exception as error:
+        raise UnnormError(
+            f"{type(model).__name__} can't compute in float64 ({short(error)}), in which folding is proved. "
+            "It would need modeling code that names no other precision; the model is refused."
+        ) from error
+
+
+@contextmanager
+def _random_constants(stand_ins: dict[str, TaperedNorm]) -> Iterator[None]:
+    """In the pass that follows every stand-in is removed; its constant is the scale it meets, times a number near 1.
+
+    Without constants that fit what the removed norms before them made, deep models with gated MLPs, whose output grows
+    with the cube of their input, would overflow.
+    """
+    generator = torch.Generator().manual_seed(0)
+    chosen: dict[TaperedNorm, Tensor] = {}
+
+    def remove(stand_in: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(stand_in, TaperedNorm)
+        x = args[0].double()
+        x = x - x.mean(-1, keepdim=True) if stand_in.centered else x
+        # Over all tokens, so that the longest, too, comes out not much longer than a norm would leave it.
+        log_scale = 0.5 * torch.log(x.square().mean() + stand_in.eps)
+        chosen[stand_in] = log_scale + 0.3 * torch.randn((), generator=generator, dtype=torch.float64)
+        stand_in.log_constant.fill_(chosen[stand_in])
+        stand_in.removed = True
+
+    handles = [stand_in.register_forward_pre_hook(remove) for stand_in in stand_ins.values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for stand_in, log_constant in chosen.items():  # What the hook wrote to may be gone with its block.
+            stand_in.log_constant.fill_(log_constant)
+
+
+def _logits(
+    model: PreTrainedModel, ids: Int[Tensor, "batch position"], weights: FoldedWeights | None = None
+) -> Float[Tensor, "batch position vocab"]:
+    try:
+        return float64_logits(model, ids, weights)
+    except Exception as error:  # Whatever code that was written for a norm does without one.
+        raise UnnormError(
+            f"{type(model).__name__.removeprefix(PREFIX)} does more with its norms than call them ({short(error)}), so "
+            "nothing can take their place. It would need modeling code that only calls them; the model is refused."
+        ) from error
+
+
+def _what_is_wrong(model: PreTrainedModel, sites: Sequence[NormSite]) -> str:
+    """The first site that changes the logits when it is folded alone, or whatever else does."""
+    ids = trace_inputs(model)
+    work = copy_model(model, share=True)
+    if not _folds(work, [], ids):
+        return f"its class computes something else than transformers' {model.config.model_type}"
+    for site in sites:
+        norm = work.get_submodule(site.name)
+        with _random_constants(install(work, [site])):
+            float64_logits(work, ids)
+        folds = _folds(work, [site], ids)
+        work.set_submodule(site.name, norm)
+        if not folds:
+            if site.folds_into == "readers":
+                return f"something besides {', '.join(site.readers)} reads the output of '{site.name}'"
+            return f"something besides '{site.name}' reads the output of {', '.join(site.writers)}"
+    return "the sites are right one by one but not together"
+
+
+def _folds(model: PreTrainedModel, sites: Sequence[NormSite], ids: Int[Tensor, "batch position"]) -> bool:
+    weights = FoldedWeights(model, sites, torch.float64)
+    return torch.allclose(float64_logits(empty_twin(model, sites, weights), ids, weights), float64_logits(model, ids))

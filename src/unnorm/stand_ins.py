@@ -1,0 +1,62 @@
+"""Stand-ins into a model where its norms were, and their paths joined again."""
+
+from collections.abc import Sequence
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from unnorm.norms import Interpolation, PathReader, TaperedNorm, TokenMask
+from unnorm.sites import NormSite, affine_parameters, value_features
+
+
+def install(
+    model: PreTrainedModel,
+    sites: Sequence[NormSite],
+    split_paths: bool = False,
+    token_mask: TokenMask | None = None,
+    interpolation: Interpolation = "log",
+) -> dict[str, TaperedNorm]:
+    """Put a stand-in where each norm was, in place; at first each computes exactly what the norm did.
+
+    Args:
+        model: the original model.
+        sites: its norm sites.
+        split_paths: give attention sites a query/key path and a value path, where the layout is known.
+        token_mask: see `TaperedNorm`.
+        interpolation: see `TaperedNorm`.
+
+    Returns:
+        The stand-ins by site name.
+    """
+    stand_ins: dict[str, TaperedNorm] = {}
+    for site in sites:
+        norm = model.get_submodule(site.name)
+        gain, bias = affine_parameters(norm, site)
+        weightless = getattr(norm, "weight", None) is None
+        if weightless:  # OLMo's norms have nothing to take dtype and device from.
+            gain = gain.to(model.device, model.dtype)
+        values = value_features(model, site) if split_paths else None
+        stand_in = TaperedNorm(
+            gain,
+            bias,
+            site.eps,
+            site.centered,
+            paths=2 if values else 1,
+            token_mask=token_mask,
+            interpolation=interpolation,
+            fixed_gain=weightless,
+        )
+        model.set_submodule(site.name, stand_in)
+        stand_ins[site.name] = stand_in
+        for reader, features in (values or {}).items():
+            model.set_submodule(reader, PathReader(model.get_submodule(reader), features))
+    return stand_ins
+
+
+def uninstall_paths(model: nn.Module) -> None:
+    """Join the paths of attention sites again, in place: every reader is its plain linear layer."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, PathReader):
+            model.set_submodule(name, module.linear)
+        elif isinstance(module, TaperedNorm):
+            module.alpha = module.alpha[:1].clone()
