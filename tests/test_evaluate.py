@@ -21,7 +21,7 @@ import unnorm
 import unnorm.evaluation.run
 from tests.conftest import POSITIONS, VOCAB, Cli, randomize, stdlib_text
 from unnorm.data import as_dataset
-from unnorm.errors import UnnormError
+from unnorm.errors import RunInterruptedError, UnnormError
 from unnorm.evaluation import Results, Score, evaluate, evaluate_model
 from unnorm.evaluation.corpora import open_corpus
 from unnorm.evaluation.harness import against
@@ -485,6 +485,8 @@ class TestResume:
 
         out = tmp_path / "out"
         with pytest.raises(KeyboardInterrupt):
+            evaluate(models, models[0], watch=stop, **options)  # type: ignore[arg-type]
+        with pytest.raises(RunInterruptedError, match="same command"):
             evaluate(models, models[0], out=out, watch=stop, **options)  # type: ignore[arg-type]
         assert len(list((out / "measurements").iterdir())) == 3
 

@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from unnorm.errors import UnnormError
+from unnorm.errors import RunInterruptedError, UnnormError
 
 if TYPE_CHECKING:
     from unnorm.analysis.analyze import analyze
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from unnorm.exports.transformer_lens import to_transformer_lens
     from unnorm.proof import Check, verify
     from unnorm.removal.heal import heal
-    from unnorm.removal.remove import RunInterruptedError, remove
+    from unnorm.removal.remove import remove
     from unnorm.sites import NormSite
     from unnorm.worst_case.audit import audit
 
@@ -54,7 +54,6 @@ _HOMES = {
     "Pushed": "unnorm.exports.push",
     "RemoveConfig": "unnorm.config",
     "Results": "unnorm.evaluation",
-    "RunInterruptedError": "unnorm.removal.remove",
     "ScaleStatistics": "unnorm.calibrate",
     "analyze": "unnorm.analysis.analyze",
     "audit": "unnorm.worst_case.audit",

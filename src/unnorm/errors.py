@@ -10,6 +10,12 @@ class UnnormError(Exception):
     exit_code = 2
 
 
+class RunInterruptedError(UnnormError):
+    """A run or an evaluation was stopped and can be gone on with; the message says how."""
+
+    exit_code = 130
+
+
 def short(error: Exception) -> str:
     """What another package's error says, in one line of at most 300 characters; its kind, if it says nothing."""
     lines = str(error).strip().splitlines() or [type(error).__name__]

@@ -23,6 +23,7 @@ from unnorm.analysis.anatomy import Anatomy, anatomy, without_heads
 from unnorm.analysis.material import Finding, Material
 from unnorm.analysis.prompts import PromptPair, answer_token, by_length, problem_with
 from unnorm.errors import UnnormError
+from unnorm.models import context_length
 from unnorm.report.numbers import fixed, percent
 from unnorm.residual import recorded, replaced_inputs
 
@@ -92,7 +93,7 @@ def patch(
         raise unknown
     found: list[tuple[Tensor, ...]] = []
     for group, clean, corrupted in by_length(pairs, tokenizer):
-        longest = int(getattr(model.config, "max_position_embeddings", None) or len(clean[0]))
+        longest = context_length(model)
         if len(clean[0]) > longest:
             raise UnnormError(f"A prompt has {len(clean[0])} tokens, and the model takes {longest}. Shorten it.")
         answers = torch.tensor(

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.config import choose_context, choose_device, read_count
-from unnorm.errors import UnnormError
+from unnorm.errors import RunInterruptedError, UnnormError
 from unnorm.evaluation.comparison import compare_tokens
 from unnorm.evaluation.corpora import Corpus, count_bytes, open_corpus, tokens_in
 from unnorm.evaluation.harness import Benchmark, against, open_benchmarks, run_benchmark
@@ -104,6 +104,7 @@ def evaluate(
 
     Raises:
         UnnormError: a model, a corpus or a benchmark can't be used, or the models' tokenizers differ.
+        RunInterruptedError: it was stopped, and the same call goes on with what is in `out`.
     """
     names = [str(models)] if isinstance(models, str | Path) else [str(model) for model in models]
     against = None if against is None else str(against)
@@ -128,7 +129,14 @@ def evaluate(
         record=record,
         watch=say,
     )
-    results = _measure(session, suite)
+    try:
+        results = _measure(session, suite)
+    except KeyboardInterrupt as stop:
+        if record.directory is None:
+            raise
+        raise RunInterruptedError(
+            f"Stopped; what was measured is kept in '{record.directory}'. Go on with the same command."
+        ) from stop
     record.conclude(results)
     return results
 

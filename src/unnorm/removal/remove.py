@@ -16,7 +16,7 @@ from unnorm.checkpoint import load, save_folded, save_model, save_sites, save_un
 from unnorm.config import Plan, RemoveConfig, choose_device, control_plan, healing_plan, make_plan
 from unnorm.data import spread
 from unnorm.equalize import equalize_embedding
-from unnorm.errors import UnnormError
+from unnorm.errors import RunInterruptedError, UnnormError
 from unnorm.massive import MADE_GOOD, shrink_massive
 from unnorm.models import copy_model, fuse_activations, load_original
 from unnorm.norms import TaperedNorm, TokenMask, removed
@@ -35,12 +35,6 @@ from unnorm.training import Outcome, Removal, train
 
 NAIVE_HEAD = 8
 """Blocks on which naive removal is tried first."""
-
-
-class RunInterruptedError(UnnormError):
-    """The run was stopped and can be resumed; the message says how."""
-
-    exit_code = 130
 
 
 def remove(
