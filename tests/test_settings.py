@@ -56,10 +56,17 @@ def test_names_that_are_no_paths_are_saved_as_they_are(tmp_path: Path, monkeypat
     assert RemoveConfig.create(model="owner/name", data="owner/text:part").to_saved()["data"] == "owner/text:part"
 
 
-def test_siblings_take_what_remove_takes(finished_run: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_siblings_take_what_remove_takes(
+    finished_run: Path, tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small: dict[str, Any] = {"data": text_file, "tokens": "1k", "context": 32, "device": "cpu"}
     results = unnorm.evaluate(finished_run, tasks="none", **small)
     assert [row.model for row in results] == [str(finished_run)]
+    sites = [site.name for site, _ in unnorm.stats(tiny_model_dir, text_file, context=32, device="cpu")]
+    assert sites == unnorm.load(finished_run).config.removed_norms
+    audited = unnorm.audit(finished_run, tiny_model_dir, tokens=64, context=16, data=text_file, device="cpu")
+    analyzed = unnorm.analyze(finished_run, tiny_model_dir, what="scales", out=tmp_path / "analysis", **small)
+    assert audited["reference"] == analyzed["original"] == str(tiny_model_dir)
     monkeypatch.setenv("HOME", str(finished_run.parent))
     assert unnorm.load("~/finished").config.removed_norms
     assert all(check.passed for check in unnorm.verify("~/finished"))
