@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 import unnorm
 from tests.conftest import Cli
-from unnorm.config import default_lr
 from unnorm.models import load_original
+from unnorm.plan import default_lr
 from unnorm.removal import blocks, remove
 from unnorm.training import callbacks
 

@@ -8,8 +8,9 @@ import yaml
 from transformers import GPT2LMHeadModel
 
 import unnorm
-from unnorm import config
-from unnorm.config import RemoveConfig, make_plan
+from unnorm import plan
+from unnorm.config import RemoveConfig
+from unnorm.plan import make_plan
 from unnorm.removal.run import saved_options
 
 
@@ -27,7 +28,7 @@ def test_bfloat16_is_taken_where_it_is_faster(
     able: dict[str, bool], gain: float, bfloat16: bool, tiny_model: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
-    monkeypatch.setattr(config, "_bfloat16_gain", lambda: gain)
+    monkeypatch.setattr(plan, "_bfloat16_gain", lambda: gain)
     assert make_plan(RemoveConfig(device="cpu"), tiny_model).bfloat16 is bfloat16
     assert make_plan(RemoveConfig(device="cpu", dtype="float32"), tiny_model).dtype == "float32"
     assert make_plan(RemoveConfig(device="cpu", dtype="bfloat16"), tiny_model).dtype == "bfloat16"
@@ -41,8 +42,8 @@ def test_bfloat16_gain_is_the_ratio_of_times(monkeypatch: pytest.MonkeyPatch) ->
         now += 1.0 if torch.is_autocast_enabled("cpu") else 2.0
         return now
 
-    monkeypatch.setattr(config.time, "perf_counter", clock)
-    assert config._bfloat16_gain() == 2.0
+    monkeypatch.setattr(plan.time, "perf_counter", clock)
+    assert plan._bfloat16_gain() == 2.0
 
 
 @pytest.mark.parametrize("gain", [3.0, 0.8])
@@ -50,7 +51,7 @@ def test_a_run_keeps_what_was_chosen_by_timing(
     gain: float, tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
-    monkeypatch.setattr(config, "_bfloat16_gain", lambda: gain)
+    monkeypatch.setattr(plan, "_bfloat16_gain", lambda: gain)
     run = tmp_path / "run"
     result = unnorm.remove(model=str(tiny_model_dir), data=str(text_file), tokens=512, out=run, device="cpu")
     saved = yaml.safe_load((run / "config.yaml").read_text())["dtype"]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import unnorm
 from tests.test_massive import GPT2, with_massive
 from unnorm import losses
-from unnorm.config import Plan
+from unnorm.plan import Plan
 from unnorm.training.recorded_step import WARM_UP, RecordedStep
 
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import unnorm
-from unnorm import config
+from unnorm import plan
 from unnorm.config import RemoveConfig, parse_count
 
 
@@ -103,7 +103,7 @@ def test_a_model_of_ones_own_without_text_is_warned_of(
 def test_a_model_that_can_not_be_trained_here_is_refused_at_once(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config, "free_memory", lambda _: 100_000)
+    monkeypatch.setattr(plan, "free_memory", lambda _: 100_000)
     options: dict[str, Any] = {"data": text_file, "context": 32, "device": "cpu"}
     with pytest.raises(unnorm.UnnormError, match="GB on cpu for weights"):
         unnorm.remove(tiny_model_dir, out=tmp_path / "run", tokens="4k", **options)

@@ -12,10 +12,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unnorm.config import choose_context, choose_device
 from unnorm.data import STDLIB, batches, build_blocks
 from unnorm.models import evaluating, load_original
 from unnorm.norms import Estimator, TaperedNorm, estimate_log_constant, log_scale_of
+from unnorm.plan import choose_context, choose_device
 from unnorm.sites import NormSite, find_sites, vocabulary_size
 
 CALIBRATION_BLOCKS = 32

@@ -1,41 +1,23 @@
-"""The settings of one run: what the user may choose, and what is chosen for them."""
+"""The settings of one run: what the user may choose."""
 
 import glob
 import math
 import os
 import re
-import time
 from pathlib import Path
 from typing import Any, Literal
 
-import psutil
-import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-from torch import nn
-from transformers import PreTrainedModel
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from unnorm.data import OWN_TEXT, STDLIB
 from unnorm.errors import UnnormError
-from unnorm.models import DEMO, context_length
+from unnorm.models import DEMO
 from unnorm.norms import Estimator
-from unnorm.recipes import RECIPES, RecipeName
+from unnorm.recipes import RecipeName
 from unnorm.run_directory import CONFIG_FILE
 from unnorm.schedule import KL_BUDGET
-
-CPU_TOKENS = 1_600_000
-GPU_TOKENS = 20_000_000
-MOST_CONTEXT = 1024
-CONTROL_STEP_TOKENS = 4096
-"""Tokens that the control's steps have at least."""
-LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 512, 2**19
-MOST_LR = 2e-3
-MEMORY_SHARE = 0.5
-"""Share of the free memory that activations may take."""
-LEAST_BFLOAT16_GAIN = 1.5
-"""How many times as fast a linear layer must be in bfloat16 for the whole step to gain."""
-TIMED_WIDTH, TIMED_TURNS = 512, 10
 
 
 class RemoveConfig(BaseModel):
@@ -139,47 +121,6 @@ def _absolute(source: str) -> str:
     return path if glob.glob(path) else source  # noqa: PTH207 (Path.glob takes no absolute pattern)
 
 
-class Plan(BaseModel):
-    """The settings with nothing left open: what a run was really done with."""
-
-    device: str
-    bfloat16: bool
-    compile: bool
-    cuda_graph: bool
-    tokens: int
-    context: int
-    batch_size: int
-    micro_batch: int
-    steps: int
-    lr: float
-    processes: int
-
-    @property
-    def dtype(self) -> Literal["float32", "bfloat16"]:
-        """Precision of the training passes."""
-        return "bfloat16" if self.bfloat16 else "float32"
-
-    @property
-    def step_tokens(self) -> int:
-        """Tokens in one optimizer step, over all processes."""
-        return self.batch_size * self.context
-
-    @property
-    def training_tokens(self) -> int:
-        """Tokens in all steps: what was asked for, rounded to whole steps."""
-        return self.steps * self.step_tokens
-
-    @property
-    def records_steps(self) -> bool:
-        """Whether steps are replayed from a record: not those that add up gradients, or share them with others."""
-        return self.cuda_graph and self.processes == 1 and self.accumulation == 1
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches that each process adds up for one optimizer step."""
-        return max(1, self.batch_size // (self.micro_batch * self.processes))
-
-
 def parse_count(text: str) -> int:
     """`150M` -> 150000000; also k, B/G, decimals and underscores.
 
@@ -241,142 +182,3 @@ def run_settings(directory: Path) -> dict[str, Any]:
     """
     path = directory / CONFIG_FILE
     return read_config_file(path) if path.is_file() else {}
-
-
-def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) -> Plan:
-    """Choose what the user left open.
-
-    Raises:
-        UnnormError: the device is not there, or the context is longer than the model's.
-    """
-    device = choose_device(config.device)
-    context = choose_context(config.context, model)
-    tokens = config.tokens if config.tokens is not None else (GPU_TOKENS if device == "cuda" else CPU_TOKENS)
-    wanted = min(max(tokens // RECIPES[config.recipe].steps_wanted, LEAST_STEP_TOKENS), MOST_STEP_TOKENS)
-    batch_size = config.batch_size or max(1, round(wanted / context))
-    batch_size = processes * max(1, round(batch_size / processes))
-    micro_batch = _micro_batch(model, context, batch_size // processes, device) if tokens else 1
-    return Plan(
-        device=device,
-        bfloat16=config.dtype == "bfloat16" or (config.dtype == "auto" and _fast_bfloat16(device)),
-        compile=config.compile,
-        cuda_graph=config.cuda_graph is not False and device == "cuda",
-        tokens=tokens,
-        context=context,
-        batch_size=batch_size,
-        micro_batch=micro_batch,
-        steps=max(1, round(tokens / (batch_size * context))) if tokens else 0,
-        lr=config.lr or default_lr(model, config.recipe),
-        processes=processes,
-    )
-
-
-def control_plan(plan: Plan) -> Plan:
-    """The same tokens in larger steps, where steps are small: labels are noisier than a teacher's logits.
-
-    With 1.6 million tokens the bundled model's control ends at 3.143 nats with 4,096 tokens a step and at 3.150 with
-    1,024 (the original: 3.175); with 512 it ended above the original. A weaker control would flatter the twin.
-    """
-    factor = max(1, round(CONTROL_STEP_TOKENS / plan.step_tokens))
-    batch_size = plan.batch_size * factor
-    steps = max(1, round(plan.tokens / (batch_size * plan.context)))
-    return plan.model_copy(update={"batch_size": batch_size, "steps": steps})
-
-
-def healing_plan(plan: Plan, spent: int) -> Plan:
-    """The learning rate starts where it would stand in one run of all tokens, `spent` ones and those of the plan.
-
-    After 300 thousand tokens of the bundled model (KL 0.0529) as many more bring KL to 0.0473 from half the usual rate,
-    to 0.0476 from 0.7 times and to 0.0485 from all of it.
-    """
-    return plan.model_copy(update={"lr": plan.lr * plan.tokens / max(1, plan.tokens + spent)})
-
-
-def default_lr(model: PreTrainedModel, recipe: RecipeName) -> float:
-    """Peak learning rate: the recipe's, by the inverse root of the model's width."""
-    return min(MOST_LR, RECIPES[recipe].lr_at_768 * (768 / int(model.config.get_text_config().hidden_size)) ** 0.5)
-
-
-def choose_context(asked: int | None, *models: PreTrainedModel) -> int:
-    """Tokens in a block: as asked for, else the longest that all models take, at most `MOST_CONTEXT`.
-
-    Raises:
-        UnnormError: a model can't take as many, or there would be nothing to predict.
-    """
-    longest = min(context_length(model) for model in models)
-    context = min(longest, MOST_CONTEXT) if asked is None else asked
-    if context > longest:
-        raise UnnormError(f"--context {context} is longer than the {longest} tokens that the model takes.")
-    if context < 2:
-        raise UnnormError(f"--context {context} is too short: a block takes 2 tokens at least.")
-    return context
-
-
-def choose_device(device: str) -> str:
-    """The device a run takes place on.
-
-    Raises:
-        UnnormError: it is not on this machine.
-    """
-    present = ["cpu"]
-    present += ["cuda"] if torch.cuda.is_available() else []
-    present += ["mps"] if torch.backends.mps.is_available() else []
-    if device == "auto":
-        return "cuda" if "cuda" in present else "cpu"  # Nothing was ever run on Apple GPUs.
-    if device not in present:
-        raise UnnormError(f"No device '{device}' here. There is: {', '.join(present)}.")
-    return device
-
-
-def free_memory(device: str) -> int:
-    """Bytes of memory that are free on the device."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available)
-
-
-def _micro_batch(model: PreTrainedModel, context: int, most: int, device: str) -> int:
-    """Blocks that fit in memory at once: the largest divisor of `most` whose activations do.
-
-    Activations of a block's pass, in float32: some 40 widths a layer and token, and the logits and their softmax,
-    of student and teacher, 6 times over.
-    """
-    config = model.config.get_text_config()
-    numbers = context * (40 * config.hidden_size * config.num_hidden_layers + 6 * config.vocab_size)
-    states = 16 * sum(p.numel() for p in model.parameters())
-    free = free_memory(device)
-    if states > free:
-        raise UnnormError(
-            f"Training this model takes {states / 1e9:.1f} GB on {device} for weights, gradients and the optimizer "
-            f"alone, and {free / 1e9:.1f} GB are free. Take a smaller model or a larger "
-            "machine; --tokens 0 needs far less."
-        )
-    fit = max(1, int((free * MEMORY_SHARE - states) / (4 * numbers)))
-    return max(size for size in range(1, most + 1) if most % size == 0 and size <= max(1, fit))
-
-
-def _fast_bfloat16(device: str) -> bool:
-    if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported()
-    if device != "cpu":
-        return False
-    able = torch.cpu.get_capabilities()
-    # AMX has matrix units for it. AVX-512's instructions made training three times as fast on one processor and a
-    # quarter slower on another.
-    return bool(able.get("amx_bf16")) or (bool(able.get("avx512_bf16")) and _bfloat16_gain() > LEAST_BFLOAT16_GAIN)
-
-
-@torch.no_grad()
-def _bfloat16_gain() -> float:
-    """How many times as fast as in float32 a linear layer is under autocast, here and now."""
-    layer, x = nn.Linear(TIMED_WIDTH, TIMED_WIDTH), torch.ones(LEAST_STEP_TOKENS, TIMED_WIDTH)
-
-    def seconds(bfloat16: bool) -> float:
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            start = time.perf_counter()
-            layer(x)
-            return time.perf_counter() - start
-
-    # By turns, so that other work on the machine slows both; the first turn is for warming up.
-    turns = [(seconds(False), seconds(True)) for _ in range(TIMED_TURNS + 1)][1:]
-    return min(turn[0] for turn in turns) / min(turn[1] for turn in turns)

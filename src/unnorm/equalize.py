@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unnorm.calibrate import collect_log_scales, set_constants
-from unnorm.config import MOST_CONTEXT
 from unnorm.data import batches
 from unnorm.models import context_length, evaluating
 from unnorm.norms import Estimator, TaperedNorm, removed
+from unnorm.plan import MOST_CONTEXT
 from unnorm.sites import NormSite, vocabulary_size
 
 STRENGTH = 0.5

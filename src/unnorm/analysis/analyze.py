@@ -14,7 +14,7 @@ from unnorm.analysis.material import Finding, Material
 from unnorm.analysis.page import Skipped, render_analysis
 from unnorm.analysis.prompts import PromptPair, indirect_object_prompts, read_prompts
 from unnorm.checkpoint import load, load_sites, write_text
-from unnorm.config import choose_context, choose_device, read_count, run_settings
+from unnorm.config import read_count, run_settings
 from unnorm.data import STDLIB, spread
 from unnorm.data.packing import held_out_blocks
 from unnorm.errors import UnnormError
@@ -22,6 +22,7 @@ from unnorm.evaluation import EVALUATION_SPREAD
 from unnorm.json_text import finite, json_text
 from unnorm.modeling.modeling_unnorm import PREFIX
 from unnorm.models import load_original
+from unnorm.plan import choose_context, choose_device
 from unnorm.progress import Watch
 from unnorm.report.numbers import count, short_count
 from unnorm.run_directory import CONFIG_FILE

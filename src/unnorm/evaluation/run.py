@@ -14,7 +14,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unnorm.config import choose_context, choose_device, read_count
+from unnorm.config import read_count
 from unnorm.errors import RunInterruptedError, UnnormError
 from unnorm.evaluation.comparison import compare_tokens
 from unnorm.evaluation.corpora import Corpus, count_bytes, open_corpus, tokens_in
@@ -25,6 +25,7 @@ from unnorm.evaluation.record import Record
 from unnorm.evaluation.results import Evaluation, Results, Score
 from unnorm.evaluation.suites import PILE_FILTERED, Choice, choose
 from unnorm.models import load_original
+from unnorm.plan import choose_context, choose_device
 from unnorm.progress import Watch
 from unnorm.sites import vocabulary_size
 

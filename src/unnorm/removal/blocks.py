@@ -9,7 +9,7 @@ from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.calibrate import CALIBRATION_BLOCKS
-from unnorm.config import Plan, RemoveConfig, read_config_file
+from unnorm.config import RemoveConfig, read_config_file
 from unnorm.data import (
     OWN_TEXT,
     STDLIB,
@@ -24,6 +24,7 @@ from unnorm.data import (
 from unnorm.errors import UnnormError
 from unnorm.evaluation import EVALUATION_SPREAD, EVALUATION_TOKENS
 from unnorm.models import DEMO
+from unnorm.plan import Plan
 from unnorm.progress import Watch
 from unnorm.recipes import RECIPES
 from unnorm.removal.run import Run

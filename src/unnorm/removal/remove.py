@@ -13,13 +13,14 @@ from transformers import PreTrainedModel, set_seed
 from unnorm import processes
 from unnorm.calibrate import CALIBRATION_BLOCKS, collect_log_scales, set_constants
 from unnorm.checkpoint import load, save_folded, save_model, save_sites, save_unfolded, write_text
-from unnorm.config import Plan, RemoveConfig, choose_device, control_plan, healing_plan, make_plan
+from unnorm.config import RemoveConfig
 from unnorm.data import spread
 from unnorm.equalize import equalize_embedding
 from unnorm.errors import RunInterruptedError, UnnormError
 from unnorm.massive import MADE_GOOD, shrink_massive
 from unnorm.models import copy_model, fuse_activations, load_original
 from unnorm.norms import TaperedNorm, TokenMask, removed
+from unnorm.plan import Plan, choose_device, control_plan, healing_plan, make_plan
 from unnorm.progress import Watch
 from unnorm.recipes import RECIPES
 from unnorm.removal.blocks import with_stress, write_blocks

@@ -10,10 +10,11 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.calibrate import CALIBRATION_BLOCKS
-from unnorm.config import Plan, RemoveConfig, read_config_file
+from unnorm.config import RemoveConfig, read_config_file
 from unnorm.data import spread
 from unnorm.errors import UnnormError
 from unnorm.limits import set_limits
+from unnorm.plan import Plan
 from unnorm.progress import Watch
 from unnorm.run_directory import CONFIG_FILE, RESULT, finished_result
 from unnorm.sites import NormSite

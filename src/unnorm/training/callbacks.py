@@ -17,8 +17,8 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_callback import ExportableState
 
 from unnorm import processes
-from unnorm.config import Plan
 from unnorm.norms import TaperedNorm, TokenMask
+from unnorm.plan import Plan
 from unnorm.progress import Watch
 from unnorm.schedule import FidelityController, Schedule
 

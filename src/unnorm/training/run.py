@@ -18,11 +18,11 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from unnorm import processes
-from unnorm.config import Plan
 from unnorm.data import batches, spread
 from unnorm.errors import UnnormError
 from unnorm.losses import distillation_losses
 from unnorm.models import evaluating, without_dropout
+from unnorm.plan import Plan
 from unnorm.progress import Watch
 from unnorm.recipes import Optimization
 from unnorm.run_directory import CHECKPOINTS, METRICS

@@ -14,11 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.checkpoint import load_sites
-from unnorm.config import choose_context, choose_device, read_count, run_settings
+from unnorm.config import read_count, run_settings
 from unnorm.data import STDLIB
 from unnorm.data.packing import held_out_blocks
 from unnorm.errors import UnnormError
 from unnorm.models import context_length, load_original
+from unnorm.plan import choose_context, choose_device
 from unnorm.progress import Watch
 from unnorm.run_directory import CONFIG_FILE, CONTROL, finished_result
 from unnorm.sites import NormSite, vocabulary_size
