@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError
@@ -84,21 +83,9 @@ def residual_stream(
 ) -> tuple[Float[Tensor, "depth batch position width"], Float[Tensor, "batch position vocab"]]:
     """What each layer reads, and at last the final norm (or the identity in its place); and the logits."""
     places = [*parts.layers, parts.final]
-    read: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            read[name] = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-
-        return hook
-
-    handles = [model.get_submodule(n).register_forward_pre_hook(keep(n), with_kwargs=True) for n in places]
-    try:
+    with recorded(model, places) as record:
         logits = model(input_ids=ids, use_cache=False).logits
-    finally:
-        for handle in handles:
-            handle.remove()
-    return torch.stack([read[name].view(*ids.shape, -1) for name in places]), logits
+    return torch.stack([record[name][0].view(*ids.shape, -1) for name in places]), logits
 
 
 @torch.no_grad()
