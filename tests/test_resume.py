@@ -88,6 +88,21 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(
     assert unnorm.remove(out=tmp_path / "run", resume=True)["verified"]
 
 
+def test_the_time_of_interrupted_parts_counts(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file), "out": tmp_path / "run"}
+    with monkeypatch.context() as patch:
+        stop_at(14, patch)
+        with pytest.raises(CrashError):
+            unnorm.remove(**options)
+    file = tmp_path / "run" / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("".join(json.dumps({**row, "seconds": 10_000.0}) + "\n" for row in rows))
+    result = unnorm.remove(out=tmp_path / "run", resume=True)
+    assert result["seconds"] > result["training_seconds"] > 10_000
+
+
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path / "nowhere") is None
 

@@ -26,7 +26,7 @@ from unnorm.recipes import RECIPES
 from unnorm.removal.blocks import with_stress, write_blocks
 from unnorm.removal.conclude import conclude, evaluate
 from unnorm.removal.run import Run, check_disk, limit, measured_before, open_directory, saved_options
-from unnorm.removal.twin import spent_tokens, take_up_control, take_up_twin
+from unnorm.removal.twin import spent_seconds, spent_tokens, take_up_control, take_up_twin
 from unnorm.run_directory import BEFORE, CHECKPOINTS, CONFIG_FILE, CONTROL, CONTROL_DONE, DATA, MODEL, RESULT, UNFOLDED
 from unnorm.schedule import FidelityController, Schedule, healing
 from unnorm.site_proof import prove_sites
@@ -63,6 +63,7 @@ def remove(
     config = RemoveConfig.create(**(saved_options(options) if resume else options))
     processes.join(choose_device(config.device))
     directory = processes.agree(lambda: open_directory(config, resume))
+    started -= spent_seconds(directory)
     try:
         return _run(config, directory, watch if watch is not None and processes.is_main() else _ignore, started)
     except KeyboardInterrupt:

@@ -12,7 +12,7 @@ from unnorm.errors import UnnormError
 from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.norms import TaperedNorm
 from unnorm.removal.run import Run, limit, measured_before
-from unnorm.run_directory import CONTROL, EARLIER, METRICS
+from unnorm.run_directory import CONTROL, EARLIER, METRICS, RESULT
 
 
 def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dict[str, Any]]:
@@ -66,6 +66,13 @@ def spent_tokens(directory: Path) -> int:
     """Tokens that the twin of a finished run was trained on, in all."""
     rows = history(directory)
     return int(rows[-1]["tokens"]) if rows else 0
+
+
+def spent_seconds(directory: Path) -> float:
+    """Training time of a run's interrupted parts; of a finished one its control's, since the result has the rest."""
+    parts = [directory / CONTROL] + ([] if (directory / RESULT).is_file() else [directory])
+    rows = (_rows(part / METRICS) for part in parts)
+    return sum(float(found[-1]["seconds"]) for found in rows if found)
 
 
 def _take_over_history(finished: Path, directory: Path) -> None:
