@@ -48,6 +48,14 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distillation.DistillationTrainer, "training_step", training_step)
 
 
+def crash(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+    """A run that breaks off after 14 steps, and leaves what it had saved."""
+    with monkeypatch.context() as patch:
+        stop_at(14, patch)
+        with pytest.raises(CrashError):
+            unnorm.remove(**SETTINGS, **options)
+
+
 @pytest.mark.parametrize("family", ["gpt_neox, sequential", "mixtral"])
 def test_all_weights_come_back_whatever_the_hub_calls_them(
     family: str,
@@ -75,11 +83,7 @@ def test_all_weights_come_back_whatever_the_hub_calls_them(
 def test_a_checkpoint_that_was_cut_short_is_passed_over(
     fault: str, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file), "out": tmp_path / "run"}
-    with monkeypatch.context() as patch:
-        stop_at(14, patch)
-        with pytest.raises(CrashError):
-            unnorm.remove(**options)
+    crash(monkeypatch, model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "run")
     whole = last_checkpoint(tmp_path / "run" / "checkpoints")
     assert whole is not None
     cut_short = Path(whole).with_name("checkpoint-15")
@@ -91,11 +95,7 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(
 def test_the_time_of_interrupted_parts_counts(
     monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file), "out": tmp_path / "run"}
-    with monkeypatch.context() as patch:
-        stop_at(14, patch)
-        with pytest.raises(CrashError):
-            unnorm.remove(**options)
+    crash(monkeypatch, model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "run")
     file = tmp_path / "run" / "metrics.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps({**row, "seconds": 10_000.0}) + "\n" for row in rows))
@@ -110,11 +110,7 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
 def test_a_checkpoint_that_lacks_weights_is_refused(
     monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file), "out": tmp_path / "run"}
-    with monkeypatch.context() as patch:
-        stop_at(14, patch)
-        with pytest.raises(CrashError):
-            unnorm.remove(**options)
+    crash(monkeypatch, model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "run")
     file = Path(str(last_checkpoint(tmp_path / "run" / "checkpoints"))) / "model.safetensors"
     weights = load_file(file)
     del weights["transformer.h.1.mlp.c_fc.weight"]
