@@ -48,40 +48,32 @@ class Optimization:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way from norms to constants.
+    """One way from norms to constants. What is not named is as the published recipes have it.
 
     Attributes:
         lay_out: the schedule for a model's sites, and for the names of those whose paths go apart.
+        optimization: what is minimized, and how.
         controlled: the schedule's clock waits for KL and goes back after spikes (`FidelityController`).
         equalizes: scales are made more even before training, while the norms are on.
         splits_paths: attention's query/key and value paths lose their norm apart.
         interpolation: between norm and constant, see `TaperedNorm`.
         steps_wanted: optimizer steps that a run's tokens are divided into, as far as the limits on tokens a step allow.
         lr_at_768: peak learning rate for a model that is 768 wide.
-        optimization: what is minimized, and how.
     """
 
     lay_out: Callable[[Sequence[NormSite], Sequence[str]], Schedule]
-    controlled: bool
-    equalizes: bool
-    splits_paths: bool
-    interpolation: Interpolation
-    steps_wanted: int
-    lr_at_768: float
     optimization: Optimization
+    controlled: bool = False
+    equalizes: bool = False
+    splits_paths: bool = False
+    interpolation: Interpolation = "log"
+    steps_wanted: int = PAPER_STEPS
+    lr_at_768: float = 6e-4  # That of arXiv 2409.13710 for GPT-2 small.
 
-
-PAPER_LR_AT_768 = 6e-4
-"""That of arXiv 2409.13710 for GPT-2 small."""
 
 SEQUENTIAL = Recipe(
     lay_out=sequential,
-    controlled=False,
-    equalizes=False,
     splits_paths=True,
-    interpolation="log",
-    steps_wanted=PAPER_STEPS,
-    lr_at_768=PAPER_LR_AT_768,
     # Weight decay 0.01, 20 of 300 steps of warm-up, a cosine to half the peak.
     optimization=Optimization(
         least_lr=0.5,
@@ -100,12 +92,7 @@ SEQUENTIAL_AUX = replace(
 
 TAPERNORM = Recipe(
     lay_out=lambda sites, _: tapernorm(sites),
-    controlled=False,
-    equalizes=False,
-    splits_paths=False,
     interpolation="linear",
-    steps_wanted=PAPER_STEPS,
-    lr_at_768=PAPER_LR_AT_768,
     optimization=Optimization(
         least_lr=0.1,
         warmup=0.05,
@@ -122,8 +109,6 @@ TAPER = Recipe(
     lay_out=lambda sites, _: taper(sites),
     controlled=True,
     equalizes=True,
-    splits_paths=False,
-    interpolation="log",
     # The bundled model ends at KL 0.027 after 12,500 steps of 512 tokens, at 0.037 after 3,125 of 4,096
     # (`benchmarks/steps.json`).
     steps_wanted=12_800,

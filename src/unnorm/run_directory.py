@@ -29,6 +29,11 @@ CONTROL_DONE = "control.txt"
 """In `DATA`, when the control is saved."""
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of metrics, one a line; none, where there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines() if line] if path.is_file() else []
+
+
 def finished_result(directory: Path) -> dict[str, Any]:
     """The result of a finished run.
 

@@ -26,7 +26,6 @@ from unnorm.evaluation import EVALUATION_SPREAD, EVALUATION_TOKENS
 from unnorm.models import DEMO
 from unnorm.plan import Plan
 from unnorm.progress import Watch
-from unnorm.recipes import RECIPES
 from unnorm.removal.run import Run
 from unnorm.run_directory import CONFIG_FILE, DATA, HELD_OUT
 from unnorm.sites import vocabulary_size
@@ -134,7 +133,7 @@ def _read_blocks(
 
 def with_stress(run: Run) -> Dataset:
     """Training text with its share of stress blocks in place of as many others, for recipes that distil."""
-    if not RECIPES[run.config.recipe].optimization.distil or run.stress_blocks is None:
+    if not run.recipe.optimization.distil or run.stress_blocks is None:
         return run.train_blocks
     kept = spread(run.train_blocks, max(1, len(run.train_blocks) - len(run.stress_blocks)))
     vocab_size = vocabulary_size(run.original)

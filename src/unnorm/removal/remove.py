@@ -22,7 +22,6 @@ from unnorm.models import copy_model, fuse_activations, load_original
 from unnorm.norms import TaperedNorm, TokenMask, removed
 from unnorm.plan import Plan, choose_device, control_plan, healing_plan, make_plan
 from unnorm.progress import Watch
-from unnorm.recipes import RECIPES
 from unnorm.removal.blocks import with_stress, write_blocks
 from unnorm.removal.conclude import conclude, evaluate
 from unnorm.removal.run import Run, check_disk, limit, measured_before, open_directory, saved_options
@@ -134,10 +133,9 @@ def _train_removal(run: Run) -> dict[str, Any]:
     fuse_activations(student)
     before["skipped_steps"] = 0
     if run.plan.steps:
-        recipe = RECIPES[run.config.recipe]
         run.say(f"training: {run.plan.steps} steps of {run.plan.step_tokens:,} tokens", run.plan.training_tokens)
         schedule = _lay_out(run, stand_ins)
-        controller = FidelityController(run.config.kl_budget, schedule.end) if recipe.controlled else None
+        controller = FidelityController(run.config.kl_budget, schedule.end) if run.recipe.controlled else None
         removal = Removal(stand_ins, schedule, controller, token_mask, run.tokenizer.eos_token_id)
         before["skipped_steps"] = _train(run, student, removal, run.directory).skipped_steps
     for stand_in in stand_ins.values():
@@ -148,20 +146,19 @@ def _train_removal(run: Run) -> dict[str, Any]:
 
 def _begin(run: Run, token_mask: TokenMask) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dict[str, Any]]:
     """The original with calibrated stand-ins, its norms still on, and what naive removal would cost."""
-    recipe = RECIPES[run.config.recipe]
     student = copy_model(run.original, share=not run.plan.steps)
     stand_ins = install(
         student,
         run.sites,
-        split_paths=recipe.splits_paths,
+        split_paths=run.recipe.splits_paths,
         token_mask=token_mask,
-        interpolation=recipe.interpolation,
+        interpolation=run.recipe.interpolation,
     )
     run.say("calibrating")
     calibration = spread(run.train_blocks, CALIBRATION_BLOCKS)
     set_constants(stand_ins, collect_log_scales(student, run.sites, calibration), run.config.estimator)
     before = _naive_removal(run, student, stand_ins)
-    equalizes = run.plan.steps and recipe.equalizes
+    equalizes = run.plan.steps and run.recipe.equalizes
     before["massive_neurons"] = _equalize(run, student, stand_ins, calibration) if equalizes else []
     if before["massive_neurons"] and run.config.neuron_limits:
         limit(run, student)
@@ -203,7 +200,7 @@ def _lay_out(run: Run, stand_ins: dict[str, TaperedNorm]) -> Schedule:
     if run.config.twin is not None:
         return healing(run.sites)
     apart = [name for name, stand_in in stand_ins.items() if len(stand_in.alpha) == 2]
-    return RECIPES[run.config.recipe].lay_out(run.sites, apart)
+    return run.recipe.lay_out(run.sites, apart)
 
 
 def _train(run: Run, model: PreTrainedModel, removal: Removal | None, directory: Path) -> Outcome:
@@ -213,7 +210,7 @@ def _train(run: Run, model: PreTrainedModel, removal: Removal | None, directory:
         model=model.requires_grad_(True),
         teacher=run.original,
         removal=removal,
-        optimization=RECIPES[run.config.recipe].optimization,
+        optimization=run.recipe.optimization,
         plan=run.plan,
         train_blocks=run.train_blocks if removal is None else with_stress(run),
         validation_blocks=run.validation_blocks,

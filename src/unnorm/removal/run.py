@@ -16,6 +16,7 @@ from unnorm.errors import UnnormError
 from unnorm.limits import set_limits
 from unnorm.plan import Plan
 from unnorm.progress import Watch
+from unnorm.recipes import RECIPES, Recipe
 from unnorm.run_directory import CONFIG_FILE, RESULT, finished_result
 from unnorm.sites import NormSite
 
@@ -40,6 +41,11 @@ class Run:
     validation_blocks: Dataset
     held_out: str
     watch: Watch
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that its settings name."""
+        return RECIPES[self.config.recipe]
 
     def say(self, text: str, tokens: int | None = None) -> None:
         """Announce a stage, and the tokens it will take."""

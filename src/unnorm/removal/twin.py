@@ -12,7 +12,7 @@ from unnorm.errors import UnnormError
 from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.norms import TaperedNorm
 from unnorm.removal.run import Run, limit, measured_before
-from unnorm.run_directory import CONTROL, EARLIER, METRICS, RESULT
+from unnorm.run_directory import CONTROL, EARLIER, METRICS, RESULT, read_rows
 
 
 def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dict[str, Any]]:
@@ -55,7 +55,7 @@ def take_up_control(run: Run) -> PreTrainedModel:
 
 def history(directory: Path) -> list[dict[str, Any]]:
     """Rows of metrics of a run, after those of the runs before that brought its twin to where it was taken up."""
-    earlier, rows = (_rows(directory / name) for name in (EARLIER, METRICS))
+    earlier, rows = (read_rows(directory / name) for name in (EARLIER, METRICS))
     if not earlier:
         return rows
     spent = {key: earlier[-1][key] for key in ("step", "tokens", "seconds")}
@@ -71,7 +71,7 @@ def spent_tokens(directory: Path) -> int:
 def spent_seconds(directory: Path) -> float:
     """Training time of a run's interrupted parts; of a finished one its control's, since the result has the rest."""
     parts = [directory / CONTROL] + ([] if (directory / RESULT).is_file() else [directory])
-    rows = (_rows(part / METRICS) for part in parts)
+    rows = (read_rows(part / METRICS) for part in parts)
     return sum(float(found[-1]["seconds"]) for found in rows if found)
 
 
@@ -81,7 +81,3 @@ def _take_over_history(finished: Path, directory: Path) -> None:
         write_text(directory / EARLIER, "\n".join(map(json.dumps, history(finished))))
 
     processes.agree(write)
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines() if line] if path.is_file() else []

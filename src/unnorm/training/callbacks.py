@@ -20,6 +20,7 @@ from unnorm import processes
 from unnorm.norms import TaperedNorm, TokenMask
 from unnorm.plan import Plan
 from unnorm.progress import Watch
+from unnorm.run_directory import read_rows
 from unnorm.schedule import FidelityController, Schedule
 
 QUICK_EVALUATIONS = 12
@@ -269,8 +270,9 @@ class MetricsCallback(TrainerCallback):
         self.seconds_before = self.started = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        old = [json.loads(line) for line in self.path.read_text().splitlines()] if self.path.exists() else []
-        self.rows = [row for row in old if row["step"] <= state.global_step] if state.global_step else []
+        self.rows = (
+            [row for row in read_rows(self.path) if row["step"] <= state.global_step] if state.global_step else []
+        )
         self.seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
         self.started = time.perf_counter()
         if state.is_world_process_zero:

@@ -98,9 +98,10 @@ def train(
     Raises:
         UnnormError: memory or disk ran out, or a tracker gave up.
     """
+    checkpoints = directory / CHECKPOINTS
     trainer = DistillationTrainer(
         model=model,
-        args=_arguments(optimization, plan, directory / CHECKPOINTS, seed, report_to),
+        args=_arguments(optimization, plan, checkpoints, seed, report_to),
         train_dataset=train_blocks,
         data_collator=_collate,
         teacher=teacher if removal is not None and optimization.distil else None,
@@ -124,7 +125,6 @@ def train(
     for callback in callbacks:
         if callback is not None:
             trainer.add_callback(callback)
-    checkpoints = directory / CHECKPOINTS
     last = processes.agree(lambda: last_checkpoint(checkpoints))
     use_cache = model.config.use_cache
     errors = _as_unnorm_errors(plan, checkpoints, report_to)
