@@ -19,6 +19,7 @@ from tests.conftest import Cli
 from tests.test_families import FAMILIES, random_model
 from tests.test_remove import SETTINGS, assert_same_weights
 from unnorm.removal import remove as removal
+from unnorm.run_directory import read_rows
 from unnorm.schedule import FidelityController
 from unnorm.training import distillation
 from unnorm.training.callbacks import GuardCallback
@@ -101,6 +102,29 @@ def test_the_time_of_interrupted_parts_counts(
     file.write_text("".join(json.dumps({**row, "seconds": 10_000.0}) + "\n" for row in rows))
     result = unnorm.remove(out=tmp_path / "run", resume=True)
     assert result["seconds"] > result["training_seconds"] > 10_000
+
+
+def test_metrics_that_were_cut_short_lose_their_last_line_alone(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    crash(monkeypatch, model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "run")
+    file = tmp_path / "run" / "metrics.jsonl"
+    whole = read_rows(file)
+    with file.open("a") as rows:
+        rows.write(json.dumps(whole[-1])[:40])
+    assert read_rows(file) == whole
+    assert unnorm.remove(out=tmp_path / "run", resume=True)["verified"]
+    assert read_rows(file)[-1]["step"] > whole[-1]["step"]
+
+
+def test_metrics_that_are_damaged_are_refused(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    crash(monkeypatch, model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "run")
+    file = tmp_path / "run" / "metrics.jsonl"
+    file.write_text("{\n" + file.read_text())
+    with pytest.raises(unnorm.UnnormError, match=r"Line 1 of .*metrics\.jsonl' is damaged"):
+        unnorm.remove(out=tmp_path / "run", resume=True)
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:

@@ -30,8 +30,24 @@ CONTROL_DONE = "control.txt"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of metrics, one a line; none, where there is no file."""
-    return [json.loads(line) for line in path.read_text().splitlines() if line] if path.is_file() else []
+    """Rows of metrics, one a line; none, where there is no file.
+
+    A last line that was cut short, by a kill or a full disk, is passed over.
+
+    Raises:
+        UnnormError: another line is damaged.
+    """
+    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append({**json.loads(line)})
+        except (ValueError, TypeError) as error:
+            if number < len(lines):
+                raise UnnormError(
+                    f"Line {number} of '{path}' is damaged. Delete that line, or do the run again."
+                ) from error
+    return rows
 
 
 def finished_result(directory: Path) -> dict[str, Any]:
