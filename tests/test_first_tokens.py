@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +12,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 import unnorm
 from tests.conftest import VOCAB, small_llama
 from tests.test_massive import GPT2, with_massive
+from tests.test_remove import assert_same_weights
+from tests.test_resume import CrashError, stop_at
 from unnorm.calibrate import set_constants
 from unnorm.models import copy_model
 from unnorm.norms import TaperedNorm
 from unnorm.residual import recorded
 from unnorm.sites import find_sites
 from unnorm.stand_ins import install
-from unnorm.training.first_tokens import DRAWN, LEARNED, first_token_losses
+from unnorm.training.first_tokens import DRAWN, LEARNED, FirstTokens
 
 LONG, LONGER = 3, 11
 VOCABULARY = torch.arange(VOCAB)[:, None]
@@ -44,29 +47,72 @@ def runaway() -> Run:
     return model.train(), teacher, list(stand_ins.values())
 
 
+def first_tokens(furthest: int, again: int = 0) -> FirstTokens:
+    """With numbers of tokens to learn that are not those of a batch."""
+    found = FirstTokens(VOCAB, 64, torch.device("cpu"))
+    found.furthest, found.again = furthest, again
+    found.worst = torch.arange(again)
+    return found
+
+
 def test_those_that_run_furthest_are_learned(runaway: Run) -> None:
-    long, longer = (torch.stack(first_token_losses(*runaway, torch.tensor([[id]]), 1)) for id in (LONG, LONGER))
-    torch.testing.assert_close(torch.stack(first_token_losses(*runaway, VOCABULARY, 1)), longer)
-    torch.testing.assert_close(torch.stack(first_token_losses(*runaway, VOCABULARY, 2)), (long + longer) / 2)
+    one, two = first_tokens(1), first_tokens(2)
+    long, longer = (torch.stack(one.losses(*runaway, torch.tensor([[id]]))) for id in (LONG, LONGER))
+    torch.testing.assert_close(torch.stack(one.losses(*runaway, VOCABULARY)), longer)
+    torch.testing.assert_close(torch.stack(two.losses(*runaway, VOCABULARY)), (long + longer) / 2)
     assert longer[1] > long[1] > 1
     others = torch.cat([VOCABULARY[:LONG], VOCABULARY[LONGER + 1 :]])
-    assert first_token_losses(*runaway, others, len(others))[1] < 0.01
+    assert first_tokens(len(others)).losses(*runaway, others)[1] < 0.01
+
+
+def kl_to_teacher(runaway: Run, ids: Tensor) -> Tensor:
+    """Of each of these tokens alone."""
+    student, teacher, _ = runaway
+    log_q, log_p = (model(input_ids=ids).logits.log_softmax(-1) for model in (student, teacher))
+    return (log_p.exp() * (log_p - log_q)).sum(-1)[:, 0]
 
 
 def test_first_token_loss_is_kl_to_the_teacher(runaway: Run) -> None:
-    student, teacher, _ = runaway
-    ids = torch.tensor([[LONG], [LONGER]])
-    log_q, log_p = (model(input_ids=ids).logits.log_softmax(-1) for model in (student, teacher))
-    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    torch.testing.assert_close(first_token_losses(*runaway, VOCABULARY, 2)[0], expected)
+    expected = kl_to_teacher(runaway, torch.tensor([[LONG], [LONGER]])).mean()
+    torch.testing.assert_close(first_tokens(2).losses(*runaway, VOCABULARY)[0], expected)
+
+
+def test_the_worst_of_a_step_are_learned_again_by_the_next(runaway: Run) -> None:
+    found = first_tokens(furthest=2, again=2)
+    met = torch.tensor([[LONG], [LONGER], [LONG], [5], [6]])
+    found.losses(*runaway, met)
+    assert set(found.worst.tolist()) < {0, 1, LONG, LONGER}
+    _, ids = kl_to_teacher(runaway, torch.tensor([[0], [1], [LONG], [LONGER]])).topk(2)
+    assert found.worst.tolist() == torch.tensor([0, 1, LONG, LONGER])[ids].tolist()
+    again = found.worst.clone()
+    kl, _ = found.losses(*runaway, torch.tensor([[5], [6]]))
+    expected = kl_to_teacher(runaway, torch.cat([torch.tensor([[5], [6]]), again[:, None]])).mean()
+    torch.testing.assert_close(kl, expected)
+    assert found.worst.tolist() == again.tolist()
+
+
+def test_no_token_is_remembered_twice(runaway: Run) -> None:
+    found = first_tokens(furthest=4, again=2)
+    for _ in range(3):
+        found.losses(*runaway, torch.tensor([[LONGER]] * 4))
+        assert len(set(found.worst.tolist())) == 2
+
+
+def test_of_a_token_that_is_not_a_number_nothing_is_remembered(runaway: Run) -> None:
+    model, *_ = runaway
+    found = first_tokens(furthest=2, again=1)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[7] = torch.nan
+    found.losses(*runaway, torch.tensor([[7], [LONGER]]))
+    assert found.worst.tolist() != [7]
 
 
 def test_training_on_first_tokens_lowers_unevenness(runaway: Run) -> None:
     model, *_ = runaway
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    losses = []
+    found, losses = first_tokens(1, 1), []
     for _ in range(30):
-        kl, uneven = first_token_losses(*runaway, VOCABULARY, 2)
+        kl, uneven = found.losses(*runaway, VOCABULARY)
         optimizer.zero_grad()
         (kl + 1000 * uneven).backward()
         optimizer.step()
@@ -75,34 +121,67 @@ def test_training_on_first_tokens_lowers_unevenness(runaway: Run) -> None:
     assert losses[-1] < losses[0] / 2
 
 
-def test_a_run_meets_them_once_its_norms_are_gone(
-    tiny_model: PreTrainedModel,
-    tiny_tokenizer: PreTrainedTokenizerFast,
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    met: list[tuple[bool, Tensor, int]] = []
+@pytest.fixture
+def planted(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
+) -> dict[str, Any]:
+    """Settings of a run of a model with a massive activation; 16 steps, its norms are gone before the last."""
+    with_massive(tiny_model, GPT2).save_pretrained(tmp_path / "planted")
+    tiny_tokenizer.save_pretrained(tmp_path / "planted")
+    return {"model": str(tmp_path / "planted"), "data": str(text_file), "tokens": 8192, "device": "cpu"}
 
-    def remember(
+
+def test_a_run_meets_them_once_its_norms_are_gone(
+    planted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[tuple[bool, Tensor]] = []
+    take = FirstTokens.losses
+
+    def losses(
+        self: FirstTokens,
         model: PreTrainedModel,
         teacher: PreTrainedModel,
         stand_ins: Collection[TaperedNorm],
         drawn: Tensor,
-        count: int,
     ) -> tuple[Tensor, Tensor]:
-        met.append((all(stand_in.removed for stand_in in stand_ins), drawn, count))
-        losses = first_token_losses(model, teacher, stand_ins, drawn, count)
-        assert all(loss.requires_grad for loss in losses)
-        return losses
+        met.append((all(stand_in.removed for stand_in in stand_ins), drawn))
+        found = take(self, model, teacher, stand_ins, drawn)
+        assert all(loss.requires_grad for loss in found)
+        assert self.furthest + self.again == round(LEARNED * 512)
+        return found
 
-    monkeypatch.setattr("unnorm.training.distillation.first_token_losses", remember)
-    with_massive(tiny_model, GPT2).save_pretrained(tmp_path / "planted")
-    tiny_tokenizer.save_pretrained(tmp_path / "planted")
-    unnorm.remove(model=str(tmp_path / "planted"), data=str(text_file), tokens=8192, out=tmp_path / "run", device="cpu")
+    monkeypatch.setattr(FirstTokens, "losses", losses)
+    unnorm.remove(**planted, out=tmp_path / "run")
     assert 0 < len(met) < 16
-    assert all(removed for removed, _, _ in met)
-    assert {count for _, _, count in met} == {round(LEARNED * 512)}
-    assert {tuple(drawn.shape) for _, drawn, _ in met} == {(round(DRAWN * 512), 1)}
-    assert all(drawn.min() >= 0 and drawn.max() < VOCAB for _, drawn, _ in met)
-    assert len({tuple(drawn.flatten().tolist()) for _, drawn, _ in met}) == len(met)
+    assert all(removed for removed, _ in met)
+    assert {tuple(drawn.shape) for _, drawn in met} == {(round(DRAWN * 512), 1)}
+    assert all(drawn.min() >= 0 and drawn.max() < VOCAB for _, drawn in met)
+    assert len({tuple(drawn.flatten().tolist()) for _, drawn in met}) == len(met)
+
+
+def test_a_resumed_run_remembers_which_were_worst(
+    planted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remembered: dict[str, list[list[int]]] = {"whole": [], "resumed": []}
+    remember = FirstTokens._remember
+
+    def follow(run: str) -> None:
+        def remembering(self: FirstTokens, *args: Tensor) -> None:
+            remember(self, *args)
+            remembered[run].append(self.worst.tolist())
+
+        monkeypatch.setattr(FirstTokens, "_remember", remembering)
+
+    follow("whole")
+    unnorm.remove(**planted, out=tmp_path / "whole")
+    follow("resumed")
+    with monkeypatch.context() as patch:
+        stop_at(15, patch)
+        with pytest.raises(CrashError):
+            unnorm.remove(**planted, out=tmp_path / "resumed")
+    remembered["resumed"].clear()
+    unnorm.remove(**planted, out=tmp_path / "resumed", resume=True)
+    after = remembered["resumed"]
+    assert 0 < len(after) < len(remembered["whole"])
+    assert after == remembered["whole"][-len(after) :]
+    assert_same_weights(tmp_path / "whole", tmp_path / "resumed")

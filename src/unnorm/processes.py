@@ -6,6 +6,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
@@ -23,9 +24,14 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """Which of them this is, from 0 on."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def is_main() -> bool:
     """Whether this is the process that writes and talks."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 def join(device: str) -> None:
@@ -57,6 +63,15 @@ def total(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def gathered(values: Tensor) -> Tensor:
+    """Those of all processes one after the other, along the first dimension."""
+    if not dist.is_initialized():
+        return values
+    of_all = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+    dist.all_gather(of_all, values.contiguous())
+    return torch.cat(of_all)
 
 
 def leave() -> None:

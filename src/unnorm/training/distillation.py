@@ -23,9 +23,8 @@ from unnorm.losses import (
 )
 from unnorm.norms import TaperedNorm
 from unnorm.recipes import Optimization
-from unnorm.sites import vocabulary_size
 from unnorm.training.callbacks import GuardCallback, Removal
-from unnorm.training.first_tokens import DRAWN, LEARNED, first_token_losses
+from unnorm.training.first_tokens import LEARNED, FirstTokens
 from unnorm.training.recorded_step import RecordedStep
 
 READS_SHARE = 0.7
@@ -73,6 +72,7 @@ class DistillationTrainer(Trainer):
         self.recorded: RecordedStep | None = None
         self.guard = GuardCallback(self.controller, self.take_step_kl, self.held)
         self.add_callback(self.guard)
+        self.first_tokens: FirstTokens | None = None
 
     def record_steps(self) -> None:
         """From now on, replay steps from a record."""
@@ -82,6 +82,11 @@ class DistillationTrainer(Trainer):
 
         assert self.model is not None
         self.recorded = RecordedStep(step, list(self.model.parameters()))
+
+    def learn_first_tokens(self, first_tokens: FirstTokens) -> None:
+        """From when the norms are gone on, also learn tokens alone."""
+        self.first_tokens = first_tokens
+        self.add_callback(first_tokens)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
@@ -110,7 +115,7 @@ class DistillationTrainer(Trainer):
             if self.bounded:
                 loss = loss + self._unevenness()
             if "first_tokens" in inputs:
-                loss = loss + self._first_token_loss(model, inputs["first_tokens"], len(ids.flatten()))
+                loss = loss + self._first_token_loss(model, inputs["first_tokens"])
         self.sums += shown
         if self.penalized is not None:
             loss = loss + self._penalty(self.penalized, ids)
@@ -120,21 +125,19 @@ class DistillationTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Forward and backward of one batch; on a GPU replayed from a record, where that is possible."""
-        inputs = self._add_step_inputs(model, inputs)
+        inputs = self._add_step_inputs(inputs)
         if self.recorded is None:
             return cast(Tensor, super().training_step(model, inputs, num_items_in_batch))
         phase = None if self.removal is None else self.removal.phase
         return self.recorded(phase, self._prepare_inputs(inputs))
 
-    def _add_step_inputs(self, model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _add_step_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch, with the weight of matching reads and tokens that are looked at alone, where there are any."""
         inputs = dict(inputs)
         if share := self._read_match_share():
             inputs["read_share"] = torch.tensor(share)
-        if self.bounded and self.bounded[0].removed:
-            vocabulary = vocabulary_size(self.accelerator.unwrap_model(model, keep_torch_compile=False))
-            shape = self.args.world_size, max(1, round(DRAWN * inputs["input_ids"].numel())), 1
-            inputs["first_tokens"] = torch.randint(vocabulary, shape)[self.args.process_index]
+        if self.first_tokens is not None and self.bounded[0].removed:
+            inputs["first_tokens"] = self.first_tokens.draw()
         return inputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -236,15 +239,12 @@ class DistillationTrainer(Trainer):
                 )
         return torch.stack(uneven).mean()
 
-    def _first_token_loss(
-        self, model: nn.Module, drawn: Int[Tensor, "drawn 1"], batch_tokens: int
-    ) -> Float[Tensor, ""]:
+    def _first_token_loss(self, model: nn.Module, drawn: Int[Tensor, "drawn 1"]) -> Float[Tensor, ""]:
         """Of tokens alone, each counted like one of the batch. Overwrites the log scales that are kept."""
-        assert self.teacher is not None
+        assert self.teacher is not None and self.first_tokens is not None
         plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        count = max(1, round(LEARNED * batch_tokens))
         with self.accelerator.autocast():
-            kl, uneven = first_token_losses(plain, self.teacher, self.bounded, drawn, count)
+            kl, uneven = self.first_tokens.losses(plain, self.teacher, self.bounded, drawn)
         return LEARNED * (kl + self.optimization.even_weight * uneven)
 
     def held(self) -> float | None:

@@ -1,16 +1,22 @@
 """Any token of the vocabulary may come first, and there is only one first position a block.
 
 A model with massive activations treats whatever stands there apart, and without norms some tokens grow there from layer
-to layer until they overflow. They are few (220 of SmolLM2-135M's 49,152), so a block hardly ever starts with one.
+to layer until they overflow. They are few (220 of SmolLM2-135M's 49,152), so a block hardly ever starts with one. Nor
+does a short run draw any one of them more than a few times, so those that a step finds furthest off are learned again
+by the next, until others are further.
 """
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
+from unnorm import processes
 from unnorm.losses import RUNAWAY, distillation_losses, unevenness
 from unnorm.norms import TaperedNorm
 
@@ -18,36 +24,90 @@ DRAWN = 1 / 2
 """Tokens of the vocabulary that are looked at alone, for each token of a batch."""
 LEARNED = 1 / 32
 """Of them those that run furthest are trained on, for each token of a batch."""
+AGAIN = 1 / 2
+"""Share of those trained on that are the step before's with the largest KL."""
 
 
-def first_token_losses(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    stand_ins: Collection[TaperedNorm],
-    drawn: Int[Tensor, "drawn 1"],
-    count: int,
-) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Of the `count` tokens that run furthest of those drawn, each alone: KL to the teacher, and unevenness.
+class FirstTokens(TrainerCallback, ExportableState):
+    """What a step learns of tokens alone, and which of them the next step learns again.
 
-    Args:
-        model: in training mode, with its norms removed, so that a ceiling keeps everything finite.
-        teacher: the original.
-        stand_ins: the model's own, which must keep log scales.
-        drawn: ids of tokens.
-        count: how many of them are to learn.
-
-    Returns:
-        Mean KL(teacher || model) in nats, and the mean over all sites of `unevenness` beyond `RUNAWAY`.
+    Attributes:
+        worst: ids of those that the next step learns again, over all processes; it keeps its place in memory.
     """
-    with torch.no_grad():
-        model.base_model(input_ids=drawn, use_cache=False)
-        runs = torch.stack([departure.abs().amax(-1) for departure in _departures(stand_ins, len(drawn))])
-        ids = drawn[runs.amax(0).topk(min(count, len(drawn))).indices]
-        teacher_logits = teacher(input_ids=ids, use_cache=False).logits
-    kl, *_ = distillation_losses(model(input_ids=ids, use_cache=False).logits, teacher_logits, ids)
-    departures = _departures(stand_ins, len(ids))
-    uneven = [unevenness(departure, departure.new_zeros(()), RUNAWAY) for departure in departures]
-    return kl, torch.stack(uneven).mean()
+
+    def __init__(self, vocabulary: int, batch_tokens: int, device: torch.device) -> None:
+        """Nothing is known of any token yet.
+
+        Args:
+            vocabulary: its size.
+            batch_tokens: of a batch on one process.
+            device: where the model is.
+        """
+        self.vocabulary = vocabulary
+        self.drawn = max(1, round(DRAWN * batch_tokens))
+        learned = max(1, min(self.drawn, round(LEARNED * batch_tokens)))
+        self.again = int(AGAIN * learned)
+        self.furthest = learned - self.again
+        self.worst = torch.arange(self.again * processes.count(), device=device) % vocabulary
+
+    def draw(self) -> Int[Tensor, "drawn 1"]:
+        """Tokens to look at, this process's; all processes must draw at once, with one seed."""
+        return torch.randint(self.vocabulary, (processes.count(), self.drawn, 1))[processes.rank()]
+
+    def losses(
+        self,
+        model: PreTrainedModel,
+        teacher: PreTrainedModel,
+        stand_ins: Collection[TaperedNorm],
+        drawn: Int[Tensor, "drawn 1"],
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """Of tokens alone, those of `drawn` that run furthest and the worst of the step before.
+
+        Args:
+            model: in training mode, with its norms removed, so that a ceiling keeps everything finite.
+            teacher: the original.
+            stand_ins: the model's own, which must keep log scales.
+            drawn: ids of tokens.
+
+        Returns:
+            Mean KL(teacher || model) in nats, and the mean over all sites of `unevenness` beyond `RUNAWAY`.
+        """
+        with torch.no_grad():
+            model.base_model(input_ids=drawn, use_cache=False)
+            runs = torch.stack([departure.abs().amax(-1) for departure in _departures(stand_ins, len(drawn))])
+            again = self.worst[processes.rank() * self.again :][: self.again, None]
+            ids = torch.cat([drawn[runs.amax(0).topk(self.furthest).indices], again])
+            teacher_logits = teacher(input_ids=ids, use_cache=False).logits
+        logits = model(input_ids=ids, use_cache=False).logits
+        kl, *_ = distillation_losses(logits, teacher_logits, ids)
+        departures = _departures(stand_ins, len(ids))
+        uneven = [unevenness(departure, departure.new_zeros(()), RUNAWAY) for departure in departures]
+        self._remember(ids, logits.detach(), teacher_logits)
+        return kl, torch.stack(uneven).mean()
+
+    @torch.no_grad()
+    def _remember(
+        self,
+        ids: Int[Tensor, "token 1"],
+        logits: Float[Tensor, "token 1 vocab"],
+        teacher_logits: Float[Tensor, "token 1 vocab"],
+    ) -> None:
+        """Which of the tokens that this step learned, on all processes, have the largest KL."""
+        log_p, log_q = (of[:, 0].float().log_softmax(-1) for of in (teacher_logits, logits))
+        token_kl = processes.gathered(F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1))
+        ids = processes.gathered(ids[:, 0])
+        twice = (ids[:, None] == ids).tril(-1).any(-1)
+        self.worst.copy_(ids[token_kl.nan_to_num(0.0).masked_fill(twice, -1.0).topk(len(self.worst)).indices])
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs, as transformers stores it."""
+        return {"args": {}, "attributes": {"worst": self.worst.tolist()}}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Go on with what a checkpoint remembers."""
+        saved: Any = (state.stateful_callbacks or {}).get(type(self).__name__) if state.global_step else None
+        if isinstance(saved, dict):
+            self.worst.copy_(torch.tensor(saved["attributes"]["worst"]))
 
 
 def _departures(stand_ins: Collection[TaperedNorm], tokens: int) -> list[Float[Tensor, "token _"]]:

@@ -26,6 +26,7 @@ from unnorm.plan import Plan
 from unnorm.progress import Watch
 from unnorm.recipes import Optimization
 from unnorm.run_directory import CHECKPOINTS, METRICS
+from unnorm.sites import vocabulary_size
 from unnorm.training.callbacks import (
     InterruptCallback,
     MetricsCallback,
@@ -33,6 +34,7 @@ from unnorm.training.callbacks import (
     ScheduleCallback,
 )
 from unnorm.training.distillation import DistillationTrainer
+from unnorm.training.first_tokens import FirstTokens
 from unnorm.training.token_clip import clipping_tokens
 
 QUICK_BLOCKS = 16
@@ -108,6 +110,9 @@ def train(
         optimization=optimization,
         removal=removal,
     )
+    if trainer.bounded:
+        batch_tokens = plan.micro_batch * plan.context
+        trainer.learn_first_tokens(FirstTokens(vocabulary_size(model), batch_tokens, trainer.args.device))
     if plan.records_steps:
         trainer.record_steps()
     trainer.remove_callback(PrinterCallback)
