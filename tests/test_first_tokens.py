@@ -1,5 +1,6 @@
 """Tokens of the vocabulary alone at the first position, for twins of models with massive activations."""
 
+import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from tests.conftest import VOCAB, small_llama
 from tests.test_massive import GPT2, with_massive
 from tests.test_remove import assert_same_weights
 from tests.test_resume import CrashError, stop_at
+from unnorm import processes
 from unnorm.calibrate import set_constants
 from unnorm.models import copy_model
 from unnorm.norms import TaperedNorm
@@ -29,8 +31,7 @@ VOCABULARY = torch.arange(VOCAB)[:, None]
 Run = tuple[PreTrainedModel, PreTrainedModel, list[TaperedNorm]]
 
 
-@pytest.fixture
-def runaway() -> Run:
+def run_away() -> Run:
     """A student without norms, in training, its teacher, and its stand-ins; two tokens' embeddings are long."""
     teacher = small_llama().eval()
     model = copy_model(teacher)
@@ -47,11 +48,16 @@ def runaway() -> Run:
     return model.train(), teacher, list(stand_ins.values())
 
 
+@pytest.fixture
+def runaway() -> Run:
+    return run_away()
+
+
 def first_tokens(furthest: int, again: int = 0) -> FirstTokens:
     """With numbers of tokens to learn that are not those of a batch."""
     found = FirstTokens(VOCAB, 64, torch.device("cpu"))
     found.furthest, found.again = furthest, again
-    found.worst = torch.arange(again)
+    found.worst = torch.arange(again * processes.count())
     return found
 
 
@@ -105,6 +111,23 @@ def test_of_a_token_that_is_not_a_number_nothing_is_remembered(runaway: Run) -> 
         model.get_input_embeddings().weight[7] = torch.nan
     found.losses(*runaway, torch.tensor([[7], [LONGER]]))
     assert found.worst.tolist() != [7]
+
+
+def learn_one_of_two(rank: int, folder: Path) -> None:
+    """One of two processes, which meets one of the two long tokens."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    found = first_tokens(furthest=1, again=1)
+    found.losses(*run_away(), torch.tensor([[(LONG, LONGER)[rank]]]))
+    torch.save(found.worst, folder / f"{rank}.pt")
+    processes.leave()
+
+
+def test_two_processes_remember_the_same_tokens(runaway: Run, tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(learn_one_of_two, (tmp_path,), nprocs=2)  # type: ignore[no-untyped-call]
+    met = torch.tensor([LONG, 0, LONGER, 1])
+    expected = met[kl_to_teacher(runaway, met[:, None]).topk(2).indices].tolist()
+    assert [torch.load(tmp_path / f"{rank}.pt").tolist() for rank in range(2)] == [expected] * 2
 
 
 def test_training_on_first_tokens_lowers_unevenness(runaway: Run) -> None:
