@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 import unnorm
 from tests.conftest import VOCAB, small_llama
@@ -128,6 +134,15 @@ def test_two_processes_remember_the_same_tokens(runaway: Run, tmp_path: Path) ->
     met = torch.tensor([LONG, 0, LONGER, 1])
     expected = met[kl_to_teacher(runaway, met[:, None]).topk(2).indices].tolist()
     assert [torch.load(tmp_path / f"{rank}.pt").tolist() for rank in range(2)] == [expected] * 2
+
+
+@pytest.mark.parametrize("again", [1, 3])
+def test_what_is_remembered_may_be_more_or_fewer_than_there_is_room_for(again: int, tmp_path: Path) -> None:
+    before, after = first_tokens(1, 2), first_tokens(1, again)
+    before.worst = torch.tensor([7, 8])
+    state = TrainerState(global_step=1, stateful_callbacks={"FirstTokens": before.state()})  # type: ignore[arg-type]
+    after.on_train_begin(TrainingArguments(output_dir=str(tmp_path)), state, TrainerControl())
+    assert after.worst.tolist() == [7, 8, 2][:again]
 
 
 def test_training_on_first_tokens_lowers_unevenness(runaway: Run) -> None:

@@ -55,6 +55,12 @@ class Removal:
         return {name: float(stand_in.alpha.mean()) for name, stand_in in self.stand_ins.items()}
 
 
+def saved_attributes(callback: ExportableState, state: TrainerState) -> dict[str, Any]:
+    """What a callback's `state` put in the checkpoint that a run goes on from; nothing at the start of a run."""
+    saved: Any = (state.stateful_callbacks or {}).get(type(callback).__name__) if state.global_step else None
+    return dict(saved["attributes"]) if isinstance(saved, dict) else {}
+
+
 class ScheduleCallback(TrainerCallback):
     """Sets every alpha before each step, keeps the constants alike on all processes, and lands the removal."""
 
@@ -152,9 +158,7 @@ class GuardCallback(TrainerCallback, ExportableState):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
     ) -> None:
-        saved: Any = (state.stateful_callbacks or {}).get(type(self).__name__) if state.global_step else None
-        if isinstance(saved, dict):
-            attributes = dict(saved["attributes"])
+        if attributes := saved_attributes(self, state):
             controller = attributes.pop("controller")
             vars(self).update(attributes)
             if self.controller is not None:

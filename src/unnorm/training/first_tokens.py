@@ -17,15 +17,16 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_callback import ExportableState
 
 from unnorm import processes
-from unnorm.losses import RUNAWAY, distillation_losses, unevenness
+from unnorm.losses import RUNAWAY, unevenness
 from unnorm.norms import TaperedNorm
+from unnorm.training.callbacks import saved_attributes
 
 DRAWN = 1 / 2
 """Tokens of the vocabulary that are looked at alone, for each token of a batch."""
 LEARNED = 1 / 32
-"""Of them those that run furthest are trained on, for each token of a batch."""
+"""Tokens alone that are trained on, for each token of a batch."""
 AGAIN = 1 / 2
-"""Share of those trained on that are the step before's with the largest KL."""
+"""Share of them that are those with the largest KL of the step before; the others are those drawn that run furthest."""
 
 
 class FirstTokens(TrainerCallback, ExportableState):
@@ -45,7 +46,7 @@ class FirstTokens(TrainerCallback, ExportableState):
         """
         self.vocabulary = vocabulary
         self.drawn = max(1, round(DRAWN * batch_tokens))
-        learned = max(1, min(self.drawn, round(LEARNED * batch_tokens)))
+        learned = max(1, round(LEARNED * batch_tokens))
         self.again = int(AGAIN * learned)
         self.furthest = learned - self.again
         self.worst = torch.arange(self.again * processes.count(), device=device) % vocabulary
@@ -78,26 +79,19 @@ class FirstTokens(TrainerCallback, ExportableState):
             again = self.worst[processes.rank() * self.again :][: self.again, None]
             ids = torch.cat([drawn[runs.amax(0).topk(self.furthest).indices], again])
             teacher_logits = teacher(input_ids=ids, use_cache=False).logits
-        logits = model(input_ids=ids, use_cache=False).logits
-        kl, *_ = distillation_losses(logits, teacher_logits, ids)
+        log_p = teacher_logits[:, 0].float().log_softmax(-1)
+        log_q = model(input_ids=ids, use_cache=False).logits[:, 0].float().log_softmax(-1)
+        kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
+        self._remember(ids[:, 0], kl.detach())
         departures = _departures(stand_ins, len(ids))
         uneven = [unevenness(departure, departure.new_zeros(()), RUNAWAY) for departure in departures]
-        self._remember(ids, logits.detach(), teacher_logits)
-        return kl, torch.stack(uneven).mean()
+        return kl.mean(), torch.stack(uneven).mean()
 
-    @torch.no_grad()
-    def _remember(
-        self,
-        ids: Int[Tensor, "token 1"],
-        logits: Float[Tensor, "token 1 vocab"],
-        teacher_logits: Float[Tensor, "token 1 vocab"],
-    ) -> None:
+    def _remember(self, ids: Int[Tensor, " token"], kl: Float[Tensor, " token"]) -> None:
         """Which of the tokens that this step learned, on all processes, have the largest KL."""
-        log_p, log_q = (of[:, 0].float().log_softmax(-1) for of in (teacher_logits, logits))
-        token_kl = processes.gathered(F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1))
-        ids = processes.gathered(ids[:, 0])
+        ids, kl = processes.gathered(ids), processes.gathered(kl)
         twice = (ids[:, None] == ids).tril(-1).any(-1)
-        self.worst.copy_(ids[token_kl.nan_to_num(0.0).masked_fill(twice, -1.0).topk(len(self.worst)).indices])
+        self.worst.copy_(ids[kl.nan_to_num(0.0).masked_fill(twice, -1.0).topk(len(self.worst)).indices])
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as transformers stores it."""
@@ -105,9 +99,9 @@ class FirstTokens(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Go on with what a checkpoint remembers."""
-        saved: Any = (state.stateful_callbacks or {}).get(type(self).__name__) if state.global_step else None
-        if isinstance(saved, dict):
-            self.worst.copy_(torch.tensor(saved["attributes"]["worst"]))
+        # On another number of processes there may be room for fewer, or for more.
+        worst = saved_attributes(self, state).get("worst", [])[: len(self.worst)]
+        self.worst[: len(worst)] = torch.tensor(worst, dtype=self.worst.dtype)
 
 
 def _departures(stand_ins: Collection[TaperedNorm], tokens: int) -> list[Float[Tensor, "token _"]]:
