@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
@@ -186,6 +188,15 @@ class TestClasses:
         assert f"16 of {VOCAB} tokens" in kinds["token repeated"].what
         assert kinds["token repeated"].inputs[0].ids[0].tolist() == [0] * POSITIONS  # end-of-text comes first
         assert [part.ids.shape[1] for part in kinds["lengths"].inputs][:: len(kinds["lengths"].inputs) - 1] == [1, 64]
+
+    def test_a_tokenizer_that_drops_white_space_has_no_such_class(self, material: Material) -> None:
+        tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        words = replace(material, tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>"))
+        ours, theirs = ([kind.name for kind in input_classes(m, True)] for m in (material, words))
+        assert [name for name in ours if name not in theirs and "end-of-text" not in name and "packed" not in name] == [
+            "white space"
+        ]
 
     def test_late_positions_are_those_that_training_did_not_reach(self, material: Material) -> None:
         (late,) = [kind for kind in input_classes(material, True) if kind.name == "late positions"]

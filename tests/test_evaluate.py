@@ -24,7 +24,7 @@ from unnorm.data import as_dataset
 from unnorm.errors import RunInterruptedError, UnnormError
 from unnorm.evaluation import Results, Score, evaluate, evaluate_model
 from unnorm.evaluation.corpora import open_corpus
-from unnorm.evaluation.harness import against
+from unnorm.evaluation.harness import _interval, against
 from unnorm.evaluation.intervals import bootstrap_interval, paired_share_interval, share_interval
 from unnorm.evaluation.metrics import calibration
 from unnorm.evaluation.suites import choose
@@ -160,6 +160,29 @@ class TestNumbers:
         (line,) = (line for line in render_evaluation(results).splitlines() if "overflows" in line)
         assert f"m overflows in {bad.sum()} of 12 blocks of d; in the others KL {expected.kl:.3f}" in line
 
+    @pytest.mark.parametrize("whose", ["original", "model, after the last token"])
+    def test_no_comparison_of_what_is_not_a_number(
+        self, whose: str, tokens: Path, tiny_model: GPT2LMHeadModel, tiny_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        """The model's loss is a number on all tokens, and its KL is not."""
+        ids = held_out(tokens)[:6]
+        model, original = randomize(deepcopy(tiny_model), 1), deepcopy(tiny_model)
+        at = slice(None) if whose == "original" else slice(-1, None)
+
+        def overflow(_: Any, __: Any, kwargs: Any, output: Any) -> Any:
+            output.logits[kwargs["input_ids"][:, 0] == ids[3, 0], at] = torch.nan
+            return output
+
+        bad = ids[:, 0] == ids[3, 0]
+        expected = evaluate_model(model, as_dataset(ids[~bad].numpy()), original, tokenizer=tiny_tokenizer)
+        (original if whose == "original" else model).register_forward_hook(overflow, with_kwargs=True)
+        found = evaluate_model(model, as_dataset(ids.numpy()), original, name="m", data="d", tokenizer=tiny_tokenizer)
+        assert math.isfinite(found.loss) and found.kl is not None and math.isnan(found.kl)
+        assert found.kl_elsewhere == pytest.approx(expected.kl)
+        assert expected.comparison is not None and found.comparison is None
+        protocol = {"corpora": [], "tasks": [], "interval": "none", "dtype": "float32", "device": "cpu"}
+        assert "KL" in render_evaluation(Results((found,), (), (), protocol))
+
     def test_calibration_of_a_coin(self) -> None:
         """Confidence 0.8 and right 60% of the time is wrong by 0.2; a certain and right half adds nothing."""
         confidence = np.array([0.8] * 100 + [1.0] * 100)
@@ -216,6 +239,11 @@ class TestIntervals:
     def test_one_unit_that_differs_gives_no_absurd_interval(self) -> None:
         low, high = bootstrap_interval([-1.25] + [0.0] * 23)
         assert -1 < low < -1.25 / 24 < high < 0.5
+
+    @pytest.mark.filterwarnings("error")
+    def test_classes_and_predictions_are_no_weighted_perplexity(self) -> None:
+        """Values of F1 and MCC are pairs too."""
+        assert _interval({item: (item % 2, 0) for item in range(20)}, 0.0) == (None, {})
 
     def test_few_units_have_wide_intervals(self) -> None:
         low, high = bootstrap_interval([1.0, 2.0])
@@ -451,6 +479,7 @@ class TestSuites:
         page = (out / "evaluation.html").read_text()
         assert page.count('class="group"') == 2 and "default-src 'none'" in page
         assert f"other and {finished_run.name} against tiny" in page and "SHA-256 of the token ids" in page
+        assert "SHA-256 of the items" in page
         assert "24 of 24" in page and "built-in" not in page
 
         shown = cli("evaluate", *models, "--against", tiny_model_dir, *options, *data)
@@ -519,9 +548,27 @@ class TestResume:
         assert measured(context=32)  # other blocks
         randomize(deepcopy(tiny_model), seed=9).save_pretrained(model)  # type: ignore[operator]
         assert measured() and not measured()  # other weights under the same name
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 0.1}))
+        assert measured() and not measured()  # computes something else with the same weights
         for path in (out / "measurements").iterdir():
             path.write_bytes(path.read_bytes()[:100])
         assert measured()
+
+    def test_other_items_in_the_same_file_are_measured_anew(
+        self, files: dict[str, Path], tiny_model_dir: Path, tmp_path: Path
+    ) -> None:
+        pytest.importorskip("lm_eval")
+        path, rows = tmp_path / "l.jsonl", files["lambada"].read_text().splitlines(keepends=True)
+
+        def scores(part: list[str], out: Path) -> list[Any]:
+            path.write_text("".join(part))
+            results = evaluate(str(tiny_model_dir), data=f"lambada={path}", tasks="lambada_openai", out=out)
+            return [(score.metric, score.value) for score in results.scores]
+
+        first = scores(rows[:8], tmp_path / "out")
+        second = scores(rows[8:16], tmp_path / "out")
+        assert second == scores(rows[8:16], tmp_path / "fresh") != first
 
 
 class TestRefused:

@@ -1,10 +1,12 @@
 """Benchmarks through lm-eval: HellaSwag, LAMBADA, WikiText from local files, and whatever task it has."""
 
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib import resources
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -50,6 +52,12 @@ class Benchmark:
         choices = len(self.task.doc_to_choice(doc)) if self.task.OUTPUT_TYPE == "multiple_choice" else 1
         return choices * len(self.items)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of the chosen items' contents."""
+        chosen = [self.task.eval_docs[item] for item in self.items]
+        return hashlib.sha256(json.dumps(chosen, sort_keys=True, default=str).encode()).hexdigest()
+
     def protocol(self) -> dict[str, Any]:
         """What was run, as plain values."""
         return {
@@ -58,6 +66,7 @@ class Benchmark:
             "items": len(self.items),
             "of": self.of,
             "seed": self.seed if len(self.items) < self.of else None,
+            "items_sha256": self.fingerprint,
             "fewshot": int(self.task.config.num_fewshot or 0),
             "harness": f"lm-eval {version('lm_eval')}",
         }
@@ -282,6 +291,8 @@ def _interval(values: dict[int, Any], reported: float) -> tuple[Interval | None,
             return (math.exp(min(low, 700)), math.exp(min(high, 700))), {}
     elif all(isinstance(row, tuple | list) and [*map(_is_number, row)] == [True, True] for row in rows):
         sums, weights = np.array([(-total, weight) for total, weight in rows], dtype=np.float64).T
+        if not (weights > 0).all():  # Pairs of another kind, such as a class and its prediction.
+            return None, {}
         mean = float(sums.sum() / weights.sum())
         low, high = bootstrap_interval(sums, weights)
         if _same(math.exp(min(mean, 700)), reported):

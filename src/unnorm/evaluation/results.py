@@ -41,7 +41,7 @@ class Evaluation:
         blocks: how many blocks.
         overflowed_blocks: those with a prediction that is not a number; one of them, and no mean over all is.
         loss_elsewhere: loss in the other blocks, where some overflow and some do not.
-        kl_elsewhere: KL there.
+        kl_elsewhere: KL in the blocks where neither model nor original overflows, where there are others.
         comparison: model and original token by token, for the page.
     """
 

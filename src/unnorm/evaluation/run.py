@@ -1,9 +1,10 @@
 """`unnorm evaluate`: models side by side on corpora and benchmarks, one measurement after the other."""
 
 import hashlib
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -32,10 +33,11 @@ from unnorm.sites import vocabulary_size
 
 @dataclass(frozen=True)
 class _Entrant:
-    """One model that takes part, with a digest of its weights; they are loaded when its turn comes."""
+    """One model that takes part, with digests of its weights and its config; it is loaded when its turn comes."""
 
     name: str
     weights: str
+    config: str
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,8 @@ def _enter(
         say({"kind": "phase", "text": f"loading {name}"})
         model, tokenizer = load_original(name, trust_remote_code)
         length = choose_context(context, model)
-        found[name] = (_Entrant(name, _digest(model)), tokenizer, vocabulary_size(model), length)
+        entrant = _Entrant(name, _weights_digest(model), _config_digest(model))
+        found[name] = (entrant, tokenizer, vocabulary_size(model), length)
     sizes = [size for _, _, size, _ in found.values()]
     if len(set(sizes)) > 1:
         raise UnnormError(
@@ -208,13 +211,19 @@ def _check_same_tokenizer(
         )
 
 
-def _digest(model: PreTrainedModel) -> str:
+def _weights_digest(model: PreTrainedModel) -> str:
     """SHA-256 of all weights with their names, in float32."""
     digest = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         digest.update(key.encode())
         digest.update(value.detach().float().contiguous().cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _config_digest(model: PreTrainedModel) -> str:
+    """SHA-256 of the config, which says what else the model computes: activations, rotary angles, epsilons."""
+    config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _open_corpora(
@@ -289,7 +298,8 @@ def _evaluate(
         "model": model.entrant.name,
         "on": corpus.name,
         "weights": model.entrant.weights,
-        "original": None if original is None else [original.entrant.name, original.entrant.weights],
+        "config": model.entrant.config,
+        "original": None if original is None else asdict(original.entrant),
         **{name: value for name, value in corpus.protocol().items() if name != "corpus"},
         "unnorm": version("unnorm"),
     }
@@ -319,9 +329,11 @@ def _scores(session: _Session, model: _Loaded) -> dict[str, list[Score]]:
                 "model": model.entrant.name,
                 "on": benchmark.name,
                 "weights": model.entrant.weights,
+                "config": model.entrant.config,
                 "context": session.context,
                 "chosen": list(benchmark.items),
                 **benchmark.protocol(),
+                "unnorm": version("unnorm"),
             },
             partial(measure, benchmark),
         )
@@ -371,20 +383,19 @@ def _summarize(
     )
     if theirs is None or distances is None:
         return evaluation
+    comparable = np.isfinite(distances.kl).all(1)
     changes = np.bincount(units.ravel(), (ours.loss - theirs.loss).ravel().astype(np.float64))
     return replace(
         evaluation,
         kl=_mean(distances.kl),
-        kl_elsewhere=None if elsewhere is None else _mean(distances.kl[elsewhere]),
+        kl_elsewhere=_mean(distances.kl[comparable]) if comparable.any() and not comparable.all() else None,
         jsd=_mean(distances.jsd),
         top1_agreement=_mean(distances.top1),
         top5_agreement=_mean(distances.top5),
         entropy_difference=_mean(ours.entropy) - _mean(theirs.entropy),
         difference=loss - _mean(theirs.loss),
         difference_ci=bootstrap_interval(changes, sizes),
-        comparison=compare_tokens(ours, theirs, distances, ids, tokenizer)
-        if tokenizer and math.isfinite(loss)
-        else None,
+        comparison=compare_tokens(ours, theirs, distances, ids, tokenizer) if tokenizer and comparable.all() else None,
     )
 
 

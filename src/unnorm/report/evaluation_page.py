@@ -109,7 +109,8 @@ def _protocol(protocol: dict[str, Any]) -> list[tuple[str, str]]:
             (
                 str(task["task"]),
                 f"{task['source']}; {count(task['items'])} of {count(task['of'])} items{drawn}, "
-                f"{task['fewshot']} shots, {task['harness']}, context {count(protocol.get('context'))}.",
+                f"{task['fewshot']} shots, {task['harness']}, context {count(protocol.get('context'))}. "
+                f"SHA-256 of the items: {task['items_sha256']}.",
             )
         ]
     rows += [("intervals", f"{protocol.get('interval')}")]

@@ -121,11 +121,11 @@ def input_classes(material: Material, positions: bool) -> Iterator[InputClass]:
     yield _repeated(material)
     yield _after_text(material)
     yield _random_tokens(material)
-    yield _strings(material, "byte noise", "random bytes, each a Latin-1 character", _byte_noise(material))
-    yield _strings(material, "code", "ten languages and formats", _CODE)
-    yield _strings(material, "other scripts", "eleven writing systems, symbols, emoji", _SCRIPTS)
-    yield _strings(material, "digits", "random numbers of 1 to 40 digits", _digits(material))
-    yield _strings(material, "white space", "random blanks, tabs and line ends", _white_space(material))
+    yield from _strings(material, "byte noise", "random bytes, each a Latin-1 character", _byte_noise(material))
+    yield from _strings(material, "code", "ten languages and formats", _CODE)
+    yield from _strings(material, "other scripts", "eleven writing systems, symbols, emoji", _SCRIPTS)
+    yield from _strings(material, "digits", "random numbers of 1 to 40 digits", _digits(material))
+    yield from _strings(material, "white space", "random blanks, tabs and line ends", _white_space(material))
     if material.end is not None:
         yield _end_first(material)
         yield _end_inside(material)
@@ -170,10 +170,12 @@ def _random_tokens(m: Material) -> InputClass:
     return InputClass("random tokens", f"{m.rows:,} sequences, every token as likely", (_shifted(rows),))
 
 
-def _strings(m: Material, name: str, what: str, text: str) -> InputClass:
+def _strings(m: Material, name: str, what: str, text: str) -> Iterator[InputClass]:
+    """One class, or none where the tokenizer drops such text."""
     stream = torch.tensor(m.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
-    inputs = _windows(stream, m.rows, m.context)
-    return InputClass(name, f"{what}; {len(inputs.ids):,} windows", (inputs,))
+    if len(stream):
+        inputs = _windows(stream, m.rows, m.context)
+        yield InputClass(name, f"{what}; {len(inputs.ids):,} windows", (inputs,))
 
 
 def _end_first(m: Material) -> InputClass:
