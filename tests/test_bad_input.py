@@ -6,6 +6,7 @@ import lzma
 import pickle
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 import unnorm.models
 from tests.conftest import VOCAB, Cli, CliResult, randomize
+from unnorm import audit, remove
 from unnorm.errors import UnnormError
 from unnorm.sites import find_sites
 
@@ -375,6 +377,22 @@ class TestDamagedModels:
             text = refused(command, directory)
             assert expected in text
             assert any(word in text for word in ("etch", "save", "Put")), f"no remedy: {text}"
+
+    def test_special_tokens_beyond_the_embedding_are_no_fault(
+        self, tiny_model_dir: Path, tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, work: Path
+    ) -> None:
+        """Gemma 3's tokenizer has one for images, of which its text models know nothing."""
+        shutil.copytree(tiny_model_dir, work / "m")
+        tokenizer = deepcopy(tiny_tokenizer)
+        tokenizer.add_special_tokens({"pad_token": "<image>"})
+        assert tokenizer.pad_token_id == len(tiny_tokenizer)
+        tokenizer.save_pretrained(work / "m")
+        options: dict[str, Any] = {"tokens": 0, "device": "cpu"}
+        remove(str(work / "m"), data=str(text_file), out=work / "run", **options)
+        assert {row["name"] for row in audit(work / "run", against=work / "m", tokens=512)["classes"]}
+        (work / "t.txt").write_text("a picture: <image> " * 400)
+        with pytest.raises(UnnormError, match="has token id 300"):
+            remove(str(work / "m"), data=str(work / "t.txt"), out=work / "other", **options)
 
     @pytest.mark.parametrize("command", ["remove", "stats", "evaluate"])
     def test_pickled_weights_are_never_loaded(

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +20,9 @@ from tests.conftest import Cli
 from unnorm.analysis.material import float64_copy
 from unnorm.errors import UnnormError
 from unnorm.fold import fold
+from unnorm.proof import check_twin
 from unnorm.site_proof import prove_sites
-from unnorm.sites import NormSite, find_sites, norm_modules, trace_inputs
+from unnorm.sites import NormSite, find_sites, norm_modules, trace_inputs, value_features
 from unnorm.stand_ins import install
 
 IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
@@ -33,6 +36,21 @@ LLAMA_LIKE = {
     **IDS,
 }
 GROUPED = {**LLAMA_LIKE, "num_key_value_heads": 2}
+DEEPSEEK = {
+    **LLAMA_LIKE,
+    "num_key_value_heads": 4,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
 GPT_LIKE = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **IDS}
 OPT_LIKE = {
     "vocab_size": 64,
@@ -160,21 +178,7 @@ IN_PLACE: dict[str, Make] = {
     ),
     "granite moe, not in our list": lambda: hf.GraniteMoeConfig(**GROUPED, num_local_experts=4),
     "phimoe, not in our list": lambda: hf.PhimoeConfig(**GROUPED, num_local_experts=4),
-    "deepseek v3, router in float32": lambda: hf.DeepseekV3Config(
-        **LLAMA_LIKE,
-        num_key_value_heads=4,
-        first_k_dense_replace=1,
-        n_routed_experts=4,
-        num_experts_per_tok=2,
-        n_group=1,
-        topk_group=1,
-        moe_intermediate_size=16,
-        kv_lora_rank=16,
-        q_lora_rank=16,
-        qk_rope_head_dim=8,
-        qk_nope_head_dim=8,
-        v_head_dim=8,
-    ),
+    "deepseek v3, router in float32": lambda: hf.DeepseekV3Config(**DEEPSEEK),
 }
 
 
@@ -452,6 +456,60 @@ def test_gated_norms_may_be_kept() -> None:
     sites = find_sites(model, keep=keep)
     assert len(sites) == 5
     assert prove_sites(model, sites) < 1e-10
+
+
+@pytest.mark.parametrize("keep", [None, "indexer"])
+def test_norms_where_no_gradient_flows_are_refused_kept_or_not(keep: str | None) -> None:
+    """The sparse attention's indexer reads other norms as well, where tracing does not come to."""
+    config = hf.DeepseekV32Config(**DEEPSEEK, index_n_heads=2, index_head_dim=16, index_topk=8)
+    with pytest.raises(UnnormError, match=r"indexer.*called where no gradient flows"):
+        find_sites(random_model(lambda: config), keep=keep)
+
+
+@pytest.mark.parametrize("gain", [1e-3, 1e-2, 30.0])
+def test_the_kind_of_a_norm_does_not_hang_on_its_gain(gain: float) -> None:
+    for family, kind in (("llama", "rmsnorm"), ("stablelm", "layernorm")):
+        model = random_model(FAMILIES[family][0])
+        norm: Any = model.get_submodule("model.layers.0.input_layernorm")
+        with torch.no_grad():
+            norm.weight *= gain
+            if kind == "layernorm":
+                norm.bias += 5 * gain
+        sites = find_sites(model)
+        assert sites[0].kind == kind
+        assert prove_sites(model, sites) < 1e-8
+
+
+def test_a_reader_of_zeros_is_affine() -> None:
+    """A head that was ablated."""
+    model = random_model(FAMILIES["llama"][0])
+    with torch.no_grad():
+        model.get_submodule("model.layers.1.self_attn.v_proj").weight.zero_()  # type: ignore[operator, union-attr]
+    twin, _, _ = removed_twin(model, sites := find_sites(model))
+    assert all(check.passed for check in check_twin(twin, model, sites))
+
+
+def test_paths_are_parted_only_where_their_layout_is_known() -> None:
+    """GPT-2's and GPT-BigCode's fused projections have one name and other parts."""
+    known = {"gpt2": {"transformer.h.0.attn.c_attn": 32}, "gpt_bigcode, not in our list": None}
+    for family, expected in known.items():
+        model = random_model(FAMILIES[family][0])
+        assert value_features(model, find_sites(model)[0]) == expected
+
+
+FRESH = """
+import sys, unnorm
+from unnorm.models import load_original
+print(type(unnorm.load(sys.argv[1])).__name__, type(load_original(sys.argv[1])[0]).__name__)
+assert all(check.passed for check in unnorm.verify(sys.argv[1]))
+"""
+
+
+def test_a_run_of_any_family_is_taken_up_by_another_process(runs: dict[str, Path]) -> None:
+    run = runs["starcoder2, not in our list"]
+    done = subprocess.run([sys.executable, "-c", FRESH, str(run)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == 2 * ["UnnormStarcoder2ForCausalLM"]
 
 
 @pytest.mark.parametrize(("keep", "message"), [("[", "no regular"), ("nowhere", "none of the norms"), (".", "every")])

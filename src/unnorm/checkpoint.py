@@ -16,9 +16,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-import unnorm.modeling  # noqa: F401  (registers the LN-free classes)
 from unnorm.errors import UnnormError, short
 from unnorm.fold import FoldedWeights, empty_twin
+from unnorm.modeling import know_class_of
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.norms import TaperedNorm
 from unnorm.run_directory import LIMITS, MODEL, SITES, UNFOLDED
@@ -263,6 +263,7 @@ def _load(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise UnnormError(f"No model in '{path}': there is no config.json. Give the directory of a finished run.")
     damaged = f"The model in '{path}' is damaged"
     try:
+        know_class_of(path)
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,

@@ -21,8 +21,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-import unnorm.modeling  # noqa: F401  (registers the LN-free classes)
 from unnorm.errors import UnnormError, short
+from unnorm.modeling import know_class_of
 from unnorm.run_directory import MODEL, SITES
 from unnorm.sites import trace_inputs, vocabulary_size
 
@@ -144,6 +144,7 @@ def _load_config(model: str, path: str, trust_remote_code: bool) -> PretrainedCo
             "`save_pretrained` wrote."
         )
     try:
+        know_class_of(path)
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
         _refuse_remote_code(model, error)
@@ -263,7 +264,9 @@ def _check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTok
             "the model."
         )
     rows = vocabulary_size(model)
-    top = max(tokenizer.get_vocab().values(), default=-1)
+    # Special tokens may lie beyond, such as padding and what stands for images: text that has one is refused when read.
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    top = max(set(tokenizer.get_vocab().values()) - special, default=-1)
     if top >= rows:
         raise UnnormError(
             f"The tokenizer of '{name}' has ids up to {top}, but the model has embeddings for {rows} tokens only. "

@@ -139,7 +139,7 @@ def _reads_affine(twin: PreTrainedModel, sites: Sequence[NormSite], ids: Int[Ten
         )
     errors = {
         reader: _number((f_mixed[reader] - (a * f_x[reader] + b * f_y[reader] + (1 - a - b) * f_0[reader])).abs().max())
-        / float(f_mixed[reader].abs().max())
+        / max(float(f_mixed[reader].abs().max()), torch.finfo(torch.float64).tiny)  # One of zeros is affine too.
         for reader in f_mixed
     }
     if not errors:

@@ -15,7 +15,7 @@ from torch.utils.module_tracker import ModuleTracker
 from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError
-from unnorm.norms import is_linear, linear_weight
+from unnorm.norms import is_conv1d, is_linear, linear_weight
 from unnorm.reading import is_experts, read_weight
 
 Kind = Literal["layernorm", "rmsnorm"]
@@ -138,15 +138,17 @@ def find_sites(model: PreTrainedModel, in_place: bool = False, keep: str | None 
     names = _norm_names(model, trace)
     if not names:
         raise _no_norms(model)
+    for name in names:
+        if name in trace.hidden:  # Not to be kept either: what is beside it may read other norms, untraced as well.
+            raise UnnormError(
+                f"The norm '{name}' ({type(model.get_submodule(name)).__name__}) is called where no gradient flows, so "
+                "what is read there can't be traced. That would need modeling code without gradient functions of its "
+                "own."
+            )
     names = _without_kept(names, keep)
     for name in names:
         if name in trace.gated:
             raise _gated(model, name)
-        if name in trace.hidden:
-            raise UnnormError(
-                f"The norm '{name}' ({type(model.get_submodule(name)).__name__}) is called where no gradient flows, so "
-                "what reads it can't be traced. That would need modeling code without gradient functions of its own."
-            )
     sites = [_site(model, trace, name) for name in names]
     for site in sites:
         if site.folds_into == "in place" and not in_place:
@@ -293,9 +295,9 @@ def value_features(model: nn.Module, site: NormSite) -> dict[str, int] | None:
         return None
     features: dict[str, int] = {}
     for reader in site.readers:
-        leaf = reader.rpartition(".")[2]
-        out = linear_weight(model.get_submodule(reader)).shape[0]
-        if leaf in _FUSED_QKV_THIRDS:
+        leaf, module = reader.rpartition(".")[2], model.get_submodule(reader)
+        out = linear_weight(module).shape[0]
+        if leaf in _FUSED_QKV_THIRDS and is_conv1d(module):  # GPT-BigCode's of that name have other parts.
             features[reader] = out // 3
         elif leaf.startswith(("q_", "k_")) or leaf in ("query", "key"):
             features[reader] = 0
@@ -349,7 +351,10 @@ def is_norm(module: nn.Module, width: int, gated: bool = False) -> bool:
 @torch.no_grad()
 def _kind(module: nn.Module, width: int) -> Kind:
     x = _probe(width, next(iter(module.parameters()), torch.ones(())))
-    return "layernorm" if torch.allclose(module(x), module(x + 1), atol=1e-2) else "rmsnorm"
+    y = module(x)
+    # As long as its outputs differ, whatever its gain and bias are.
+    length = float((y - module(-x)).abs().max())
+    return "layernorm" if torch.allclose(y, module(x + 1), rtol=0, atol=1e-2 * length) else "rmsnorm"
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
 """The LN-free model classes, and their registration with transformers' Auto classes."""
 
+from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from unnorm.modeling import modeling_unnorm
 from unnorm.modeling.modeling_unnorm import PREFIX
@@ -24,6 +25,22 @@ def ln_free_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     config.register_for_auto_class()
     made.register_for_auto_class("AutoModelForCausalLM")
     return made
+
+
+def know_class_of(checkpoint: str | Path) -> None:
+    """Make the class of a twin's checkpoint known to the Auto classes, of whatever family; others are left alone.
+
+    Args:
+        checkpoint: a local directory or a hub id.
+
+    Raises:
+        OSError: it has no config that can be read.
+    """
+    config, _ = PretrainedConfig.get_config_dict(checkpoint)
+    for name in config.get("architectures") or ():
+        stock = getattr(transformers, name.removeprefix(PREFIX), None)
+        if name.startswith(PREFIX) and isinstance(stock, type) and issubclass(stock, PreTrainedModel):
+            ln_free_class(stock)
 
 
 FAMILIES = (

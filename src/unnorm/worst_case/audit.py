@@ -102,7 +102,7 @@ def audit(
     material = Material(
         tokenizer=tokenizer,
         text=_ordinary_text(twin, tokenizer, length, tokens, settings, str(data) if data else None, text_field, split),
-        vocabulary=max(tokenizer.get_vocab().values()) + 1,
+        vocabulary=min(max(tokenizer.get_vocab().values()) + 1, vocabulary_size(twin)),
         context=length,
         trained=_trained_context(directory, settings),
         tokens=tokens,

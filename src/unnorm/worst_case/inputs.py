@@ -217,7 +217,9 @@ def _left_padded(m: Material, positions: bool) -> InputClass:
     inputs = _windows(m.text, m.rows, m.context)
     padding = m.below(m.context, len(inputs.ids))
     mask = (torch.arange(m.context) >= padding[:, None]).long()
-    pad = m.tokenizer.pad_token_id if m.tokenizer.pad_token_id is not None else (m.end or 0)
+    pad = m.tokenizer.pad_token_id
+    if pad is None or pad >= m.vocabulary:
+        pad = m.end or 0
     ids, targets = inputs.ids.masked_fill(mask == 0, pad), inputs.targets.masked_fill(mask == 0, IGNORED)
     position_ids = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0) if positions else None
     what = f"{len(ids):,} blocks of text, 0 to {m.context - 1:,} pads before"
