@@ -413,6 +413,13 @@ class TestDamagedModels:
         assert "add --trust-remote-code" in refused("remove", directory)
 
 
+def test_a_path_that_can_not_be(refused: Callable[..., str], tiny_model_dir: Path) -> None:
+    name = 300 * "x"
+    for arguments in (("--out", name), ("--data", name)):
+        text = refused("remove", tiny_model_dir, *arguments)
+        assert "xxx…' can't be used: File name too long" in text
+
+
 class TestData:
     @pytest.fixture
     def on(self, tiny_model_dir: Path, refused: Callable[..., str]) -> Callable[..., str]:

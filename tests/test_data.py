@@ -143,6 +143,16 @@ class TestFiles:
         with pytest.raises(UnnormError, match=r"Don't know how to read .* Known: \.txt"):
             open_documents(str(tmp_path / name))
 
+    def test_a_first_row_without_text_does_not_choose_another_column(self, tmp_path: Path) -> None:
+        texts = [None, *(f"text {i}" for i in range(40))]
+        for name, more in (("numbered", {"number": 1}), ("named", {"author": "x"})):
+            rows = [json.dumps({"content": text, **more}) for text in texts]
+            (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+        train, validation = sides(open_documents(str(tmp_path / "numbered.jsonl")))
+        assert sorted(train + validation) == sorted(texts[1:])
+        with pytest.raises(UnnormError, match="--text-field: content, author"):
+            sides(open_documents(str(tmp_path / "named.jsonl")))
+
     def test_text_field(self, tmp_path: Path) -> None:
         path = tmp_path / "a.jsonl"
         path.write_text("".join(json.dumps({"title": "T", "body": text}) + "\n" for text in DOCUMENTS))

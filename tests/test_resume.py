@@ -18,6 +18,8 @@ import unnorm
 from tests.conftest import Cli
 from tests.test_families import FAMILIES, random_model
 from tests.test_remove import SETTINGS, assert_same_weights
+from unnorm import processes
+from unnorm.config import read_config_file
 from unnorm.removal import remove as removal
 from unnorm.run_directory import read_rows
 from unnorm.schedule import FidelityController
@@ -143,12 +145,13 @@ def test_a_checkpoint_that_lacks_weights_is_refused(
         unnorm.remove(out=tmp_path / "run", resume=True)
 
 
-@pytest.mark.parametrize("stage", ["save_folded", "conclude"])
+@pytest.mark.parametrize(("stage", "recipe"), [("save_folded", "sequential"), ("conclude", "taper")])
 def test_a_disk_that_is_full_at_the_end_costs_no_training(
-    stage: str, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+    stage: str, recipe: str, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file), "control": True}
-    unnorm.remove(out=tmp_path / "unbroken", **options)
+    """Nor is there a step more, where the text is gone over a second time and its end is not that of the run."""
+    options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file), "control": True, "recipe": recipe}
+    tokens = unnorm.remove(out=tmp_path / "unbroken", **options)["tokens"]
 
     def fail(*_: object, **__: object) -> None:
         raise unnorm.UnnormError("Could not write.")
@@ -159,8 +162,47 @@ def test_a_disk_that_is_full_at_the_end_costs_no_training(
             unnorm.remove(out=tmp_path / "broken", **options)
     if stage == "conclude":  # Before it the control is still to come.
         stop_at(0, monkeypatch)
-    assert unnorm.remove(out=tmp_path / "broken", resume=True)["verified"]
+    result = unnorm.remove(out=tmp_path / "broken", resume=True)
+    assert (result["verified"], result["tokens"]) == (True, tokens)
     assert_same_weights(tmp_path / "unbroken", tmp_path / "broken")
+
+
+def saved(directory: Path) -> dict[str, Any]:
+    return read_config_file(directory / "config.yaml")
+
+
+def test_more_tokens_are_more_steps_of_the_same_size(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = {**SETTINGS, "batch_size": None, "recipe": "sequential", "out": tmp_path / "run"}
+    stop_at(0, monkeypatch)
+    with pytest.raises(CrashError):
+        unnorm.remove(str(tiny_model_dir), data=str(text_file), **options | {"tokens": 400_000})
+    assert saved(tmp_path / "run")["batch_size"] == 21  # 400,000 tokens in 300 steps
+    with pytest.raises(CrashError):
+        unnorm.remove(out=tmp_path / "run", resume=True, tokens=800_000)
+    assert (saved(tmp_path / "run")["batch_size"], saved(tmp_path / "run")["tokens"]) == (21, 800_000)
+    monkeypatch.setattr(processes, "count", lambda: 4)
+    with pytest.raises(unnorm.UnnormError, match="takes 21 blocks a step, which 4 processes can't share evenly"):
+        unnorm.remove(out=tmp_path / "run", resume=True)
+
+
+def test_settings_survive_a_disk_that_is_full(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    crash(monkeypatch, model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "run")
+    before = saved(tmp_path / "run")
+    write = Path.write_text
+
+    def fail(path: Path, text: str) -> int:
+        write(path, text[:40])
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fail)
+        with pytest.raises(unnorm.UnnormError, match=r"Could not write.*No space left"):
+            unnorm.remove(out=tmp_path / "run", resume=True, kl_budget=2.0)
+    assert saved(tmp_path / "run") == before
 
 
 def test_a_first_step_without_text_tells_the_controller_nothing(tmp_path: Path) -> None:
@@ -276,6 +318,14 @@ def test_a_control_may_be_asked_for_afterwards(tiny_model_dir: Path, text_file: 
     assert "Gap to the control" in (tmp_path / "run" / "report.html").read_text()
     with pytest.raises(unnorm.UnnormError, match="is finished: there is nothing to resume"):
         unnorm.remove(out=tmp_path / "run", resume=True, control=True)
+
+
+@pytest.mark.parametrize("changed", [{"tokens": 40 * 512}, {"kl_budget": 2.0}])
+def test_a_control_that_is_asked_for_afterwards_gets_what_the_twin_had(
+    changed: dict[str, Any], finished_run: Path
+) -> None:
+    with pytest.raises(unnorm.UnnormError, match=f"was started with {next(iter(changed))}"):
+        unnorm.remove(out=finished_run, resume=True, control=True, **changed)
 
 
 def test_a_control_that_is_in_the_way_may_be_let_go_of(

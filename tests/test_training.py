@@ -277,7 +277,14 @@ def test_scale_penalties_are_squared_distances() -> None:
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [(OSError("No space left on device"), "No space left.*--resume"), (torch.OutOfMemoryError(), "--batch-size")],
+    [
+        (OSError("No space left on device"), "No space left.*--resume"),
+        (torch.OutOfMemoryError(), "--batch-size"),
+        (
+            RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+            "Free some space.*--resume",
+        ),
+    ],
 )
 def test_running_out_of_something_is_no_traceback(
     monkeypatch: pytest.MonkeyPatch,

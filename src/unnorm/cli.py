@@ -474,6 +474,13 @@ def main() -> None:
         if leaving.code == STOPPED:  # typer says nothing.
             _progress.print("Stopped; nothing was written that could be gone on with.")
         raise
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        path = str(error.filename)
+        path = path if len(path) <= 100 else f"{path[:100]}…"
+        _say(f"'{path}' can't be used: {error.strerror}. Name another path, or see to it that this one can be.")
+        sys.exit(2)
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise

@@ -111,8 +111,17 @@ class RemoveConfig(BaseModel):
         return saved
 
     def save(self, path: Path) -> None:
-        """Write the settings as YAML."""
-        path.write_text(yaml.safe_dump(self.to_saved(), sort_keys=False))
+        """Write the settings as YAML, whole or not at all.
+
+        Raises:
+            OSError: they can't be written.
+        """
+        text = yaml.safe_dump(self.to_saved(), sort_keys=False)
+        if path.is_file() and path.read_text() == text:
+            return
+        unfinished = path.with_name(f".{path.name}")
+        unfinished.write_text(text)
+        unfinished.replace(path)
 
 
 def _absolute(source: str) -> str:

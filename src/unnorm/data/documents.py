@@ -8,7 +8,7 @@ import re
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import fsspec.compression  # type: ignore[import-untyped]
@@ -48,6 +48,7 @@ _SUBSETS = re.compile(r"available configs: \[(.+?)\]", re.DOTALL)
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _HELD_OUT_ONE_IN = 10
+_HEAD = 100
 """Where a source names no validation split, one document in ten, chosen by hash, is kept from training."""
 _LOOKED_AT, _LEAST_HELD_OUT = 100, 3
 """Unless so few of a source's first documents would be held out: then it is the last tenth of each document."""
@@ -291,8 +292,10 @@ def _last_tenth(text: str) -> int:
 def _texts(source: str, rows: Callable[[], Iterable[dict[str, object]]], field: str | None) -> Iterator[str]:
     column: str | None = None
     found = False
-    for row in _readable(source, rows):
-        column = column or _text_column(source, row, field)
+    readable = _readable(source, rows)
+    head = list(islice(readable, _HEAD))
+    for row in chain(head, readable):
+        column = column or _text_column(source, head, field)
         text = row[column]
         if text is not None and not isinstance(text, str):
             raise UnnormError(
@@ -317,14 +320,16 @@ def _readable(source: str, rows: Callable[[], Iterable[dict[str, object]]]) -> I
         raise UnnormError(f"Could not read '{source}': {short(error).rstrip('.')}. {remedy}") from error
 
 
-def _text_column(source: str, row: dict[str, object], field: str | None) -> str:
+def _text_column(source: str, head: list[dict[str, object]], field: str | None) -> str:
+    """The one to read, from the first rows: in a single one the text may be missing."""
+    row = head[0]
     if field is not None:
         if field not in row:
             raise UnnormError(f"'{source}' has no field '{field}' (--text-field). It has: {', '.join(row)}.")
         return field
     if "text" in row:
         return "text"
-    strings = [key for key, value in row.items() if isinstance(value, str)]
+    strings = [key for key in row if any(isinstance(other.get(key), str) for other in head)]
     if len(strings) != 1:
         raise UnnormError(f"Which field of '{source}' is the text? Name it with --text-field: {', '.join(row)}.")
     return strings[0]

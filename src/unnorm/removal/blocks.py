@@ -45,21 +45,31 @@ def write_blocks(
     """Settings and packed blocks into the run directory, unless they are there; returns how validation was held out.
 
     A resumed run that was given more tokens gets new blocks.
+
+    Raises:
+        UnnormError: the text can't be used, the disk is full, or as many processes can't take the run's steps.
     """
     note = directory / DATA / HELD_OUT
     train_blocks = max(CALIBRATION_BLOCKS, math.ceil(plan.tokens / plan.context))
-    # The precision as chosen: where it was by timing, a resumed run must not choose again.
-    chosen = config.model_copy(update={"dtype": plan.dtype, "tokens": plan.tokens})
+    # As chosen: a resumed run must not choose again, by another timing or for more tokens.
+    chosen = config.model_copy(
+        update={"dtype": plan.dtype, "tokens": plan.tokens, "batch_size": plan.batch_size if plan.steps else None}
+    )
     if note.is_file():
+        if config.batch_size is not None and config.batch_size != plan.batch_size and plan.steps:
+            raise UnnormError(
+                f"The run in '{directory}' takes {config.batch_size} blocks a step, which {plan.processes} processes "
+                "can't share evenly. Resume it with a number of them that divides that."
+            )
         as_many = read_config_file(directory / CONFIG_FILE).get("tokens") == plan.tokens
-        chosen.save(directory / CONFIG_FILE)
+        _save(chosen, directory)
         if as_many:
             return note.read_text()
         shutil.rmtree(directory / DATA)
     blocks = _read_blocks(config, plan, model, tokenizer, train_blocks, watch)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        chosen.save(directory / CONFIG_FILE)
+        _save(chosen, directory)
         train = _choose(blocks.train, train_blocks, config)
         if times := _times_over(len(train), plan):
             watch({"kind": "phase", "text": times})
@@ -79,6 +89,13 @@ def write_blocks(
     except OSError as error:
         raise UnnormError(f"Could not write to '{directory}': {error}.") from error
     return blocks.held_out
+
+
+def _save(settings: RemoveConfig, directory: Path) -> None:
+    try:
+        settings.save(directory / CONFIG_FILE)
+    except OSError as error:
+        raise UnnormError(f"Could not write to '{directory}': {error}.") from error
 
 
 def _times_over(blocks: int, plan: Plan) -> str:

@@ -67,13 +67,16 @@ def saved_options(options: dict[str, Any]) -> dict[str, Any]:
     if not (directory / CONFIG_FILE).is_file():
         raise UnnormError(f"'{directory}' holds no run to resume: there is no {CONFIG_FILE} in it.")
     saved = read_config_file(directory / CONFIG_FILE)
-    if (directory / RESULT).exists():
+    finished = (directory / RESULT).exists()
+    if finished:
         _check_control_is_left(directory, {**saved, **options})
     asked = RemoveConfig.create(**{**saved, **options}).to_saved()
     if asked["dtype"] == "auto":  # The precision that was chosen is what was saved.
         asked["dtype"] = saved.get("dtype")
     more = (asked["tokens"] or 0) > (saved.get("tokens") or math.inf)
     may_change = _MAY_CHANGE_ON_RESUME | ({"tokens"} if more else set())
+    if finished:  # The control is to have what the twin had.
+        may_change -= {"tokens", "kl_budget"}
     changed = [key for key in options if key not in may_change and asked[key] != saved.get(key)]
     if changed:
         was = ", ".join(f"{key} {saved.get(key)}" for key in changed)

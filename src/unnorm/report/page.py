@@ -134,7 +134,7 @@ def _original_loss(data: ReportData) -> float | None:
 def _tiles(result: dict[str, Any]) -> list[dict[str, str]]:
     """The big numbers, each with its name and one line on how to take it."""
     jsd = f"; Jensen\u2013Shannon {significant(result.get('jsd'))}"
-    sites = finite(result.get("sites"))
+    sites, left = finite(result.get("sites")), finite(result.get("norm_modules_left"))
     return [
         {
             "name": "KL to the original",
@@ -160,8 +160,8 @@ def _tiles(result: dict[str, Any]) -> list[dict[str, str]]:
         },
         {
             "name": "Norm modules left",
-            "value": count(result.get("norm_modules_left")),
-            "note": "" if sites is None else f"of {count(sites)} norm sites",
+            "value": count(left),
+            "note": "" if sites is None else f"of {count(sites + (left or 0))} norm sites",
         },
         {
             "name": "Fold error",

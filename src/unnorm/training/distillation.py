@@ -121,6 +121,13 @@ class DistillationTrainer(Trainer):
             loss = loss + self._penalty(self.penalized, ids)
         return (loss, output) if return_outputs else loss
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing where all steps are done: a run that was stopped after its last one would take one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:

@@ -171,6 +171,10 @@ def _as_unnorm_errors(plan: Plan, checkpoints: Path, report_to: Sequence[str]) -
         ) from error
     except Exception as error:
         tracker = type(error).__module__.partition(".")[0]
+        if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch.save on a full disk
+            raise UnnormError(
+                f"Could not write a checkpoint in '{checkpoints}'. Free some space and go on with --resume."
+            ) from error
         if tracker not in report_to:
             raise
         raise UnnormError(
