@@ -11,7 +11,7 @@ The benchmarks' second model is made by the same script from other text:
 
 and those of other families from the same text and at the same size:
 
-    python scripts/pretrain_demo.py --family llama --out demo-llama --steps 600
+    python scripts/pretrain_demo.py --family llama --out demo-llama --steps 500
 """
 
 import argparse

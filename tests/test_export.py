@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import unnorm
 from tests.conftest import Cli
+from tests.test_families import GPT_LIKE, LLAMA_LIKE, random_model, removed_twin
 from unnorm.errors import UnnormError
 from unnorm.exports.nanogpt import forward
 from unnorm.exports.stock import EPS
 from unnorm.exports.transformer_lens import register_adapter
-from unnorm.sites import trace_inputs
+from unnorm.sites import find_sites, trace_inputs
 
 IN_LENS = [
     "gpt2",
@@ -279,6 +282,44 @@ def test_bridge_of_a_model_with_norms_is_refused(tiny_model_dir: Path) -> None:
     pytest.importorskip("transformer_lens")
     with pytest.raises(UnnormError, match="no LN-free model"):
         unnorm.to_transformer_lens(tiny_model_dir)
+
+
+def lens_run(model: PreTrainedModel, directory: Path, tokenizer: hf.PreTrainedTokenizerFast, **options: Any) -> Path:
+    sites = find_sites(model, **options)
+    removed_twin(model, sites)[0].save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        # Its adapter knows no bias of the fused projection, which the twin has.
+        (lambda: hf.CodeGenConfig(**GPT_LIKE, rotary_dim=4), "computes other logits"),
+        (lambda: hf.PhiConfig(**LLAMA_LIKE, qk_layernorm=True), "can't take up this PhiForCausalLM"),
+    ],
+)
+def test_a_bridge_that_would_compute_something_else_is_refused(
+    config: Callable[[], hf.PretrainedConfig], message: str, tiny_tokenizer: hf.PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformer_lens")
+    run = lens_run(random_model(config), tmp_path, tiny_tokenizer)
+    with pytest.raises(UnnormError, match=message):
+        unnorm.to_transformer_lens(run)
+
+
+def test_other_forms_of_a_model_with_kept_norms_are_refused(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    unnorm.remove(str(tiny_model_dir), data=str(text_file), out=run, tokens=0, keep="ln_f", device="cpu")
+    for form in ("stock", "nanogpt"):
+        with pytest.raises(UnnormError, match=r"has kept transformer\.ln_f \(--keep\)"):
+            unnorm.export(run, form, out=tmp_path / form)
+        assert not (tmp_path / form).exists()
+    if find_spec("transformer_lens"):
+        with pytest.raises(UnnormError, match=r"A bridge is for models without norms.*ln_f"):
+            unnorm.to_transformer_lens(run)
 
 
 USING = (Path(__file__).parents[1] / "docs" / "using.md").read_text()

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from tests.conftest import Cli
-from unnorm.checkpoint import load_sites
+from unnorm.checkpoint import load, load_sites
 from unnorm.errors import UnnormError
 from unnorm.exports.push import check_card, push
 from unnorm.report import render_card
@@ -39,8 +39,12 @@ class Hub:
         full = repo if "/" in repo else f"me/{repo}"
         return huggingface_hub.RepoUrl(f"https://huggingface.co/{full}")
 
-    def upload(self, *, repo_id: str, folder_path: str, repo_type: str, commit_message: str) -> None:
+    def upload(
+        self, *, repo_id: str, folder_path: str, repo_type: str, commit_message: str, delete_patterns: list[str]
+    ) -> None:
         assert repo_type == "model" and commit_message
+        for old in (path for pattern in delete_patterns for path in (self.root / repo_id).glob(pattern)):
+            old.unlink()
         shutil.copytree(folder_path, self.root / repo_id, dirs_exist_ok=True)
 
 
@@ -73,6 +77,17 @@ def test_uploads_the_model_as_it_is(hub: Hub, run: Path, cli: Cli) -> None:
     assert set(values["files"]) == {path.name for path in here.iterdir()} == {path.name for path in there.iterdir()}
     assert {"README.md", "config.json", "model.safetensors", "modeling_unnorm.py"} <= set(values["files"])
     assert all((there / name).read_bytes() == (here / name).read_bytes() for name in values["files"])
+
+
+def test_weights_of_another_model_are_not_left_beside_it(hub: Hub, run: Path) -> None:
+    """Else transformers would take the one whole file, and not the new shards."""
+    push(run, "me/twin", token="x")
+    load(run).save_pretrained(run / "model", max_shard_size="50KB")
+    (run / "model" / "model.safetensors").unlink(missing_ok=True)
+    push(run, "me/twin", token="x")
+    pushed = {path.name for path in (hub.root / "me" / "twin").iterdir()}
+    assert pushed == {path.name for path in (run / "model").iterdir()}
+    assert "model.safetensors.index.json" in pushed and "model.safetensors" not in pushed
 
 
 def test_token_given_and_name_without_owner(hub: Hub, run: Path) -> None:

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from unnorm.errors import UnnormError
 from unnorm.models import context_length, copy_model
 from unnorm.sites import trace_inputs
 
@@ -36,6 +37,16 @@ class FormError:
     def to_json(self) -> dict[str, str | float]:
         """As plain values."""
         return asdict(self)
+
+
+def refuse_kept_norms(folded: PreTrainedModel, form: str) -> None:
+    """Raise an UnnormError where norms were kept (`--keep`): other forms are of models without any."""
+    kept = getattr(folded.config, "kept_norms", None)
+    if kept:
+        raise UnnormError(
+            f"{form} is for models without norms, and this one has kept {', '.join(kept[:3])}"
+            f"{' and more' if len(kept) > 3 else ''} (--keep). Use: unnorm export --to transformers"
+        )
 
 
 def probe_ids(model: PreTrainedModel) -> Int[Tensor, "batch position"]:

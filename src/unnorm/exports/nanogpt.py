@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError
-from unnorm.exports.measure import FormError, compare, probe_ids
+from unnorm.exports.measure import FormError, compare, probe_ids, refuse_kept_norms
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 TOLERANCE = 1e-4
@@ -36,6 +36,7 @@ def write_nanogpt(folded: PreTrainedModel, out: Path) -> list[FormError]:
     Raises:
         UnnormError: the model is no GPT-2, or one that nanoGPT's class can't compute.
     """
+    refuse_kept_norms(folded, "A nanoGPT form")
     config = nanogpt_config(folded)
     save_file(nanogpt_weights(folded), out / WEIGHTS)
     (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")

@@ -70,6 +70,8 @@ def push(directory: str | Path, repo: str, *, private: bool = False, token: str 
             folder_path=str(folder),
             repo_type="model",
             commit_message="LN-free model made with unnorm",
+            # Of what was there before: transformers would take one whole file in place of new shards.
+            delete_patterns=["model*.safetensors", "model.safetensors.index.json"],
         )
     except Exception as error:
         raise UnnormError(_why(repo, error)) from error

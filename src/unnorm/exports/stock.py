@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from unnorm.checkpoint import load_sites, load_trained
 from unnorm.errors import UnnormError
-from unnorm.exports.measure import FormError, errors
+from unnorm.exports.measure import FormError, errors, refuse_kept_norms
 from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.sites import NormSite, affine_parameters, gain_offset
 
@@ -45,6 +45,7 @@ def write_stock(directory: Path, folded: PreTrainedModel, out: Path) -> list[For
         UnnormError: the family's config holds no epsilon, so that the form would not survive saving; or the
             form's logits are not the folded model's.
     """
+    refuse_kept_norms(folded, "A stock form")
     stock = stock_form(directory)
     stock.save_pretrained(out)
     sites, _ = load_sites(directory)

@@ -15,12 +15,18 @@ from transformers import AutoTokenizer
 
 from unnorm.checkpoint import load
 from unnorm.errors import UnnormError, short
+from unnorm.exports.measure import compare, probe_ids, refuse_kept_norms
 from unnorm.modeling.modeling_unnorm import PREFIX
 from unnorm.run_directory import MODEL
 from unnorm.sites import norm_modules
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
+
+TOLERANCE, HALF_TOLERANCE = 1e-4, 0.1
+"""Difference from the twin's logits, as a share of the largest, in float32 and in half precisions."""
+
+_IN_TRANSFORMERS = "Use the model in transformers: unnorm.load(...) and hooks."
 
 
 def to_transformer_lens(
@@ -38,8 +44,8 @@ def to_transformer_lens(
         device: where they go.
 
     Raises:
-        UnnormError: TransformerLens is not installed or has no adapter for the family, or there is no LN-free
-            model, or maps of it stayed in place.
+        UnnormError: TransformerLens is not installed, has no adapter for the family, or one that computes other
+            logits; or there is no LN-free model, or norms or maps of it stayed.
     """
     _import_transformer_lens()
     from transformer_lens.model_bridge import TransformerBridge
@@ -47,6 +53,7 @@ def to_transformer_lens(
     path = Path(directory).expanduser()
     path = path / MODEL if (path / MODEL).is_dir() else path
     twin = load(path, dtype).to(device)
+    refuse_kept_norms(twin, "A bridge")
     left = norm_modules(twin)
     if left or not type(twin).__name__.startswith(PREFIX):
         raise UnnormError(
@@ -61,9 +68,25 @@ def to_transformer_lens(
     register_adapter(type(twin).__name__)
     # Without a tokenizer the bridge asks the hub for one.
     tokenizer = AutoTokenizer.from_pretrained(path)
-    bridge = TransformerBridge.boot_transformers(
-        str(path), hf_model=twin, tokenizer=tokenizer, dtype=dtype, device=str(twin.device)
-    )
+    ids = probe_ids(twin).to(device)
+    with torch.no_grad():
+        expected = twin(input_ids=ids, use_cache=False).logits  # Before the bridge takes its modules over.
+        try:
+            bridge = TransformerBridge.boot_transformers(
+                str(path), hf_model=twin, tokenizer=tokenizer, dtype=dtype, device=str(twin.device)
+            )
+            found = bridge(ids)
+        except Exception as error:
+            raise UnnormError(
+                f"TransformerLens can't take up this {type(twin).__name__.removeprefix(PREFIX)} ({short(error)}). "
+                f"{_IN_TRANSFORMERS}"
+            ) from error
+    difference = compare("bridge", expected, found).relative
+    if not difference <= (TOLERANCE if torch.finfo(dtype).bits >= 32 else HALF_TOLERANCE):
+        raise UnnormError(
+            f"TransformerLens computes other logits than the model in '{path}' (by {difference:.1e} of the largest): "
+            f"its adapter for {type(twin).__name__.removeprefix(PREFIX)} does not know all of it. {_IN_TRANSFORMERS}"
+        )
     _show_limits(bridge)
     return bridge
 
@@ -97,9 +120,7 @@ def register_adapter(architecture: str) -> None:
 
     stock = architecture.removeprefix(PREFIX)
     if stock not in SUPPORTED_ARCHITECTURES:
-        raise UnnormError(
-            f"TransformerLens has no adapter for {stock}. Use the model in transformers: unnorm.load(...) and hooks."
-        )
+        raise UnnormError(f"TransformerLens has no adapter for {stock}. {_IN_TRANSFORMERS}")
     if architecture not in SUPPORTED_ARCHITECTURES:
         adapter = _norm_free_adapter(SUPPORTED_ARCHITECTURES[stock], stock)
         SUPPORTED_ARCHITECTURES[architecture] = adapter

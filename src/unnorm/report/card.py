@@ -40,6 +40,7 @@ def render_card(
     values = {
         **{key: result[key] for key in ("sites", "recipe", "held_out", "norm_modules_left")},
         "kept": result["norm_modules_left"],
+        "limited": result.get("limited_neurons"),
         "norms": result["sites"] + result["norm_modules_left"],
         **{key: _published(str(result[key])) for key in ("model", "data")},
         **{key: count(result.get(key)) for key in ("tokens", "validation_tokens")},
