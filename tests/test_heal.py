@@ -38,6 +38,25 @@ def rows_of(run: Path, kind: str) -> list[dict[str, Any]]:
     return [row for row in rows if row["kind"] == kind]
 
 
+def test_settings_of_generation_are_the_originals(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    """A second id that ends a text, say, and the cache, which the Trainer turns off."""
+    shutil.copytree(tiny_model_dir, tmp_path / "m")
+    path = tmp_path / "m" / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [0, 5], "bos_token_id": 0}))
+    options: dict[str, Any] = {**SETTINGS, "tokens": 1024}
+    unnorm.remove(str(tmp_path / "m"), data=str(text_file), context=64, out=tmp_path / "run", control=True, **options)
+    unnorm.heal(tmp_path / "run", out=tmp_path / "healed", **options)
+    for run in ("run", "healed"):
+        for part in ("model", "unfolded", "control"):
+            config, generation = (
+                json.loads((tmp_path / run / part / f"{name}.json").read_text())
+                for name in ("config", "generation_config")
+            )
+            assert config.get("use_cache", True), (run, part)
+            assert generation["eos_token_id"] == [0, 5] and generation.get("use_cache", True), (run, part)
+        assert unnorm.load(tmp_path / run)(torch.tensor([[1, 2]])).past_key_values is not None
+
+
 def test_goes_on_where_the_run_ended(trained: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
     earlier = json.loads((trained / "result.json").read_text())

@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 import unnorm
 from tests.test_families import IDS, random_model
 from unnorm.checkpoint import load_unfolded
-from unnorm.models import load_original, without_dropout
+from unnorm.models import blocks_at_once, context_length, load_original, without_dropout
 
 OPT: dict[str, Any] = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "word_embed_proj_dim": 32}
 SIZES: dict[str, Any] = {"vocab_size": 64, "num_attention_heads": 4, "max_position_embeddings": 64, **IDS}
@@ -78,3 +78,14 @@ def test_tied_weights_stay_tied(tiny_model_dir: Path) -> None:
     original, _ = load_original(str(tiny_model_dir))
     assert original.config.tie_word_embeddings
     assert original.lm_head.weight is original.transformer.wte.weight
+
+
+def test_as_much_context_as_a_family_says() -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "n_layer": 1, "n_head": 4}
+    assert context_length(random_model(lambda: hf.BloomConfig(**sizes, seq_length=2048))) == 2048
+    assert context_length(random_model(lambda: hf.BloomConfig(**sizes))) == 1024
+
+
+def test_few_blocks_at_once_where_the_vocabulary_is_large() -> None:
+    model = random_model(lambda: hf.GPT2Config(vocab_size=2**18, n_embd=4, n_layer=1, n_head=1, **IDS))
+    assert [blocks_at_once(model, length, most=8) for length in (64, 512, 1024, 4096)] == [8, 2, 1, 1]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unnorm.data import STDLIB, batches, build_blocks
-from unnorm.models import evaluating, load_original
+from unnorm.models import blocks_at_once, evaluating, load_original
 from unnorm.norms import Estimator, TaperedNorm, estimate_log_constant, log_scale_of
 from unnorm.plan import choose_context, choose_device
 from unnorm.sites import NormSite, find_sites, vocabulary_size
@@ -90,7 +90,7 @@ def collect_log_scales(
         model: the model, on any device.
         sites: where to measure.
         blocks: rows of `input_ids`, all of one length.
-        batch_size: blocks in one forward pass.
+        batch_size: blocks in one forward pass, at most; fewer where the vocabulary is large.
         cut_short: end each pass where all sites have been reached, which must be no norms that are called twice.
 
     Returns:
@@ -116,7 +116,7 @@ def collect_log_scales(
     handles = [model.get_submodule(site.name).register_forward_pre_hook(keep(site)) for site in sites]
     try:
         with evaluating(model):
-            for batch in batches(blocks, batch_size, model.device):
+            for batch in batches(blocks, blocks_at_once(model, length, batch_size), model.device):
                 with suppress(_AllReachedError):
                     model(input_ids=batch, use_cache=False)
     finally:

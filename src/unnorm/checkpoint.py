@@ -204,6 +204,7 @@ def _stock(model: PreTrainedModel, original: PreTrainedModel, sites: Sequence[No
     # Its weights are the model's own, not copies.
     stock.load_state_dict(weights, assign=True)
     stock.tie_weights()
+    stock.generation_config = model.generation_config
     return stock
 
 

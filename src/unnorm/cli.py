@@ -235,7 +235,7 @@ def evaluate(
         typer.Option(
             metavar="[NAME=]SOURCE",
             help="A corpus, as for remove; or hellaswag=FILE, lambada=FILE, wikitext=FILE. May be repeated.",
-            show_default="the suite's, else stdlib",
+            show_default="the suite's; else stdlib, if no benchmark is named",
         ),
     ] = None,
     tasks: Annotated[

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from unnorm.calibrate import collect_log_scales, set_constants
 from unnorm.data import batches
-from unnorm.models import context_length, evaluating
+from unnorm.models import blocks_at_once, context_length, evaluating
 from unnorm.norms import Estimator, TaperedNorm, removed
 from unnorm.plan import MOST_CONTEXT
 from unnorm.sites import NormSite, vocabulary_size
@@ -112,8 +112,9 @@ def naive_kl(
 def mean_kl(student: PreTrainedModel, original: PreTrainedModel, blocks: Dataset) -> float:
     """KL(original || student) as they are, nats per token; infinite if not a number."""
     total = 0.0
+    together = blocks_at_once(student, len(blocks[0]["input_ids"]), most=4)
     with evaluating(student), evaluating(original):
-        for ids in batches(blocks, 4, student.device):
+        for ids in batches(blocks, together, student.device):
             log_q, log_p = (
                 m(input_ids=ids, use_cache=False).logits.float().log_softmax(-1) for m in (student, original)
             )

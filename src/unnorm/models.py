@@ -29,6 +29,8 @@ from unnorm.sites import trace_inputs, vocabulary_size
 DEMO = "demo"
 """Name of the bundled model: a small GPT-2 trained on the Python standard library's source."""
 
+LOGITS_AT_ONCE = 2**28
+
 
 def model_path(model: str) -> str:
     """What transformers is asked for: the bundled model's directory for `demo`, `model/` of a run, else the name.
@@ -70,8 +72,14 @@ def load_original(model: str, trust_remote_code: bool = False) -> tuple[PreTrain
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """Most tokens that the model takes at once, or 1024 where its config does not say."""
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1024)
+    """Most tokens that the model takes at once, or was trained on (BLOOM), or 1024 where its config does not say."""
+    config = model.config.get_text_config()
+    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", None) or 1024)
+
+
+def blocks_at_once(model: PreTrainedModel, length: int, most: int) -> int:
+    """How many blocks to run together, so that their logits take no more than a gigabyte in float32."""
+    return max(1, min(most, LOGITS_AT_ONCE // (length * vocabulary_size(model))))
 
 
 @contextmanager

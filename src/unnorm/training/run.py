@@ -101,6 +101,7 @@ def train(
         UnnormError: memory or disk ran out, or a tracker gave up.
     """
     checkpoints = directory / CHECKPOINTS
+    use_cache = model.config.use_cache  # The Trainer turns it off for good.
     trainer = DistillationTrainer(
         model=model,
         args=_arguments(optimization, plan, checkpoints, seed, report_to),
@@ -131,12 +132,11 @@ def train(
         if callback is not None:
             trainer.add_callback(callback)
     last = processes.agree(lambda: last_checkpoint(checkpoints))
-    use_cache = model.config.use_cache
     errors = _as_unnorm_errors(plan, checkpoints, report_to)
     clipping = clipping_tokens(model, model.get_output_embeddings()) if trainer.bounded else nullcontext()
     with interrupt.listening(), without_dropout(model), trainer.matching_reads(), clipping, errors:
         trainer.train(resume_from_checkpoint=last)
-    model.config.use_cache = use_cache  # The Trainer turns it off for good.
+    model.config.use_cache = use_cache
     steps = int(trainer.state.global_step)
     unfinished = {}
     if schedule is not None and removal is not None and not interrupt.asked:
