@@ -147,6 +147,16 @@ def test_with_everything_removed_one_bad_batch_changes_nothing() -> None:
     assert controller.position < controller.end
 
 
+def test_going_back_long_after_arrival_makes_the_clock_a_little_late() -> None:
+    controller = FidelityController(end=0.1)
+    for _ in range(900):
+        controller.advance(0.1, refused=False, steps=1000)
+    for _ in range(3):
+        controller.advance(math.nan, refused=True, steps=1000)
+    assert (controller.set_back, controller.position) == (1, pytest.approx(0.097))
+    assert controller.late(903, 1000) == 6  # Three that were refused, and 3% of the taper.
+
+
 def test_the_controller_knows_when_healing_has_ended() -> None:
     controller = FidelityController(position=1.0)
     for step in range(100):

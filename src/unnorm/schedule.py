@@ -93,6 +93,7 @@ class FidelityController:
         best_kl: least running KL since everything was removed.
         stale: steps since `best_kl` last fell by `LEAST_GAIN`.
         bad_in_a_row: steps up to now that were refused or spiked.
+        healed: share of the run that was spent after everything was removed, before the clock last went back.
         running_held: average share of the last steps' tokens that bounds held down, None where nothing is bounded.
     """
 
@@ -120,6 +121,7 @@ class FidelityController:
     best_kl: float = math.inf
     stale: int = 0
     bad_in_a_row: int = 0
+    healed: float = 0.0
     running_held: float | None = None
 
     def advance(self, kl: float, refused: bool, steps: int, held: float | None = None) -> None:
@@ -153,7 +155,7 @@ class FidelityController:
 
     def late(self, step: int, steps: int) -> int:
         """By how many steps the clock is behind the run, `step` of whose `steps` are done."""
-        return max(0, round(step - self.position * steps))
+        return max(0, round(step - (self.position + self.healed) * steps))
 
     @property
     def arrived(self) -> bool:
@@ -180,6 +182,7 @@ class FidelityController:
         return kl > self.SPIKE * usual and kl > self.NO_SPIKE * self.kl_budget
 
     def _go_back(self) -> None:
+        self.healed += max(0.0, self.position - self.end)
         self.position = max(0.0, min(self.position, self.end) - self.BACK * self.end)
         self.speed = max(self.SLOWEST, self.speed * self.SLOWER)
         self.set_back += 1
@@ -218,8 +221,9 @@ def sequential(sites: Sequence[NormSite], split: Sequence[str]) -> Schedule:
     final norm; last, end-of-text tokens and then position 0 lose their own constant.
 
     Differences from the published code: its constant for position 0 lands on hidden unit 0 (a buffer as
-    long as the model is wide, broadcast over the last dimension), ours on position 0; and its schedule is
-    in steps of 2^19 tokens, ours in shares of the run, so that any `--tokens` keeps its proportions.
+    long as the model is wide, broadcast over the last dimension), ours on position 0; its schedule is in
+    steps of 2^19 tokens, ours in shares of the run, so that any `--tokens` keeps its proportions; and its constants
+    are averages of the scale, ours geometric means unless `--estimator mean` is asked for.
 
     Args:
         sites: all norm sites.

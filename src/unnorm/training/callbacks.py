@@ -72,9 +72,11 @@ class ScheduleCallback(TrainerCallback):
             stand_in.estimating = True
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._share_constants()
         controller = self.removal.controller
         self.apply(state.global_step / max(1, state.max_steps) if controller is None else controller.position)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self._share_constants()  # Before one process writes a checkpoint.
 
     def apply(self, progress: float) -> None:
         """Put the model in the state that belongs to `progress`, a position of the schedule's clock."""
@@ -195,7 +197,9 @@ class GuardCallback(TrainerCallback, ExportableState):
             set_back = controller.set_back
             kl = self.take_kl()
             self.kl = self.kl if kl is None else kl
-            if self.kl is not None or not healthy:
+            # A step that was applied and has no text tells nothing of the bad one before it.
+            silent = kl is None and healthy and controller.bad_in_a_row > 0
+            if (self.kl is not None or not healthy) and not silent:
                 known = math.nan if self.kl is None else self.kl
                 controller.advance(known, not healthy, state.max_steps, self.held())
             healthy = healthy and controller.set_back == set_back
