@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,13 +19,16 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
+from tests.conftest import VOCAB
 from unnorm.data import STDLIB, Blocks, Documents, build_blocks, open_documents
 from unnorm.data import packing as packing_module
 from unnorm.data.documents import COMPRESSIONS
-from unnorm.data.packing import held_out_blocks, token_stream
+from unnorm.data.packing import begin_of_blocks, held_out_blocks, token_stream
 from unnorm.errors import UnnormError
+from unnorm.evaluation.corpora import open_corpus, tokens_in
 
 DOCUMENTS = [f'Document {i}: naïve\n  text,\twith "quotes" and {"words " * (i % 7)}' for i in range(120)]
 CONTEXT = 16
@@ -421,6 +425,35 @@ class TestPacking:
 
         packing_module._cut(token_stream(texts(), tiny_tokenizer), CONTEXT, 20)
         assert len(read) < 200
+
+    def test_blocks_begin_as_the_tokenizer_begins_a_text(
+        self, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        """As Gemma's and Llama 3's do, which know no text without it."""
+        texts = [f"text number {i} of many, each with some words in it\n" for i in range(400)]
+        path = write(tmp_path / "a.jsonl", texts)
+        plain = build_blocks(str(path), tiny_tokenizer, VOCAB, CONTEXT, 50, 20)
+        tokenizer = deepcopy(tiny_tokenizer)
+        assert begin_of_blocks(str(path), tokenizer) is None
+        tokenizer.bos_token = "!"
+        bos = tokenizer.bos_token_id
+        post = processors.TemplateProcessing(single="! $A", special_tokens=[("!", bos)])
+        tokenizer.backend_tokenizer.post_processor = post
+        found = build_blocks(str(path), tokenizer, VOCAB, CONTEXT, 50, 20)
+        for before, after in ((plain.train, found.train), (plain.validation, found.validation)):
+            ids = np.asarray(after["input_ids"])
+            assert ids.shape[1] == CONTEXT and (ids[:, 0] == bos).all()
+            stream = ids[:, 1:].ravel()
+            assert (stream == np.asarray(before["input_ids"]).ravel()[: len(stream)]).all()
+        corpus = open_corpus("a", str(path), tokenizer, VOCAB, CONTEXT, 10**4)
+        assert corpus.protocol()["first_token"] == f"of each block is given, not predicted; it is ! (id {bos})"
+        ids = np.asarray(corpus.blocks["input_ids"])
+        assert (ids[:, 0] == bos).all()
+        assert tokens_in(str(path), tokenizer, VOCAB)[ids].all()
+        short = write(tmp_path / "b.txt", ["some words to measure on, a line or two of them. " * 3])
+        assert np.asarray(held_out_blocks(str(short), tokenizer, VOCAB, 64, 4)[0]["input_ids"])[0, 0] == bos
+        token_file = write_ids(tmp_path / "a.bin", np.arange(2000) % VOCAB)
+        assert begin_of_blocks(str(token_file), tokenizer) is None
 
     def test_end_of_text_is_left_out_if_the_tokenizer_has_none(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
         without = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer)

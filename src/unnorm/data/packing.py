@@ -1,4 +1,8 @@
-"""Documents into blocks of exactly `context` tokens, end-of-text between documents, nothing padded."""
+"""Documents into blocks of exactly `context` tokens, end-of-text between documents, nothing padded.
+
+Where the tokenizer puts a token before every text (Gemma, Llama 3), every block begins with it, as what the model was
+trained on did.
+"""
 
 import re
 import time
@@ -66,11 +70,12 @@ def build_blocks(
             model's vocabulary of `vocab_size` does not.
     """
     train_tokens, validation_tokens, held_out = open_tokens(source, tokenizer, text_field, split)
-    validation = _cut(validation_tokens(), context, validation_blocks)
+    begin = begin_of_blocks(source, tokenizer)
+    validation = _cut(validation_tokens(), context, validation_blocks, begin)
     if len(validation):
-        train = _cut(train_tokens(), context, train_blocks, say)
+        train = _cut(train_tokens(), context, train_blocks, begin, say)
     else:
-        whole = _cut(train_tokens(), context, _SMALL_SOURCE)
+        whole = _cut(train_tokens(), context, _SMALL_SOURCE, begin)
         held = max(1, len(whole) // 10)
         train, validation = whole[:-held][:train_blocks], whole[-held:][:validation_blocks]
         held_out = f"the last {held} of {len(whole)} blocks"
@@ -107,12 +112,13 @@ def held_out_blocks(
             vocabulary of `vocab_size` does not.
     """
     _, validation_tokens, held_out = open_tokens(source, tokenizer, text_field, split)
-    blocks = _cut(validation_tokens(), context, count)
+    begin = begin_of_blocks(source, tokenizer)
+    blocks = _cut(validation_tokens(), context, count, begin)
     if not len(blocks):
         rest = np.concatenate([*validation_tokens(), np.empty(0, np.int32)])
         if len(rest) < _LEAST_HELD_OUT:
             raise _too_little(source, context)
-        blocks, held_out = rest[None], f"{held_out}, {len(rest)} tokens"
+        blocks, held_out = _begun(rest[None], begin), f"{held_out}, {len(rest)} tokens"
     _check_ids(source, blocks, vocab_size)
     return as_dataset(blocks), held_out
 
@@ -125,15 +131,34 @@ def open_tokens(
     Raises:
         UnnormError: the source can't be read.
     """
-    files = find_files(source)
-    if files and all(data_suffix(path) == TOKEN_FILE for path in files):
-        return _token_files(files)
+    if _holds_tokens(source):
+        return _token_files(find_files(source))
     documents = open_documents(source, text_field, split)
     return (
         lambda: token_stream(documents.train(), tokenizer),
         lambda: token_stream(documents.validation(), tokenizer),
         documents.held_out,
     )
+
+
+def begin_of_blocks(source: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token that blocks of a source begin with: that which the tokenizer puts before every text.
+
+    None where it puts none, or that which ends a text (OPT), and of token files, which are taken as they are.
+    """
+    begin = tokenizer.bos_token_id
+    if begin is None or begin == tokenizer.eos_token_id or _holds_tokens(source):
+        return None
+    return int(begin) if list(tokenizer("a")["input_ids"])[:1] == [begin] else None
+
+
+def _begun(blocks: Tokens, begin: int | None) -> Tokens:
+    return blocks if begin is None else np.insert(blocks, 0, begin, axis=1)
+
+
+def _holds_tokens(source: str) -> bool:
+    files = find_files(source)
+    return bool(files) and all(data_suffix(path) == TOKEN_FILE for path in files)
 
 
 def token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
@@ -170,22 +195,32 @@ def _pieces(text: str) -> Iterator[tuple[str, bool]]:
     yield text[start:], True
 
 
-def _cut(pieces: Iterable[Tokens], context: int, most: int, say: Callable[[str], None] = lambda _: None) -> Tokens:
-    """Join pieces of tokens and cut them into at most `most` whole blocks; the rest is dropped."""
+def _cut(
+    pieces: Iterable[Tokens],
+    context: int,
+    most: int,
+    begin: int | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Tokens:
+    """Join pieces of tokens and cut them into at most `most` whole blocks; the rest is dropped.
+
+    With `begin` each block is that token and one of the text's less.
+    """
+    length = context if begin is None else context - 1
     kept: list[Tokens] = []
     total = 0
     said = time.monotonic()
     for piece in pieces:
         kept.append(piece)
         total += len(piece)
-        if total >= most * context:
+        if total >= most * length:
             break
         if time.monotonic() - said > _SAYS_EVERY:
             said = time.monotonic()
-            say(f"read {total:,} of {most * context:,} tokens at most")
-    blocks = min(total // context, most)
+            say(f"read {total:,} of {most * length:,} tokens at most")
+    blocks = min(total // length, most)
     joined = np.concatenate(kept) if kept else np.empty(0, np.int32)
-    return joined[: blocks * context].reshape(blocks, context)
+    return _begun(joined[: blocks * length].reshape(blocks, length), begin)
 
 
 def _token_files(files: list[Path]) -> tuple[Callable[[], Iterator[Tokens]], Callable[[], Iterator[Tokens]], str]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from unnorm.data import spread
-from unnorm.data.packing import held_out_blocks, open_tokens
+from unnorm.data.packing import begin_of_blocks, held_out_blocks, open_tokens
 from unnorm.errors import UnnormError
 
 EVALUATION_TOKENS = 50_000
@@ -41,6 +41,7 @@ class Corpus:
         separator: the token after every document, in words.
         held_out: how it was kept apart from training text, in words.
         text_bytes: bytes of UTF-8 text in the predicted tokens.
+        begin: the token that every block begins with, in words.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Corpus:
     separator: str
     held_out: str
     text_bytes: int
+    begin: str = "no beginning-of-text token is added"
 
     @property
     def context(self) -> int:
@@ -85,7 +87,7 @@ class Corpus:
             "predicted_tokens": units.size,
             "bytes": self.text_bytes,
             "separator": self.separator,
-            "first_token": "of each block is given, not predicted; no beginning-of-text token is added",
+            "first_token": f"of each block is given, not predicted; {self.begin}",
             "interval_over": kind,
             "units": int(units.max()) + 1,
             "documents": None if self.documents is None else len(np.unique(self.documents[:, 1:])),
@@ -142,6 +144,7 @@ def open_corpus(
         separator=_separator(tokenizer),
         held_out=held_out,
         text_bytes=count_bytes(_column(blocks, "input_ids"), tokenizer),
+        **_beginning(source, tokenizer),
     )
 
 
@@ -166,6 +169,9 @@ def tokens_in(
         seen += len(ids)
         if seen >= most:
             break
+    begin = begin_of_blocks(source, tokenizer)
+    if begin is not None and begin < vocab_size:
+        occurs[begin] = True
     return occurs
 
 
@@ -196,6 +202,11 @@ def _with_documents(blocks: Dataset, tokenizer: PreTrainedTokenizerBase) -> Data
 
 def _column(blocks: Dataset, name: str) -> NDArray[Any]:
     return np.asarray(blocks.with_format("numpy")[name][:])
+
+
+def _beginning(source: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    begin = begin_of_blocks(source, tokenizer)
+    return {} if begin is None else {"begin": f"it is {tokenizer.bos_token} (id {begin})"}
 
 
 def _separator(tokenizer: PreTrainedTokenizerBase) -> str:
