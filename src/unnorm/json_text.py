@@ -1,5 +1,6 @@
 """Results as JSON that any parser reads: numbers that are not finite become null."""
 
+import hashlib
 import json
 import math
 from typing import Any
@@ -8,6 +9,11 @@ from typing import Any
 def json_text(values: Any) -> str:
     """Indented JSON; Python's own would write NaN and Infinity, which JSON does not have."""
     return json.dumps(finite(values), indent=2, allow_nan=False)
+
+
+def digest(values: Any) -> str:
+    """SHA-256 of values, the same whatever the order of their keys; what JSON does not have counts as text."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def finite(values: Any) -> Any:

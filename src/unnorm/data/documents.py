@@ -47,8 +47,9 @@ _SUBSETS = re.compile(r"available configs: \[(.+?)\]", re.DOTALL)
 """What `datasets` says where a hub data set has several subsets and none was named."""
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_HELD_OUT_ONE_IN = 10
 _HEAD = 100
+"""Rows among which the column that holds the text is looked for."""
+_HELD_OUT_ONE_IN = 10
 """Where a source names no validation split, one document in ten, chosen by hash, is kept from training."""
 _LOOKED_AT, _LEAST_HELD_OUT = 100, 3
 """Unless so few of a source's first documents would be held out: then it is the last tenth of each document."""

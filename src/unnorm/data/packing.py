@@ -131,8 +131,8 @@ def open_tokens(
     Raises:
         UnnormError: the source can't be read.
     """
-    if _holds_tokens(source):
-        return _token_files(find_files(source))
+    if paths := _token_paths(source):
+        return _token_files(paths)
     documents = open_documents(source, text_field, split)
     return (
         lambda: token_stream(documents.train(), tokenizer),
@@ -147,7 +147,7 @@ def begin_of_blocks(source: str, tokenizer: PreTrainedTokenizerBase) -> int | No
     None where it puts none, or that which ends a text (OPT), and of token files, which are taken as they are.
     """
     begin = tokenizer.bos_token_id
-    if begin is None or begin == tokenizer.eos_token_id or _holds_tokens(source):
+    if begin is None or begin == tokenizer.eos_token_id or _token_paths(source):
         return None
     return int(begin) if list(tokenizer("a")["input_ids"])[:1] == [begin] else None
 
@@ -156,9 +156,10 @@ def _begun(blocks: Tokens, begin: int | None) -> Tokens:
     return blocks if begin is None else np.insert(blocks, 0, begin, axis=1)
 
 
-def _holds_tokens(source: str) -> bool:
-    files = find_files(source)
-    return bool(files) and all(data_suffix(path) == TOKEN_FILE for path in files)
+def _token_paths(source: str) -> list[Path]:
+    """The source's files, if it is of token files; else none."""
+    paths = find_files(source)
+    return paths if all(data_suffix(path) == TOKEN_FILE for path in paths) else []
 
 
 def token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:

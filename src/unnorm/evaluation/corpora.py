@@ -52,7 +52,7 @@ class Corpus:
     separator: str
     held_out: str
     text_bytes: int
-    begin: str = "no beginning-of-text token is added"
+    begin: str
 
     @property
     def context(self) -> int:
@@ -144,7 +144,7 @@ def open_corpus(
         separator=_separator(tokenizer),
         held_out=held_out,
         text_bytes=count_bytes(_column(blocks, "input_ids"), tokenizer),
-        **_beginning(source, tokenizer),
+        begin=_beginning(source, tokenizer),
     )
 
 
@@ -204,9 +204,9 @@ def _column(blocks: Dataset, name: str) -> NDArray[Any]:
     return np.asarray(blocks.with_format("numpy")[name][:])
 
 
-def _beginning(source: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+def _beginning(source: str, tokenizer: PreTrainedTokenizerBase) -> str:
     begin = begin_of_blocks(source, tokenizer)
-    return {} if begin is None else {"begin": f"it is {tokenizer.bos_token} (id {begin})"}
+    return "no beginning-of-text token is added" if begin is None else f"it is {tokenizer.bos_token} (id {begin})"
 
 
 def _separator(tokenizer: PreTrainedTokenizerBase) -> str:

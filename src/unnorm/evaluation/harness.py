@@ -1,7 +1,5 @@
 """Benchmarks through lm-eval: HellaSwag, LAMBADA, WikiText from local files, and whatever task it has."""
 
-import hashlib
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ from unnorm.errors import UnnormError, short
 from unnorm.evaluation.benchmarks import READERS
 from unnorm.evaluation.intervals import Interval, bootstrap_interval, paired_share_interval, share_interval
 from unnorm.evaluation.results import Score
+from unnorm.json_text import digest
 from unnorm.progress import Watch
 
 LOCAL = "local_"
@@ -55,8 +54,7 @@ class Benchmark:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the chosen items' contents."""
-        chosen = [self.task.eval_docs[item] for item in self.items]
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True, default=str).encode()).hexdigest()
+        return digest([self.task.eval_docs[item] for item in self.items])
 
     def protocol(self) -> dict[str, Any]:
         """What was run, as plain values."""

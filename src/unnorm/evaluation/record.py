@@ -1,6 +1,5 @@
 """Measurements on disk, each written when it is made, so that an interrupted evaluation goes on."""
 
-import hashlib
 import json
 import re
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from unnorm.checkpoint import write_text
 from unnorm.errors import UnnormError
 from unnorm.evaluation.results import Results
-from unnorm.json_text import json_text
+from unnorm.json_text import digest, json_text
 
 MEASUREMENTS, RESULTS, PAGE = "measurements", "evaluation.json", "evaluation.html"
 
@@ -90,4 +89,4 @@ def _read(path: Path, kind: type[T], key: dict[str, Any]) -> T | None:
 def _slug(key: dict[str, Any]) -> str:
     """A file name that a person can tell, and no two keys share."""
     words = "--".join(re.sub(r"[^\w.-]+", "_", str(key[name])).strip("_.")[-40:] for name in ("model", "on"))
-    return f"{words}--{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:12]}"
+    return f"{words}--{digest(key)[:12]}"

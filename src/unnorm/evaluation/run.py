@@ -1,7 +1,6 @@
 """`unnorm evaluate`: models side by side on corpora and benchmarks, one measurement after the other."""
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +24,7 @@ from unnorm.evaluation.metrics import Distances, ModelTokens, calibration, measu
 from unnorm.evaluation.record import Record
 from unnorm.evaluation.results import Evaluation, Results, Score
 from unnorm.evaluation.suites import PILE_FILTERED, Choice, choose
+from unnorm.json_text import digest
 from unnorm.models import load_original
 from unnorm.plan import choose_context, choose_device
 from unnorm.progress import Watch
@@ -167,7 +167,7 @@ def evaluate_model(
     """
     ids = np.asarray(blocks["input_ids"][:])
     text_bytes = 0 if tokenizer is None else count_bytes(ids, tokenizer)
-    corpus = Corpus(data, data, blocks, None, len(blocks), "", "", text_bytes)
+    corpus = Corpus(data, data, blocks, None, len(blocks), "", "", text_bytes, "")
     ours, theirs, distances = measure_tokens(model, blocks, original, batch_size)
     return _summarize(name, corpus, ours, theirs, distances, tokenizer)
 
@@ -213,17 +213,16 @@ def _check_same_tokenizer(
 
 def _weights_digest(model: PreTrainedModel) -> str:
     """SHA-256 of all weights with their names, in float32."""
-    digest = hashlib.sha256()
+    sha256 = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(value.detach().float().contiguous().cpu().numpy().tobytes())
-    return digest.hexdigest()
+        sha256.update(key.encode())
+        sha256.update(value.detach().float().contiguous().cpu().numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def _config_digest(model: PreTrainedModel) -> str:
     """SHA-256 of the config, which says what else the model computes: activations, rotary angles, epsilons."""
-    config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
-    return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()
+    return digest({key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"})
 
 
 def _open_corpora(
