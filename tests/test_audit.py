@@ -189,6 +189,17 @@ class TestClasses:
         assert kinds["token repeated"].inputs[0].ids[0].tolist() == [0] * POSITIONS  # end-of-text comes first
         assert [part.ids.shape[1] for part in kinds["lengths"].inputs][:: len(kinds["lengths"].inputs) - 1] == [1, 64]
 
+    def test_what_is_made_of_text_begins_as_the_models_texts_do(self, material: Material) -> None:
+        """As Gemma's, which knows no text without its first token."""
+        begin = 77
+        for kind in input_classes(replace(material, begin=begin), True):
+            begun = True
+            for part in kind.inputs:
+                mask = torch.ones_like(part.ids) if part.attention_mask is None else part.attention_mask
+                begun &= all(int(ids[real][0]) == begin for ids, real in zip(part.ids, mask.bool(), strict=True))
+            odd = kind.name in {"token alone", "token repeated", "random tokens", "end-of-text first"}
+            assert begun is not odd, kind.name
+
     def test_a_tokenizer_that_drops_white_space_has_no_such_class(self, material: Material) -> None:
         tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "a": 1}, unk_token="<unk>"))
         tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

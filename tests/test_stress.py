@@ -46,6 +46,8 @@ def test_blocks_range_from_one_token_to_the_whole_vocabulary(tiny_tokenizer: Pre
     assert len(np.unique(blocks)) == VOCAB
     # What a row may start with is what `generate` may be given: nearly every token, not a few.
     assert len(np.unique(blocks[:, 0])) > 75
+    begun = stress_blocks(text, tiny_tokenizer, VOCAB, 200, np.random.default_rng(0), begin=3)
+    assert (begun[::2, 0] == 3).all() and (begun[1::2] == blocks[1::2]).all() and (begun[:, 1:] == blocks[:, 1:]).all()
 
 
 @pytest.mark.parametrize("tokens", [5_000, 40_000])  # Less than the text has, and several times as many.

@@ -1,7 +1,7 @@
 """Text from any source, made into packed blocks of tokens."""
 
 from unnorm.data.documents import OWN_TEXT, STDLIB, Documents, open_documents
-from unnorm.data.packing import Blocks, as_dataset, batches, build_blocks, spread
+from unnorm.data.packing import Blocks, as_dataset, batches, begin_of_blocks, build_blocks, spread
 from unnorm.data.sampling import own_text
 from unnorm.data.stress import random_starts, stress_blocks
 
@@ -12,6 +12,7 @@ __all__ = [
     "Documents",
     "as_dataset",
     "batches",
+    "begin_of_blocks",
     "build_blocks",
     "open_documents",
     "own_text",

@@ -23,7 +23,12 @@ _LONGEST_REPEAT = 16
 
 
 def stress_blocks(
-    text: Ids, tokenizer: PreTrainedTokenizerBase, vocab_size: int, count: int, generator: Generator
+    text: Ids,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    count: int,
+    generator: Generator,
+    begin: int | None = None,
 ) -> Ids:
     """Blocks of tokens from small and large random vocabularies, of random characters, and of broken text, in turn.
 
@@ -33,6 +38,7 @@ def stress_blocks(
         vocab_size: ids are below it.
         count: how many blocks.
         generator: source of everything random.
+        begin: token that the model's texts begin with, if they do; every second block does too.
 
     Returns:
         Token ids, (count, position).
@@ -49,6 +55,8 @@ def stress_blocks(
     blocks = [kinds[index % len(kinds)]() for index in range(count)]
     stacked = np.stack(blocks).astype(np.int32) if blocks else np.empty((0, context), np.int32)
     stacked[:, 0] = generator.choice(vocabulary, count)
+    if begin is not None:
+        stacked[::2, 0] = begin
     return stacked
 
 

@@ -15,6 +15,7 @@ from unnorm.data import (
     STDLIB,
     Blocks,
     as_dataset,
+    begin_of_blocks,
     build_blocks,
     own_text,
     random_starts,
@@ -80,6 +81,7 @@ def write_blocks(
             vocabulary_size(model),
             round(config.stress_share * len(train)),
             np.random.default_rng(config.seed),
+            begin_of_blocks(config.data, tokenizer),
         )
         if len(stress):
             as_dataset(stress).save_to_disk(str(directory / DATA / "stress"))

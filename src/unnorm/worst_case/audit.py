@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unnorm.checkpoint import load_sites
 from unnorm.config import read_count, run_settings
 from unnorm.data import STDLIB
-from unnorm.data.packing import held_out_blocks
+from unnorm.data.packing import begin_of_blocks, held_out_blocks
 from unnorm.errors import UnnormError
 from unnorm.models import context_length, load_original
 from unnorm.plan import choose_context, choose_device
@@ -99,14 +99,18 @@ def audit(
     say({"kind": "phase", "text": f"audit of {directory} against {name}"})
     length = min(context_length(twin), context_length(reference), MOST_AUDIT_CONTEXT) if context is None else context
     length = choose_context(length, twin, reference)
+    text, begin = _ordinary_text(
+        twin, tokenizer, length, tokens, settings, str(data) if data else None, text_field, split
+    )
     material = Material(
         tokenizer=tokenizer,
-        text=_ordinary_text(twin, tokenizer, length, tokens, settings, str(data) if data else None, text_field, split),
+        text=text,
         vocabulary=min(max(tokenizer.get_vocab().values()) + 1, vocabulary_size(twin)),
         context=length,
         trained=_trained_context(directory, settings),
         tokens=tokens,
         random=torch.Generator().manual_seed(seed),
+        begin=begin,
     )
     classes = list(input_classes(material, _takes_positions(twin) and _takes_positions(reference)))
     rows = audit_models(twin, reference, classes, sites, tokenizer, say)
@@ -301,8 +305,8 @@ def _ordinary_text(
     data: str | None,
     text_field: str | None,
     split: str | None,
-) -> Int[Tensor, " token"]:
-    """The held-out part of the data, of the run's unless other data is named."""
+) -> tuple[Int[Tensor, " token"], int | None]:
+    """The held-out part of the data, of the run's unless other data is named; and what its blocks begin with, if so."""
     own = settings if data is None else {}
     source = str(data or own.get("data", STDLIB))
     rows = vocabulary_size(twin)
@@ -314,7 +318,8 @@ def _ordinary_text(
         if data is not None:
             raise
         raise UnnormError(f"The run's own text can't be read. {error} Or name other text with --data.") from error
-    return torch.tensor(blocks["input_ids"]).flatten()
+    begin = begin_of_blocks(source, tokenizer)
+    return torch.tensor(blocks["input_ids"])[:, 0 if begin is None else 1 :].flatten(), begin
 
 
 def _takes_positions(model: PreTrainedModel) -> bool:

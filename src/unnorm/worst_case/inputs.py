@@ -88,7 +88,7 @@ class InputClass:
 
 @dataclass(frozen=True)
 class Material:
-    """What inputs are made of."""
+    """What inputs are made of; those made of text start with `begin`, if the model's texts do."""
 
     tokenizer: PreTrainedTokenizerBase
     text: Int[Tensor, " token"]
@@ -97,6 +97,7 @@ class Material:
     trained: int | None
     tokens: int
     random: torch.Generator
+    begin: int | None = None
 
     @property
     def rows(self) -> int:
@@ -137,7 +138,7 @@ def input_classes(material: Material, positions: bool) -> Iterator[InputClass]:
 
 
 def _text(m: Material) -> InputClass:
-    inputs = _windows(m.text, m.rows, m.context)
+    inputs = _windows(m, m.text, m.rows)
     return InputClass("ordinary text", f"{len(inputs.ids):,} blocks of held-out text", (inputs,))
 
 
@@ -158,7 +159,7 @@ def _after_text(m: Material) -> InputClass:
     prefix = min(_PREFIX, m.context - 1)
     tokens = _sample(m, m.vocabulary if m.vocabulary <= m.tokens else m.tokens)
     starts = m.below(max(1, len(m.text) - prefix), len(tokens))
-    before = m.text[(starts[:, None] + torch.arange(prefix)) % len(m.text)]
+    before = _begun(m, m.text[(starts[:, None] + torch.arange(prefix)) % len(m.text)])
     ids = torch.cat([before, tokens[:, None]], dim=1)
     targets = torch.full_like(ids, IGNORED)
     targets[:, -1] = _draw(m, len(tokens))
@@ -174,19 +175,19 @@ def _strings(m: Material, name: str, what: str, text: str) -> Iterator[InputClas
     """One class, or none where the tokenizer drops such text."""
     stream = torch.tensor(m.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
     if len(stream):
-        inputs = _windows(stream, m.rows, m.context)
+        inputs = _windows(m, stream, m.rows)
         yield InputClass(name, f"{what}; {len(inputs.ids):,} windows", (inputs,))
 
 
 def _end_first(m: Material) -> InputClass:
-    rows = _rows(m.text, m.rows, m.context)
+    rows = _rows(m, m.text, m.rows)
     for index, row in enumerate(rows):
         row[: min(1 + index % _MOST_ENDS, m.context)] = _end(m)
     return InputClass("end-of-text first", f"1 to {_MOST_ENDS} of them, then text", (_shifted(rows),))
 
 
 def _end_inside(m: Material) -> InputClass:
-    rows = _rows(m.text, m.rows, m.context)
+    rows = _rows(m, m.text, m.rows)
     for index, (row, start) in enumerate(zip(rows, m.below(m.context, len(rows)).tolist(), strict=True)):
         row[start : start + 1 + index % _MOST_ENDS] = _end(m)
     return InputClass("end-of-text inside", f"1 to {_MOST_ENDS} of them amid text", (_shifted(rows),))
@@ -200,7 +201,7 @@ def _packed(m: Material) -> InputClass:
         parts += [m.text[start : start + length], torch.tensor([_end(m)])]
         total += len(parts[-2]) + 1
     what = f"pieces of {_SHORTEST_DOCUMENT} to {_LONGEST_DOCUMENT} tokens, end-of-text between"
-    return InputClass("packed documents", what, (_windows(torch.cat(parts), m.rows, m.context),))
+    return InputClass("packed documents", what, (_windows(m, torch.cat(parts), m.rows),))
 
 
 def _lengths(m: Material) -> InputClass:
@@ -208,19 +209,21 @@ def _lengths(m: Material) -> InputClass:
     lengths = sorted({round(x) for x in np.linspace(1, m.context, most)})
     starts = m.below(len(m.text), len(lengths)).tolist()
     places = [(start + torch.arange(length + 1)) % len(m.text) for start, length in zip(starts, lengths, strict=True)]
-    parts = tuple(_shifted(m.text[place][None]) for place in places)
+    parts = tuple(_shifted(_begun(m, m.text[place][None])) for place in places)
     return InputClass("lengths", f"{len(lengths):,} texts of 1 to {m.context:,} tokens", parts)
 
 
 def _left_padded(m: Material, positions: bool) -> InputClass:
     """As `generate` makes them: positions count from the first real token and are 0 before it."""
-    inputs = _windows(m.text, m.rows, m.context)
+    inputs = _windows(m, m.text, m.rows)
     padding = m.below(m.context, len(inputs.ids))
     mask = (torch.arange(m.context) >= padding[:, None]).long()
     pad = m.tokenizer.pad_token_id
     if pad is None or pad >= m.vocabulary:
         pad = m.end or 0
     ids, targets = inputs.ids.masked_fill(mask == 0, pad), inputs.targets.masked_fill(mask == 0, IGNORED)
+    if m.begin is not None:
+        ids.scatter_(1, padding[:, None], m.begin)
     position_ids = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0) if positions else None
     what = f"{len(ids):,} blocks of text, 0 to {m.context - 1:,} pads before"
     return InputClass("left padding", what, (Inputs(ids, targets, mask, position_ids),))
@@ -228,7 +231,7 @@ def _left_padded(m: Material, positions: bool) -> InputClass:
 
 def _late_positions(m: Material) -> InputClass:
     assert m.trained is not None
-    inputs = _windows(m.text, max(1, m.tokens // (m.context - m.trained)), m.context)
+    inputs = _windows(m, m.text, max(1, m.tokens // (m.context - m.trained)))
     inputs.targets[:, : m.trained] = IGNORED
     what = f"text at positions {m.trained:,} to {m.context - 1:,}: training had {m.trained:,}"
     return InputClass("late positions", what, (inputs,))
@@ -271,15 +274,21 @@ def _of(m: Material, tokens: Tensor) -> str:
     return f"all {m.vocabulary:,}" if len(tokens) == m.vocabulary else f"{len(tokens):,} of {m.vocabulary:,}"
 
 
-def _rows(stream: Int[Tensor, " token"], count: int, length: int) -> Int[Tensor, "sequence position"]:
-    """Windows of length + 1, evenly spaced; the stream goes round where it is short, and then gives fewer."""
+def _rows(m: Material, stream: Int[Tensor, " token"], count: int) -> Int[Tensor, "sequence position"]:
+    """Windows of the context and one more, evenly spaced; a short stream goes round, and then gives fewer."""
     count = min(count, max(1, len(stream) // _LITERAL_STRIDE))
     starts = torch.arange(count) * len(stream) // count
-    return stream[(starts[:, None] + torch.arange(length + 1)) % len(stream)]
+    return _begun(m, stream[(starts[:, None] + torch.arange(m.context + 1)) % len(stream)])
 
 
-def _windows(stream: Int[Tensor, " token"], count: int, length: int) -> Inputs:
-    return _shifted(_rows(stream, count, length))
+def _begun(m: Material, rows: Int[Tensor, "sequence position"]) -> Int[Tensor, "sequence position"]:
+    if m.begin is not None:
+        rows[:, :1] = m.begin
+    return rows
+
+
+def _windows(m: Material, stream: Int[Tensor, " token"], count: int) -> Inputs:
+    return _shifted(_rows(m, stream, count))
 
 
 def _shifted(rows: Int[Tensor, "sequence position"]) -> Inputs:
