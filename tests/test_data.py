@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import fsspec.compression
 import numpy as np
@@ -483,6 +484,39 @@ def test_a_hub_data_set_with_subsets_asks_for_one(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(datasets, "get_dataset_split_names", fail)
     with pytest.raises(UnnormError, match=r"several subsets: small-v1, large-v1\. Name one .*'owner/text:small-v1'"):
         open_documents("owner/text")
+
+
+def test_a_hub_data_set_that_is_a_script_is_read_as_the_hub_converted_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In folders as the hub's conversion lays them out, where a large data set's train split is a part of it."""
+    import datasets
+
+    for folder in ("plain_text/partial-train", "other/train", "other/test"):
+        (tmp_path / folder).mkdir(parents=True)
+        rows = {"text": [f"document {i} of {folder}" for i in range(200)]}
+        datasets.Dataset.from_dict(rows).to_parquet(tmp_path / folder / "0000.parquet")
+
+    def of_the_branch(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(name: str, subset: str | None = None, revision: str | None = None, **options: Any) -> Any:
+            if revision != "refs/convert/parquet":
+                raise RuntimeError("Dataset scripts are no longer supported, but found text.py")
+            return function(str(tmp_path), **options)
+
+        return call
+
+    for function in (datasets.get_dataset_split_names, datasets.load_dataset_builder, datasets.load_dataset):
+        monkeypatch.setattr(datasets, function.__name__, of_the_branch(function))
+    with pytest.raises(UnnormError, match=r"several subsets: other, plain_text\. Name one .*'owner/text:other'"):
+        open_documents("owner/text")
+    documents = open_documents("owner/text:plain_text")
+    texts = sorted([*documents.train(), *documents.validation()])
+    assert texts == sorted(f"document {i} of plain_text/partial-train" for i in range(200))
+    assert len(list(open_documents("owner/text:other", split="test").train())) > 100
+    with pytest.raises(UnnormError, match=r"no split 'validation' .*It has: train, test"):
+        open_documents("owner/text:other", split="validation")
+    with pytest.raises(UnnormError, match=r"No data at 'owner/text:nothing'"):
+        open_documents("owner/text:nothing")
 
 
 def test_a_connection_that_breaks_is_not_taken_for_damage(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,11 @@ _SPLIT_WORDS = {
 _SUBSETS = re.compile(r"available configs: \[(.+?)\]", re.DOTALL)
 """What `datasets` says where a hub data set has several subsets and none was named."""
 
+_SCRIPT = "scripts are no longer supported"
+"""What `datasets` 4 and later say of a hub data set that comes as a script, as OpenWebText does."""
+_CONVERTED = "refs/convert/parquet"
+"""Branch on which the hub keeps those data sets as Parquet files, in one folder for each subset."""
+
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _HEAD = 100
 """Rows among which the column that holds the text is looked for."""
@@ -243,7 +248,7 @@ def _hub(source: str, text_field: str | None, split: str) -> Documents:
 
     name, _, subset = source.partition(":")
     try:
-        splits = datasets.get_dataset_split_names(name, subset or None)
+        splits, options = _splits_and_options(name, subset or None)
     except Exception as error:
         if subsets := _SUBSETS.search(str(error)):
             names = subsets[1].replace("'", "")
@@ -258,11 +263,28 @@ def _hub(source: str, text_field: str | None, split: str) -> Documents:
     _check_split(source, split, splits)
 
     def texts(of: str) -> Iterator[str]:
-        return _texts(source, lambda: datasets.load_dataset(name, subset or None, split=of, streaming=True), text_field)
+        return _texts(source, lambda: datasets.load_dataset(name, split=of, streaming=True, **options), text_field)
 
     if "validation" in splits and split != "validation":
         return Documents(source, lambda: texts(split), lambda: texts("validation"), "the validation split")
     return _held_out_of(source, lambda: texts(split))
+
+
+def _splits_and_options(name: str, subset: str | None) -> tuple[list[str], dict[str, str | None]]:
+    """A hub data set's splits, and what `load_dataset` is to be told besides its name."""
+    import datasets
+
+    try:
+        return datasets.get_dataset_split_names(name, subset), {"name": subset}
+    except RuntimeError as error:
+        if _SCRIPT not in str(error):
+            raise
+    options = {"revision": _CONVERTED, "data_dir": subset}
+    files = datasets.load_dataset_builder(name, **options).config.data_files
+    subsets = sorted({path.split("/")[-3] for paths in files.values() for path in paths})
+    if len(subsets) > 1:
+        raise ValueError(f"Several available configs: {subsets}")
+    return [str(split) for split in files], options
 
 
 def _held_out_of(name: str, texts: Callable[[], Iterator[str]]) -> Documents:
