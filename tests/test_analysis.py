@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import unnorm
-from tests.conftest import Cli
+from tests.conftest import Cli, randomize
 from unnorm.analysis.anatomy import anatomy
 from unnorm.analysis.attribution import attribute, frozen_scale_error
 from unnorm.analysis.geometry import geometry
@@ -533,3 +533,34 @@ def hooks_of(model: PreTrainedModel) -> list[list[int]]:
 def test_stacked_experts_are_no_reason_to_lose_the_other_analyses(runs: dict[str, Path], text_file: Path) -> None:
     result = unnorm.analyze(runs["mixtral"], data=str(text_file), tokens=256, context=32, device="cpu")
     assert {"attribution", "geometry"} <= result["findings"].keys()
+
+
+def test_several_mlps_of_a_layer_are_told_apart() -> None:
+    """Experts and a shared one beside them, as in GLM-4, DeepSeek and ERNIE."""
+    from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
+
+    config = Glm4MoeConfig(
+        vocab_size=80, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, first_k_dense_replace=1, max_position_embeddings=64,
+    )  # fmt: skip
+    model = float64_copy(randomize(Glm4MoeForCausalLM(config)).eval())  # type: ignore[arg-type]
+    found = attribute(model, trace_inputs(model, 2, 12))
+    names = [part.name for part in found.parts]
+    assert len(set(names)) == len(names)
+    assert "mlp 0" in names and "model.layers.1.mlp.shared_experts.down_proj" in names
+    torch.testing.assert_close(found.contributions.sum(0), found.logits, rtol=1e-9, atol=1e-9)
+    assert list(found.neurons) == [0]
+    torch.testing.assert_close(found.neurons[0].sum(-1), found.contributions[names.index("mlp 0")])
+
+
+def test_a_kept_final_norm_is_not_said_to_be_gone(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    unnorm.remove(str(tiny_model_dir), data=str(text_file), out=run, tokens=0, keep="ln_f", device="cpu")
+    what = ["attribution", "neurons", "lens"]
+    result = unnorm.analyze(run, what=what, data=str(text_file), tokens=128, device="cpu")
+    assert result["findings"]["attribution"]["twin"]["error"] > 0.01
+    page = Path(result["page"]).read_text()
+    assert "which kept transformer.ln_f" in page and "norm-free" not in page
+    for claim in ("each is what the logit loses", "none in the twin", "the same linear read at every depth"):
+        assert claim not in page, claim

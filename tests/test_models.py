@@ -12,7 +12,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 import unnorm
 from tests.test_families import IDS, random_model
 from unnorm.checkpoint import load_unfolded
-from unnorm.models import blocks_at_once, context_length, load_original, without_dropout
+from unnorm.models import blocks_at_once, cast_as_loaded, context_length, load_original, without_dropout
 
 OPT: dict[str, Any] = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "word_embed_proj_dim": 32}
 SIZES: dict[str, Any] = {"vocab_size": 64, "num_attention_heads": 4, "max_position_embeddings": 64, **IDS}
@@ -89,3 +89,17 @@ def test_as_much_context_as_a_family_says() -> None:
 def test_few_blocks_at_once_where_the_vocabulary_is_large() -> None:
     model = random_model(lambda: hf.GPT2Config(vocab_size=2**18, n_embd=4, n_layer=1, n_head=1, **IDS))
     assert [blocks_at_once(model, length, most=8) for length in (64, 512, 1024, 4096)] == [8, 2, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_is_what_loading_in_that_dtype_gives(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Rotary frequencies are in no file, and in half precision they would turn late positions by wrong angles."""
+    config = hf.LlamaConfig(**{**SIZES, "max_position_embeddings": 2048}, hidden_size=32, intermediate_size=48)
+    model = random_model(lambda: config)
+    model.save_pretrained(tmp_path)
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).eval()
+    ids = torch.randint(64, (1, 2048), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = loaded(input_ids=ids).logits
+        assert torch.equal(cast_as_loaded(model, dtype)(input_ids=ids).logits, expected)
+        assert not torch.equal(loaded.to(dtype)(input_ids=ids).logits, expected)

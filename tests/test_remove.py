@@ -70,6 +70,9 @@ def test_recipes_end_to_end(recipe: str, tiny_model_dir: Path, text_file: Path, 
     assert validation[0]["alpha"] == 0.0
     # Before the first step only the equalized embedding, which is ours, sets the student apart.
     assert validation[0]["kl"] == pytest.approx(0, abs=1e-3 if recipe == "taper" else 1e-5)
+    assert {row["teacher_loss"] for row in validation} == {validation[0]["teacher_loss"]}
+    if recipe == "sequential":  # Which equalizes nothing, so that it begins as the original.
+        assert validation[0]["loss"] == pytest.approx(validation[0]["teacher_loss"], abs=1e-4)
     assert (validation[-1]["alpha"], validation[-1]["sites_removed"]) == (1.0, 5)
     if recipe == "taper":
         # Distillation brings the twin closer than constants alone do; next-token loss on a random model need not.

@@ -35,6 +35,19 @@ def test_own_text_follows_the_distribution_of_the_model(
     assert abs(float((-log_p.gather(-1, ids[:, :-1, None])[..., 0] - entropy).mean())) > float(surprise.mean().abs())
 
 
+def test_no_more_blocks_are_written_at_once_than_memory_holds(
+    tiny_model: GPT2LMHeadModel, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Keys and values of all layers are what fills it: on a GPU of 80 GB those of a GPT-2 small, 1,000 blocks at once."""
+    config = tiny_model.config
+    block = 2 * 4 * CONTEXT * config.n_embd * config.n_layer
+    monkeypatch.setattr("unnorm.data.sampling.free_memory", lambda _: 2 * 7 * block)
+    said: list[str] = []
+    blocks = own_text(tiny_model, tiny_tokenizer, CONTEXT, 18, 2, said.append)
+    assert len(blocks.train) + len(blocks.validation) == 20
+    assert [line.split(": ")[1] for line in said] == [f"{n} of 20 blocks" for n in (7, 14, 20)]
+
+
 def test_the_seed_decides_the_text(tiny_model: GPT2LMHeadModel, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     def write(seed: int) -> list[list[int]]:
         torch.manual_seed(seed)

@@ -9,6 +9,7 @@ from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -80,6 +81,29 @@ def context_length(model: PreTrainedModel) -> int:
 def blocks_at_once(model: PreTrainedModel, length: int, most: int) -> int:
     """How many blocks to run together, so that their logits take no more than a gigabyte in float32."""
     return max(1, min(most, LOGITS_AT_ONCE // (length * vocabulary_size(model))))
+
+
+def free_memory(device: str) -> int:
+    """Bytes of memory that are free on the device."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info()[0])
+    return int(psutil.virtual_memory().available)
+
+
+def cast_as_loaded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Put a model into another dtype as loading it in that one does.
+
+    Buffers that no file holds keep their precision: rotary frequencies in bfloat16 turn late positions by wrong angles.
+    """
+    computed = [(module, key, module._buffers[key]) for module in model.modules() for key in _computed_buffers(module)]
+    model.to(dtype)
+    for module, key, buffer in computed:
+        module._buffers[key] = buffer
+    return model
+
+
+def _computed_buffers(module: nn.Module) -> set[str]:
+    return module._non_persistent_buffers_set & module._buffers.keys()
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import time
 from typing import Literal
 
-import psutil
 import torch
 from pydantic import BaseModel
 from torch import nn
@@ -11,7 +10,7 @@ from transformers import PreTrainedModel
 
 from unnorm.config import RemoveConfig
 from unnorm.errors import UnnormError
-from unnorm.models import context_length
+from unnorm.models import context_length, free_memory
 from unnorm.recipes import RECIPES, RecipeName
 
 CPU_TOKENS = 1_600_000
@@ -154,13 +153,6 @@ def choose_device(device: str) -> str:
     return device
 
 
-def free_memory(device: str) -> int:
-    """Bytes of memory that are free on the device."""
-    if device.startswith("cuda"):
-        return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available)
-
-
 def _micro_batch(model: PreTrainedModel, context: int, most: int, device: str) -> int:
     """Blocks that fit in memory at once: the largest divisor of `most` whose activations do.
 
@@ -183,7 +175,7 @@ def _micro_batch(model: PreTrainedModel, context: int, most: int, device: str) -
 
 def _fast_bfloat16(device: str) -> bool:
     if device.startswith("cuda"):
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     if device != "cpu":
         return False
     able = torch.cpu.get_capabilities()

@@ -135,7 +135,7 @@ def analyze(
         "page": str(out / PAGE),
         "numbers": str(out / NUMBERS),
     }
-    _write(out, result, render_analysis(name, findings, skipped, _settings(result)))
+    _write(out, result, render_analysis(name, findings, skipped, _settings(result), twin.config.kept_norms or ()))
     return result
 
 

@@ -12,7 +12,8 @@ a final norm of gain g and scale s(x), with w'_t = C diag(g) w_t (C removes the 
 et al. 2025, arXiv 2507.02559, for its error against the direct effect.)
 """
 
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +32,12 @@ if TYPE_CHECKING:
 
 TOP_NEURONS = 20
 
+_READ_LINEARLY = (
+    "In the twin these sum to the logit and each is what the logit loses when the part is taken out. In the original a "
+    "norm comes between:"
+)
+_READ_THROUGH_NORMS = "The twin kept its final norm, which comes between in both models:"
+
 
 @dataclass(frozen=True)
 class Attribution:
@@ -41,8 +48,8 @@ class Attribution:
         contributions: to the logit, the final norm's scale frozen where there is one; they sum to `logits`.
         direct_effects: the change of the logit when the part is taken out of the last residual vector; not known for
             the last part, so one fewer.
-        neurons: by layer, those of its MLP's neurons; they sum to its MLP's. Layers whose MLP is no linear projection
-            of neurons are left out.
+        neurons: by layer, those of its MLP's neurons; they sum to its MLP's. Layers whose MLP is not one linear
+            projection of neurons are left out.
         logits: what is attributed.
     """
 
@@ -81,16 +88,17 @@ def attribute(
     named: list[Part] = []
     rows: list[tuple[Tensor, Tensor]] = []
     neurons: dict[int, Tensor] = {}
+    mlps = Counter(writer.layer for writer in parts.mlps)
     for writer in parts.writers:
         z, output = (value.reshape(*ids.shape, -1)[:, :end] for value in _tensors(record[writer.name], ids))
         named += parts_of(model, writer)
         for vector in split_output(model, writer, z, output):
             rows.append(_effects(vector, x, direction, last))
-        if writer.kind == "mlp" and writer.linear:
+        if writer.kind == "mlp" and writer.linear and mlps[writer.layer] == 1:
             neurons[int(writer.layer or 0)] = _neurons(model, writer, z, direction, last.scale(x))
     bias = last.biases[targets]
     return Attribution(
-        parts=[*named, Part("unembedding's bias", "bias", parts.final, None)],
+        parts=[*_told_apart(named), Part("unembedding's bias", "bias", parts.final, None)],
         contributions=torch.stack([*(dla for dla, _ in rows), bias]),
         direct_effects=torch.stack([de for _, de in rows]),
         neurons=neurons,
@@ -119,10 +127,10 @@ def find(material: Material) -> Finding:
         key="attribution",
         title="Direct logit attribution",
         text=(
-            "How much each head, MLP, embedding and bias adds to the logit of the next token. In the twin these sum to "
-            "the logit and each is what the logit loses when the part is taken out. In the original a norm comes "
-            "between: attributions hold only while its scale is frozen. The map shows how far off that is, as the "
-            "mean absolute error over the mean absolute direct effect; 100% is an error as large as the effect itself."
+            "How much each head, MLP, embedding and bias adds to the logit of the next token. "
+            f"{_READ_THROUGH_NORMS if material.keeps_final_norm else _READ_LINEARLY} attributions hold only while its "
+            "scale is frozen. The map shows how far off that is, as the mean absolute error over the mean absolute "
+            "direct effect; 100% is an error as large as the effect itself."
         ),
         numbers=measured,
         figures={
@@ -142,6 +150,12 @@ def find(material: Material) -> Finding:
             f"{significant(twin['sum_error'], 2)} of a logit",
         ),
     )
+
+
+def _told_apart(parts: list[Part]) -> list[Part]:
+    """Where a layer has several MLPs (experts, and a shared one beside them), each by its module's path."""
+    times = Counter(part.name for part in parts)
+    return [replace(part, name=part.writer) if times[part.name] > 1 else part for part in parts]
 
 
 def _tensors(pair: tuple[Tensor, Any], ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -203,10 +217,12 @@ def _numbers(
 ) -> dict[str, Any]:
     miss, effect = totals["miss"], totals["effect"]
     error = [*_share(miss, effect).tolist(), None]
+    direct = [*(effect / tokens).tolist(), None]
     size, signed = ((totals[key] / tokens).tolist() for key in ("size", "signed"))
     rows = [
-        {"part": p.name, "kind": p.kind, "layer": p.layer, "head": p.head, "mean_abs": s, "mean": m, "error": e}
-        for p, s, m, e in zip(parts, size, signed, error, strict=True)
+        {"part": p.name, "kind": p.kind, "layer": p.layer, "head": p.head, "mean_abs": s, "mean": m}
+        | {"mean_abs_direct_effect": d, "error": e}
+        for p, s, m, d, e in zip(parts, size, signed, direct, error, strict=True)
     ]
     is_head = torch.tensor([part.kind == "head" for part in parts[:-1]])
     ranked = sorted(
@@ -222,7 +238,7 @@ def _numbers(
         "neurons": [
             {"layer": layer, "neuron": index, "mean_abs": value} for value, layer, index in ranked[:TOP_NEURONS]
         ],
-        "neurons_unknown_in_layers": [w.layer for w in shape.mlps if not w.linear],
+        "neurons_unknown_in_layers": sorted({w.layer or 0 for w in shape.mlps} - neurons.keys()),
     }
 
 
@@ -231,12 +247,16 @@ def _error_figure(original: dict[str, Any]) -> "Figure":
 
     columns = [f"head {head}" for head in range(original["heads"])] or ["attention"]
     columns.append("MLP")
+    shown = [row for row in original["parts"] if row["kind"] in ("head", "attention", "mlp")]
+    cells: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
+    for row in shown:
+        cells[row["layer"], -1 if row["kind"] == "mlp" else row["head"] or 0].append(row)
     grid: list[list[float | None]] = [[None] * len(columns) for _ in range(original["layers"])]
-    for row in original["parts"]:
-        if row["kind"] in ("head", "attention"):
-            grid[row["layer"]][row["head"] or 0] = row["error"]
-        elif row["kind"] == "mlp":
-            grid[row["layer"]][-1] = row["error"]
+    for (layer, column), rows in cells.items():
+        effect = sum(row["mean_abs_direct_effect"] for row in rows)
+        grid[layer][column] = (
+            sum(row["error"] * row["mean_abs_direct_effect"] for row in rows) / effect if effect else 0
+        )
     return heat_map(grid, columns, [f"layer {layer}" for layer in range(len(grid))], ".1%", "error")
 
 

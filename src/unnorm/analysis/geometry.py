@@ -78,7 +78,7 @@ def geometry(
         mapped = stored
         for site in its_sites:
             gain, _ = affine_parameters(original.get_submodule(site.name), site)
-            mapped = _mapped(mapped, site, gain.double().cpu())
+            mapped = _mapped(mapped, site, gain.cpu().double())
             folded = constants[site.name] * folded
         rows.append(_compare(its_sites, name, stored, mapped, folded))
     return rows
@@ -118,8 +118,8 @@ def find(material: Material) -> Finding:
 
 def _weight(module: nn.Module) -> Float[Tensor, "out in"]:
     if isinstance(module, nn.Embedding):  # A row for each token: features are its columns.
-        return module.weight.T.double().cpu()
-    return linear_weight(module).double().cpu()
+        return module.weight.T.cpu().double()
+    return linear_weight(module).cpu().double()
 
 
 def _mapped(weight: Tensor, site: NormSite, gain: Tensor) -> Tensor:

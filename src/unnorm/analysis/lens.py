@@ -79,7 +79,12 @@ def find(material: Material) -> Finding:
         text=(
             "What the unembedding reads of the residual stream before each layer, and where predictions form: the "
             "depth from which on the most likely token is the final one. In the original the final norm rescales "
-            "every intermediate vector; in the twin the lens is the same linear read at every depth."
+            "every intermediate vector; in the twin "
+            + (
+                "it does too: it was kept."
+                if material.keeps_final_norm
+                else "the lens is the same linear read at every depth."
+            )
         ),
         numbers=numbers,
         figures={"lens": _figure(numbers, depths)},

@@ -59,6 +59,11 @@ class Material:
         return {"original": self.original, "twin": self.twin}
 
     @property
+    def keeps_final_norm(self) -> bool:
+        """Whether the twin reads its last residual vector through a norm, which the removal was told to keep."""
+        return anatomy(self.twin).norm is not None
+
+    @property
     def subjects(self) -> list[Subject]:
         """Both, with what they are made of."""
         return [Subject(name, model, anatomy(model)) for name, model in self.models.items()]

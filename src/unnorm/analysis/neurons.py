@@ -176,12 +176,13 @@ def find(material: Material) -> Finding:
             "neurons_weights": "Each neuron of the last MLP: how long the vector is that it writes, and how much that "
             "varies over logits. Large marks are the original's entropy neurons, low on the right.",
             "neurons_ablation": "Mean absolute change of the prediction's entropy when one neuron is ablated.",
-            "neurons_norm": "The part of it that goes through the final norm; none in the twin.",
+            "neurons_norm": "The part of it that goes through the final norm"
+            + (", which the twin kept." if material.keeps_final_norm else "; none in the twin."),
         },
         legends={
             "neurons_weights": [("original", "s", "point"), ("twin", "a", "point")],
             "neurons_ablation": [("original", "s", "point"), ("twin", "a", "point")],
-            "neurons_norm": [("original", "s", "point")],
+            "neurons_norm": [("original", "s", "point"), ("twin", "a", "point")][: 1 + material.keeps_final_norm],
         },
         headline=(
             "Entropy neurons' effect",

@@ -17,7 +17,11 @@ class Skipped:
 
 
 def render_analysis(
-    original: str, findings: Sequence[Finding], skipped: Sequence[Skipped], settings: dict[str, Any]
+    original: str,
+    findings: Sequence[Finding],
+    skipped: Sequence[Skipped],
+    settings: dict[str, Any],
+    kept_norms: Sequence[str] = (),
 ) -> str:
     """The whole page.
 
@@ -26,10 +30,12 @@ def render_analysis(
         findings: in the order in which they are shown.
         skipped: what could not be analyzed.
         settings: names and values of how it was done.
+        kept_norms: those that the twin still has.
     """
     figures = {name: figure for finding in findings for name, figure in finding.figures.items()}
     values = {
         "original": original,
+        "kept_norms": list(kept_norms),
         "tiles": [{"name": name, "value": value, "note": note} for name, value, note in (f.headline for f in findings)],
         "findings": [
             {

@@ -10,9 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unnorm.data.documents import OWN_TEXT
 from unnorm.data.packing import Blocks, as_dataset
 from unnorm.errors import UnnormError
+from unnorm.models import free_memory
 from unnorm.sites import vocabulary_size
 
 _LOGITS_AT_ONCE, _GPU_LOGITS_AT_ONCE = 2**20, 2**26
+_CACHE_SHARE = 0.5
+"""Share of the free memory that keys and values may take; transformers copies them as they grow."""
 
 
 def own_text(
@@ -46,8 +49,7 @@ def own_text(
             f"--data {OWN_TEXT}: the tokenizer has neither a begin-of-text nor an end-of-text token for the model to "
             "begin with. Name text with --data."
         )
-    most = _LOGITS_AT_ONCE if model.device.type == "cpu" else _GPU_LOGITS_AT_ONCE
-    at_once = max(1, most // vocabulary_size(model))
+    at_once = _blocks_at_once(model, context)
     blocks: list[Tensor] = []
     wanted = train_blocks + validation_blocks
     for done in range(0, wanted, at_once):
@@ -60,6 +62,15 @@ def own_text(
         as_dataset(written[train_blocks:]),
         "other samples of the original",
     )
+
+
+def _blocks_at_once(model: PreTrainedModel, context: int) -> int:
+    """As many blocks as have room for their logits, and for the keys and values of every layer in float32."""
+    most = _LOGITS_AT_ONCE if model.device.type == "cpu" else _GPU_LOGITS_AT_ONCE
+    config = model.config.get_text_config()
+    cache = 2 * 4 * context * config.hidden_size * config.num_hidden_layers
+    room = int(_CACHE_SHARE * free_memory(str(model.device)))
+    return max(1, min(most // vocabulary_size(model), room // cache))
 
 
 @torch.no_grad()

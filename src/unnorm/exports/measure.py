@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError
-from unnorm.models import context_length, copy_model
+from unnorm.models import cast_as_loaded, context_length, copy_model
 from unnorm.sites import trace_inputs
 
 Logits = Float[Tensor, "batch position vocab"]
@@ -58,7 +58,7 @@ def probe_ids(model: PreTrainedModel) -> Int[Tensor, "batch position"]:
 @torch.no_grad()
 def compare(name: str, reference: Logits, logits: Logits) -> FormError:
     """The error of `logits` against `reference`, computed in float64."""
-    reference, logits = reference.double(), logits.double()
+    reference, logits = reference.cpu().double(), logits.cpu().double()
     expected, found = reference.log_softmax(-1), logits.log_softmax(-1)
     kl = F.kl_div(found, expected, log_target=True, reduction="sum") / reference[..., 0].numel()
     worst = float((reference - logits).abs().max())
@@ -76,5 +76,5 @@ def errors(folded: PreTrainedModel, form: Callable[[torch.dtype], PreTrainedMode
     ids = probe_ids(folded)
     reference = folded(input_ids=ids).logits
     rows = [compare(name, reference, form(dtype)(input_ids=ids).logits) for name, dtype in DTYPES.items()]
-    rounded = copy_model(folded).to(torch.bfloat16)
+    rounded = cast_as_loaded(copy_model(folded), torch.bfloat16)
     return [*rows, compare("bfloat16, folded itself", reference, rounded(input_ids=ids).logits)]

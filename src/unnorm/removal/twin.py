@@ -24,18 +24,20 @@ def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dic
     directory = run.config.twin
     assert directory is not None
     before = measured_before(directory)
-    student = load_unfolded(directory).to(run.plan.device)
+    student = load_unfolded(directory)
     stand_ins = {name: module for name, module in student.named_modules() if isinstance(module, TaperedNorm)}
     if set(stand_ins) != {site.name for site in run.sites}:
         raise UnnormError(
             f"The run in '{directory}' took away other norms than these settings ask for: see its --keep."
         )
+    for stand_in in stand_ins.values():
+        stand_in.log_constant = stand_in.log_constant.to(stand_in.gain.dtype)
+    student.to(run.plan.device)  # Only now: Apple GPUs have no float64, which the constants came in.
     if before["massive_neurons"] and run.config.neuron_limits and not limits_of(student):
         limit(run, student)
     for stand_in in stand_ins.values():
         if before["massive_neurons"]:
             stand_in.interpolation = "bounded"
-        stand_in.log_constant = stand_in.log_constant.to(stand_in.gain.dtype)
         stand_in.alpha.fill_(1.0)
     _take_over_history(directory, run.directory)
     return student, stand_ins, before

@@ -20,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from unnorm import processes
 from unnorm.data import batches, spread
 from unnorm.errors import UnnormError
-from unnorm.losses import distillation_losses
+from unnorm.losses import distillation_losses, next_token_loss
 from unnorm.models import evaluating, without_dropout
 from unnorm.plan import Plan
 from unnorm.progress import Watch
@@ -185,16 +185,16 @@ def _as_unnorm_errors(plan: Plan, checkpoints: Path, report_to: Sequence[str]) -
 
 @torch.no_grad()
 def quick_evaluation(model: PreTrainedModel, teacher: PreTrainedModel, blocks: Dataset, plan: Plan) -> dict[str, float]:
-    """Next-token loss of `model` and its KL to the teacher on a few blocks, in the run's precision."""
-    totals = torch.zeros(2, dtype=torch.float64)
+    """KL to the teacher, next-token loss and the teacher's, of a few blocks, in the run's precision."""
+    totals = torch.zeros(3, dtype=torch.float64)
     with evaluating(model), torch.autocast(plan.device.partition(":")[0], torch.bfloat16, enabled=plan.bfloat16):
         for ids in batches(blocks, plan.micro_batch, model.device):
             logits = model(input_ids=ids, use_cache=False).logits
             teacher_logits = teacher(input_ids=ids, use_cache=False).logits
-            pair = torch.stack(distillation_losses(logits, teacher_logits, ids)[1:])
-            totals += len(ids) * pair.cpu().double()
-    kl, loss = (totals / len(blocks)).tolist()
-    return {"loss": loss, "kl": kl}
+            _, kl, loss = distillation_losses(logits, teacher_logits, ids)
+            of_teacher = next_token_loss(teacher_logits, ids)
+            totals += len(ids) * torch.stack([kl, loss, of_teacher]).cpu().double()
+    return dict(zip(("kl", "loss", "teacher_loss"), (totals / len(blocks)).tolist(), strict=True))
 
 
 def last_checkpoint(checkpoints: Path) -> str | None:
@@ -233,6 +233,7 @@ def _arguments(
         max_grad_norm=0.0,  # The guard clips, so that it sees the norm before.
         bf16=plan.bfloat16,
         torch_compile=plan.compile,
+        tf32=False,  # With torch_compile it would be switched on for good, and the run's evaluation is in float32.
         use_cpu=plan.device == "cpu",
         ddp_backend="gloo" if plan.device == "cpu" and plan.processes > 1 else None,
         ddp_broadcast_buffers=False,  # Constants are averaged instead; see ScheduleCallback.

@@ -18,7 +18,7 @@ from unnorm.config import read_count, run_settings
 from unnorm.data import STDLIB
 from unnorm.data.packing import begin_of_blocks, held_out_blocks
 from unnorm.errors import UnnormError
-from unnorm.models import context_length, load_original
+from unnorm.models import cast_as_loaded, context_length, load_original
 from unnorm.plan import choose_context, choose_device
 from unnorm.progress import Watch
 from unnorm.run_directory import CONFIG_FILE, CONTROL, finished_result
@@ -147,7 +147,7 @@ def audit_models(
         tokens = sum(int(part.read.sum()) for some in of_class for part in some)
         say({"kind": "phase", "text": f"{name}: {tokens:,} tokens of these"})
         for side, model in enumerate((twin, reference)):
-            copy = deepcopy(model).to(dtype)
+            copy = cast_as_loaded(deepcopy(model), dtype)
             for flags, some in zip(finite, of_class, strict=True):
                 flags[side][name] = is_finite(copy, some, sites)
             del copy
