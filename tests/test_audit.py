@@ -128,6 +128,14 @@ class TestPlanted:
         assert row["finite"] == {"float32": True, "bfloat16": True, "float16": False}
         assert row["reason"] == "NaN or infinite in float16"
 
+    def test_a_directory_that_is_named_as_the_bundled_model(
+        self, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shutil.copytree(planted, tmp_path / "demo")
+        monkeypatch.chdir(tmp_path)
+        result = unnorm.audit("demo", tokens=512, context=16)
+        assert not by_name(result)["token alone"]["passed"]
+
 
 class TestFigures:
     def test_agree_with_an_independent_computation(self, audited: dict[str, Any], finished_run: Path) -> None:
@@ -315,6 +323,7 @@ class TestBadInput:
             (("--tokens", "0"), "1 token at least"),
             (("--tokens", "many"), "not a number of tokens"),
             (("--device", "abacus"), "No device 'abacus'"),
+            (("--seed", 2**70), "'--seed'"),
         ],
     )
     def test_options(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import lzma
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -618,6 +619,38 @@ class TestConfigFile:
 
 
 class TestRunDirectories:
+    def test_nothing_is_done_that_can_not_be_written(
+        self, run_copy: Path, work: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        (work / "file").touch()
+
+        def commands(out: Path) -> list[str]:
+            return [
+                refused("remove", run_copy, "--out", out),
+                refused("evaluate", run_copy, "--out", out),
+                refused("analyze", run_copy, "--out", out),
+            ]
+
+        monkeypatch.setattr("unnorm.models.load_original", lambda *_: pytest.fail("a model was loaded"))
+        assert all(f"'{work / 'file'}' is a file" in text for text in commands(work / "file" / "a"))
+        # As for others than root in a read-only directory.
+        monkeypatch.setattr("os.access", lambda _, mode, **__: not mode & os.W_OK)
+        assert all(f"Nothing can be written to '{work}'" in text for text in commands(work / "new"))
+
+    def test_a_control_without_tokens(
+        self, run_copy: Path, tiny_model_dir: Path, work: Path, refused: Callable[..., str]
+    ) -> None:
+        said = "control: without tokens to train on, the control is the original"
+        assert said in refused("remove", tiny_model_dir, "--tokens", 0, "--control", "--out", work / "new")
+        assert said in refused("remove", "--resume", "--control", "--out", run_copy)
+
+    def test_a_twin_that_kept_norms(
+        self, tiny_model_dir: Path, text_file: Path, work: Path, refused: Callable[..., str]
+    ) -> None:
+        remove(str(tiny_model_dir), data=str(text_file), tokens=0, out=work / "kept", keep="ln_f", device="cpu")
+        text = refused("remove", work / "kept", "--data", text_file, "--tokens", 0, "--out", work / "new")
+        assert "is a twin that kept transformer.ln_f (--keep). Start from its original" in text
+
     def test_out_is_not_empty(
         self, work: Path, tiny_model_dir: Path, options: list[object], refused: Callable[..., str]
     ) -> None:

@@ -7,14 +7,17 @@ import importlib
 import json
 import lzma
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import fsspec.compression
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -157,6 +160,54 @@ class TestFiles:
         assert sorted(train + validation) == sorted(texts[1:])
         with pytest.raises(UnnormError, match="--text-field: content, author"):
             sides(open_documents(str(tmp_path / "named.jsonl")))
+
+    @pytest.mark.parametrize("later", [{"meta": 1}, {"id": "x4"}, {"meta": {"b": [1]}}, {"id": None, "text": None}])
+    def test_other_fields_may_change_from_row_to_row(self, later: dict[str, Any], tmp_path: Path) -> None:
+        """Also after the ten million characters that `datasets` takes the fields from."""
+        rows = [{"id": 1, "meta": {"a": 1}, "text": "x" * 2_000_000}] * 6
+        path = tmp_path / "a.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"text": "the last one", **later}]))
+        texts = [len(text) for text in chain(*sides(open_documents(str(path))))]
+        assert sum(texts) == 12_000_000 + (0 if "text" in later else len("the last one"))
+
+    @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv"])
+    def test_files_need_not_have_the_same_columns(self, suffix: str, tmp_path: Path) -> None:
+        tables = [{"text": DOCUMENTS[:60], "id": range(60)}, {"date": ["x"] * 60, "text": DOCUMENTS[60:]}]
+        for name, table in zip("ab", tables, strict=True):
+            frame = pd.DataFrame({key: list(values) for key, values in table.items()})
+            path = tmp_path / "same" / f"{name}{suffix}"
+            path.parent.mkdir(exist_ok=True)
+            if suffix == ".jsonl":
+                frame.to_json(path, orient="records", lines=True)
+            else:
+                (frame.to_csv if suffix == ".csv" else frame.to_parquet)(path, index=False)
+        assert sorted(chain(*sides(open_documents(str(tmp_path / "same"))))) == sorted(DOCUMENTS)
+        shutil.copytree(tmp_path / "same", tmp_path / "other")
+        write(tmp_path / "other" / f"c{suffix}", DOCUMENTS, column="content")
+        with pytest.raises(UnnormError, match=r"have no field 'text', as those before them had: they have id, content"):
+            list(open_documents(str(tmp_path / "other")).train())
+
+    def test_a_list_of_objects_is_read_as_well(self, tmp_path: Path) -> None:
+        (tmp_path / "a.json").write_text(json.dumps([{"text": text} for text in DOCUMENTS], indent=1))
+        assert sorted(chain(*sides(open_documents(str(tmp_path / "a.json"))))) == sorted(DOCUMENTS)
+
+    def test_a_line_that_is_no_json_is_named(self, tmp_path: Path) -> None:
+        (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n\n{"text": unquoted}\n')
+        with pytest.raises(UnnormError, match=r"Could not read .*a\.jsonl, line 3: Expecting value"):
+            list(open_documents(str(tmp_path / "a.jsonl")).train())
+
+    def test_what_can_not_be_written_elsewhere_is_no_damage(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import datasets
+
+        def refuse(*_: object, **__: object) -> None:
+            raise PermissionError(13, "Permission denied", "/root/.cache")
+
+        monkeypatch.setattr(datasets, "load_dataset", refuse)
+        (tmp_path / "a.txt").write_text("some text")
+        with pytest.raises(UnnormError, match=r"Permission denied: '/root/.cache'. Make that place writable"):
+            open_documents(str(tmp_path / "a.txt"))
 
     def test_text_field(self, tmp_path: Path) -> None:
         path = tmp_path / "a.jsonl"

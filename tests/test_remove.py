@@ -89,6 +89,26 @@ def test_zero_tokens_is_naive_removal(finished_run: Path) -> None:
     assert result["kl"] == pytest.approx(result["naive_kl"], rel=1e-3)
 
 
+def test_one_held_out_block_has_no_interval(tiny_model_dir: Path, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "a.txt").write_text("Hello there, this is short. " * 40)
+    run = tmp_path / "a run"
+    done = cli("remove", tiny_model_dir, "--data", tmp_path / "a.txt", "--tokens", 0, "--out", run, "--device", "cpu")
+    assert done.code == 0, done.err
+    result = json.loads((run / "result.json").read_text())
+    assert result["validation_blocks"] == 1
+    assert result["teacher_loss_ci"] is result["lnfree_loss_ci"] is result["loss_increase_ci"] is None
+    assert "interval" not in done.out
+    # What is to be pasted into a shell is one word there.
+    assert f"unnorm verify '{run}'" in done.out.replace("\n", "")
+    loss = f"{result['lnfree_loss']:.4f}"
+    for page in ("report.html", "model/README.md"):
+        text = (run / page).read_text()
+        assert loss in text and f"{loss} to {loss}" not in text
+    options: dict[str, Any] = {"tasks": "none", "device": "cpu", "out": tmp_path / "evaluation"}
+    unnorm.evaluate(run, against=tiny_model_dir, data=tmp_path / "a.txt", **options)
+    assert "<strong>" not in (tmp_path / "evaluation" / "evaluation.html").read_text()
+
+
 def test_same_seed_same_result(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         unnorm.remove(model=str(tiny_model_dir), data=str(text_file), out=tmp_path / name, **SETTINGS)

@@ -53,6 +53,8 @@ def test_names_that_are_no_paths_are_saved_as_they_are(tmp_path: Path, monkeypat
     (tmp_path / "stdlib").mkdir()
     saved = RemoveConfig.create(model="demo", data="stdlib").to_saved()
     assert (saved["model"], saved["data"]) == ("demo", "stdlib")
+    (tmp_path / "demo").mkdir()
+    assert RemoveConfig.create(twin="demo").to_saved()["twin"] == str(tmp_path / "demo")
     assert RemoveConfig.create(model="owner/name", data="owner/text:part").to_saved()["data"] == "owner/text:part"
 
 

@@ -33,6 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _progress = Console(stderr=True)
+MOST_SEED = 2**32 - 1
 STOPPED = 130
 """Exit code after Ctrl-C, as shells have it."""
 BY_DEVICE = "1.6M on a CPU, 20M on a GPU"
@@ -302,7 +303,7 @@ def audit(
     text_field: RunTextField = None,
     split: RunSplit = None,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=MOST_SEED)] = 0,
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
@@ -355,7 +356,7 @@ def analyze(
     text_field: RunTextField = None,
     split: RunSplit = None,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the generated prompts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the generated prompts.", min=0, max=MOST_SEED)] = 0,
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:

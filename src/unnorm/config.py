@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from unnorm.data import OWN_TEXT, STDLIB
@@ -72,6 +72,13 @@ class RemoveConfig(BaseModel):
     def _parse_tokens(cls, value: Any) -> Any:
         return parse_count(value) if isinstance(value, str) else value
 
+    @field_validator("control")
+    @classmethod
+    def _something_to_train_on(cls, control: bool, others: ValidationInfo) -> bool:
+        if control and others.data.get("tokens") == 0:
+            raise ValueError("without tokens to train on, the control is the original; leave it out, or give --tokens")
+        return control
+
     @field_validator("report_to")
     @classmethod
     def _installed_trackers(cls, names: list[str]) -> list[str]:
@@ -105,8 +112,9 @@ class RemoveConfig(BaseModel):
     def to_saved(self) -> dict[str, Any]:
         """The settings as they are saved: paths are absolute, so that they hold wherever the run is gone on with."""
         saved = self.model_dump(mode="json")
-        for key in ("model", "data", "twin", "out"):
-            if saved[key] is not None and saved[key] not in (DEMO, STDLIB, OWN_TEXT):
+        names = {"model": (DEMO,), "data": (STDLIB, OWN_TEXT), "twin": (), "out": ()}
+        for key, no_paths in names.items():
+            if saved[key] is not None and saved[key] not in no_paths:
                 saved[key] = _absolute(saved[key])
         return saved
 

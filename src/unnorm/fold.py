@@ -177,6 +177,11 @@ def twin_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     Raises:
         UnnormError: the model's class is not one of transformers' own.
     """
+    if kept := getattr(model.config, "kept_norms", None):
+        raise UnnormError(
+            f"This model is a twin that kept {', '.join(kept[:3])}{' and more' if len(kept) > 3 else ''} (--keep). "
+            "Start from its original, and keep fewer."
+        )
     try:
         return ln_free_class(type(model))
     except AttributeError as error:

@@ -1,7 +1,9 @@
 """The names of the files of one run, and its result."""
 
 import json
+import os
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from unnorm.errors import UnnormError
@@ -50,6 +52,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def check_can_be_made(directory: Path) -> None:
+    """Raise an UnnormError where a directory, that may be there already, can't be made or written to."""
+    place = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise UnnormError(f"'{directory}' can't be made: '{place}' is a file. Choose another --out.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UnnormError(f"Nothing can be written to '{place}'. Choose another --out.")
+
+
 def finished_result(directory: Path) -> dict[str, Any]:
     """The result of a finished run.
 
@@ -62,7 +73,7 @@ def finished_result(directory: Path) -> dict[str, Any]:
     except OSError as error:
         raise UnnormError(
             f"The run in '{directory}' is not finished: there is no {RESULT} that can be read. Finish it with: "
-            f"unnorm remove --resume --out {directory}"
+            f"unnorm remove --resume --out {quote(str(directory))}"
         ) from error
     except (ValueError, TypeError) as error:
         raise UnnormError(f"'{directory / RESULT}' is damaged. Do the run again.") from error

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,7 @@ def result_table(result: dict[str, Any]) -> RenderableType:
     for row in _result_rows(result):
         table.add_row(*row)
     where = result["directory"]
-    paths = Text(f"model   {where}/{MODEL}\nreport  {where}/{REPORT}\nproof   unnorm verify {where}")
+    paths = Text(f"model   {where}/{MODEL}\nreport  {where}/{REPORT}\nproof   unnorm verify {quote(where)}")
     return Group(table, paths)
 
 
@@ -181,7 +182,7 @@ def _increase(result: dict[str, Any]) -> str:
     """The loss less the original's on the same tokens, with its interval."""
     increase = f"{result['lnfree_loss'] - result['teacher_loss']:+.4f}"
     ends = result["loss_increase_ci"]
-    return f"{increase}, 95% interval {ends[0]:+.4f} to {ends[1]:+.4f}" if len(ends) == 2 else increase
+    return f"{increase}, 95% interval {ends[0]:+.4f} to {ends[1]:+.4f}" if ends else increase
 
 
 def _elsewhere(value: float | None) -> str:

@@ -25,7 +25,7 @@ from unnorm.models import load_original
 from unnorm.plan import choose_context, choose_device
 from unnorm.progress import Watch
 from unnorm.report.numbers import count, short_count
-from unnorm.run_directory import CONFIG_FILE
+from unnorm.run_directory import CONFIG_FILE, check_can_be_made
 from unnorm.sites import NormSite, vocabulary_size
 
 ANALYSES: dict[str, Callable[[Material], Finding]] = {
@@ -94,7 +94,7 @@ def analyze(
     tokens = read_count(tokens)
     place = choose_device(device)
     out = directory / "analysis" if out is None else Path(out).expanduser()
-    _check_out(out)
+    check_can_be_made(out)
     sites, constants = load_sites(directory)
     settings = run_settings(directory)
     name = str(against or settings.get("model") or "")
@@ -144,11 +144,6 @@ def _chosen(what: Sequence[str] | None) -> list[str]:
     if unknown:
         raise UnnormError(f"There is no analysis '{unknown[0]}'. Analyses are {', '.join(ANALYSES)}.")
     return [key for key in ANALYSES if not what or key in what]
-
-
-def _check_out(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise UnnormError(f"'{out}' is a file, and results go to a directory. Give another --out.")
 
 
 def _check_pair(original: PreTrainedModel, twin: PreTrainedModel, sites: Sequence[NormSite], name: str) -> None:

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import json
 import logging
 import os
 import re
@@ -10,7 +11,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
+from typing import TextIO
 
+import fsspec  # type: ignore[import-untyped]
 import fsspec.compression  # type: ignore[import-untyped]
 
 from unnorm.errors import UnnormError, short
@@ -232,15 +235,62 @@ def _split_in(name: str) -> str | None:
     return next((split for split, known in _SPLIT_WORDS.items() if set(known) & set(words)), None)
 
 
-def _rows(suffix: str, files: list[Path]) -> Iterable[dict[str, object]]:
+def _rows(suffix: str, files: list[Path]) -> Iterator[dict[str, object]]:
+    """Rows of one file after the other; no two have to have the same columns but for the text."""
+    for path in files:
+        yield from _json_lines(path) if FORMATS[suffix] == "json" and _is_json_lines(path) else _table(suffix, path)
+
+
+def _open_text(path: Path) -> TextIO:
+    options = {"mode": "rt", "compression": "infer", "encoding": "utf-8-sig", "newline": "\n"}
+    return fsspec.filesystem("file").open(str(path), **options)
+
+
+def _is_json_lines(path: Path) -> bool:
+    """Whether the first line is an object: the file may also be one list, or anything that its name does not say."""
+    with _open_text(path) as lines:
+        first = next((line for line in lines if line.strip()), "")
+    try:
+        return isinstance(json.loads(first), dict)
+    except ValueError:
+        return False
+
+
+def _json_lines(path: Path) -> Iterator[dict[str, object]]:
+    """Rows with every field of the first ones; `datasets` refuses rows of other fields than those before them."""
+    rows = _objects(path)
+    head = list(islice(rows, _HEAD))
+    fields = dict.fromkeys(key for row in head for key in row)
+    for row in chain(head, rows):
+        yield {**fields, **row}
+
+
+def _objects(path: Path) -> Iterator[dict[str, object]]:
+    with _open_text(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path.name}, line {number}: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path.name}, line {number} is no JSON object")
+            yield row
+
+
+def _table(suffix: str, path: Path) -> Iterator[dict[str, object]]:
     import datasets
 
     # Its readers log an error, traceback and all, besides raising it.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     options = {"sample_by": "document"} if FORMATS[suffix] == "text" else {}
-    # `datasets` takes every name for a pattern.
-    names = [glob.escape(str(path)) for path in files]
-    return datasets.load_dataset(FORMATS[suffix], data_files=names, split="train", streaming=True, **options)
+    name = glob.escape(str(path))  # `datasets` takes every name for a pattern.
+    try:
+        rows = datasets.load_dataset(FORMATS[suffix], data_files=[name], split="train", streaming=True, **options)
+    except StopIteration:  # How it meets a file without a row.
+        return
+    yield from rows
 
 
 def _hub(source: str, text_field: str | None, split: str) -> Documents:
@@ -319,6 +369,11 @@ def _texts(source: str, rows: Callable[[], Iterable[dict[str, object]]], field: 
     head = list(islice(readable, _HEAD))
     for row in chain(head, readable):
         column = column or _text_column(source, head, field)
+        if column not in row:
+            raise UnnormError(
+                f"Rows of '{source}' have no field '{column}', as those before them had: they have {', '.join(row)}. "
+                "Name files of one kind, for instance by a glob."
+            )
         text = row[column]
         if text is not None and not isinstance(text, str):
             raise UnnormError(
@@ -333,28 +388,36 @@ def _texts(source: str, rows: Callable[[], Iterable[dict[str, object]]], field: 
 
 
 def _readable(source: str, rows: Callable[[], Iterable[dict[str, object]]]) -> Iterator[dict[str, object]]:
+    empty = True
     try:
-        yield from rows()
-    except StopIteration as error:  # How `datasets` meets a file without a row.
-        raise _empty(source) from error
+        for row in rows():
+            empty = False
+            yield row
     except Exception as error:
-        local = "It is damaged, or not what its name says; fetch or write it again."
-        remedy = local if find_files(source) else "If the connection broke, do it again."
+        files = find_files(source)
+        elsewhere = isinstance(error, OSError) and error.filename and Path(error.filename) not in files
+        if files and elsewhere:
+            remedy = "Make that place writable, or name another one for the cache by HF_HOME."
+        else:
+            local = "It is damaged, or not what its name says; fetch or write it again."
+            remedy = local if files else "If the connection broke, do it again."
         raise UnnormError(f"Could not read '{source}': {short(error).rstrip('.')}. {remedy}") from error
+    if empty:
+        raise _empty(source)
 
 
 def _text_column(source: str, head: list[dict[str, object]], field: str | None) -> str:
     """The one to read, from the first rows: in a single one the text may be missing."""
-    row = head[0]
+    known = list(dict.fromkeys(key for row in head for key in row))
     if field is not None:
-        if field not in row:
-            raise UnnormError(f"'{source}' has no field '{field}' (--text-field). It has: {', '.join(row)}.")
+        if field not in known:
+            raise UnnormError(f"'{source}' has no field '{field}' (--text-field). It has: {', '.join(known)}.")
         return field
-    if "text" in row:
+    if "text" in known:
         return "text"
-    strings = [key for key in row if any(isinstance(other.get(key), str) for other in head)]
+    strings = [key for key in known if any(isinstance(row.get(key), str) for row in head)]
     if len(strings) != 1:
-        raise UnnormError(f"Which field of '{source}' is the text? Name it with --text-field: {', '.join(row)}.")
+        raise UnnormError(f"Which field of '{source}' is the text? Name it with --text-field: {', '.join(known)}.")
     return strings[0]
 
 

@@ -13,6 +13,7 @@ from unnorm.checkpoint import write_text
 from unnorm.errors import UnnormError
 from unnorm.evaluation.results import Results
 from unnorm.json_text import digest, json_text
+from unnorm.run_directory import check_can_be_made
 
 MEASUREMENTS, RESULTS, PAGE = "measurements", "evaluation.json", "evaluation.html"
 
@@ -37,9 +38,7 @@ class Record:
         path = Path(directory).expanduser()
         if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / MEASUREMENTS).is_dir())):
             raise UnnormError(f"'{path}' holds something else than an evaluation. Choose another --out.")
-        above = next(parent for parent in path.absolute().parents if parent.exists())
-        if not above.is_dir():
-            raise UnnormError(f"'{path}' can't be made: '{above}' is a file. Choose another --out.")
+        check_can_be_made(path)
         return cls(path)
 
     def recall(self, kind: type[T], key: dict[str, Any], measure: Callable[[], T]) -> T:

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -88,7 +89,7 @@ def check_run(directory: Path) -> Path:
     if not finished_result(directory).get("verified"):
         raise UnnormError(
             f"The proof of the run in '{directory}' did not pass, so that it is not published: see unnorm verify "
-            f"{directory}"
+            f"{quote(str(directory))}"
         )
     folder = directory / MODEL
     lacking = [name for name in ("config.json", "modeling_unnorm.py", CARD) if not (folder / name).is_file()]

@@ -15,6 +15,7 @@ from unnorm.calibrate import CALIBRATION_BLOCKS, collect_log_scales, scale_stati
 from unnorm.checkpoint import load, load_sites, load_unfolded, write_text
 from unnorm.data import spread
 from unnorm.evaluation import Evaluation, evaluate_model
+from unnorm.evaluation.intervals import Interval
 from unnorm.json_text import json_text
 from unnorm.limits import share_at_limit
 from unnorm.modeling.modeling_unnorm import limits_of
@@ -114,12 +115,12 @@ def _result(
         "held_out": run.held_out,
         "recipe": run.config.recipe,
         "teacher_loss": original.loss,
-        "teacher_loss_ci": list(original.loss_ci),
+        "teacher_loss_ci": _ends(original.loss_ci, original),
         "lnfree_loss": lnfree.loss,
-        "lnfree_loss_ci": list(lnfree.loss_ci),
-        "loss_increase_ci": list(lnfree.difference_ci or ()),
+        "lnfree_loss_ci": _ends(lnfree.loss_ci, lnfree),
+        "loss_increase_ci": _ends(lnfree.difference_ci, lnfree),
         "control_loss": None if control is None else control.loss,
-        "control_loss_ci": None if control is None else list(control.loss_ci),
+        "control_loss_ci": None if control is None else _ends(control.loss_ci, control),
         "gap": None if control is None else lnfree.loss - control.loss,
         "kl": lnfree.kl,
         "jsd": lnfree.jsd,
@@ -150,6 +151,11 @@ def _result(
         "versions": {name: version(name) for name in ("unnorm", "torch", "transformers", "datasets")}
         | {"python": sys.version.split()[0]},
     }
+
+
+def _ends(interval: Interval | None, of: Evaluation) -> list[float] | None:
+    """Both ends; nothing where one block is all there is, of which there is no interval."""
+    return None if interval is None or of.units < 2 else list(interval)
 
 
 def _peak_memory_mb(device: str) -> float:

@@ -5,6 +5,7 @@ import math
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from datasets import Dataset, load_from_disk
@@ -69,7 +70,7 @@ def remove(
         if not (directory / CONFIG_FILE).is_file():
             raise
         raise RunInterruptedError(
-            f"Stopped; what was saved is kept. Go on with: unnorm remove --resume --out {directory}"
+            f"Stopped; what was saved is kept. Go on with: unnorm remove --resume --out {quote(str(directory))}"
         ) from None
 
 
@@ -222,7 +223,7 @@ def _train(run: Run, model: PreTrainedModel, removal: Removal | None, directory:
     if outcome.interrupted:
         raise RunInterruptedError(
             f"Stopped at step {outcome.steps} of {run.plan.steps}; nothing is lost. Go on with: "
-            f"unnorm remove --resume --out {run.directory}"
+            f"unnorm remove --resume --out {quote(str(run.directory))}"
         )
     if outcome.diverged:
         raise UnnormError(
@@ -238,7 +239,7 @@ def _train(run: Run, model: PreTrainedModel, removal: Removal | None, directory:
             f"It waited in {last.get('waited', 0)} steps, {run.config.kl_budget} nats or more from the original, "
             f"and went back {last.get('set_back', 0)} times, after spikes or refused steps. "
             "Go on with more tokens, and with a larger --kl-budget if it mostly waited: "
-            f"unnorm remove --resume --out {run.directory} --tokens {2 * outcome.tokens}"
+            f"unnorm remove --resume --out {quote(str(run.directory))} --tokens {2 * outcome.tokens}"
         )
     return outcome
 

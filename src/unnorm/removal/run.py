@@ -17,7 +17,7 @@ from unnorm.limits import set_limits
 from unnorm.plan import Plan
 from unnorm.progress import Watch
 from unnorm.recipes import RECIPES, Recipe
-from unnorm.run_directory import CONFIG_FILE, RESULT, finished_result
+from unnorm.run_directory import CONFIG_FILE, RESULT, check_can_be_made, finished_result
 from unnorm.sites import NormSite
 
 DISK_COPIES = 8
@@ -122,9 +122,7 @@ def open_directory(config: RemoveConfig, resume: bool) -> Path:
     directory = _unused_name(f"unnorm-{Path(config.model).name}") if config.out is None else config.out.expanduser()
     if not resume and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UnnormError(f"'{directory}' is not empty. Choose another --out, or go on with the run in it: --resume.")
-    above = next(path for path in directory.absolute().parents if path.exists())
-    if not above.is_dir():
-        raise UnnormError(f"'{directory}' can't be made: '{above}' is a file. Choose another --out.")
+    check_can_be_made(directory)
     return directory
 
 

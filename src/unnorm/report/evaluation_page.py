@@ -50,7 +50,9 @@ def _row(row: Evaluation, original: str | None) -> dict[str, Any]:
         "interval": interval(row.loss_ci) if has_interval else MISSING,
         "difference": fixed(row.difference, sign=True),
         "difference_interval": _signed(row.difference_ci) if has_interval else MISSING,
-        "resolved": row.difference_ci is not None and not row.difference_ci[0] <= 0 <= row.difference_ci[1],
+        "resolved": has_interval
+        and row.difference_ci is not None
+        and not row.difference_ci[0] <= 0 <= row.difference_ci[1],
         "perplexity": fixed(row.perplexity, 2),
         "bits_per_byte": fixed(row.bits_per_byte),
         "kl": significant(row.kl),

@@ -21,7 +21,7 @@ from unnorm.errors import UnnormError
 from unnorm.models import cast_as_loaded, context_length, load_original
 from unnorm.plan import choose_context, choose_device
 from unnorm.progress import Watch
-from unnorm.run_directory import CONFIG_FILE, CONTROL, finished_result
+from unnorm.run_directory import CONFIG_FILE, CONTROL, MODEL, finished_result
 from unnorm.sites import NormSite, vocabulary_size
 from unnorm.worst_case.inputs import InputClass, Inputs, Material, input_classes
 from unnorm.worst_case.measure import Measured, is_finite, largest_residuals, measure
@@ -91,7 +91,7 @@ def audit(
     sites, _ = load_sites(directory)
     settings = run_settings(directory)
     name = str(against or _default_reference(directory, settings))
-    twin, tokenizer = load_original(str(directory))
+    twin, tokenizer = load_original(str(directory / MODEL))
     reference = _load_reference(name, against is not None, trust_remote_code)
     _check_same_vocabulary(twin, reference, name)
     twin.to(place)
