@@ -9,6 +9,7 @@ gain g and constant scale c of a site, and the stored gain set to g * 1e6 / c,
 apollo-research/gpt2_noLN (arXiv 2409.13710).
 """
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,7 @@ def stock_form(directory: Path) -> PreTrainedModel:
     weights = trained.state_dict()
     for site in sites:
         weights |= _scaled_gain(trained.get_submodule(site.name), site, constants[site.name])
-    config = type(trained.config).from_dict(trained.config.to_dict() | _epsilons(trained.config, sites))
-    stock = type(trained)(config)
+    stock = type(trained)(_with_huge_epsilon(trained.config, sites))
     stock.load_state_dict(weights)
     stock.generation_config = trained.generation_config
     _check_epsilons(stock, sites)
@@ -89,13 +89,17 @@ def _scaled_gain(norm: nn.Module, site: NormSite, constant: float) -> dict[str, 
     return {f"{site.name}.weight": stored.to(gain.dtype)}
 
 
-def _epsilons(config: PreTrainedConfig, sites: list[NormSite]) -> dict[str, float]:
-    """The fields of the config that hold the epsilon of the norms, each at the huge one."""
+def _with_huge_epsilon(config: PreTrainedConfig, sites: list[NormSite]) -> PreTrainedConfig:
+    """A copy of the config in which every field that holds the epsilon of the norms has the huge one."""
+    changed = deepcopy(config)
+    text = changed.get_text_config()
     values = {site.eps for site in sites}
-    fields = [key for key, value in config.to_dict().items() if "eps" in key and value in values]
+    fields = [key for key, value in text.to_dict().items() if "eps" in key and value in values]
     if not fields:
         raise _refusal(config.model_type, "its config holds no epsilon, so a huge one could not be saved")
-    return dict.fromkeys(fields, EPS)
+    for field in fields:
+        setattr(text, field, EPS)
+    return changed
 
 
 def _check_epsilons(stock: PreTrainedModel, sites: list[NormSite]) -> None:
