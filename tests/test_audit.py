@@ -137,6 +137,12 @@ class TestPlanted:
         assert not by_name(result)["token alone"]["passed"]
 
 
+@pytest.fixture(params=[1000, 3])
+def _at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many sequences go through the model at once: all, or some, with fewer in the last pass."""
+    monkeypatch.setattr("unnorm.worst_case.measure._LOGITS_AT_ONCE", request.param * VOCAB * POSITIONS)
+
+
 class TestFigures:
     def test_agree_with_an_independent_computation(self, audited: dict[str, Any], finished_run: Path) -> None:
         """Every token alone repeats nothing of the audit but the definition: the residual, and its percentiles."""
@@ -150,6 +156,7 @@ class TestFigures:
         assert row["largest"] == pytest.approx(max(norms), rel=1e-5)
         assert row["p99.9"] == pytest.approx(np.percentile(norms, 99.9, method="inverted_cdf"), rel=1e-5)
 
+    @pytest.mark.usefixtures("_at_once")
     @pytest.mark.parametrize("name", EVERY_CLASS[:13])
     def test_loss_is_that_of_plain_transformers(self, name: str, material: Material, finished_run: Path) -> None:
         twin, (sites, _) = load(finished_run), load_sites(finished_run)
@@ -167,6 +174,7 @@ class TestFigures:
             rank = int(np.ceil(q * len(expected))) - 1
             assert summarize(measured.loss)[key] == pytest.approx(sorted(expected)[rank], abs=1e-4)
 
+    @pytest.mark.usefixtures("_at_once")
     def test_padding_changes_nothing(self, material: Material, finished_run: Path) -> None:
         twin, (sites, _) = load(finished_run), load_sites(finished_run)
         (padded,) = next(kind for kind in input_classes(material, True) if kind.name == "left padding").inputs

@@ -22,7 +22,7 @@ import unnorm.evaluation.run
 from tests.conftest import POSITIONS, VOCAB, Cli, randomize, stdlib_text
 from unnorm.data import as_dataset
 from unnorm.errors import RunInterruptedError, UnnormError
-from unnorm.evaluation import Results, Score, evaluate, evaluate_model
+from unnorm.evaluation import Results, Score, evaluate, evaluate_model, metrics
 from unnorm.evaluation.corpora import open_corpus
 from unnorm.evaluation.harness import _interval, against
 from unnorm.evaluation.intervals import bootstrap_interval, paired_share_interval, share_interval
@@ -96,7 +96,11 @@ def other_dir(
 
 
 class TestNumbers:
-    def test_equal_to_plain_transformers(self, tokens: Path, tiny_model_dir: Path, other_dir: Path) -> None:
+    @pytest.mark.parametrize("rows", [metrics._AT_ONCE // VOCAB, 7])
+    def test_equal_to_plain_transformers(
+        self, rows: int, tokens: Path, tiny_model_dir: Path, other_dir: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(metrics, "_AT_ONCE", rows * VOCAB)
         models = [AutoModelForCausalLM.from_pretrained(d).eval() for d in (other_dir, tiny_model_dir)]
         expected = plain_transformers(held_out(tokens), *models)
         (row,) = evaluate(str(other_dir), str(tiny_model_dir), str(tokens), tokens=10**6)

@@ -1,5 +1,6 @@
 """Finding sites and folding them: exact for any GPT-2, refused when it would not be."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -132,6 +133,13 @@ def test_paths_join_again() -> None:
 def test_proof_accepts_what_is_right() -> None:
     model = random_gpt2()
     assert prove_sites(model, find_sites(model)) < 1e-10
+
+
+def test_proof_refuses_stand_ins_that_compute_something_else() -> None:
+    model = random_gpt2()
+    sites = [replace(site, eps=100 * site.eps) for site in find_sites(model)]
+    with pytest.raises(UnnormError, match="reproduce its logits"):
+        prove_sites(model, sites)
 
 
 def test_proof_names_the_norm_with_a_reader_that_was_not_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,19 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedModel
 
 import unnorm
+from unnorm import fold, proof
+from unnorm.checkpoint import load_sites, load_unfolded
+from unnorm.fold import fold_reader
+from unnorm.norms import TaperedNorm
+from unnorm.proof import check_twin
+from unnorm.residual import Writer, residual_writers
 from unnorm.sites import norm_modules, trace_inputs
 
 WITHOUT_UNNORM = """
@@ -129,18 +136,39 @@ def test_verify_passes_then_fails_on_a_changed_weight(finished_run: Path, tmp_pa
     assert [check.name for check in unnorm.verify(broken) if not check.passed] == ["checkpoint = unfolded, float32"]
 
 
-def test_verify_finds_a_norm_that_came_back(finished_run: Path) -> None:
-    from unnorm.checkpoint import load_sites, load_unfolded
-    from unnorm.proof import check_twin
+def failed_checks(run: Path, twin: PreTrainedModel) -> list[str]:
+    return [check.name for check in check_twin(twin, load_unfolded(run), load_sites(run)[0]) if not check.passed]
 
+
+def test_verify_finds_a_norm_that_came_back(finished_run: Path) -> None:
     twin = unnorm.load(finished_run)
     twin.transformer.h[0].ln_1 = torch.nn.LayerNorm(32)
-    failed = [
-        c.name for c in check_twin(twin, load_unfolded(finished_run), load_sites(finished_run)[0]) if not c.passed
-    ]
+    failed = failed_checks(finished_run, twin)
     assert "no module is a norm" in failed
     assert "no operation of a norm runs" in failed
     assert "every read is affine" in failed
+
+
+@pytest.mark.parametrize("fault", ["a millionth off", "without its bias"])
+def test_verify_finds_a_fold_that_is_not_exact(fault: str, finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def inexact(weight: torch.Tensor, bias: torch.Tensor | None, norm: TaperedNorm) -> tuple[torch.Tensor, Any]:
+        folded, new_bias = fold_reader(weight, bias, norm)
+        return (folded * (1 + 1e-6), new_bias) if fault == "a millionth off" else (folded, bias)
+
+    twin = unnorm.load(finished_run)
+    monkeypatch.setattr(fold, "fold_reader", inexact)
+    assert failed_checks(finished_run, twin) == ["folded = unfolded, float64"]
+
+
+@pytest.mark.parametrize("left_out", ["transformer.h.0.mlp.c_proj", "transformer.h.1.attn.c_proj", "transformer.wpe"])
+def test_verify_finds_a_writer_that_was_left_out(
+    left_out: str, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def others(*arguments: Any) -> list[Writer]:
+        return [writer for writer in residual_writers(*arguments) or [] if writer.name != left_out]
+
+    monkeypatch.setattr(proof, "residual_writers", others)
+    assert failed_checks(finished_run, unnorm.load(finished_run)) == ["contributions add up to the logits"]
 
 
 def test_a_twin_on_the_hub_loads_by_its_name(

@@ -1,6 +1,7 @@
 """Stand-ins: the norm at one end, an affine map at the other, and what lies between."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from unnorm.calibrate import set_constants
 from unnorm.norms import CEILING, Estimator, Interpolation, PathReader, TaperedNorm, TokenMask, estimate_log_constant
 
 
@@ -121,6 +123,48 @@ def test_special_tokens_have_their_own_constant() -> None:
     torch.testing.assert_close(special[:, 1:], plain[:, 1:])
     expected = (plain[:, 0] - stand_in.bias) / torch.tensor(2.0).double().exp() + stand_in.bias
     torch.testing.assert_close(special[:, 0], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_running_estimates_of_ordinary_and_special_tokens_keep_apart() -> None:
+    token_mask = TokenMask()
+    stand_in, x = make(mask=token_mask), residual()
+    token_mask.mask = mask = torch.tensor([[1, 0, 0, 1, 0], [1, 0, 0, 0, 0]]).bool()
+    old = torch.tensor([0.3, -0.2]).double()
+    stand_in.log_constant.copy_(old)
+    stand_in.estimating = True
+    stand_in(x)
+    log_scale = 0.5 * ((x - x.mean(-1, keepdim=True)).square().mean(-1) + 1e-5).log()
+    new = torch.stack([log_scale[~mask].mean(), log_scale[mask].mean()])
+    kept = stand_in.momentum
+    torch.testing.assert_close(stand_in.log_constant, kept * old + (1 - kept) * new)
+
+
+def test_constants_stay_as_they_are_once_either_path_has_arrived() -> None:
+    for alphas, moves in (([0.5, 0.0], True), ([1.0, 0.0], False), ([0.0, 1.0], False)):
+        stand_in = make(paths=2)
+        stand_in.alpha.copy_(torch.tensor(alphas))
+        stand_in.estimating = True
+        stand_in(residual())
+        assert bool(stand_in.log_constant.any()) is moves
+
+
+@pytest.mark.parametrize("estimator", get_args(Estimator))
+def test_first_constants_are_of_position_0_and_of_the_others_and_the_running_ones_alike(estimator: Estimator) -> None:
+    def scale_of(x: torch.Tensor) -> torch.Tensor:
+        return ((x - x.mean(-1, keepdim=True)).square().mean(-1) + 1e-5).sqrt()
+
+    def constant(scale: torch.Tensor) -> float:
+        mean = {"geometric": scale.log().mean().exp(), "mean": scale.mean()}
+        return float(mean.get(estimator, scale.square().mean() / scale.mean()))
+
+    stand_in, x = make(), residual()
+    scale = scale_of(x)
+    set_constants({"norm": stand_in}, {"norm": scale.log()}, estimator)
+    expected = [constant(scale[:, 1:]), constant(scale[:, 0])]
+    assert stand_in.log_constant.exp().tolist() == pytest.approx(expected)
+    stand_in.momentum, stand_in.estimating = 0.0, True
+    stand_in(10 * x)
+    assert stand_in.log_constant.exp().tolist() == pytest.approx([constant(scale_of(10 * x))] * 2)
 
 
 def test_paths_are_read_apart() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unnorm.schedule import FidelityController, PathRemoval, sequential, taper
+from unnorm.schedule import FidelityController, PathRemoval, sequential, taper, tapernorm
 from unnorm.sites import NormSite, Role
 
 SITES = [
@@ -51,6 +51,18 @@ def test_sequential_keeps_unsplit_attention_in_one_piece() -> None:
 def test_a_switch_is_abrupt() -> None:
     removal = PathRemoval("site", 0, 0.5, 0.5)
     assert [removal.alpha(p) for p in (0.0, 0.499, 0.5, 1.0)] == [0.0, 0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
+def test_a_taper_is_a_half_cosine(share: float) -> None:
+    expected = math.sin(math.pi / 2 * share) ** 2
+    assert PathRemoval("site", 0, 0.2, 0.6).alpha(0.2 + 0.4 * share) == pytest.approx(expected)
+
+
+def test_tapernorm_holds_its_gate_and_then_lowers_it() -> None:
+    schedule = tapernorm(SITES)
+    for progress, expected in ((0.05, 0.0), (0.1, 0.0), (0.35, 0.5), (0.6, 1.0)):
+        assert schedule.alphas(progress) == {site.name: [pytest.approx(expected)] for site in SITES}
 
 
 def test_the_controller_is_a_plain_clock_as_long_as_all_is_well() -> None:
@@ -116,6 +128,15 @@ def test_the_controller_goes_back_and_on_more_slowly() -> None:
         assert controller.running_kl is not None and math.isclose(controller.running_kl, 0.05)
         controller.advance(0.05, refused=False, steps=100)
         assert math.isclose(controller.position - after, controller.SLOWER / 100)
+
+
+def test_after_going_back_the_controller_gets_faster_again() -> None:
+    controller = FidelityController(kl_budget=0.5, position=0.5, running_kl=0.05)
+    controller.advance(math.nan, refused=True, steps=1000)
+    for good in range(1, 31):
+        controller.advance(0.05, refused=False, steps=1000)
+        assert controller.speed == pytest.approx(min(1.0, controller.SLOWER * controller.FASTER**good))
+    assert controller.speed == 1
 
 
 def test_where_bounds_hold_next_to_nothing_kl_is_no_reason_to_wait() -> None:

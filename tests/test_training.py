@@ -9,17 +9,35 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.integrations import integration_utils
 
 import unnorm
 from unnorm import config, losses
 from unnorm.losses import distillation_losses, next_token_loss, scale_penalty
 from unnorm.models import copy_model
+from unnorm.norms import TokenMask
 from unnorm.removal import remove
-from unnorm.schedule import FidelityController
+from unnorm.schedule import FidelityController, sequential
+from unnorm.sites import find_sites
+from unnorm.stand_ins import install
 from unnorm.training import distillation
-from unnorm.training.callbacks import MOST_BAD_STEPS, RESTORE_AFTER, GuardCallback
+from unnorm.training.callbacks import (
+    LEAST_PATIENCE,
+    MOST_BAD_STEPS,
+    PATIENCE,
+    RESTORE_AFTER,
+    GuardCallback,
+    Removal,
+    ScheduleCallback,
+)
 
 
 def step(guard: GuardCallback, model: nn.Linear, gradient: float, tmp_path: Path) -> TrainerControl:
@@ -93,6 +111,46 @@ def test_a_resumed_guard_goes_on_as_it_was(tmp_path: Path) -> None:
     again.on_train_begin(TrainingArguments(str(tmp_path)), state, TrainerControl(), model=model)
     assert again.controller == guard.controller
     assert (again.norms, again.skipped, again.in_a_row) == (guard.norms, 1, 1)
+
+
+@pytest.mark.parametrize(("steps", "most"), [(20, LEAST_PATIENCE), (1000, int(1000 * PATIENCE))])
+@pytest.mark.parametrize("end", [0.4, 0.0])
+def test_guard_ends_healing_that_gains_nothing_more(end: float, steps: int, most: int, tmp_path: Path) -> None:
+    controller = FidelityController(end=end, position=1.0)
+    guard, model = GuardCallback(controller, lambda: 0.1), nn.Linear(1, 1)
+    arguments, state, control = TrainingArguments(str(tmp_path)), TrainerState(max_steps=steps), TrainerControl()
+    for _ in range(most + 1):  # The first of them is the best.
+        guard.on_step_end(arguments, state, control, model=model)
+        assert not control.should_training_stop
+    guard.on_step_end(arguments, state, control, model=model)
+    assert control.should_training_stop is (end > 0)
+
+
+@pytest.mark.parametrize("end_of_text", [3, None])
+def test_special_tokens_are_marked_until_their_times(end_of_text: int | None, tiny_model: GPT2LMHeadModel) -> None:
+    model, token_mask = copy_model(tiny_model), TokenMask()
+    sites = find_sites(model)
+    schedule = sequential(sites, [])
+    removal = Removal(install(model, sites, token_mask=token_mask), schedule, None, token_mask, end_of_text)
+    callback = ScheduleCallback(removal, model)
+    ids = torch.tensor([[5, 3, 7, 3], [3, 9, 4, 6]])
+    first = torch.tensor([[True, False, False, False]] * 2)
+    both = first if end_of_text is None else first | (ids == end_of_text)
+    before = 1e-6
+    for progress, expected in (
+        (0.0, both),
+        (schedule.special_end_of_text - before, both),
+        (schedule.special_end_of_text, first),
+        (schedule.special_position_0 - before, first),
+        (schedule.special_position_0, None),
+        (0.0, both),
+    ):
+        callback.apply(progress)
+        model(input_ids=ids)
+        torch.testing.assert_close(token_mask.mask, expected)
+    callback.finish()
+    model(input_ids=ids)
+    assert token_mask.mask is None
 
 
 def test_a_step_of_nan_is_not_applied(
