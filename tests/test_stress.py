@@ -86,6 +86,17 @@ def test_read_mismatch_is_a_share_of_the_teachers_reads() -> None:
     assert float(read_mismatch(gain * torch.zeros_like(teacher), gain * teacher)) == pytest.approx(1)
 
 
+def test_read_mismatch_of_massive_tokens_counts_as_much_as_that_of_all_others() -> None:
+    read, teacher = torch.randn(2, 2, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    massive = torch.zeros(2, 5, dtype=torch.bool)
+    massive[0, 0] = massive[1, 2] = True
+    error = (read - teacher).square().sum(-1)
+    expected = (error[massive].mean() + error[~massive].mean()) / teacher.square().sum(-1).mean()
+    torch.testing.assert_close(read_mismatch(read, teacher, massive), expected)
+    none = torch.zeros_like(massive)
+    torch.testing.assert_close(read_mismatch(read, teacher, none), read_mismatch(read, teacher))
+
+
 def test_matching_fades_over_the_run_and_a_late_taper_puts_that_off() -> None:
     state = SimpleNamespace(global_step=35, max_steps=100)
 

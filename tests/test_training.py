@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ from transformers import (
 from transformers.integrations import integration_utils
 
 import unnorm
+from tests.conftest import VOCAB
 from unnorm import config, losses
 from unnorm.losses import distillation_losses, next_token_loss, scale_penalty
-from unnorm.models import copy_model
-from unnorm.norms import TokenMask
+from unnorm.models import copy_model, without_dropout
+from unnorm.norms import TokenMask, log_scale_of
+from unnorm.recipes import SEQUENTIAL_AUX, TAPER, TAPERNORM, Recipe
 from unnorm.removal import remove
-from unnorm.schedule import FidelityController, sequential
+from unnorm.residual import recorded
+from unnorm.schedule import FidelityController, sequential, taper
 from unnorm.sites import find_sites
 from unnorm.stand_ins import install
 from unnorm.training import distillation
@@ -38,6 +42,8 @@ from unnorm.training.callbacks import (
     Removal,
     ScheduleCallback,
 )
+from unnorm.training.distillation import DistillationTrainer
+from unnorm.training.first_tokens import LEARNED, FirstTokens
 
 
 def step(guard: GuardCallback, model: nn.Linear, gradient: float, tmp_path: Path) -> TrainerControl:
@@ -331,6 +337,89 @@ def test_scale_penalties_are_squared_distances() -> None:
     # From the mean of the ordinary tokens, 2, and from the constant, 3; the special token counts as a token.
     assert float(scale_penalty(scale.log(), special, constant, "spread")) == pytest.approx((64 + 1 + 1) / 3, rel=1e-5)
     assert float(scale_penalty(scale.log(), special, constant, "target")) == pytest.approx((49 + 4 + 0) / 3, rel=1e-5)
+
+
+def trainer_of(
+    original: PreTrainedModel, recipe: Recipe, directory: Path, bounded: bool = False
+) -> DistillationTrainer:
+    """A trainer of a copy of the model, in training, with stand-ins where the norms were."""
+    student = copy_model(original).train()
+    sites = find_sites(student)
+    stand_ins = install(student, sites, interpolation="bounded" if bounded else recipe.interpolation)
+    return DistillationTrainer(
+        model=student,
+        args=TrainingArguments(str(directory), use_cpu=True, report_to="none"),
+        teacher=original if recipe.optimization.distil else None,
+        optimization=recipe.optimization,
+        removal=Removal(stand_ins, taper(sites), None, TokenMask(), end_of_text=0),
+    )
+
+
+def minimized(trainer: DistillationTrainer, inputs: dict[str, torch.Tensor]) -> float:
+    assert trainer.model is not None
+    with trainer.matching_reads(), without_dropout(trainer.model):
+        loss = trainer.compute_loss(trainer.model, inputs)
+    assert isinstance(loss, torch.Tensor)
+    return float(loss.detach())
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    ids = torch.randint(1, VOCAB, (2, 16), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "text": torch.ones(2, dtype=torch.bool)}
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_what_is_minimized_is_the_sum_of_all_that_the_recipe_asks_for(
+    gone: bool,
+    batch: dict[str, torch.Tensor],
+    tiny_model: PreTrainedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """First tokens are looked at, and runaways alone count as uneven, once the norms are gone."""
+
+    def always(*numbers: float) -> Callable[..., Any]:
+        tensors = torch.tensor(numbers).unbind()
+        return lambda *_: tensors if len(tensors) > 1 else tensors[0]
+
+    parts = {"distillation_losses": (2.0, 0.0, 0.0), "read_mismatch": (3.0,), "massive_unevenness": (5.0,)}
+    for name, numbers in parts.items():
+        monkeypatch.setattr(distillation, name, always(*numbers))
+    monkeypatch.setattr(distillation, "unevenness", lambda *given: torch.tensor(0.7 if given[2:] else 0.11))
+    monkeypatch.setattr(FirstTokens, "losses", always(0.13, 0.017))
+    trainer = trainer_of(tiny_model, TAPER, tmp_path, bounded=True)
+    for stand_in in trainer.stand_ins.values():
+        stand_in.alpha.fill_(1.0 if gone else 0.5)
+        stand_in.removed = gone
+    weights = TAPER.optimization
+    expected = 2 + 0.25 * weights.read_weight * 3
+    if gone:
+        trainer.learn_first_tokens(FirstTokens(VOCAB, 32, torch.device("cpu")))
+        expected += weights.even_weight * 0.7 + LEARNED * (0.13 + weights.even_weight * 0.017)
+        batch["first_tokens"] = torch.arange(16)[:, None]
+    else:
+        expected += weights.even_weight * 0.5**4 * 0.11 + weights.massive_even_weight * 5
+    batch["read_share"] = torch.tensor(0.25)
+    assert minimized(trainer, batch) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("recipe", [SEQUENTIAL_AUX, TAPERNORM])
+def test_the_papers_penalty_is_on_the_scales_of_the_final_norm(
+    recipe: Recipe, batch: dict[str, torch.Tensor], tiny_model: PreTrainedModel, tmp_path: Path
+) -> None:
+    batch["input_ids"][1, 5] = 0  # End of text.
+    trainer = trainer_of(tiny_model, recipe, tmp_path)
+    with torch.no_grad(), recorded(tiny_model, ["transformer.ln_f"]) as record:
+        logits = tiny_model(input_ids=batch["input_ids"]).logits
+    x = record["transformer.ln_f"][0]
+    log_scale = log_scale_of(x - x.mean(-1, keepdim=True), tiny_model.config.layer_norm_epsilon).squeeze(-1)
+    special = torch.zeros(2, 16, dtype=torch.bool)
+    special[:, 0] = special[1, 5] = True
+    assert recipe.optimization.penalty is not None
+    penalty = scale_penalty(log_scale, special, torch.zeros(()), recipe.optimization.penalty)
+    expected = next_token_loss(logits, batch["input_ids"]) + recipe.optimization.penalty_weight * penalty
+    assert minimized(trainer, batch) == pytest.approx(float(expected), rel=1e-5)
 
 
 @pytest.mark.parametrize(
