@@ -107,7 +107,10 @@ def remove(
     batch_size: StepBlocks = None,
     context: Context = None,
     lr: Annotated[
-        float | None, typer.Option(help="Peak learning rate.", show_default="1.25e-4 * sqrt(768 / width)")
+        float | None,
+        typer.Option(
+            help="Peak learning rate.", show_default="by recipe and width; taper: 1.25e-4 * sqrt(768 / width)"
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Device = "auto",
@@ -116,7 +119,10 @@ def remove(
     cuda_graph: CudaGraph = None,
     control: Annotated[
         bool,
-        typer.Option("--control/--no-control", help="Also fine-tune the original, norms kept, on the same tokens."),
+        typer.Option(
+            "--control/--no-control",
+            help="Also fine-tune the original, norms kept, on as many tokens of the same text.",
+        ),
     ] = False,
     kl_budget: Annotated[
         float, typer.Option(help="How far the model may drift on the way before the taper waits, in nats per token.")

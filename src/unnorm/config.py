@@ -43,7 +43,9 @@ class RemoveConfig(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="precision of the training passes")
     compile: bool = Field(False, description="torch.compile the training passes: minutes of work before the first")
     cuda_graph: bool | None = Field(None, description="on a GPU, record each training step once and replay it")
-    control: bool = Field(False, description="also fine-tune the original, norms kept, on the same tokens")
+    control: bool = Field(
+        False, description="also fine-tune the original, norms kept, on as many tokens of the same text"
+    )
     kl_budget: float = Field(
         KL_BUDGET, gt=0, allow_inf_nan=False, description="KL on the way, nats per token, at which the taper waits"
     )

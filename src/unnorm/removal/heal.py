@@ -22,8 +22,9 @@ def heal(directory: str | Path, *, watch: Watch | None = None, **options: Any) -
     Args:
         directory: the finished run; it stays as it is.
         watch: as for `remove`.
-        **options: fields of `RemoveConfig`. `tokens`, `lr`, `batch_size`, the device and the precision are chosen
-            anew, the seed is the next one, and all others are the finished run's.
+        **options: fields of `RemoveConfig`. `tokens`, `lr`, `batch_size`, `report_to`, the device, the precision and
+            how it runs are chosen anew, and with other `data` its field and split; the seed is the next one, and
+            all others are the finished run's.
 
     Returns:
         What stands in `result.json`; its tokens and seconds are those of all runs so far.

@@ -27,7 +27,7 @@ from unnorm.worst_case.inputs import InputClass, Inputs, Material, input_classes
 from unnorm.worst_case.measure import Measured, is_finite, largest_residuals, measure
 
 AUDIT_TOKENS = 32_768
-"""Tokens of one class. Classes that go through the vocabulary take it whole where it is no longer than this."""
+"""Tokens of one class. Tokens after text are the whole vocabulary where it is no longer; alone they always are."""
 MOST_AUDIT_CONTEXT = 4096
 """Longest sequences by default: logits of more positions at once fill the memory."""
 HALF_CPU_TOKENS = 1024
@@ -59,12 +59,14 @@ def audit(
 
     A class passes where the twin's 99.99th percentile of per-token loss is at most 1.1 times, and its largest loss
     at most twice, the reference's on the same tokens, and where no logit and no residual is NaN or infinite in
-    float32, bfloat16 and float16 (float16 only where the reference's are finite).
+    float32, bfloat16 and float16 (float16 only where the reference's are finite; on a CPU, on the inputs with the
+    largest residuals).
 
     Args:
         directory: a finished run.
         against: the reference; by default the run's control if it saved one, else its original.
-        tokens: tokens of each class; a whole vocabulary is gone through only if it is no longer.
+        tokens: tokens of each class, about. Each token alone is always tried, each after text only if the vocabulary
+            is no longer than this.
         context: tokens in the longest sequences; by default all that both models take, at most 4096.
         data: ordinary text, of which the held-out part is used; by default the run's.
         text_field: column that holds the text; by default the run's.
