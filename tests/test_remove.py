@@ -20,6 +20,8 @@ from tests.conftest import Cli
 from unnorm.cli import app
 from unnorm.config import RemoveConfig
 from unnorm.losses import distillation_losses
+from unnorm.norms import TaperedNorm
+from unnorm.run_directory import read_rows
 from unnorm.training import distillation
 
 SETTINGS: dict[str, Any] = {"tokens": 20 * 512, "batch_size": 8, "context": 64, "device": "cpu", "dtype": "float32"}
@@ -145,6 +147,38 @@ def test_interrupted_and_resumed_equals_unbroken(
         for name in ("unbroken", "broken")
     ]
     assert steps[0] == steps[1]
+
+
+def test_a_step_in_several_micro_batches_is_the_same_step(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """But for the constants, which are running means over micro-batches; here they stay as calibrated."""
+    sizes: list[int] = []
+    compute_loss = distillation.DistillationTrainer.compute_loss
+
+    def counted(self: Any, model: Any, inputs: dict[str, Tensor], **more: Any) -> Any:
+        sizes.append(inputs["input_ids"].numel())
+        return compute_loss(self, model, inputs, **more)
+
+    def train(name: str) -> tuple[list[float], dict[str, Tensor]]:
+        sizes.clear()
+        options: dict[str, Any] = {**SETTINGS, "tokens": 8 * 512, "recipe": "sequential", "out": tmp_path / name}
+        unnorm.remove(str(tiny_model_dir), data=str(text_file), **options)
+        assert sum(sizes) == 8 * 512
+        norms = [row["grad_norm"] for row in read_rows(tmp_path / name / "metrics.jsonl") if row["kind"] == "train"]
+        weights = load_file(tmp_path / name / "unfolded" / "model.safetensors")
+        # A key's bias has no gradient but rounding, which Adam makes into steps.
+        return norms, {name: weight for name, weight in weights.items() if not name.endswith("c_attn.bias")}
+
+    monkeypatch.setattr(TaperedNorm, "_update_constants", lambda *_: None)
+    monkeypatch.setattr(distillation.DistillationTrainer, "compute_loss", counted)
+    norms, weights = train("whole")
+    assert set(sizes) == {512}
+    monkeypatch.setattr("unnorm.plan._micro_batch", lambda model, context, most, device: most // 4)
+    norms_of_parts, weights_of_parts = train("parts")
+    assert set(sizes) == {128}
+    assert norms_of_parts == pytest.approx(norms, rel=1e-4)
+    torch.testing.assert_close(weights_of_parts, weights, rtol=1e-5, atol=1e-5)
 
 
 def test_two_processes_train_one_model(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:

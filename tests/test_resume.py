@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -336,10 +337,13 @@ def test_a_control_may_be_asked_for_afterwards(tiny_model_dir: Path, text_file: 
 
 @pytest.mark.parametrize("changed", [{"tokens": 40 * 512}, {"kl_budget": 2.0}])
 def test_a_control_that_is_asked_for_afterwards_gets_what_the_twin_had(
-    changed: dict[str, Any], finished_run: Path
+    changed: dict[str, Any], finished_run: Path, tmp_path: Path
 ) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("tokens: 0", "tokens: 512"))
     with pytest.raises(unnorm.UnnormError, match=f"was started with {next(iter(changed))}"):
-        unnorm.remove(out=finished_run, resume=True, control=True, **changed)
+        unnorm.remove(out=run, resume=True, control=True, **changed)
 
 
 def test_a_control_that_is_in_the_way_may_be_let_go_of(
