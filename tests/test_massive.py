@@ -21,6 +21,7 @@ from unnorm.norms import linear_weight
 from unnorm.residual import recorded
 from unnorm.sites import find_sites, vocabulary_size
 from unnorm.stand_ins import install
+from unnorm.training.token_clip import clip_tokens
 
 WIDTH = 32
 RARE, PLANTED = 7, 5
@@ -236,6 +237,14 @@ def test_a_run_says_what_it_scaled_down_and_binds_what_is_left(
         of_massive.append(massive_unevenness(log_scale, log_constant, massive))
         return of_massive[-1]
 
+    shortened: list[bool] = []
+
+    def remember_clipped(gradient: torch.Tensor) -> torch.Tensor:
+        clipped = clip_tokens(gradient)
+        shortened.append(not torch.equal(clipped, gradient))
+        return clipped
+
+    monkeypatch.setattr("unnorm.training.token_clip.clip_tokens", remember_clipped)
     monkeypatch.setattr("unnorm.training.distillation.unevenness", remember)
     monkeypatch.setattr("unnorm.training.distillation.massive_unevenness", remember_uneven)
     monkeypatch.setattr("unnorm.training.distillation.read_mismatch", remember_massive)
@@ -253,6 +262,8 @@ def test_a_run_says_what_it_scaled_down_and_binds_what_is_left(
     assert neuron["factor"] < 1 < neuron["length"]
     assert max(float(value.detach()) for value in uneven) > 0
     assert max(float(value.detach()) for value in of_massive) > 0
+    # The planted vector sets tokens apart in their gradients too.
+    assert any(shortened) and not all(shortened)
     # Once the norms are gone what may run away still counts.
     assert set(even_enough) == {RUNAWAY}
     assert result["norm_modules_left"] == 0
@@ -267,4 +278,5 @@ def test_a_model_without_any_is_not_bound(
 ) -> None:
     for loss in ("unevenness", "massive_unevenness"):
         monkeypatch.setattr(f"unnorm.training.distillation.{loss}", lambda *_: pytest.fail("nothing is uneven here"))
+    monkeypatch.setattr("unnorm.training.token_clip.clip_tokens", lambda _: pytest.fail("no token stands out"))
     unnorm.remove(model=str(tiny_model_dir), data=str(text_file), tokens=2048, out=tmp_path / "run", device="cpu")

@@ -7,17 +7,20 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
 from tests.conftest import VOCAB
 from unnorm.data import random_starts, stress_blocks
-from unnorm.losses import read_mismatch
+from unnorm.losses import distillation_losses, read_mismatch
 from unnorm.removal.blocks import with_stress
+from unnorm.removal.run import Run
 from unnorm.schedule import FidelityController
-from unnorm.training.distillation import DistillationTrainer
+from unnorm.training.distillation import STRESS_TEMPERATURE, DistillationTrainer
 
 
 @settings(max_examples=20, deadline=None)
@@ -54,15 +57,29 @@ def test_blocks_range_from_one_token_to_the_whole_vocabulary(tiny_tokenizer: Pre
 def test_stress_takes_the_place_of_text_and_only_where_the_run_distils(
     tokens: int, tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = {}
+    seen: dict[str, Any] = {}
 
-    def remember(run: object) -> object:
-        seen["text"], seen["mixed"] = run.train_blocks, with_stress(run)  # type: ignore[attr-defined, arg-type]
+    def remember(run: Run) -> Dataset:
+        seen["text"], seen["stress"], seen["mixed"] = run.train_blocks, run.stress_blocks, with_stress(run)
         return seen["mixed"]
 
     monkeypatch.setattr("unnorm.removal.remove.with_stress", remember)
     common = {"model": str(tiny_model_dir), "data": str(text_file), "tokens": tokens, "device": "cpu", "context": 32}
+    minimized: list[tuple[Tensor, Tensor, float]] = []
+
+    def losses(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        minimized.append(args[2:5])
+        return distillation_losses(*args)
+
+    monkeypatch.setattr("unnorm.training.distillation.distillation_losses", losses)
     unnorm.remove(out=tmp_path / "ours", stress_share=0.25, **common)
+    stress = {np.asarray(row).tobytes() for row in seen["stress"]["input_ids"]}
+    assert [np.asarray(row).tobytes() in stress for row in seen["mixed"]["input_ids"]] == list(seen["mixed"]["stress"])
+    assert sum(seen["mixed"]["stress"]) == len(seen["stress"])
+    of_text = torch.cat([is_text for _, is_text, _ in minimized]).tolist()
+    assert of_text == [row.numpy().tobytes() not in stress for ids, *_ in minimized for row in ids]
+    assert not all(of_text) and {temperature for *_, temperature in minimized} == {STRESS_TEMPERATURE}
+    assert STRESS_TEMPERATURE > 1
     text, mixed = (np.asarray(seen[key]["input_ids"]) for key in ("text", "mixed"))
     assert mixed.shape == text.shape
     ordinary = {row[1:].tobytes() for row in text}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from torch import nn
 from transformers import (
     GPT2LMHeadModel,
@@ -23,16 +24,18 @@ from transformers.integrations import integration_utils
 import unnorm
 from tests.conftest import VOCAB
 from unnorm import config, losses
+from unnorm.evaluation import evaluate_model
 from unnorm.losses import distillation_losses, next_token_loss, scale_penalty
 from unnorm.models import copy_model, without_dropout
 from unnorm.norms import TokenMask, log_scale_of
+from unnorm.plan import Plan
 from unnorm.recipes import SEQUENTIAL_AUX, TAPER, TAPERNORM, Recipe
 from unnorm.removal import remove
 from unnorm.residual import recorded
 from unnorm.schedule import FidelityController, sequential, taper
 from unnorm.sites import find_sites
 from unnorm.stand_ins import install
-from unnorm.training import distillation
+from unnorm.training import distillation, run
 from unnorm.training.callbacks import (
     LEAST_PATIENCE,
     MOST_BAD_STEPS,
@@ -207,13 +210,22 @@ def test_a_batch_that_overflows_on_the_way_leaves_no_trace(
 def test_trackers_get_what_the_metrics_say(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Means over the text of all steps since the line before; of stress blocks nothing is shown."""
     seen: list[dict[str, float]] = []
+    steps: list[torch.Tensor] = []
+
+    def remember(logits: Any, teacher_logits: Any, ids: Any, is_text: torch.Tensor, *more: Any) -> Any:
+        minimized, kl, loss = distillation_losses(logits, teacher_logits, ids, is_text, *more)
+        steps.append(torch.stack([loss, kl, torch.ones(())]) * is_text.sum())
+        return minimized, kl, loss
 
     class Tracker(TrainerCallback):
         def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
             seen.append(dict(logs))
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "abacus", Tracker)
+    monkeypatch.setattr(distillation, "distillation_losses", remember)
+    monkeypatch.setattr(run, "LOG_LINES", 5)
     settings = {"data": str(text_file), "tokens": 10_000, "device": "cpu", "batch_size": 8, "report_to": ["abacus"]}
     unnorm.remove(model=str(tiny_model_dir), out=tmp_path / "run", **settings)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -222,8 +234,28 @@ def test_trackers_get_what_the_metrics_say(
     assert [[row[key] for key in measured] for row in rows] == [
         [logs[key] for key in measured] for logs in seen if "learning_rate" in logs
     ]
+    of_lines = torch.stack(steps).view(5, 4, 3).sum(1)
+    means = of_lines[:, :2] / of_lines[:, 2:]
+    torch.testing.assert_close(torch.tensor([[row["loss"], row["kl"]] for row in rows]), means)
     assert rows[-1]["kl"] > 0
     assert all(0 < row["grad_norm"] < math.inf for row in rows)
+
+
+def test_a_quick_evaluation_is_an_evaluation_of_few_blocks(
+    batch: dict[str, torch.Tensor], tiny_model: PreTrainedModel
+) -> None:
+    student = copy_model(tiny_model).train()
+    with torch.no_grad():
+        student.get_output_embeddings().weight *= 1.5
+    blocks = Dataset.from_dict({"input_ids": [*batch["input_ids"].tolist(), [3] * 16]})
+    sizes: dict[str, Any] = {"tokens": 48, "context": 16, "batch_size": 2, "micro_batch": 2, "steps": 1}
+    fast: dict[str, Any] = {"bfloat16": False, "compile": False, "cuda_graph": False, "processes": 1}
+    found = run.quick_evaluation(student, tiny_model, blocks, Plan(device="cpu", lr=1e-3, **sizes, **fast))
+    expected = evaluate_model(student, blocks, tiny_model)
+    assert found["kl"] == pytest.approx(expected.kl, rel=1e-4)
+    assert found["loss"] == pytest.approx(expected.loss, rel=1e-5)
+    assert found["teacher_loss"] == pytest.approx(evaluate_model(tiny_model, blocks).loss, rel=1e-5)
+    assert student.training
 
 
 @pytest.mark.parametrize("asked", ["abacus", "all"])
@@ -420,6 +452,25 @@ def test_the_papers_penalty_is_on_the_scales_of_the_final_norm(
     penalty = scale_penalty(log_scale, special, torch.zeros(()), recipe.optimization.penalty)
     expected = next_token_loss(logits, batch["input_ids"]) + recipe.optimization.penalty_weight * penalty
     assert minimized(trainer, batch) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_after_a_step_all_processes_have_the_mean_of_their_constants(
+    tiny_model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process is made believe: its constants are 4 everywhere."""
+    model = copy_model(tiny_model)
+    sites = find_sites(model)
+    stand_ins = install(model, sites)
+    schedule = ScheduleCallback(Removal(stand_ins, taper(sites), None, TokenMask(), None), model)
+    for number, stand_in in enumerate(stand_ins.values()):
+        stand_in.log_constant.copy_(torch.tensor([number, -2.0]))
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: values.add_(4))
+    schedule.on_step_end(arguments, TrainerState(), TrainerControl())
+    constants = [stand_in.log_constant.tolist() for stand_in in stand_ins.values()]
+    assert constants == [[(number + 4) / 2, 1.0] for number in range(5)]
 
 
 @pytest.mark.parametrize(
