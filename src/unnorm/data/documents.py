@@ -382,7 +382,8 @@ def _texts(source: str, rows: Callable[[], Iterable[dict[str, object]]], field: 
             )
         if text and text.strip():
             found = True
-            yield text
+            # Half a surrogate pair, which JSON may hold where text was cut off, is nothing that tokenizers take.
+            yield text.encode("utf-8", "replace").decode()
     if not found:
         raise _empty(source)
 
