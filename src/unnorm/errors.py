@@ -1,5 +1,7 @@
 """The one exception that users see, and what it quotes of others."""
 
+from collections.abc import Sequence
+
 
 class UnnormError(Exception):
     """Something the user can put right: the message says what was wrong, where, and what to do.
@@ -14,6 +16,11 @@ class RunInterruptedError(UnnormError):
     """A run or an evaluation was stopped and can be gone on with; the message says how."""
 
     exit_code = 130
+
+
+def first_few(names: Sequence[str]) -> str:
+    """The first three of them, and whether there are more."""
+    return ", ".join(names[:3]) + (" and more" if len(names) > 3 else "")
 
 
 def short(error: Exception) -> str:

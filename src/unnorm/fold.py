@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unnorm.errors import UnnormError, short
+from unnorm.errors import UnnormError, first_few, short
 from unnorm.modeling import ln_free_class
 from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.norms import TaperedNorm, linear_weight
@@ -179,8 +179,7 @@ def twin_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     """
     if kept := getattr(model.config, "kept_norms", None):
         raise UnnormError(
-            f"This model is a twin that kept {', '.join(kept[:3])}{' and more' if len(kept) > 3 else ''} (--keep). "
-            "Start from its original, and keep fewer."
+            f"This model is a twin that kept {first_few(kept)} (--keep). Start from its original, and keep fewer."
         )
     try:
         return ln_free_class(type(model))

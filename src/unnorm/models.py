@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from unnorm.errors import UnnormError, short
+from unnorm.errors import UnnormError, first_few, short
 from unnorm.modeling import know_class_of
 from unnorm.run_directory import MODEL, SITES
 from unnorm.sites import trace_inputs, vocabulary_size
@@ -220,7 +220,7 @@ def _load_weights(model: str, path: str, config: PretrainedConfig, trust_remote_
     if wrong:
         raise UnnormError(
             f"The checkpoint of '{model}' lacks weights of {type(loaded).__name__}, or has them in another shape: "
-            f"{', '.join(wrong[:3])}{' and more' if len(wrong) > 3 else ''}. It is incomplete, or of another kind of "
+            f"{first_few(wrong)}. It is incomplete, or of another kind of "
             "model; fetch it again."
         )
     return loaded.eval()
@@ -263,8 +263,8 @@ def _check_finite(name: str, model: PreTrainedModel) -> None:
     bad = [key for key, value in model.named_parameters() if not math.isfinite(float(value.detach().sum()))]
     if bad:
         raise UnnormError(
-            f"The weights of '{name}' are not finite: NaN or infinity in {', '.join(bad[:3])}"
-            f"{' and more' if len(bad) > 3 else ''}. The checkpoint is damaged; fetch it again."
+            f"The weights of '{name}' are not finite: NaN or infinity in {first_few(bad)}. "
+            "The checkpoint is damaged; fetch it again."
         )
 
 

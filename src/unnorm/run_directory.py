@@ -52,9 +52,19 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def resume_command(directory: Path) -> str:
+    """What goes on with a run, as it is to be pasted into a shell."""
+    return f"unnorm remove --resume --out {quote(str(directory))}"
+
+
+def nearest_existing(directory: Path) -> Path:
+    """A directory, or what it would be made in."""
+    return next(path for path in (directory, *directory.absolute().parents) if path.exists())
+
+
 def check_can_be_made(directory: Path) -> None:
     """Raise an UnnormError where a directory, that may be there already, can't be made or written to."""
-    place = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    place = nearest_existing(directory)
     if not place.is_dir():
         raise UnnormError(f"'{directory}' can't be made: '{place}' is a file. Choose another --out.")
     if not os.access(place, os.W_OK | os.X_OK):
@@ -73,7 +83,7 @@ def finished_result(directory: Path) -> dict[str, Any]:
     except OSError as error:
         raise UnnormError(
             f"The run in '{directory}' is not finished: there is no {RESULT} that can be read. Finish it with: "
-            f"unnorm remove --resume --out {quote(str(directory))}"
+            f"{resume_command(directory)}"
         ) from error
     except (ValueError, TypeError) as error:
         raise UnnormError(f"'{directory / RESULT}' is damaged. Do the run again.") from error

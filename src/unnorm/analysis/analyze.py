@@ -17,7 +17,7 @@ from unnorm.checkpoint import load, load_sites, write_text
 from unnorm.config import read_count, run_settings
 from unnorm.data import STDLIB, spread
 from unnorm.data.packing import held_out_blocks
-from unnorm.errors import UnnormError
+from unnorm.errors import UnnormError, first_few
 from unnorm.evaluation import EVALUATION_SPREAD
 from unnorm.json_text import finite, json_text
 from unnorm.modeling.modeling_unnorm import PREFIX
@@ -171,8 +171,8 @@ def _check_pair(original: PreTrainedModel, twin: PreTrainedModel, sites: Sequenc
     differ += [key for site in sites for key in (site.name, *site.readers, *site.writers) if key not in modules]
     if differ:
         raise UnnormError(
-            f"'{name}' is built otherwise than the twin: they differ in {', '.join(differ[:3])}"
-            f"{' and more' if len(differ) > 3 else ''}. Name the model that the twin was made from with --against."
+            f"'{name}' is built otherwise than the twin: they differ in {first_few(differ)}. "
+            "Name the model that the twin was made from with --against."
         )
 
 

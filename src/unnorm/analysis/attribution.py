@@ -247,10 +247,10 @@ def _error_figure(original: dict[str, Any]) -> "Figure":
 
     columns = [f"head {head}" for head in range(original["heads"])] or ["attention"]
     columns.append("MLP")
-    shown = [row for row in original["parts"] if row["kind"] in ("head", "attention", "mlp")]
     cells: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
-    for row in shown:
-        cells[row["layer"], -1 if row["kind"] == "mlp" else row["head"] or 0].append(row)
+    for row in original["parts"]:
+        if row["kind"] in ("head", "attention", "mlp"):
+            cells[row["layer"], -1 if row["kind"] == "mlp" else row["head"] or 0].append(row)
     grid: list[list[float | None]] = [[None] * len(columns) for _ in range(original["layers"])]
     for (layer, column), rows in cells.items():
         effect = sum(row["mean_abs_direct_effect"] for row in rows)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,9 +62,10 @@ class Material:
     @property
     def keeps_final_norm(self) -> bool:
         """Whether the twin reads its last residual vector through a norm, which the removal was told to keep."""
-        return anatomy(self.twin).norm is not None
+        _, twin = self.subjects
+        return twin.anatomy.norm is not None
 
-    @property
+    @cached_property
     def subjects(self) -> list[Subject]:
         """Both, with what they are made of."""
         return [Subject(name, model, anatomy(model)) for name, model in self.models.items()]

@@ -237,8 +237,11 @@ def _split_in(name: str) -> str | None:
 
 def _rows(suffix: str, files: list[Path]) -> Iterator[dict[str, object]]:
     """Rows of one file after the other; no two have to have the same columns but for the text."""
+    if FORMATS[suffix] == "text":  # These all have one and the same, and may be very many.
+        yield from _table(suffix, files)
+        return
     for path in files:
-        yield from _json_lines(path) if FORMATS[suffix] == "json" and _is_json_lines(path) else _table(suffix, path)
+        yield from _json_lines(path) if FORMATS[suffix] == "json" and _is_json_lines(path) else _table(suffix, [path])
 
 
 def _open_text(path: Path) -> TextIO:
@@ -279,15 +282,15 @@ def _objects(path: Path) -> Iterator[dict[str, object]]:
             yield row
 
 
-def _table(suffix: str, path: Path) -> Iterator[dict[str, object]]:
+def _table(suffix: str, files: list[Path]) -> Iterator[dict[str, object]]:
     import datasets
 
     # Its readers log an error, traceback and all, besides raising it.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     options = {"sample_by": "document"} if FORMATS[suffix] == "text" else {}
-    name = glob.escape(str(path))  # `datasets` takes every name for a pattern.
+    names = [glob.escape(str(path)) for path in files]  # `datasets` takes every name for a pattern.
     try:
-        rows = datasets.load_dataset(FORMATS[suffix], data_files=[name], split="train", streaming=True, **options)
+        rows = datasets.load_dataset(FORMATS[suffix], data_files=names, split="train", streaming=True, **options)
     except StopIteration:  # How it meets a file without a row.
         return
     yield from rows

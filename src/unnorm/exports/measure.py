@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unnorm.errors import UnnormError
+from unnorm.errors import UnnormError, first_few
 from unnorm.models import cast_as_loaded, context_length, copy_model
 from unnorm.sites import trace_inputs
 
@@ -44,8 +44,8 @@ def refuse_kept_norms(folded: PreTrainedModel, form: str) -> None:
     kept = getattr(folded.config, "kept_norms", None)
     if kept:
         raise UnnormError(
-            f"{form} is for models without norms, and this one has kept {', '.join(kept[:3])}"
-            f"{' and more' if len(kept) > 3 else ''} (--keep). Use: unnorm export --to transformers"
+            f"{form} is for models without norms, and this one has kept {first_few(kept)} (--keep). "
+            "Use: unnorm export --to transformers"
         )
 
 

@@ -5,7 +5,6 @@ import math
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from datasets import Dataset, load_from_disk
@@ -27,7 +26,18 @@ from unnorm.removal.blocks import with_stress, write_blocks
 from unnorm.removal.conclude import conclude, evaluate
 from unnorm.removal.run import Run, check_disk, limit, measured_before, open_directory, saved_options
 from unnorm.removal.twin import spent_seconds, spent_tokens, take_up_control, take_up_twin
-from unnorm.run_directory import BEFORE, CHECKPOINTS, CONFIG_FILE, CONTROL, CONTROL_DONE, DATA, MODEL, RESULT, UNFOLDED
+from unnorm.run_directory import (
+    BEFORE,
+    CHECKPOINTS,
+    CONFIG_FILE,
+    CONTROL,
+    CONTROL_DONE,
+    DATA,
+    MODEL,
+    RESULT,
+    UNFOLDED,
+    resume_command,
+)
 from unnorm.schedule import FidelityController, Schedule, healing
 from unnorm.site_proof import prove_sites
 from unnorm.sites import find_sites
@@ -69,15 +79,13 @@ def remove(
     except KeyboardInterrupt:
         if not (directory / CONFIG_FILE).is_file():
             raise
-        raise RunInterruptedError(
-            f"Stopped; what was saved is kept. Go on with: unnorm remove --resume --out {quote(str(directory))}"
-        ) from None
+        raise RunInterruptedError(f"Stopped; what was saved is kept. Go on with: {resume_command(directory)}") from None
 
 
 def _run(config: RemoveConfig, directory: Path, watch: Watch, started: float) -> dict[str, Any]:
     run = _prepare(config, directory, watch)
     before = _train_removal(run)
-    control = _train_control(run) if config.control and run.plan.steps else None
+    control = _train_control(run) if config.control else None
     return processes.agree(lambda: conclude(run, before, control, started))
 
 
@@ -223,7 +231,7 @@ def _train(run: Run, model: PreTrainedModel, removal: Removal | None, directory:
     if outcome.interrupted:
         raise RunInterruptedError(
             f"Stopped at step {outcome.steps} of {run.plan.steps}; nothing is lost. Go on with: "
-            f"unnorm remove --resume --out {quote(str(run.directory))}"
+            f"{resume_command(run.directory)}"
         )
     if outcome.diverged:
         raise UnnormError(
@@ -239,7 +247,7 @@ def _train(run: Run, model: PreTrainedModel, removal: Removal | None, directory:
             f"It waited in {last.get('waited', 0)} steps, {run.config.kl_budget} nats or more from the original, "
             f"and went back {last.get('set_back', 0)} times, after spikes or refused steps. "
             "Go on with more tokens, and with a larger --kl-budget if it mostly waited: "
-            f"unnorm remove --resume --out {quote(str(run.directory))} --tokens {2 * outcome.tokens}"
+            f"{resume_command(run.directory)} --tokens {2 * outcome.tokens}"
         )
     return outcome
 

@@ -17,7 +17,7 @@ from unnorm.limits import set_limits
 from unnorm.plan import Plan
 from unnorm.progress import Watch
 from unnorm.recipes import RECIPES, Recipe
-from unnorm.run_directory import CONFIG_FILE, RESULT, check_can_be_made, finished_result
+from unnorm.run_directory import CONFIG_FILE, RESULT, check_can_be_made, finished_result, nearest_existing
 from unnorm.sites import NormSite
 
 DISK_COPIES = 8
@@ -133,7 +133,7 @@ def _unused_name(name: str) -> Path:
 
 def check_disk(directory: Path, model: PreTrainedModel) -> None:
     """Raise an UnnormError where the disk has no room for what the run may write."""
-    parent = next(path for path in (directory, *directory.absolute().parents) if path.exists())
+    parent = nearest_existing(directory)
     needed = DISK_COPIES * 4 * sum(p.numel() for p in model.parameters())
     free = shutil.disk_usage(parent).free
     if free < needed:
