@@ -202,12 +202,33 @@ class TestFiles:
         import datasets
 
         def refuse(*_: object, **__: object) -> None:
-            raise PermissionError(13, "Permission denied", "/root/.cache")
+            raise PermissionError(13, "Permission denied", "elsewhere/cache")
 
         monkeypatch.setattr(datasets, "load_dataset", refuse)
         (tmp_path / "a.txt").write_text("some text")
-        with pytest.raises(UnnormError, match=r"Permission denied: '/root/.cache'. Make that place writable"):
+        with pytest.raises(UnnormError, match=r"Permission denied: 'elsewhere/cache'. Make that place writable"):
             open_documents(str(tmp_path / "a.txt"))
+
+    def test_a_file_that_can_not_be_read_is_not_taken_for_the_cache(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also where it was named by a relative path, which its reader makes absolute."""
+
+        def refuse(path: Path) -> None:
+            raise PermissionError(13, "Permission denied", str(path.absolute()))
+
+        write(tmp_path / "a.jsonl", DOCUMENTS)
+        monkeypatch.setattr("unnorm.data.documents._open_text", refuse)
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UnnormError, match=r"Permission denied: '.*a\.jsonl'\. It is damaged, or not what"):
+            open_documents("a.jsonl")
+
+    def test_half_a_surrogate_pair_is_no_reason_to_stop(self, tmp_path: Path) -> None:
+        """JSON has it where text was cut off in the middle of an emoji; tokenizers take none."""
+        texts = [f"cut \ud83d end {i}" for i in range(40)]
+        (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        found = sorted(chain(*sides(open_documents(str(tmp_path / "a.jsonl")))))
+        assert found == sorted(text.replace("\ud83d", "?") for text in texts)
 
     def test_text_field(self, tmp_path: Path) -> None:
         path = tmp_path / "a.jsonl"

@@ -399,8 +399,8 @@ def _readable(source: str, rows: Callable[[], Iterable[dict[str, object]]]) -> I
             yield row
     except Exception as error:
         files = find_files(source)
-        elsewhere = isinstance(error, OSError) and error.filename and Path(error.filename) not in files
-        if files and elsewhere:
+        where = error.filename if isinstance(error, OSError) else None
+        if files and where and Path(where).absolute() not in {path.absolute() for path in files}:
             remedy = "Make that place writable, or name another one for the cache by HF_HOME."
         else:
             local = "It is damaged, or not what its name says; fetch or write it again."
