@@ -152,7 +152,7 @@ def test_interrupted_and_resumed_equals_unbroken(
 def test_a_step_in_several_micro_batches_is_the_same_step(
     monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    """But for the constants, which are running means over micro-batches; here they stay as calibrated."""
+    """But for the constants, since each micro-batch is measured with those of the one before; here they stay."""
     sizes: list[int] = []
     compute_loss = distillation.DistillationTrainer.compute_loss
 

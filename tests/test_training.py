@@ -454,6 +454,24 @@ def test_the_papers_penalty_is_on_the_scales_of_the_final_norm(
     assert minimized(trainer, batch) == pytest.approx(float(expected), rel=1e-5)
 
 
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_step_moves_the_constants_as_far_in_however_many_micro_batches(
+    accumulation: int, tiny_model: PreTrainedModel, tmp_path: Path
+) -> None:
+    model = copy_model(tiny_model)
+    sites = find_sites(model)
+    stand_ins = install(model, sites)
+    schedule = ScheduleCallback(Removal(stand_ins, taper(sites), None, TokenMask(), None), model)
+    arguments = TrainingArguments(str(tmp_path), gradient_accumulation_steps=accumulation, use_cpu=True)
+    schedule.on_train_begin(arguments, TrainerState(), TrainerControl())
+    site = stand_ins[sites[0].name]
+    x = torch.randn(2, 3, len(site.gain), generator=torch.Generator().manual_seed(0))
+    scale = site.log_scale(x - x.mean(-1, keepdim=True)).mean()
+    for _ in range(accumulation):
+        site(x)
+    torch.testing.assert_close(site.log_constant, (0.1 * scale).expand(2))
+
+
 def test_after_a_step_all_processes_have_the_mean_of_their_constants(
     tiny_model: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

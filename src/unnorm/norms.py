@@ -13,6 +13,8 @@ from torch import Tensor, nn
 Estimator = Literal["geometric", "mean", "least-squares"]
 Interpolation = Literal["log", "linear", "bounded"]
 
+MOMENTUM = 0.9
+"""Share of the old constant that stays when an optimizer step's tokens have moved the running estimate."""
 CEILING = 10.0
 """While training, no token gets more than this many times what the norm would give it, where stand-ins are bounded."""
 
@@ -86,7 +88,6 @@ class TaperedNorm(nn.Module):
         paths: int = 1,
         token_mask: TokenMask | None = None,
         estimator: Estimator = "geometric",
-        momentum: float = 0.9,
         interpolation: Interpolation = "log",
         fixed_gain: bool = False,
     ) -> None:
@@ -100,7 +101,6 @@ class TaperedNorm(nn.Module):
             paths: how many alphas; see the class.
             token_mask: where special tokens are marked, if they have a constant of their own.
             estimator: see `estimate_log_constant`.
-            momentum: share of the old value that stays at each step of the running estimate.
             interpolation: of the divisor in log scale, or of its inverse; or a bound on how far tokens may go.
             fixed_gain: the norm has no weight, so there is none to train and nowhere to store one.
         """
@@ -114,7 +114,7 @@ class TaperedNorm(nn.Module):
         self.centered = centered
         self.token_mask = token_mask or TokenMask()
         self.estimator: Estimator = estimator
-        self.momentum = momentum
+        self.momentum = MOMENTUM  # Of one training pass; those that add up gradients take roots of it.
         self.interpolation: Interpolation = interpolation
         self.estimating = False
         self.removed = False

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_callback import ExportableState
 
 from unnorm import processes
-from unnorm.norms import TaperedNorm, TokenMask
+from unnorm.norms import MOMENTUM, TaperedNorm, TokenMask
 from unnorm.plan import Plan
 from unnorm.progress import Watch
 from unnorm.run_directory import read_rows
@@ -70,6 +70,10 @@ class ScheduleCallback(TrainerCallback):
         self.hook = model.register_forward_pre_hook(self._mark_special, with_kwargs=True)
         for stand_in in removal.stand_ins.values():
             stand_in.estimating = True
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        for stand_in in self.removal.stand_ins.values():
+            stand_in.momentum = MOMENTUM ** (1 / args.gradient_accumulation_steps)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         controller = self.removal.controller
