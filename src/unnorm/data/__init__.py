@@ -1,6 +1,7 @@
 """Text from any source, made into packed blocks of tokens."""
 
-from unnorm.data.documents import OWN_TEXT, STDLIB, Documents, open_documents
+from unnorm.data.documents import Documents, open_documents
+from unnorm.data.files import OWN_TEXT, STDLIB
 from unnorm.data.packing import Blocks, as_dataset, batches, begin_of_blocks, build_blocks, spread
 from unnorm.data.sampling import own_text
 from unnorm.data.stress import random_starts, stress_blocks

@@ -8,20 +8,17 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 from jaxtyping import Int
-from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from unnorm.data.documents import TOKEN_FILE, data_suffix, find_files, open_documents
+from unnorm.data.documents import open_documents
+from unnorm.data.token_files import VOCABULARY, Tokens, open_token_files, token_paths
 from unnorm.errors import UnnormError
-
-Tokens = NDArray[np.int32]
 
 _TEXTS_AT_ONCE = 64
 _CHARS_AT_ONCE = 1_000_000
@@ -131,8 +128,8 @@ def open_tokens(
     Raises:
         UnnormError: the source can't be read.
     """
-    if paths := _token_paths(source):
-        return _token_files(paths)
+    if paths := token_paths(source):
+        return open_token_files(source, paths, split)
     documents = open_documents(source, text_field, split)
     return (
         lambda: token_stream(documents.train(), tokenizer),
@@ -147,19 +144,13 @@ def begin_of_blocks(source: str, tokenizer: PreTrainedTokenizerBase) -> int | No
     None where it puts none, or that which ends a text (OPT), and of token files, which are taken as they are.
     """
     begin = tokenizer.bos_token_id
-    if begin is None or begin == tokenizer.eos_token_id or _token_paths(source):
+    if begin is None or begin == tokenizer.eos_token_id or token_paths(source):
         return None
     return int(begin) if list(tokenizer("a")["input_ids"])[:1] == [begin] else None
 
 
 def _begun(blocks: Tokens, begin: int | None) -> Tokens:
     return blocks if begin is None else np.insert(blocks, 0, begin, axis=1)
-
-
-def _token_paths(source: str) -> list[Path]:
-    """The source's files, if it is of token files; else none."""
-    paths = find_files(source)
-    return paths if all(data_suffix(path) == TOKEN_FILE for path in paths) else []
 
 
 def token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
@@ -224,45 +215,12 @@ def _cut(
     return _begun(joined[: blocks * length].reshape(blocks, length), begin)
 
 
-def _token_files(files: list[Path]) -> tuple[Callable[[], Iterator[Tokens]], Callable[[], Iterator[Tokens]], str]:
-    """Raw token files as nanoGPT writes them, little-endian uint16; `val.bin` beside `train.bin` is the validation set.
-
-    Without one, the last tenth of each file is.
-    """
-    if len(files) == 1 and files[0].name == "train.bin" and (files[0].parent / "val.bin").is_file():
-        files = [*files, files[0].parent / "val.bin"]
-    ids = {path: _open_token_file(path) for path in files}
-    held = [path for path in files if path.stem in ("val", "validation") and len(files) > 1]
-    if held and len(held) < len(files):
-        rest = [path for path in files if path not in held and path.stem != "test"]
-        names = ", ".join(path.name for path in held)
-        return (lambda: _slices([ids[p] for p in rest])), (lambda: _slices([ids[p] for p in held])), names
-    return (
-        lambda: _slices([i[: len(i) * 9 // 10] for i in ids.values()]),
-        lambda: _slices([i[len(i) * 9 // 10 :] for i in ids.values()]),
-        "the last tenth of each file",
-    )
-
-
-def _open_token_file(path: Path) -> NDArray[np.uint16]:
-    size = path.stat().st_size
-    if size == 0:
-        raise UnnormError(f"'{path}' is empty: there are no token ids in it. Name other data with --data.")
-    if size % 2:
-        raise UnnormError(
-            f"'{path}' is not nanoGPT's format: an odd number of bytes ({size}) can't be 16-bit token ids. "
-            "Write it again, as little-endian uint16."
-        )
-    return np.memmap(path, dtype="<u2", mode="r")
-
-
-def _slices(files: Iterable[NDArray[np.uint16]]) -> Iterator[Tokens]:
-    for ids in files:
-        for start in range(0, len(ids), _CHARS_AT_ONCE):
-            yield np.asarray(ids[start : start + _CHARS_AT_ONCE], dtype=np.int32)
-
-
 def _check_ids(source: str, ids: Tokens, vocab_size: int) -> None:
+    if vocab_size > VOCABULARY and token_paths(source):
+        raise UnnormError(
+            f"'{source}' can't hold this model's text: its token ids have 16 bits, and the model's vocabulary has "
+            f"{vocab_size:,} tokens. Give the text itself."
+        )
     if ids.max() >= vocab_size:
         raise UnnormError(
             f"'{source}' has token id {ids.max()}, but the model's vocabulary ends at {vocab_size - 1}: "

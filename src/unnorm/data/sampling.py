@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unnorm.data.documents import OWN_TEXT
+from unnorm.data.files import OWN_TEXT
 from unnorm.data.packing import Blocks, as_dataset
 from unnorm.errors import UnnormError
 from unnorm.models import free_memory

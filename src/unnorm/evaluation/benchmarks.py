@@ -4,12 +4,12 @@ lm-eval calls these functions with its `metadata`: the path of each benchmark's 
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from unnorm.data.documents import open_rows
+from unnorm.data.files import open_rows
 from unnorm.errors import UnnormError
 
 _ARTICLE = re.compile(r"^ ?= [^=].*[^=] = *$", re.MULTILINE)
@@ -24,26 +24,40 @@ def hellaswag(hellaswag: str, **_: Any) -> DatasetDict:
     Raises:
         UnnormError: there is no such file, or it has other fields.
     """
-    rows = _items(hellaswag, "HellaSwag", {"ctx": str, "endings": list, "label": (int, str)}, _hellaswag_item)
-    return _as_test_split(rows)
+    needed = {"ctx": str, "endings": list, "label": (int, str)}
+    rows = open_rows(hellaswag, split="validation")  # No labels of the test split were ever given out.
+    return _as_test_split(_items(hellaswag, rows, "HellaSwag", needed, _hellaswag_item))
 
 
 def lambada_openai(lambada_openai: str, **_: Any) -> DatasetDict:
     """Rows of `context` and `continuation`, the last word, from a file with these, or with `text` alone.
 
+    A text file has one item in each line.
+
     Raises:
         UnnormError: there is no such file, or it has other fields.
     """
-    return _as_test_split(_items(lambada_openai, "LAMBADA", {"context": str, "continuation": str}, dict, _split_text))
+    rows = (_split_text(row) for row in open_rows(lambada_openai, split="test", lines=True))
+    return _as_test_split(_items(lambada_openai, rows, "LAMBADA", {"context": str, "continuation": str}, dict))
 
 
 def wikitext(wikitext: str, **_: Any) -> DatasetDict:
     """Rows of `page`: the articles of a WikiText file, which begin with ` = Title = `.
 
+    A file may hold them in pieces, as `text`, or one by one, as `page`.
+
     Raises:
-        UnnormError: there is no such file.
+        UnnormError: there is no such file, or it has other fields.
     """
-    whole = "".join(str(row.get("text") or "") for row in open_rows(wikitext))
+    rows = list(open_rows(wikitext, split="test"))
+    if not any(key in rows[0] for key in ("text", "page")):
+        raise UnnormError(
+            f"'{wikitext}' is no WikiText file: it has no field 'text' or 'page'. It has: {', '.join(rows[0])}."
+        )
+    pages = [str(row["page"]) for row in rows if row.get("page")]
+    if pages:
+        return _as_test_split([{"page": page} for page in pages])
+    whole = "".join(str(row.get("text") or "") for row in rows)
     if not whole.strip():
         raise UnnormError(f"'{wikitext}' is empty: there is no WikiText article in it.")
     starts = [match.start() for match in _ARTICLE.finditer(whole)] or [0]
@@ -62,20 +76,19 @@ ALIASES = {"lambada": "lambada_openai", "wikitext2": "wikitext"}
 
 def _items(
     path: str,
+    rows: Iterable[dict[str, Any]],
     title: str,
     needed: dict[str, Any],
     prepare: Callable[[dict[str, Any]], dict[str, Any]],
-    complete: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> list[dict[str, Any]]:
     items = []
-    for number, raw in enumerate(open_rows(path), start=1):
-        row = complete(raw)
+    for number, row in enumerate(rows, start=1):
         wrong = [key for key, kind in needed.items() if not isinstance(row.get(key), kind)]
         if wrong:
             lacking = " and no ".join(f"'{key}'" for key in wrong)
             raise UnnormError(
                 f"'{path}' is no {title} file: item {number} has no {lacking} of the right kind. "
-                f"It has: {', '.join(raw)}. Needed: {', '.join(needed)}."
+                f"It has: {', '.join(row)}. Needed: {', '.join(needed)}."
             )
         items.append(prepare(row))
     if not items:
@@ -84,7 +97,14 @@ def _items(
 
 
 def _hellaswag_item(row: dict[str, Any]) -> dict[str, Any]:
-    label, endings = int(row["label"]), list(row["endings"])
+    endings = list(row["endings"])
+    try:
+        label = int(row["label"])
+    except ValueError as error:
+        raise UnnormError(
+            f"A HellaSwag item has the label '{row['label']}', which is no number: '{row['ctx'][:60]}'. Those of the "
+            "test split have none; take the validation split."
+        ) from error
     if not 0 <= label < len(endings):
         raise UnnormError(f"A HellaSwag item has label {label}, but {len(endings)} endings: '{row['ctx'][:60]}'.")
     if not {"activity_label", "ctx_a", "ctx_b"} <= row.keys():
@@ -99,7 +119,7 @@ def _split_text(row: dict[str, Any]) -> dict[str, Any]:
     """LAMBADA's `text` into context and last word, where that is the form that it has."""
     if "context" in row or not isinstance(row.get("text"), str):
         return row
-    context, _, word = row["text"].rpartition(" ")
+    context, _, word = row["text"].rstrip().rpartition(" ")
     return {"context": context, "continuation": word}
 
 

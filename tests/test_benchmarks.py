@@ -1,0 +1,56 @@
+"""Items of benchmarks from files in the forms in which they are found."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from unnorm.errors import UnnormError
+from unnorm.evaluation.benchmarks import hellaswag, lambada_openai, wikitext
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def hella(label: int | str) -> dict[str, Any]:
+    return {"ctx": f"context {label}", "endings": ["a", "b"], "label": label}
+
+
+def test_a_text_file_of_lambada_has_an_item_in_each_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two three \n\nfour five\n")
+    items = [{"context": "one two", "continuation": "three"}, {"context": "four", "continuation": "five"}]
+    assert list(lambada_openai(str(tmp_path / "a.txt"))["test"]) == items
+
+
+def test_a_line_in_lambadas_json_is_no_item(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "He said:\nOne two"}])
+    assert list(lambada_openai(path)["test"]) == [{"context": "He said:\nOne", "continuation": "two"}]
+
+
+def test_an_unlabelled_split_of_hellaswag_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UnnormError, match=r"has the label '', which is no number: 'context '.*validation split"):
+        hellaswag(write_rows(tmp_path / "a.jsonl", [hella("")]))
+
+
+def test_of_a_directory_only_the_split_that_is_measured_on_is_read(tmp_path: Path) -> None:
+    for name, rows in (("train", [hella(0)]), ("validation", [hella(1), hella("0")]), ("test", [hella("")])):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    assert [row["label"] for row in hellaswag(str(tmp_path))["test"]] == [1, 0]
+    for name in ("train", "validation", "test"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": f"{name} set"}])
+    assert [row["context"] for row in lambada_openai(str(tmp_path))["test"]] == ["test"]
+    assert [row["page"] for row in wikitext(str(tmp_path))["test"]] == ["test set"]
+
+
+def test_articles_of_wikitext_are_found_by_their_titles_or_come_one_by_one(tmp_path: Path) -> None:
+    pages = [" = First = \n\n = = Part = = \n\n text \n", " = Second = \n\n text \n"]
+    (tmp_path / "a.txt").write_text("".join(pages))
+    lines = write_rows(tmp_path / "lines.jsonl", [{"text": line + "\n"} for line in "".join(pages).split("\n")[:-1]])
+    whole = write_rows(tmp_path / "pages.jsonl", [{"page": page} for page in pages])
+    for source in (str(tmp_path / "a.txt"), lines, whole):
+        assert [row["page"] for row in wikitext(source)["test"]] == pages
+    with pytest.raises(UnnormError, match=r"no field 'text' or 'page'\. It has: content"):
+        wikitext(write_rows(tmp_path / "other.jsonl", [{"content": page} for page in pages]))
