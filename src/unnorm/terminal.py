@@ -166,12 +166,11 @@ def _loss_table(rows: Sequence["Evaluation"]) -> Table:
     numbers = ("loss", "less original's", "perplexity", "bits/byte")
     table = _side_by_side("Loss in nats per token, 95% intervals", "data", numbers=numbers)
     for row in rows:
-        several = row.units > 1
         table.add_row(
             escape(row.model),
             escape(row.data),
-            _with_interval(f"{row.loss:.4f}", row.loss_ci if several else None, ".3f"),
-            _with_interval(_or_dash(row.difference, "+.4f"), row.difference_ci if several else None, "+.4f"),
+            _with_interval(f"{row.loss:.4f}", row.loss_ci, ".3f"),
+            _with_interval(_or_dash(row.difference, "+.4f"), row.difference_ci, "+.4f"),
             f"{row.perplexity:.2f}",
             _or_dash(row.bits_per_byte, ".4f"),
         )

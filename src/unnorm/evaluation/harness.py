@@ -285,19 +285,23 @@ def _interval(values: dict[int, Any], reported: float) -> tuple[Interval | None,
             shares = set(single.values()) <= {0.0, 1.0}
             return share_interval(sum(rows), len(rows)) if shares else bootstrap_interval(rows), single
         if _same(math.exp(min(-mean, 700)), reported):
-            low, high = bootstrap_interval([-row for row in rows])
-            return (math.exp(min(low, 700)), math.exp(min(high, 700))), {}
+            return _exp(bootstrap_interval([-row for row in rows])), {}
     elif all(isinstance(row, tuple | list) and [*map(_is_number, row)] == [True, True] for row in rows):
         sums, weights = np.array([(-total, weight) for total, weight in rows], dtype=np.float64).T
         if not (weights > 0).all():  # Pairs of another kind, such as a class and its prediction.
             return None, {}
         mean = float(sums.sum() / weights.sum())
-        low, high = bootstrap_interval(sums, weights)
+        found = bootstrap_interval(sums, weights)
         if _same(math.exp(min(mean, 700)), reported):
-            return (math.exp(min(low, 700)), math.exp(min(high, 700))), {}
+            return _exp(found), {}
         if _same(mean / math.log(2), reported):
-            return (low / math.log(2), high / math.log(2)), {}
+            return found and (found[0] / math.log(2), found[1] / math.log(2)), {}
     return None, {}
+
+
+def _exp(interval: Interval | None) -> Interval | None:
+    """Of a mean loss, for a perplexity's."""
+    return interval and (math.exp(min(interval[0], 700)), math.exp(min(interval[1], 700)))
 
 
 def _is_number(value: object) -> bool:

@@ -24,7 +24,7 @@ _ROUNDING = 1e-6
 
 def bootstrap_interval(
     sums: Sequence[float] | NDArray[Any], counts: Sequence[float] | NDArray[Any] | None = None
-) -> Interval:
+) -> Interval | None:
     """95% interval of sum(sums) / sum(counts), by the studentized bootstrap, seeded.
 
     What is resampled are units: documents, or blocks, with the sum of a measure over each unit's tokens and their
@@ -32,7 +32,7 @@ def bootstrap_interval(
     resample is (r* - r) / se(r*), with the standard error of a ratio of means; its quantiles, and not those of r*
     itself, hold the stated rate with few units or skewed ones too (Davison and Hinkley, Bootstrap Methods and their
     Application, 1997, section 5.2.1). Below 10 units its tails are made of too few different resamples, and Student's
-    t takes its place. One unit has no interval, nor has a mean that is no number: both ends are the mean.
+    t takes its place. One unit has no interval, nor has a mean that is no number: None.
 
     Args:
         sums: of the measure, by unit.
@@ -44,7 +44,7 @@ def bootstrap_interval(
     mean = float(values.sum() / sizes.sum())
     residuals = values - mean * sizes
     if n < 2 or not math.isfinite(mean):
-        return mean, mean
+        return None
     error = math.sqrt(n / (n - 1) * float(residuals @ residuals)) / float(sizes.sum())
     if n < _FEW or error == 0:
         half = _STUDENT[min(n, _FEW) - 2] * error

@@ -18,7 +18,8 @@ class Evaluation:
         model: its name.
         data: the corpus.
         loss: of the next token.
-        loss_ci: 95% confidence interval of the loss, by bootstrap over documents or blocks (`interval_over`).
+        loss_ci: 95% confidence interval of the loss, by bootstrap over documents or blocks (`interval_over`);
+            None for a single one, or a loss that is no number.
         perplexity: exp(loss).
         tokens: predicted tokens.
         context: tokens in a block; each block is evaluated on its own.
@@ -48,7 +49,7 @@ class Evaluation:
     model: str
     data: str
     loss: float
-    loss_ci: Interval
+    loss_ci: Interval | None
     perplexity: float
     tokens: int
     context: int

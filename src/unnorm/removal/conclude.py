@@ -115,12 +115,12 @@ def _result(
         "held_out": run.held_out,
         "recipe": run.config.recipe,
         "teacher_loss": original.loss,
-        "teacher_loss_ci": _ends(original.loss_ci, original),
+        "teacher_loss_ci": _ends(original.loss_ci),
         "lnfree_loss": lnfree.loss,
-        "lnfree_loss_ci": _ends(lnfree.loss_ci, lnfree),
-        "loss_increase_ci": _ends(lnfree.difference_ci, lnfree),
+        "lnfree_loss_ci": _ends(lnfree.loss_ci),
+        "loss_increase_ci": _ends(lnfree.difference_ci),
         "control_loss": None if control is None else control.loss,
-        "control_loss_ci": None if control is None else _ends(control.loss_ci, control),
+        "control_loss_ci": None if control is None else _ends(control.loss_ci),
         "gap": None if control is None else lnfree.loss - control.loss,
         "kl": lnfree.kl,
         "jsd": lnfree.jsd,
@@ -153,9 +153,9 @@ def _result(
     }
 
 
-def _ends(interval: Interval | None, of: Evaluation) -> list[float] | None:
-    """Both ends; nothing where one block is all there is, of which there is no interval."""
-    return None if interval is None or of.units < 2 else list(interval)
+def _ends(interval: Interval | None) -> list[float] | None:
+    """As `result.json` has it when it is read again."""
+    return None if interval is None else list(interval)
 
 
 def _peak_memory_mb(device: str) -> float:

@@ -41,18 +41,15 @@ def headline(results: Results, original: str | None) -> str:
 
 
 def _row(row: Evaluation, original: str | None) -> dict[str, Any]:
-    has_interval = row.units > 1
     return {
         "model": row.model,
         "is_original": row.model == original,
         "data": row.data,
         "loss": fixed(row.loss),
-        "interval": interval(row.loss_ci) if has_interval else MISSING,
+        "interval": interval(row.loss_ci),
         "difference": fixed(row.difference, sign=True),
-        "difference_interval": _signed(row.difference_ci) if has_interval else MISSING,
-        "resolved": has_interval
-        and row.difference_ci is not None
-        and not row.difference_ci[0] <= 0 <= row.difference_ci[1],
+        "difference_interval": _signed(row.difference_ci),
+        "resolved": row.difference_ci is not None and not row.difference_ci[0] <= 0 <= row.difference_ci[1],
         "perplexity": fixed(row.perplexity, 2),
         "bits_per_byte": fixed(row.bits_per_byte),
         "kl": significant(row.kl),
