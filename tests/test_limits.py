@@ -123,7 +123,7 @@ def test_a_run_on_a_gated_model_with_massive_activations_leaves_limits_and_says_
     assert (result["limited_neurons"], result["norm_modules_left"], result["verified"]) == (3 * 64, 0, True)
     assert 0 <= result["share_at_limit"] < 1
     for page in (limited / "report.html", limited / "model" / "README.md"):
-        assert "192 neurons of gated MLPs, reached by " in page.read_text()
+        assert "192 neurons of quadratic MLPs, reached by " in page.read_text()
     twin, unfolded = unnorm.load(limited), load_unfolded(limited)
     assert list(limits_of(twin)) == list(limits_of(unfolded)) == twin.config.limited_neurons == WRITERS
     for ours, theirs in zip(limits_of(twin).values(), limits_of(unfolded).values(), strict=True):
@@ -191,7 +191,7 @@ def test_a_twin_without_them_gets_them_when_it_is_healed_with(options: dict[str,
     said: list[Any] = []
     settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "watch": lambda row: said.append(row.get("text"))}
     healed = unnorm.heal(tmp_path / "run", tokens=1024, out=tmp_path / "healed", neuron_limits=True, **settings)
-    assert "neurons of 3 gated MLPs have limits now" in said
+    assert "neurons of 3 quadratic MLPs have limits now" in said
     assert (healed["limited_neurons"], healed["verified"]) == (3 * 64, True)
 
 

@@ -141,7 +141,7 @@ def remove(
         bool,
         typer.Option(
             "--neuron-limits/--no-neuron-limits",
-            help="Limit neurons of gated MLPs where massive activations are found, so that no token runs away.",
+            help="Limit neurons of quadratic MLPs where massive activations are found, so that no token runs away.",
         ),
     ] = True,
     estimator: Annotated[

@@ -25,7 +25,7 @@ class RemoveConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
-    model: str = Field(DEMO, description="'demo' (bundled), a local directory or a hub id")
+    model: str = Field(DEMO, description="'demo' (bundled), a local directory, a GGUF file or a hub id")
     twin: Path | None = Field(None, description="finished run whose twin is healed further; norms go at once")
     data: str = Field(
         STDLIB, description="'stdlib', a file, directory or glob, a hub data set, or 'self': what the model writes"
@@ -58,7 +58,7 @@ class RemoveConfig(BaseModel):
     keep: str | None = Field(None, description="regular expression of norms that stay norms")
     in_place: bool = Field(False, description="let maps that fold into no weight stay as modules")
     neuron_limits: bool = Field(
-        True, description="limit neurons of gated MLPs where massive activations are found, so that no token runs away"
+        True, description="limit neurons of quadratic MLPs where massive activations are found: no token runs away"
     )
     estimator: Estimator = Field("geometric", description="how the constant scale is estimated")
     trust_remote_code: bool = Field(False, description="run modeling code that comes with the model")

@@ -1,8 +1,9 @@
 """Limits on MLPs' neurons, so that without norms no token can run away.
 
-A gated MLP multiplies two reads of the residual stream, so what it writes grows with the square of what it reads. A
-norm holds that down. Without one a token that comes to a layer at some times the usual scale leaves it at more, and
-overflows some layers on (`docs/smollm2.md`). So neuron j of a layer is kept between -m_j and m_j,
+Some MLPs are quadratic: what they write grows with the square of what they read. Gated ones multiply two reads of the
+residual stream, others have a squared ReLU. A norm holds that down. Without one a token that comes to a layer at some
+times the usual scale leaves it at more, and overflows some layers on (`docs/smollm2.md`). So neuron j of a layer is
+kept between -m_j and m_j,
 
     m_j = ROOM * max(a_j, q)
 
@@ -59,7 +60,7 @@ def set_limits(
 def quadratic_writers(original: PreTrainedModel, sites: Sequence[NormSite]) -> list[str]:
     """Paths of the linear layers that MLPs write with whose neurons grow with the square of what the MLP reads.
 
-    So do gated MLPs and those with a squared ReLU. They are known by what happens when all norms put out much more.
+    They are known by what happens when all norms put out much more.
     """
     writers, _ = stream_writers(original, sites)
     mlps = [writer.name for writer in writers if writer.kind == "mlp" and writer.linear]

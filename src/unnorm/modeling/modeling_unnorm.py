@@ -3,7 +3,7 @@
 This file travels with every checkpoint (`trust_remote_code=True` loads it from there), so it needs torch and
 transformers only. An LN-free model is its stock class with a few differences, all named in its config: an identity
 where each removed norm was (or, where no weight could take it up, its constant affine map), a bias on the linear layers
-that took over a norm's bias, an unembedding of its own, and in some gated MLPs a limit on each neuron's activation.
+that took over a norm's bias, an unembedding of its own, and in some quadratic MLPs a limit on each neuron's activation.
 
 The classes are made when they are asked for: `UnnormGPT2Config` and `UnnormGPT2LMHeadModel` from `GPT2Config` and
 `GPT2LMHeadModel`, and so on. Each is a subclass of its stock class, so that module names, `generate` and the tools

@@ -54,7 +54,7 @@ def remove(
     """Remove every norm of a model and leave a run directory with its LN-free twin.
 
     Args:
-        model: `demo`, a local directory or a hub id.
+        model: `demo`, a local directory, a GGUF file or a hub id.
         resume: go on with the run in `out` from its last checkpoint, with the settings saved there; `tokens` may be
             more, `kl_budget` another, and `control` may be asked for or let go of, also when the rest is finished.
         watch: called with each row of metrics, and with `{"kind": "phase", "text": …}` as the run goes on.

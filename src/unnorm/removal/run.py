@@ -53,10 +53,10 @@ class Run:
 
 
 def limit(run: Run, student: PreTrainedModel) -> None:
-    """Give the neurons of a run's model their limits, where its MLPs are gated."""
+    """Give the neurons of a run's model their limits, where its MLPs are quadratic."""
     calibration = spread(run.train_blocks, CALIBRATION_BLOCKS)
     if limited := set_limits(student, run.original, run.sites, calibration):
-        run.say(f"neurons of {len(limited)} gated MLPs have limits now")
+        run.say(f"neurons of {len(limited)} quadratic MLPs have limits now")
 
 
 def saved_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def limits(result: Mapping[str, Any]) -> str:
         return ""
     share = result.get("share_at_limit")
     reached = "" if share is None else f", reached by {shortest(100 * share, 2)}% of activations on that text"
-    return f"{count(result['limited_neurons'])} neurons of gated MLPs{reached}"
+    return f"{count(result['limited_neurons'])} neurons of quadratic MLPs{reached}"
 
 
 def massive_neurons(neurons: Any) -> str:
