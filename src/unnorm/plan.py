@@ -22,6 +22,8 @@ LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 512, 2**19
 MOST_LR = 2e-3
 MEMORY_SHARE = 0.5
 """Share of the free memory that activations may take."""
+STATE_BYTES = 20
+"""For each parameter: weight, gradient and AdamW's two moments; on a GPU the original's too, on a CPU the last good."""
 LEAST_BFLOAT16_GAIN = 1.5
 """How many times as fast a linear layer must be in bfloat16 for the whole step to gain."""
 TIMED_WIDTH, TIMED_TURNS = 512, 10
@@ -161,7 +163,7 @@ def _micro_batch(model: PreTrainedModel, context: int, most: int, device: str) -
     """
     config = model.config.get_text_config()
     numbers = context * (40 * config.hidden_size * config.num_hidden_layers + 6 * config.vocab_size)
-    states = 16 * sum(p.numel() for p in model.parameters())
+    states = STATE_BYTES * sum(p.numel() for p in model.parameters())
     free = free_memory(device)
     if states > free:
         raise UnnormError(
