@@ -1,0 +1,126 @@
+"""Values of options and files of options that can't be."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Cli
+
+
+def test_a_path_that_can_not_be(refused: Callable[..., str], tiny_model_dir: Path) -> None:
+    name = 300 * "x"
+    for arguments in (("--out", name), ("--data", name)):
+        text = refused("remove", tiny_model_dir, *arguments)
+        assert "xxx…' can't be used: File name too long" in text
+
+
+class TestOptions:
+    @pytest.mark.parametrize(
+        ("wrong", "expected"),
+        [
+            (["--tokens", "many"], "tokens"),
+            (["--tokens", "-5"], "tokens"),
+            (["--tokens", "1.5T"], "tokens"),
+            (["--tokens", "9" * 400], "tokens"),
+            (["--recipe", "magic"], "recipe"),
+            (["--dtype", "int8"], "dtype"),
+            (["--estimator", "magic"], "estimator"),
+            (["--device", "abacus"], "device"),
+            (["--device", "cpu:7"], "device"),
+            (["--context", "65"], "--context 65 is longer than the 64 tokens"),
+            (["--context", "1"], "context"),
+            (["--batch-size", "0"], "batch_size"),
+            (["--lr", "-1"], "lr"),
+            (["--lr", "nan"], "lr"),
+            (["--lr", "inf"], "lr"),
+            (["--seed", "-1"], "seed"),
+            (["--seed", str(2**70)], "seed"),
+            (["--report-to", "abacus"], "abacus is not supported"),
+            (["--report-to", "comet_ml"], "pip install"),
+        ],
+    )
+    def test_of_remove(
+        self, wrong: list[str], expected: str, tiny_model_dir: Path, options: list[object], refused: Callable[..., str]
+    ) -> None:
+        assert expected in refused("remove", tiny_model_dir, *options, *wrong)
+
+    @pytest.mark.parametrize(
+        ("wrong", "expected"),
+        [
+            (["--tokens", "many"], "--tokens"),
+            (["--tokens", "9" * 400], "--tokens"),
+            (["--context", "65"], "--context"),
+            (["--context", "1"], "--context"),
+            (["--context", "0"], "--context"),
+            (["--context", "-3"], "--context"),
+            (["--device", "abacus"], "device"),
+            (["--device", "cpu:7"], "device"),
+        ],
+    )
+    @pytest.mark.parametrize("command", ["evaluate", "stats"])
+    def test_of_evaluate_and_stats(
+        self,
+        command: str,
+        wrong: list[str],
+        expected: str,
+        tiny_model_dir: Path,
+        text_file: Path,
+        refused: Callable[..., str],
+    ) -> None:
+        if (command, wrong[0]) != ("stats", "--tokens"):
+            assert expected in refused(command, tiny_model_dir, "--data", text_file, *wrong)
+
+    @pytest.mark.parametrize("arguments", [["remove", "--no-such-option"], ["evaluate"], ["no-such-command"]])
+    def test_usage(self, arguments: list[str], cli: Cli) -> None:
+        result = cli(*arguments)
+        assert result.code == 2
+        assert "Usage" in result.err
+        assert "Traceback" not in result.err
+
+    def test_not_enough_disk(
+        self,
+        tiny_model_dir: Path,
+        options: list[object],
+        refused: Callable[..., str],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        usage = shutil.disk_usage(".")._replace(free=1000)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+        text = refused("remove", tiny_model_dir, *options)
+        assert "Not enough disk" in text
+        assert "--out" in text
+
+
+class TestConfigFile:
+    @pytest.mark.parametrize(
+        ("content", "expected"),
+        [
+            (b"tokens: [1, 2", "settings.yaml"),
+            (b"\xff\xfe\x00", "settings.yaml"),
+            (b"just words", "holds no settings"),
+            (b"- tokens\n- 5", "holds no settings"),
+            (b"tokenz: 5", "tokenz"),
+            (b"tokens: 1.5", "tokens"),
+            (b"tokens: many", "tokens"),
+            (b"1: 2", "1"),
+            (b"recipe: [taper]", "recipe"),
+            (b"resume: true", "resume"),
+        ],
+    )
+    def test_refused(
+        self,
+        content: bytes,
+        expected: str,
+        work: Path,
+        tiny_model_dir: Path,
+        options: list[object],
+        refused: Callable[..., str],
+    ) -> None:
+        (work / "settings.yaml").write_bytes(content)
+        options = [o for o in options if o not in ("--tokens", 0)]
+        assert expected in refused("remove", tiny_model_dir, *options, "--config", "settings.yaml")
+
+    def test_missing(self, tiny_model_dir: Path, refused: Callable[..., str]) -> None:
+        assert "'nothing.yaml'" in refused("remove", tiny_model_dir, "--config", "nothing.yaml")
