@@ -61,7 +61,7 @@ def hooked_logits(
 
 
 @pytest.mark.parametrize(
-    "family", [*BRIDGED, "gpt_neox, sequential", "llama, tied, biased", "granite", "gemma2", "bloom"]
+    "family", [*BRIDGED, "gpt_neox, sequential", "llama, tied, biased", "granite", "cohere, not in our list", "gemma2", "bloom"]
 )
 def test_contributions_in_the_twin_sum_to_the_logit(family: str, runs: dict[str, Path]) -> None:
     twin = float64_copy(unnorm.load(runs[family]))
@@ -71,9 +71,11 @@ def test_contributions_in_the_twin_sum_to_the_logit(family: str, runs: dict[str,
     kept: list[torch.Tensor] = []
     logits(twin, ids)
     handle.remove()
-    expected = kept[0][:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
+    assert found.capped is (family == "gemma2")
+    given = kept[0] if found.capped else logits(twin, ids)
+    expected = given[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
     torch.testing.assert_close(found.contributions.sum(0), expected, rtol=0, atol=1e-10)
-    torch.testing.assert_close(found.logits, expected, rtol=0, atol=1e-10)
+    assert torch.equal(found.logits, expected)
     assert torch.equal(found.direct_effects, found.contributions[:-1])
     kinds = [part.kind for part in found.parts]
     assert kinds.count("head") == 8 and kinds.count("mlp") == 2
@@ -549,7 +551,8 @@ def test_several_mlps_of_a_layer_are_told_apart() -> None:
     names = [part.name for part in found.parts]
     assert len(set(names)) == len(names)
     assert "mlp 0" in names and "model.layers.1.mlp.shared_experts.down_proj" in names
-    torch.testing.assert_close(found.contributions.sum(0), found.logits, rtol=1e-9, atol=1e-9)
+    # Its RMSNorms compute in float32 whatever they are given.
+    torch.testing.assert_close(found.contributions.sum(0), found.logits, rtol=1e-5, atol=1e-6)
     assert list(found.neurons) == [0]
     torch.testing.assert_close(found.neurons[0].sum(-1), found.contributions[names.index("mlp 0")])
 

@@ -101,7 +101,7 @@ FAMILIES: dict[str, tuple[Make, int]] = {
     "mistral": (lambda: hf.MistralConfig(**GROUPED), 5),
     "qwen2": (lambda: hf.Qwen2Config(**GROUPED), 5),
     "smollm3": (lambda: hf.SmolLM3Config(**GROUPED), 5),
-    "granite": (lambda: hf.GraniteConfig(**GROUPED), 5),
+    "granite": (lambda: hf.GraniteConfig(**GROUPED, logits_scaling=8.0), 5),
     "starcoder2, not in our list": (lambda: hf.Starcoder2Config(**GROUPED), 5),
     "gpt_bigcode, not in our list": (lambda: hf.GPTBigCodeConfig(**GPT_LIKE), 5),
 }

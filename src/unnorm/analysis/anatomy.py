@@ -108,12 +108,14 @@ class Readout:
     """How the unembedding reads the residual stream x: logit_t = (x . direction_t) / s(x) + bias_t.
 
     s(x) is the final norm's scale, 1 in a twin; the direction has the norm's gain in it, and is centered where the
-    norm centers x.
+    norm centers x. What all logits are multiplied by (Granite, Cohere) is in directions and biases. Where logits are
+    `capped` after that (a soft cap, as in Gemma 2), these are the ones before.
     """
 
     directions: Float[Tensor, "vocab width"]
     biases: Float[Tensor, " vocab"]
     norm: NormSite | None
+    capped: bool
 
     def scale(self, x: Float[Tensor, "*token width"]) -> Float[Tensor, "*token"]:
         """What the final norm divides each token by."""
@@ -137,9 +139,9 @@ def readout(model: PreTrainedModel, parts: Anatomy) -> Readout:
     from unnorm.sites import affine_parameters, trace_inputs
 
     last = unembedding_name(model)
-    with recorded(model, [parts.final, last]) as record:
-        model(input_ids=trace_inputs(model), use_cache=False)
-    given, read = record[parts.final][1], record[last][0]
+    with recorded(model, [parts.final, last], copies=True) as record:
+        logits = model(input_ids=trace_inputs(model), use_cache=False).logits
+    given, (read, unembedded) = record[parts.final][1], record[last]
     if given.shape != read.shape or not torch.equal(given, read):
         raise UnnormError(
             f"In {type(model).__name__} something lies between '{parts.final}' and the unembedding '{last}', so what "
@@ -149,14 +151,27 @@ def readout(model: PreTrainedModel, parts: Anatomy) -> Readout:
     directions = linear_weight(unembedding)
     own = getattr(unembedding, "bias", None)
     biases = directions.new_zeros(len(directions)) if own is None else own
+    factor = _factor(unembedded, logits)
+    capped = factor is None
+    if factor not in (None, 1.0):
+        directions, biases = factor * directions, factor * biases
     if parts.norm is None:
-        return Readout(directions, biases, None)
+        return Readout(directions, biases, None, capped)
     gain, bias = affine_parameters(model.get_submodule(parts.norm.name), parts.norm)
     biases = biases if bias is None else biases + directions @ bias
     directions = directions * gain
     if parts.norm.centered:
         directions = directions - directions.mean(-1, keepdim=True)
-    return Readout(directions, biases, parts.norm)
+    return Readout(directions, biases, parts.norm, capped)
+
+
+def _factor(unembedded: Float[Tensor, "*token vocab"], logits: Float[Tensor, "*token vocab"]) -> float | None:
+    """The one number that makes logits of what the unembedding gives; None where there is none."""
+    if torch.equal(unembedded, logits.to(unembedded.dtype)):
+        return 1.0
+    before, after = unembedded.double(), logits.double()
+    factor = (before * after).sum() / before.square().sum()
+    return float(factor) if torch.allclose(factor * before, after, rtol=1e-3) else None
 
 
 def attention_patterns(

@@ -26,6 +26,7 @@ from unnorm.analysis.material import Finding, Material, Subject
 from unnorm.norms import linear_weight
 from unnorm.report.numbers import percent, significant
 from unnorm.residual import Part, Writer, parts_of, recorded, split_output
+from unnorm.sites import unembedding_name
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -36,6 +37,7 @@ _READ_LINEARLY = (
     "In the twin these sum to the logit and each is what the logit loses when the part is taken out. In the original a "
     "norm comes between:"
 )
+_BEFORE_SOFT_CAP = " Logits are taken before the model's soft cap."
 _READ_THROUGH_NORMS = "The twin kept its final norm, which comes between in both models:"
 
 
@@ -50,7 +52,8 @@ class Attribution:
             the last part, so one fewer.
         neurons: by layer, those of its MLP's neurons; they sum to its MLP's. Layers whose MLP is not one linear
             projection of neurons are left out.
-        logits: what is attributed.
+        logits: what is attributed: the model's own; before the soft cap, where it has one.
+        capped: whether it has one.
     """
 
     parts: list[Part]
@@ -58,6 +61,7 @@ class Attribution:
     direct_effects: Float[Tensor, "part_less_one batch position"]
     neurons: dict[int, Float[Tensor, "batch position neuron"]]
     logits: Float[Tensor, "batch position"]
+    capped: bool
 
 
 @torch.no_grad()
@@ -66,7 +70,7 @@ def attribute(
 ) -> Attribution:
     """Attribute a logit at each position to the parts of the residual stream, in the model's own dtype.
 
-    The equations are in the head of this file. The logit is the unembedding's output, before any soft cap.
+    The equations are in the head of this file. The logit is the model's, before any soft cap.
 
     Args:
         model: a twin, or a model with norms.
@@ -81,8 +85,10 @@ def attribute(
     last = readout(model, parts)
     end = ids.shape[1] - (targets is None)
     targets = ids[:, 1:] if targets is None else targets
-    with recorded(model, [*(writer.name for writer in parts.writers), parts.final]) as record:
-        model(input_ids=ids, use_cache=False)
+    unembedding = unembedding_name(model)
+    with recorded(model, [*(writer.name for writer in parts.writers), parts.final, unembedding]) as record:
+        logits = model(input_ids=ids, use_cache=False).logits
+    logits = record[unembedding][1] if last.capped else logits
     x = record[parts.final][0].view(*ids.shape, -1)[:, :end]
     direction = last.directions[targets]
     named: list[Part] = []
@@ -102,7 +108,8 @@ def attribute(
         contributions=torch.stack([*(dla for dla, _ in rows), bias]),
         direct_effects=torch.stack([de for _, de in rows]),
         neurons=neurons,
-        logits=(x * direction).sum(-1) / last.scale(x) + bias,
+        logits=logits[:, :end].gather(-1, targets.unsqueeze(-1)).squeeze(-1),
+        capped=last.capped,
     )
 
 
@@ -131,6 +138,7 @@ def find(material: Material) -> Finding:
             f"{_READ_THROUGH_NORMS if material.keeps_final_norm else _READ_LINEARLY} attributions hold only while its "
             "scale is frozen. The map shows how far off that is, as the mean absolute error over the mean absolute "
             "direct effect; 100% is an error as large as the effect itself."
+            f"{_BEFORE_SOFT_CAP if twin['soft_capped'] else ''}"
         ),
         numbers=measured,
         figures={
@@ -188,12 +196,12 @@ def _neurons(
 
 def _measure(subject: Subject, material: Material) -> dict[str, Any]:
     """Sums over the text, batch by batch."""
-    parts, tokens, sum_error, largest = [], 0, 0.0, 0.0
+    parts, tokens, sum_error, largest, capped = [], 0, 0.0, 0.0, False
     totals: dict[str, Any] = {}
     neurons: dict[int, Tensor] = {}
     for ids in material.batches(subject.model.device):
         found = attribute(subject.model, ids)
-        parts, effects = found.parts, found.direct_effects
+        parts, effects, capped = found.parts, found.direct_effects, found.capped
         own = found.contributions[:-1]
         for name, value in {
             "size": found.contributions.abs(), "signed": found.contributions, "miss": (own - effects).abs(),
@@ -208,6 +216,7 @@ def _measure(subject: Subject, material: Material) -> dict[str, Any]:
     return _numbers(subject.anatomy, parts, totals, neurons, tokens) | {
         "sum_error": sum_error,
         "largest_logit": largest,
+        "soft_capped": capped,
         "tokens": tokens,
     }
 
