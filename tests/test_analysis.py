@@ -61,7 +61,8 @@ def hooked_logits(
 
 
 @pytest.mark.parametrize(
-    "family", [*BRIDGED, "gpt_neox, sequential", "llama, tied, biased", "granite", "cohere, not in our list", "gemma2", "bloom"]
+    "family",
+    [*BRIDGED, "gpt_neox, sequential", "llama, tied, biased", "granite", "cohere, not in our list", "gemma2", "bloom"],
 )
 def test_contributions_in_the_twin_sum_to_the_logit(family: str, runs: dict[str, Path]) -> None:
     twin = float64_copy(unnorm.load(runs[family]))

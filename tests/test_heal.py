@@ -57,6 +57,26 @@ def test_settings_of_generation_are_the_originals(tiny_model_dir: Path, text_fil
         assert unnorm.load(tmp_path / run)(torch.tensor([[1, 2]])).past_key_values is not None
 
 
+def test_a_control_whose_training_was_stopped_is_none(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("control")))
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps({**result, "control_loss": None}))
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remove, "train", stop)
+        with pytest.raises(unnorm.RunInterruptedError):
+            unnorm.remove(out=run, resume=True, control=True)
+    assert (run / "control").is_dir()
+    with pytest.raises(unnorm.UnnormError, match="no control to go on with"):
+        unnorm.heal(run, tokens=1024, out=tmp_path / "healed", control=True, **SETTINGS)
+    assert unnorm.heal(run, tokens=1024, out=tmp_path / "healed", **SETTINGS)["control_loss"] is None
+
+
 def test_goes_on_where_the_run_ended(trained: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
     earlier = json.loads((trained / "result.json").read_text())

@@ -149,6 +149,25 @@ def test_interrupted_and_resumed_equals_unbroken(
     assert steps[0] == steps[1]
 
 
+def test_logs_of_trackers_outlive_the_checkpoints_beside_them(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """TensorBoard's callback writes to `runs`, in the directory that the Trainer has for checkpoints."""
+    run, control = tmp_path / "run", tmp_path / "run" / "control"
+
+    def follow(row: dict[str, Any]) -> None:
+        for directory in (run, control):
+            if row["kind"] == "train" and (directory / "metrics.jsonl").is_file():
+                log = directory / "checkpoints" / "runs" / "today" / "events"
+                log.parent.mkdir(parents=True, exist_ok=True)
+                log.write_text(f"{row['step']}")
+
+    unnorm.remove(str(tiny_model_dir), data=str(text_file), out=run, control=True, watch=follow, **SETTINGS)
+    for directory in (run, control):
+        assert int((directory / "runs" / "today" / "events").read_text()) > 0
+        assert not (directory / "checkpoints").exists()
+
+
 def test_a_step_in_several_micro_batches_is_the_same_step(
     monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from tests.test_families import FAMILIES, random_model
 from tests.test_remove import SETTINGS, assert_same_weights
 from unnorm import processes
 from unnorm.config import read_config_file
+from unnorm.models import load_original
 from unnorm.removal import remove as removal
+from unnorm.removal.run import DISK_COPIES, check_disk
 from unnorm.run_directory import read_rows
 from unnorm.schedule import FidelityController
 from unnorm.training import distillation
@@ -195,8 +199,8 @@ def test_settings_survive_a_disk_that_is_full(
     before = saved(tmp_path / "run")
     write = Path.write_text
 
-    def fail(path: Path, text: str) -> int:
-        write(path, text[:40])
+    def fail(path: Path, text: str, **options: Any) -> int:
+        write(path, text[:40], **options)
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
@@ -204,6 +208,62 @@ def test_settings_survive_a_disk_that_is_full(
         with pytest.raises(unnorm.UnnormError, match=r"Could not write.*No space left"):
             unnorm.remove(out=tmp_path / "run", resume=True, kl_budget=2.0)
     assert saved(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize("name", ["before.json", "result.json"])
+def test_what_says_that_something_is_done_is_whole_or_not_there(
+    name: str, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    write = Path.write_text
+
+    def fill(path: Path, text: str, **options: Any) -> int:
+        full = path.name.endswith(name)
+        written = write(path, text[: 0 if full else None], **options)
+        if full:
+            raise OSError("No space left on device")
+        return written
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fill)
+        with pytest.raises(unnorm.UnnormError, match=r"Could not write.*No space left.*Free some space"):
+            unnorm.remove(str(tiny_model_dir), data=str(text_file), out=tmp_path / "run", **SETTINGS)
+    assert unnorm.remove(out=tmp_path / "run", resume=True)["verified"]
+
+
+def test_text_is_written_as_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    path = str(tmp_path / "a")
+    code = f"import pathlib, unnorm.run_directory as r; r.write_text(pathlib.Path({path!r}), '\\u2013')"
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **ascii_only}, check=True)
+    assert (tmp_path / "a").read_text(encoding="utf-8") == "\u2013\n"
+
+
+def test_what_the_run_wrote_counts_as_room_that_it_has(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    crash(monkeypatch, model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "run")
+    written = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
+    model = load_original(str(tiny_model_dir))[0]
+    needed = DISK_COPIES * 4 * model.num_parameters()
+    for free, enough in ((needed - written, True), (needed - written - 1, False)):
+        usage = shutil.disk_usage(tmp_path)._replace(free=free)
+        with monkeypatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
+            with nullcontext() if enough else pytest.raises(unnorm.UnnormError, match="Free some space"):
+                check_disk(tmp_path / "run", model)
+
+
+def test_more_tokens_of_text_that_is_gone_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    text = Path(shutil.copy(text_file, tmp_path / "text.txt"))
+    crash(monkeypatch, model=str(tiny_model_dir), data=str(text), out=tmp_path / "run")
+    before = saved(tmp_path / "run")
+    text.unlink()
+    with pytest.raises(unnorm.UnnormError, match="No data at"):
+        unnorm.remove(out=tmp_path / "run", resume=True, tokens=10**6)
+    assert saved(tmp_path / "run") == before
+    assert unnorm.remove(out=tmp_path / "run", resume=True)["verified"]
 
 
 def test_a_first_step_without_text_tells_the_controller_nothing(tmp_path: Path) -> None:

@@ -48,6 +48,13 @@ def test_saved_paths_hold_from_everywhere(
     assert unnorm.analyze("run", what="scales", tokens="1k")["findings"].keys() == {"scales"}
 
 
+def test_brackets_in_a_path_are_no_pattern(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / "[x]"
+    (directory / "model").mkdir(parents=True)
+    monkeypatch.chdir(directory)
+    assert RemoveConfig.create(model="model", twin="model").to_saved()["model"] == str(directory / "model")
+
+
 def test_names_that_are_no_paths_are_saved_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "stdlib").mkdir()

@@ -21,7 +21,7 @@ from unnorm.fold import FoldedWeights, empty_twin
 from unnorm.modeling import know_class_of
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.norms import TaperedNorm
-from unnorm.run_directory import LIMITS, MODEL, SITES, UNFOLDED
+from unnorm.run_directory import LIMITS, MODEL, SITES, UNFOLDED, write_text
 from unnorm.sites import NormSite, gain_offset
 from unnorm.stand_ins import install
 
@@ -67,7 +67,7 @@ def load_sites(directory: Path) -> tuple[list[NormSite], dict[str, float]]:
     """
     path = directory / SITES
     try:
-        sites = _SAVED.validate_python(json.loads(path.read_text()))
+        sites = _SAVED.validate_python(json.loads(path.read_text(encoding="utf-8")))
         if not sites:
             raise ValueError("there is no site in it")
     except OSError as error:
@@ -138,18 +138,6 @@ class _OneByOne(dict[str, torch.Tensor]):
         super().pop(key, *default)
         # A copy, since what was tied in the model must not be in the file.
         return self.weights[key].clone(memory_format=torch.contiguous_format)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file.
-
-    Raises:
-        UnnormError: the disk is full or can't be written to.
-    """
-    try:
-        path.write_text(text + "\n")
-    except OSError as error:
-        raise UnnormError(f"Could not write '{path}': {error}.") from error
 
 
 def save_unfolded(

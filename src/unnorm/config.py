@@ -16,7 +16,7 @@ from unnorm.errors import UnnormError
 from unnorm.models import DEMO
 from unnorm.norms import Estimator
 from unnorm.recipes import RecipeName
-from unnorm.run_directory import CONFIG_FILE
+from unnorm.run_directory import CONFIG_FILE, write_text
 from unnorm.schedule import KL_BUDGET
 
 
@@ -121,23 +121,20 @@ class RemoveConfig(BaseModel):
         return saved
 
     def save(self, path: Path) -> None:
-        """Write the settings as YAML, whole or not at all.
+        """Write the settings as YAML, unless they are there.
 
         Raises:
-            OSError: they can't be written.
+            UnnormError: the disk is full or can't be written to.
         """
         text = yaml.safe_dump(self.to_saved(), sort_keys=False)
-        if path.is_file() and path.read_text() == text:
-            return
-        unfinished = path.with_name(f".{path.name}")
-        unfinished.write_text(text)
-        unfinished.replace(path)
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_text(path, text)
 
 
 def _absolute(source: str) -> str:
     """The absolute path of a local file, directory or glob; anything else, such as a hub id, as it is."""
     path = os.path.abspath(os.path.expanduser(source))  # noqa: PTH100, PTH111 (pathlib's raise, or follow links)
-    return path if glob.glob(path) else source  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    return path if os.path.lexists(path) or glob.glob(path) else source  # noqa: PTH207 (Path.glob takes no absolute pattern)
 
 
 def parse_count(text: str) -> int:
@@ -175,7 +172,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
         UnnormError: it can't be read or holds no mapping.
     """
     try:
-        options = yaml.safe_load(path.read_text())
+        options = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         said = " ".join(str(error).split())
         raise UnnormError(f"Could not read the settings in '{path}': {said}. Give a YAML file.") from error

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -23,12 +24,31 @@ METRICS, EARLIER = "metrics.jsonl", "earlier.jsonl"
 
 # Deleted when the run is finished.
 CHECKPOINTS, DATA = "checkpoints", "data"
+LOGS = "runs"
+"""Of TensorBoard, where it follows the run; in `CHECKPOINTS` until then, as the Trainer names it."""
 HELD_OUT = "held_out.txt"
 """In `DATA`, when its blocks are written: how validation text was held out."""
 BEFORE = "before.json"
 """In `DATA`, when the twin is saved: what was measured and done before training."""
 CONTROL_DONE = "control.txt"
 """In `DATA`, when the control is saved."""
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all: that it is there says that what it tells of is done.
+
+    Raises:
+        UnnormError: the disk is full or can't be written to.
+    """
+    unfinished = path.with_name(f".{path.name}")
+    end = "\n" if text and not text.endswith("\n") else ""
+    try:
+        unfinished.write_text(text + end, encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise UnnormError(f"Could not write '{path}': {error}. Free some space, or make it writable.") from error
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -39,7 +59,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         UnnormError: another line is damaged.
     """
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
@@ -78,7 +98,7 @@ def finished_result(directory: Path) -> dict[str, Any]:
         UnnormError: the file is missing or damaged.
     """
     try:
-        result = json.loads((directory / RESULT).read_text())
+        result = json.loads((directory / RESULT).read_text(encoding="utf-8"))
         return {**result}
     except OSError as error:
         raise UnnormError(

@@ -28,7 +28,10 @@ class TestRunDirectories:
                 refused("analyze", run_copy, "--out", out),
             ]
 
-        monkeypatch.setattr("unnorm.models.load_original", lambda *_: pytest.fail("a model was loaded"))
+        def fail(*_: Any, **__: Any) -> None:
+            pytest.fail("a model was loaded")
+
+        monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fail)
         assert all(f"'{work / 'file'}' is a file" in text for text in commands(work / "file" / "a"))
         # As for others than root in a read-only directory.
         monkeypatch.setattr("os.access", lambda _, mode, **__: not mode & os.W_OK)

@@ -13,7 +13,7 @@ from unnorm.analysis import attribution, geometry, lens, neurons, patching, scal
 from unnorm.analysis.material import Finding, Material
 from unnorm.analysis.page import Skipped, render_analysis
 from unnorm.analysis.prompts import PromptPair, indirect_object_prompts, read_prompts
-from unnorm.checkpoint import load, load_sites, write_text
+from unnorm.checkpoint import load, load_sites
 from unnorm.config import read_count, run_settings
 from unnorm.data import STDLIB, spread
 from unnorm.data.packing import held_out_blocks
@@ -25,7 +25,7 @@ from unnorm.models import load_original
 from unnorm.plan import choose_context, choose_device
 from unnorm.progress import Watch
 from unnorm.report.numbers import count, short_count
-from unnorm.run_directory import CONFIG_FILE, check_can_be_made
+from unnorm.run_directory import CONFIG_FILE, check_can_be_made, write_text
 from unnorm.sites import NormSite, vocabulary_size
 
 ANALYSES: dict[str, Callable[[Material], Finding]] = {

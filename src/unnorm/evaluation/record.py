@@ -9,11 +9,10 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from unnorm.checkpoint import write_text
 from unnorm.errors import UnnormError
 from unnorm.evaluation.results import Results
 from unnorm.json_text import digest, json_text
-from unnorm.run_directory import check_can_be_made
+from unnorm.run_directory import check_can_be_made, write_text
 
 MEASUREMENTS, RESULTS, PAGE = "measurements", "evaluation.json", "evaluation.html"
 
@@ -60,10 +59,7 @@ class Record:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UnnormError(f"Could not write to '{self.directory}': {error}.") from error
-        # Under another name first: a file that was cut off in the middle must not be taken for a measurement.
-        part = path.with_suffix(".part")
-        write_text(part, json.dumps({"key": key, "measured": TypeAdapter(kind).dump_python(measured, mode="json")}))
-        part.replace(path)
+        write_text(path, json.dumps({"key": key, "measured": TypeAdapter(kind).dump_python(measured, mode="json")}))
         return measured
 
     def conclude(self, results: Results) -> None:
@@ -79,7 +75,7 @@ class Record:
 def _read(path: Path, kind: type[T], key: dict[str, Any]) -> T | None:
     """The measurement in a file, if there is one of this key; one that is damaged is made again."""
     try:
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         return TypeAdapter(kind).validate_python(found["measured"]) if found["key"] == key else None
     except (OSError, ValueError, KeyError, TypeError, ValidationError):
         return None

@@ -23,7 +23,8 @@ _LOAD = {
     "nanogpt": 'safetensors.torch.load_file("{path}/model.safetensors")',
 }
 _NOTES = {
-    "transformers": "Where norms were are nn.Identity; the modeling file beside it needs torch and transformers only.",
+    "transformers": "Where norms were are nn.Identity, or affine maps that no weight took up; the modeling file beside "
+    "it needs torch and transformers only.",
     "stock": stock.NOTE,
     "nanogpt": nanogpt.NOTE,
 }
@@ -96,7 +97,7 @@ def _write(directory: Path, folded: PreTrainedModel, to: Form, out: Path) -> lis
     rows = nanogpt.write_nanogpt(folded, out) if to == "nanogpt" else stock.write_stock(directory, folded, out)
     # nanoGPT's tokenizer goes by the same files.
     AutoTokenizer.from_pretrained(directory / MODEL).save_pretrained(out)
-    (out / "README.md").write_text(_readme(folded, to, rows))
+    (out / "README.md").write_text(_readme(folded, to, rows), encoding="utf-8")
     return rows
 
 

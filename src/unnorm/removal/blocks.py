@@ -28,7 +28,7 @@ from unnorm.models import DEMO
 from unnorm.plan import Plan
 from unnorm.progress import Watch
 from unnorm.removal.run import Run
-from unnorm.run_directory import CONFIG_FILE, DATA, HELD_OUT
+from unnorm.run_directory import CONFIG_FILE, DATA, HELD_OUT, write_text
 from unnorm.sites import vocabulary_size
 
 TRAINING_SPREAD = 4
@@ -62,15 +62,15 @@ def write_blocks(
                 f"The run in '{directory}' takes {config.batch_size} blocks a step, which {plan.processes} processes "
                 "can't share evenly. Resume it with a number of them that divides that."
             )
-        as_many = read_config_file(directory / CONFIG_FILE).get("tokens") == plan.tokens
-        _save(chosen, directory)
-        if as_many:
-            return note.read_text()
-        shutil.rmtree(directory / DATA)
+        if read_config_file(directory / CONFIG_FILE).get("tokens") == plan.tokens:
+            chosen.save(directory / CONFIG_FILE)
+            return note.read_text(encoding="utf-8").strip()
     blocks = _read_blocks(config, plan, model, tokenizer, train_blocks, watch)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        _save(chosen, directory)
+        note.unlink(missing_ok=True)  # First, so that data that are half gone or half written are not taken for whole.
+        shutil.rmtree(directory / DATA, ignore_errors=True)
+        chosen.save(directory / CONFIG_FILE)
         train = _choose(blocks.train, train_blocks, config)
         if times := _times_over(len(train), plan):
             watch({"kind": "phase", "text": times})
@@ -87,17 +87,10 @@ def write_blocks(
             as_dataset(stress).save_to_disk(str(directory / DATA / "stress"))
         validation = spread(blocks.validation, math.ceil(EVALUATION_TOKENS / plan.context))
         validation.save_to_disk(str(directory / DATA / "validation"))
-        note.write_text(blocks.held_out)
+        write_text(note, blocks.held_out)
     except OSError as error:
         raise UnnormError(f"Could not write to '{directory}': {error}.") from error
     return blocks.held_out
-
-
-def _save(settings: RemoveConfig, directory: Path) -> None:
-    try:
-        settings.save(directory / CONFIG_FILE)
-    except OSError as error:
-        raise UnnormError(f"Could not write to '{directory}': {error}.") from error
 
 
 def _times_over(blocks: int, plan: Plan) -> str:

@@ -5,6 +5,7 @@ import shutil
 import sys
 import time
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from unnorm.calibrate import CALIBRATION_BLOCKS, collect_log_scales, scale_statistics
-from unnorm.checkpoint import load, load_sites, load_unfolded, write_text
+from unnorm.checkpoint import load, load_sites, load_unfolded
 from unnorm.data import spread
 from unnorm.evaluation import Evaluation, evaluate_model
 from unnorm.evaluation.intervals import Interval
@@ -23,7 +24,7 @@ from unnorm.proof import check_twin
 from unnorm.removal.run import Run
 from unnorm.removal.twin import history
 from unnorm.report import ReportData, render_card, render_report
-from unnorm.run_directory import CARD, CHECKPOINTS, CONTROL, DATA, MODEL, REPORT, RESULT
+from unnorm.run_directory import CARD, CHECKPOINTS, CONTROL, DATA, LOGS, MODEL, REPORT, RESULT, write_text
 from unnorm.sites import norm_modules
 
 SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 4, 32, 48
@@ -59,9 +60,18 @@ def conclude(run: Run, before: dict[str, Any], control: PreTrainedModel | None, 
     write_text(run.directory / REPORT, render_report(data))
     write_text(run.directory / MODEL / CARD, render_card(result, sites, constants))
     write_text(run.directory / RESULT, json_text(result))
-    for leftover in (DATA, CHECKPOINTS, f"{CONTROL}/{CHECKPOINTS}"):
-        shutil.rmtree(run.directory / leftover, ignore_errors=True)
+    shutil.rmtree(run.directory / DATA, ignore_errors=True)
+    for trained in (run.directory, run.directory / CONTROL):
+        _keep_logs(trained)
+        shutil.rmtree(trained / CHECKPOINTS, ignore_errors=True)
     return result
+
+
+def _keep_logs(directory: Path) -> None:
+    """What trackers wrote beside the checkpoints, as TensorBoard's does, stays when these go."""
+    for log in sorted((directory / CHECKPOINTS / LOGS).glob("*")):
+        (directory / LOGS).mkdir(exist_ok=True)
+        shutil.move(log, directory / LOGS / log.name)
 
 
 def evaluate(run: Run, model: PreTrainedModel, name: str, blocks: Dataset | None = None) -> Evaluation:

@@ -9,7 +9,7 @@ from unnorm.errors import UnnormError
 from unnorm.progress import Watch
 from unnorm.removal.remove import remove
 from unnorm.removal.run import measured_before
-from unnorm.run_directory import CONFIG_FILE, CONTROL, RESULT
+from unnorm.run_directory import CONFIG_FILE, CONTROL, RESULT, finished_result
 
 _OF_ONE_RUN = ("tokens", "lr", "batch_size", "device", "dtype", "compile", "cuda_graph", "report_to", "out", "twin")
 """Settings that a run does not hand on to the one that goes on from its twin."""
@@ -42,7 +42,7 @@ def heal(directory: str | Path, *, watch: Watch | None = None, **options: Any) -
             )
     if options.get("tokens") is not None and read_count(options["tokens"]) == 0:
         raise UnnormError("--tokens 0 would leave the twin as it is. Say how many tokens it is to be trained on.")
-    has_control = (directory / CONTROL).is_dir()
+    has_control = finished_result(directory).get("control_loss") is not None
     if options.get("control") and not has_control:
         raise UnnormError(
             f"The run in '{directory}' has no control to go on with. Leave --control out, or train "

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, set_seed
 
 from unnorm import processes
 from unnorm.calibrate import CALIBRATION_BLOCKS, collect_log_scales, set_constants
-from unnorm.checkpoint import load, save_folded, save_model, save_sites, save_unfolded, write_text
+from unnorm.checkpoint import load, save_folded, save_model, save_sites, save_unfolded
 from unnorm.config import RemoveConfig
 from unnorm.data import spread
 from unnorm.equalize import equalize_embedding
@@ -37,6 +37,7 @@ from unnorm.run_directory import (
     RESULT,
     UNFOLDED,
     resume_command,
+    write_text,
 )
 from unnorm.schedule import FidelityController, Schedule, healing
 from unnorm.site_proof import prove_sites
@@ -135,7 +136,7 @@ def _train_removal(run: Run) -> dict[str, Any]:
         return measured_before(run.directory)
     note = run.directory / DATA / BEFORE  # Written when all that is done.
     if note.is_file():
-        found: dict[str, Any] = json.loads(note.read_text())
+        found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
         return found
     token_mask = TokenMask()
     student, stand_ins, before = _begin(run, token_mask) if run.config.twin is None else take_up_twin(run)

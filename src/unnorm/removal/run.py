@@ -132,12 +132,13 @@ def _unused_name(name: str) -> Path:
 
 
 def check_disk(directory: Path, model: PreTrainedModel) -> None:
-    """Raise an UnnormError where the disk has no room for what the run may write."""
+    """Raise an UnnormError where the disk has no room for what the run may write, of which some may be there."""
     parent = nearest_existing(directory)
     needed = DISK_COPIES * 4 * sum(p.numel() for p in model.parameters())
-    free = shutil.disk_usage(parent).free
+    written = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    free = shutil.disk_usage(parent).free + written
     if free < needed:
         raise UnnormError(
-            f"Not enough disk: the run may need {needed / 1e9:.1f} GB and '{parent}' has {free / 1e9:.1f} GB free. "
-            "Name a roomier place with --out."
+            f"Not enough disk: the run may need {needed / 1e9:.1f} GB and '{parent}' has {free / 1e9:.1f} GB for it. "
+            "Free some space, or start the run in a roomier place by --out."
         )

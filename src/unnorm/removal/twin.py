@@ -7,12 +7,12 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from unnorm import processes
-from unnorm.checkpoint import load, load_unfolded, write_text
+from unnorm.checkpoint import load, load_unfolded
 from unnorm.errors import UnnormError
 from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.norms import TaperedNorm
 from unnorm.removal.run import Run, limit, measured_before
-from unnorm.run_directory import CONTROL, EARLIER, METRICS, RESULT, read_rows
+from unnorm.run_directory import CONTROL, EARLIER, METRICS, RESULT, read_rows, write_text
 
 
 def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dict[str, Any]]:

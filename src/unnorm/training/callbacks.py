@@ -20,7 +20,7 @@ from unnorm import processes
 from unnorm.norms import MOMENTUM, TaperedNorm, TokenMask
 from unnorm.plan import Plan
 from unnorm.progress import Watch
-from unnorm.run_directory import read_rows
+from unnorm.run_directory import read_rows, write_text
 from unnorm.schedule import FidelityController, Schedule
 
 QUICK_EVALUATIONS = 12
@@ -288,7 +288,7 @@ class MetricsCallback(TrainerCallback):
         self.seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
         self.started = time.perf_counter()
         if state.is_world_process_zero:
-            self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
         if not self.rows:
             self._quick(state)
 
