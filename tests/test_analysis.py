@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from unnorm.analysis.lens import lens
 from unnorm.analysis.material import Material, float64_copy
 from unnorm.analysis.neurons import ablate, output_weights
 from unnorm.analysis.patching import patch
-from unnorm.analysis.prompts import PromptPair, by_length, indirect_object_prompts
+from unnorm.analysis.prompts import PromptPair, by_length, indirect_object_prompts, read_prompts
 from unnorm.analysis.scales import log_scales
 from unnorm.analysis.sinks import sinks
 from unnorm.checkpoint import load_sites
@@ -465,7 +466,7 @@ def test_from_python(finished_run: Path, tiny_model_dir: Path, tmp_path: Path) -
 
 BAD_PROMPTS = {
     "fields": ('{"clean": "a", "corrupt": "b"}', "has not the fields clean, corrupted, answer, wrong_answer"),
-    "json": ("a, b", "is no JSON"),
+    "json": ("\n\na, b", "Line 3 of"),
     "list": ('["a"]', "has not the fields"),
     "empty": ("\n", "is empty"),
     "lengths": (
@@ -486,6 +487,15 @@ def test_bad_prompts_are_refused(wrong: str, finished_run: Path, tmp_path: Path,
     done = cli("analyze", finished_run, "--prompts", tmp_path / "prompts.jsonl", "--out", tmp_path / "out")
     assert done.code == 2 and message in done.err and "Traceback" not in done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_only_python_takes_for_the_end_of_a_line_may_be_in_a_prompt(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    pair = replace(PAIRS[0], clean=f"\u2028{PAIRS[0].clean}", corrupted=f"\u2028{PAIRS[0].corrupted}")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(asdict(pair), ensure_ascii=False), encoding="utf-8")
+    assert read_prompts(path, tiny_tokenizer) == [pair]
 
 
 def test_bad_input_is_refused(

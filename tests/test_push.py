@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -170,6 +171,19 @@ class TestCard:
         assert "`transformer.ln_f` | LayerNorm | `lm_head`" in text
         assert "trust_remote_code=True" in text and "Nothing bounds the residual stream" in text
         assert str(finished_run.parent) not in text  # a card is read elsewhere
+
+    def test_maps_that_stayed_as_modules_are_not_said_to_be_folded(
+        self, finished_run: Path, result: dict[str, Any]
+    ) -> None:
+        sites, constants = load_sites(finished_run)
+        some = [replace(site, folds_into="in place") if number < 2 else site for number, site in enumerate(sites)]
+        text = " ".join(render_card(result, some, constants).split())
+        assert "folded into the weights beside it; 2 of the maps stay as modules of their own." in text
+        assert "plain sum" not in text and "Nothing in it divides by the length of a token's vector" in text
+        every = [replace(site, folds_into="in place") for site in sites]
+        text = " ".join(render_card(result, every, constants).split())
+        assert "left as a module of its own." in text and "folded into the weights" not in text
+        assert "plain sum that every layer" in render_card(result, sites, constants)
 
     def test_hub_names_are_linked(self, finished_run: Path, result: dict[str, Any]) -> None:
         named = result | {"model": "openai-community/gpt2", "data": "Skylion007/openwebtext:plain", "tokens": 2_000_000}

@@ -415,8 +415,8 @@ _ANALYZED = (
     ("{}.mean_share", "sinks", "share of attention on position 0, mean of heads", ".1%"),
     ("{}.longest_over_median", "sinks", "longest residual vector over the median", ".2f"),
     ("{}.entropy_neurons.mean_abs_entropy", "neurons", "entropy neurons ablated: entropy, nats", ".2e"),
-    ("{}.entropy_neurons.mean_loss", "neurons", "entropy neurons ablated: loss, nats", "+.2e"),
     ("{}.entropy_neurons.mean_abs_entropy_through_norm", "neurons", "the part of it through the final norm", ".2e"),
+    ("{}.entropy_neurons.mean_loss", "neurons", "entropy neurons ablated: loss, nats", "+.2e"),
     ("{}.random_neurons.mean_abs_entropy", "neurons", "random neurons ablated: entropy, nats", ".2e"),
     ("{}.mean_forms_at", "lens", "depth at which predictions form, mean", ".2f"),
 )

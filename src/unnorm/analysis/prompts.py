@@ -92,17 +92,18 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[PromptP
         twice.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Not by splitlines(), which cuts at characters that JSON may hold.
+        lines = {n: line for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1) if line.strip()}
     except (OSError, UnicodeDecodeError) as error:
         raise UnnormError(f"Could not read the prompts in '{path}': {short(error)}. Give a JSONL file.") from error
     if not lines:
         raise UnnormError(f"'{path}' is empty: there are no prompts in it. {_FORM}")
-    pairs = [_parsed(path, number, line) for number, line in enumerate(lines, start=1)]
-    for number, pair in enumerate(pairs, start=1):
+    pairs = {number: _parsed(path, number, line) for number, line in lines.items()}
+    for number, pair in pairs.items():
         problem = problem_with(pair, tokenizer)
         if problem:
             raise UnnormError(f"Line {number} of '{path}' can't be used: {problem}. {_FORM}")
-    return pairs
+    return list(pairs.values())
 
 
 def one_token(tokenizer: PreTrainedTokenizerBase, before: str, word: str) -> bool:

@@ -37,9 +37,12 @@ def render_card(
     """
     from jinja2 import Environment, StrictUndefined
 
+    in_place = sum(site.folds_into == "in place" for site in sites)
     values = {
         **{key: result[key] for key in ("sites", "recipe", "held_out", "norm_modules_left")},
         "kept": result["norm_modules_left"],
+        "in_place": in_place,
+        "folded": _folded(in_place, len(sites), bool(result["norm_modules_left"])),
         "limited": result.get("limited_neurons"),
         "norms": result["sites"] + result["norm_modules_left"],
         **{key: _published(str(result[key])) for key in ("model", "data")},
@@ -86,6 +89,14 @@ def front_matter(result: Mapping[str, Any]) -> dict[str, Any]:
     return (
         named | {"model-index": [{"name": f"{_name(result)} without norms", "results": [entry]}]} if metrics else named
     )
+
+
+def _folded(in_place: int, sites: int, several: bool) -> str:
+    """Where the maps are now."""
+    if in_place and in_place == sites:
+        return f"left as {'modules of their own' if several else 'a module of its own'}"
+    folded = f"folded into the weights beside {'them' if several else 'it'}"
+    return f"{folded}; {in_place} of the maps stay as modules of their own" if in_place else folded
 
 
 def _name(result: Mapping[str, Any]) -> str:
