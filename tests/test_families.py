@@ -14,13 +14,17 @@ import torch
 import transformers as hf
 from hypothesis import given, settings, strategies
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 import unnorm
 from tests.conftest import Cli
 from unnorm.analysis.material import float64_copy
+from unnorm.checkpoint import load_unfolded, save_sites, save_unfolded
 from unnorm.errors import UnnormError
 from unnorm.fold import fold
+from unnorm.models import copy_model
 from unnorm.proof import check_twin
+from unnorm.residual import residual_writers
 from unnorm.site_proof import prove_sites
 from unnorm.sites import NormSite, find_sites, norm_modules, trace_inputs, value_features
 from unnorm.stand_ins import install
@@ -168,6 +172,24 @@ FAMILIES |= {
         ),
         5,
     ),
+    "zamba, not in our list": (
+        lambda: hf.ZambaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            attention_hidden_size=64,
+            intermediate_size=48,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            attention_head_dim=16,
+            n_mamba_heads=2,
+            mamba_d_state=8,
+            mamba_dt_rank=8,
+            layers_block_type=["mamba", "hybrid"] * 2,
+            **IDS,
+        ),
+        9,
+    ),
     "gpt-oss": (lambda: hf.GptOssConfig(**GROUPED, head_dim=8, num_local_experts=4), 5),
 }
 IN_PLACE: dict[str, Make] = {
@@ -178,6 +200,26 @@ IN_PLACE: dict[str, Make] = {
     ),
     "granite moe, not in our list": lambda: hf.GraniteMoeConfig(**GROUPED, num_local_experts=4),
     "phimoe, not in our list": lambda: hf.PhimoeConfig(**GROUPED, num_local_experts=4),
+    "dbrx, not in our list": lambda: hf.DbrxConfig(
+        vocab_size=64,
+        d_model=32,
+        n_heads=4,
+        n_layers=2,
+        max_seq_len=64,
+        ffn_config={"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2},
+        attn_config={"kv_n_heads": 2, "clip_qkv": 0.5, "rope_theta": 10000.0},
+        **IDS,
+    ),
+    "jamba, not in our list": lambda: hf.JambaConfig(
+        **GROUPED,
+        num_experts=4,
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        expert_layer_period=2,
+        expert_layer_offset=0,
+        mamba_d_state=8,
+        mamba_dt_rank=8,
+    ),
     "deepseek v3, router in float32": lambda: hf.DeepseekV3Config(**DEEPSEEK),
 }
 
@@ -392,7 +434,7 @@ def test_buffers_that_no_checkpoint_has_are_computed_when_a_twin_loads(tmp_path:
 @pytest.mark.parametrize("family", IN_PLACE)
 def test_what_folds_into_no_weight_is_refused_or_stays_as_an_affine_map(family: str) -> None:
     model = random_model(IN_PLACE[family])
-    with pytest.raises(UnnormError, match=r"norm 'model[.\w]*norm\w*'.*--in-place"):
+    with pytest.raises(UnnormError, match=r"norm '(model|transformer)[.\w]*norm\w*'.*--in-place"):
         find_sites(model)
     sites = find_sites(model, in_place=True)
     assert prove_sites(model, sites) < 1e-8
@@ -449,6 +491,62 @@ def test_kept_norms_stay_and_are_counted(
     assert "in which 5 of 9 norms became fixed affine maps" in card and "one of the 4 that were kept" in card
     assert "no normalization layers" not in card and "every layer" not in card
     assert "of 9 norm sites" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_norms_with_a_gain_for_each_head_may_be_kept() -> None:
+    model = random_model(lambda: hf.CohereConfig(**GROUPED, use_qk_norm=True))
+    with pytest.raises(UnnormError, match=r"q_norm.*With --keep"):
+        prove_sites(model, find_sites(model))
+    sites = find_sites(model, keep="[qk]_norm$")
+    assert prove_sites(model, sites) < 1e-10
+    twin, _, _ = removed_twin(model, sites)
+    assert len(twin.config.kept_norms) == 4
+
+
+def test_norms_that_are_no_modules_are_named_where_others_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = GPT2MLP.forward
+    monkeypatch.setattr(GPT2MLP, "forward", lambda self, x: torch.nn.functional.rms_norm(forward(self, x), [32]))
+    model = random_model(FAMILIES["gpt2"][0])
+    sites = find_sites(model, keep="ln_f")
+    twin, _, _ = removed_twin(model, sites)
+    row = check_twin(twin, model, sites)[0]
+    assert "kept: transformer.ln_f; left too" in row.detail and "transformer.h.0.mlp" in row.detail
+
+
+def test_an_mlp_in_a_layer_that_is_called_after_attention_is_none() -> None:
+    model = random_model(IN_PLACE["jamba, not in our list"])
+    writers = residual_writers(model, "model.final_layernorm")
+    assert writers is not None
+    kinds = {writer.name: (writer.kind, writer.heads) for writer in writers}
+    assert kinds["model.layers.1.feed_forward.down_proj"] == ("mlp", 0)
+    assert kinds["model.layers.1.self_attn.o_proj"] == ("attention", 4)
+    roles = {site.name: site.role for site in find_sites(model, in_place=True)}
+    assert (roles["model.layers.1.input_layernorm"], roles["model.layers.1.pre_ff_layernorm"]) == ("attention", "mlp")
+
+
+def test_what_layers_share_is_saved_of_each_where_the_unembedding_is_untied(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """As equalizing leaves a model: transformers then ties nothing at all when it loads it."""
+    model = random_model(FAMILIES["zamba, not in our list"][0])
+    student, sites = copy_model(model), find_sites(model)
+    stand_ins = install(student, sites)
+    student.get_output_embeddings().weight = torch.nn.Parameter(student.get_output_embeddings().weight.detach().clone())
+    student.config.tie_word_embeddings = False
+    save_unfolded(student, model, sites, tiny_tokenizer, tmp_path / "unfolded")
+    save_sites(tmp_path, sites, {site.name: 1.0 for site in sites})
+    for stand_in in stand_ins.values():
+        stand_in.removed = True
+    ids = trace_inputs(model, 2, 12)
+    torch.testing.assert_close(load_unfolded(tmp_path)(input_ids=ids).logits, student(input_ids=ids).logits)
+
+
+def test_norms_that_share_their_gain_are_trained_as_one() -> None:
+    """Those of Zamba's layers; what is saved would else be that of the first."""
+    stand_ins = install(model := random_model(FAMILIES["zamba, not in our list"][0]), find_sites(model))
+    first, second = (stand_ins[f"model.layers.{layer}.shared_transf.input_layernorm"] for layer in (1, 3))
+    assert first is not second and first.gain is second.gain
+    assert first.gain is not stand_ins["model.layers.1.shared_transf.pre_ff_layernorm"].gain
 
 
 def test_gated_norms_may_be_kept() -> None:

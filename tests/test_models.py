@@ -84,6 +84,8 @@ def test_as_much_context_as_a_family_says() -> None:
     sizes = {"vocab_size": 64, "hidden_size": 32, "n_layer": 1, "n_head": 4}
     assert context_length(random_model(lambda: hf.BloomConfig(**sizes, seq_length=2048))) == 2048
     assert context_length(random_model(lambda: hf.BloomConfig(**sizes))) == 1024
+    mpt = hf.MptConfig(vocab_size=64, d_model=32, n_layers=1, n_heads=4, max_seq_len=64)
+    assert context_length(random_model(lambda: mpt)) == 64
 
 
 def test_few_blocks_at_once_where_the_vocabulary_is_large() -> None:

@@ -64,9 +64,14 @@ def crash(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
             unnorm.remove(**SETTINGS, **options)
 
 
-@pytest.mark.parametrize("family", ["gpt_neox, sequential", "mixtral"])
+@pytest.mark.parametrize(
+    ("family", "recipe"),
+    # Some of the last one's layers share their norms; they spike too often here for a taper that steps back.
+    [("gpt_neox, sequential", "taper"), ("mixtral", "taper"), ("zamba, not in our list", "tapernorm")],
+)
 def test_all_weights_come_back_whatever_the_hub_calls_them(
     family: str,
+    recipe: str,
     monkeypatch: pytest.MonkeyPatch,
     tiny_tokenizer: PreTrainedTokenizerFast,
     text_file: Path,
@@ -77,7 +82,7 @@ def test_all_weights_come_back_whatever_the_hub_calls_them(
     random_model(lambda: config).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
     options: dict[str, Any] = {**SETTINGS, "context": 32, "batch_size": 8, "tokens": 20 * 256, "kl_budget": 100}
-    options |= {"model": str(tmp_path / "model"), "data": str(text_file), "control": True}
+    options |= {"model": str(tmp_path / "model"), "data": str(text_file), "control": True, "recipe": recipe}
     unnorm.remove(out=tmp_path / "unbroken", **options)
     with monkeypatch.context() as patch:
         stop_at(14, patch)

@@ -189,11 +189,22 @@ def _stock(model: PreTrainedModel, original: PreTrainedModel, sites: Sequence[No
             del weights[key]
         offset = gain_offset(original.get_submodule(site.name), site)
         weights |= _norm_weights(site.name, stand_in, offset, plain)
+    if not stock.config.tie_word_embeddings:  # Nothing at all is tied then, when it is loaded again.
+        weights = _none_shared(weights)
     # Its weights are the model's own, not copies.
     stock.load_state_dict(weights, assign=True)
     stock.tie_weights()
     stock.generation_config = model.generation_config
     return stock
+
+
+def _none_shared(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies of those that are others of them under another name, as in Zamba, which would not be written."""
+    first: dict[int, str] = {}
+    return {
+        key: weight if first.setdefault(weight.data_ptr(), key) == key else weight.clone()
+        for key, weight in weights.items()
+    }
 
 
 def load_trained(directory: Path) -> tuple[PreTrainedModel, list[NormSite], dict[str, float]]:

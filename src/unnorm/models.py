@@ -75,7 +75,8 @@ def load_original(model: str, trust_remote_code: bool = False) -> tuple[PreTrain
 def context_length(model: PreTrainedModel) -> int:
     """Most tokens that the model takes at once, or was trained on (BLOOM), or 1024 where its config does not say."""
     config = model.config.get_text_config()
-    return int(getattr(config, "max_position_embeddings", None) or getattr(config, "seq_length", None) or 1024)
+    names = ("max_position_embeddings", "seq_length", "max_seq_len")
+    return int(next(filter(None, (getattr(config, name, None) for name in names)), 1024))
 
 
 def blocks_at_once(model: PreTrainedModel, length: int, most: int) -> int:

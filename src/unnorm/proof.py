@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from unnorm.blockwise import float64_logits, in_float64
 from unnorm.checkpoint import load, load_sites, load_unfolded
+from unnorm.errors import first_few
 from unnorm.fold import FoldedWeights, empty_twin
 from unnorm.norms import linear_weight
 from unnorm.reading import read_weight
@@ -67,7 +68,7 @@ def check_twin(twin: PreTrainedModel, unfolded: PreTrainedModel, sites: Sequence
     ids = trace_inputs(twin, *_PROBE_SHAPE)
     norm_free = [_no_norm_modules(twin), _no_norm_operations(twin, ids)]
     return [
-        *([_only_kept_norms(twin)] if twin.config.kept_norms else norm_free),
+        *([_only_kept_norms(twin, ids)] if twin.config.kept_norms else norm_free),
         _fold_float64(unfolded, sites, ids),
         _fold_float32(twin, unfolded, ids),
         _reads_affine(twin, sites, ids),
@@ -84,14 +85,20 @@ def _no_norm_modules(twin: PreTrainedModel) -> Check:
     return _row("no module is a norm", len(left), 0, ", ".join(left) or "modules whose output ignores input scale")
 
 
-def _only_kept_norms(twin: PreTrainedModel) -> Check:
+def _only_kept_norms(twin: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Check:
     left, kept = norm_modules(twin), twin.config.kept_norms
-    return _row("norms left are those kept", len(set(left) ^ set(kept)), 0, f"kept: {', '.join(kept)}")
+    places = {place for _, place in norm_operations(twin, ids) if not _is_in(place, kept)}
+    besides = f"; left too, since no module of its own is one: norms in {first_few(sorted(places))}" if places else ""
+    return _row("norms left are those kept", len(set(left) ^ set(kept)), 0, f"kept: {', '.join(kept)}{besides}")
+
+
+def _is_in(name: str, modules: Sequence[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
 
 
 @torch.no_grad()
 def _no_norm_operations(twin: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Check:
-    found = sorted(set(norm_operations(twin, ids)))
+    found = sorted({operation for operation, _ in norm_operations(twin, ids)})
     return _row("no operation of a norm runs", len(found), 0, ", ".join(found) or "operations of a forward pass")
 
 

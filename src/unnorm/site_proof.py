@@ -61,8 +61,8 @@ def prove_sites(model: PreTrainedModel, sites: Sequence[NormSite]) -> float:
     return error
 
 
-def _refuse_norms_left(model: PreTrainedModel, left: dict[str, str]) -> None:
-    for operation, place in left.items():
+def _refuse_norms_left(model: PreTrainedModel, left: list[tuple[str, str]]) -> None:
+    for operation, place in left:
         raise UnnormError(
             f"{type(model).__name__} normalizes outside of its norm modules ({operation} runs in '{place}'), and that "
             "would stay. It needs modeling code in which every norm is a module of its own; with --keep, which leaves "

@@ -181,21 +181,23 @@ class _Operations(TorchDispatchMode):
     def __init__(self, modules: ModuleTracker) -> None:
         super().__init__()
         self.modules = modules
-        self.found: dict[str, str] = {}
+        self.found: dict[tuple[str, str], None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name.removeprefix("native_").removeprefix("_fused_").removeprefix("linalg_vector_") in _NORM_OPERATIONS:
-            self.found[name] = max(self.modules.parents, key=len).partition(".")[2]
+        kind = name.removeprefix("native_").removeprefix("_fused_").removeprefix("linalg_vector_")
+        is_sum = kind == "norm" and args[1:2] == (1,)  # Of a router's probabilities, in DBRX.
+        if kind in _NORM_OPERATIONS and not is_sum:
+            self.found[name, max(self.modules.parents, key=len).partition(".")[2]] = None
         return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
-def norm_operations(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> dict[str, str]:
-    """Operations that norms are made of and that a forward pass runs, each with a module that it runs in."""
+def norm_operations(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> list[tuple[str, str]]:
+    """Operations that norms are made of and that a forward pass runs, each with every module that it runs in."""
     with ModuleTracker() as modules, _Operations(modules) as operations:
         model(input_ids=ids, use_cache=False)
-    return operations.found
+    return list(operations.found)
 
 
 def residual_sources(model: PreTrainedModel, reader: str) -> dict[str, float] | None:
@@ -258,10 +260,9 @@ def affine_parameters(module: nn.Module, site: NormSite) -> tuple[Tensor, Tensor
     """
     weight = getattr(module, "weight", None)
     bias = getattr(module, "bias", None)
-    like = weight if weight is not None else next(iter(module.parameters()), torch.ones(()))
-    ones = torch.ones(site.width, dtype=like.dtype, device=like.device)
+    x = _probe(module, site.width)
+    ones = torch.ones(site.width, dtype=x.dtype, device=x.device)
     candidates = [ones] if weight is None else [weight, 1 + weight]
-    x = _probe(site.width, like)
     with torch.no_grad():
         y = module(x)
         for gain in candidates:
@@ -271,7 +272,7 @@ def affine_parameters(module: nn.Module, site: NormSite) -> tuple[Tensor, Tensor
                 return gain, bias
     raise UnnormError(
         f"The norm '{site.name}' ({type(module).__name__}) is not gain * x / scale(x) + bias with a gain of "
-        "weight or 1 + weight. It can't be removed."
+        f"weight or 1 + weight. It can't be removed. {_stays_with_keep(site.name)}"
     )
 
 
@@ -319,11 +320,20 @@ def _norm(x: Float[Tensor, "*batch width"], site: NormSite) -> Float[Tensor, "*b
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + site.eps)
 
 
-def _probe(width: int, like: Tensor) -> Float[Tensor, "2 3 width"]:
-    """Tokens of variance near 1 at any width, so that eps hardly counts."""
+def _like(module: nn.Module) -> Tensor:
+    """What has the dtype and the device that a module computes in."""
+    return next(iter(module.parameters()), torch.ones(()))
+
+
+def _probe(module: nn.Module, width: int) -> Float[Tensor, "2 3 *heads width"]:
+    """Tokens of variance near 1 at any width, so that eps hardly counts; cut into heads, where each has a gain."""
     generator = torch.Generator().manual_seed(0)
     rows = [torch.linspace(-1.7, 1.7, width)[torch.randperm(width, generator=generator)] for _ in range(6)]
-    return torch.stack(rows).view(2, 3, width).to(like)
+    x = torch.stack(rows).view(2, 3, width).to(_like(module))
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == width:  # Cohere's, of queries and keys.
+        x = x.unsqueeze(-2).expand(2, 3, *weight.shape)
+    return x
 
 
 @torch.no_grad()
@@ -332,10 +342,9 @@ def is_norm(module: nn.Module, width: int, gated: bool = False) -> bool:
 
     One that is `gated` is called with a second tensor, all ones.
     """
-    like = next(iter(module.parameters()), torch.ones(()))
-    if not like.is_floating_point() or is_linear(module):  # One whose inputs have limits may be all at them.
+    if not _like(module).is_floating_point() or is_linear(module):  # One whose inputs have limits may be all at them.
         return False
-    x = _probe(width, like)
+    x = _probe(module, width)
     gate = [torch.ones_like(x)] if gated else []
     try:
         y, scaled, other = module(x, *gate), module(8 * x, *gate), module(x.flip(-1), *gate)
@@ -350,7 +359,7 @@ def is_norm(module: nn.Module, width: int, gated: bool = False) -> bool:
 
 @torch.no_grad()
 def _kind(module: nn.Module, width: int) -> Kind:
-    x = _probe(width, next(iter(module.parameters()), torch.ones(())))
+    x = _probe(module, width)
     y = module(x)
     # As long as its outputs differ, whatever its gain and bias are.
     length = float((y - module(-x)).abs().max())
@@ -363,7 +372,7 @@ def _eps(module: nn.Module, width: int) -> float:
     for name in ("eps", "variance_epsilon"):
         if isinstance(getattr(module, name, None), float):
             return float(getattr(module, name))
-    x = _probe(width, next(iter(module.parameters()), torch.ones(())))
+    x = _probe(module, width)
     x = x - x.mean(-1, keepdim=True)
     at_zero = module(torch.zeros_like(x))
     long, short = (((module(length * x) - at_zero).norm() / x.norm()).item() for length in (1e3, 1e-3))
@@ -446,14 +455,16 @@ def _not_foldable(model: PreTrainedModel, site: NormSite) -> UnnormError:
 
 
 def _gated(model: PreTrainedModel, name: str) -> UnnormError:
-    leaf = name.rpartition(".")[2]
     return UnnormError(
         f"The norm '{name}' ({type(model.get_submodule(name)).__name__}) takes a second tensor besides what it "
         "normalizes: a gate, as in state-space and linear-attention layers. What it gives is no function of its input "
         "alone, so no constant map can stand for it; that would take a gated map, folded on both sides of the gate. "
-        f"With --keep '{re.sub('[0-9]+', '[0-9]+', re.escape(name)) if '.' in name else leaf}$' such norms stay, and "
-        "the others are removed."
+        f"{_stays_with_keep(name)}"
     )
+
+
+def _stays_with_keep(name: str) -> str:
+    return f"With --keep '{re.sub('[0-9]+', '[0-9]+', re.escape(name))}$' such norms stay, and the others are removed."
 
 
 def _no_norms(model: PreTrainedModel) -> UnnormError:
@@ -528,7 +539,9 @@ def inside_attention(model: PreTrainedModel, name: str) -> bool:
     """Whether a module is part of an attention layer, by its parents' classes."""
     parts = name.split(".")
     parents = (model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts)))
-    return any("attention" in type(parent).__name__.lower() for parent in parents)
+    classes = [type(parent).__name__.lower() for parent in parents]
+    # A layer is more than attention, also where it is called after that, as in Jamba.
+    return any("attention" in kind and not kind.endswith("layer") for kind in classes)
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

@@ -29,6 +29,7 @@ def install(
         The stand-ins by site name.
     """
     stand_ins: dict[str, TaperedNorm] = {}
+    shared: dict[nn.Parameter, nn.Parameter] = {}  # What norms share (Zamba), their stand-ins share.
     for site in sites:
         norm = model.get_submodule(site.name)
         gain, bias = affine_parameters(norm, site)
@@ -46,6 +47,10 @@ def install(
             interpolation=interpolation,
             fixed_gain=weightless,
         )
+        for of_norm, own in (("weight", "gain"), ("bias", "bias")):
+            parameter = getattr(norm, of_norm, None)
+            if parameter is not None:
+                setattr(stand_in, own, shared.setdefault(parameter, getattr(stand_in, own)))
         model.set_submodule(site.name, stand_in)
         stand_ins[site.name] = stand_in
         for reader, features in (values or {}).items():
