@@ -38,7 +38,7 @@ from unnorm.checkpoint import load, load_sites, load_unfolded
 from unnorm.errors import UnnormError, short
 from unnorm.json_text import json_text
 from unnorm.models import model_path
-from unnorm.sites import trace_inputs
+from unnorm.tracing import trace_inputs
 
 SECONDS = 900
 MOST_PARAMETERS = 100_000_000

@@ -29,7 +29,7 @@ from unnorm.analysis.sinks import sinks
 from unnorm.checkpoint import load_sites
 from unnorm.errors import UnnormError
 from unnorm.models import load_original
-from unnorm.sites import trace_inputs
+from unnorm.tracing import trace_inputs
 
 BRIDGED = ["gpt2", "gpt_neox, parallel", "llama", "qwen3"]
 # Each letter with the space before it is one of the tiny tokenizer's tokens.

@@ -22,7 +22,8 @@ from unnorm.errors import UnnormError
 from unnorm.exports.nanogpt import forward
 from unnorm.exports.stock import EPS
 from unnorm.exports.transformer_lens import register_adapter
-from unnorm.sites import find_sites, trace_inputs
+from unnorm.sites import find_sites
+from unnorm.tracing import trace_inputs
 
 IN_LENS = [
     "gpt2",

@@ -26,8 +26,9 @@ from unnorm.models import copy_model
 from unnorm.proof import check_twin
 from unnorm.residual import residual_writers
 from unnorm.site_proof import prove_sites
-from unnorm.sites import NormSite, find_sites, norm_modules, trace_inputs, value_features
+from unnorm.sites import NormSite, find_sites, norm_modules, value_features
 from unnorm.stand_ins import install
+from unnorm.tracing import trace_inputs
 
 IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 LLAMA_LIKE = {

@@ -13,9 +13,11 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from unnorm.errors import UnnormError
 from unnorm.fold import fold
+from unnorm.norm_behaviour import is_norm
 from unnorm.site_proof import prove_sites
-from unnorm.sites import find_sites, is_norm, norm_modules, trace_inputs
+from unnorm.sites import find_sites, norm_modules
 from unnorm.stand_ins import install, uninstall_paths
+from unnorm.tracing import trace_inputs
 
 
 def random_gpt2(**options: Any) -> GPT2LMHeadModel:

@@ -26,9 +26,10 @@ from unnorm.limits import COMMON, ROOM, measure_limits, quadratic_writers, set_l
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.models import copy_model
 from unnorm.run_directory import LIMITS
-from unnorm.sites import find_sites, norm_modules, trace_inputs
+from unnorm.sites import find_sites, norm_modules
 from unnorm.stand_ins import install
 from unnorm.terminal import result_table
+from unnorm.tracing import trace_inputs
 
 QUADRATIC = ("stablelm", "llama", "mistral", "qwen2", "smollm3", "qwen3", "gemma", "olmo", "cohere", "nemotron")
 LINEAR = ("gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "falcon", "phi", "starcoder2", "gpt_bigcode", "bloom")

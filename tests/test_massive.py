@@ -19,8 +19,9 @@ from unnorm.massive import Neuron, shrink_massive
 from unnorm.models import copy_model
 from unnorm.norms import linear_weight
 from unnorm.residual import recorded
-from unnorm.sites import find_sites, vocabulary_size
+from unnorm.sites import find_sites
 from unnorm.stand_ins import install
+from unnorm.tracing import vocabulary_size
 from unnorm.training.token_clip import clip_tokens
 
 WIDTH = 32

@@ -19,7 +19,8 @@ from unnorm.fold import fold_reader
 from unnorm.norms import TaperedNorm
 from unnorm.proof import check_twin
 from unnorm.residual import Writer, residual_writers
-from unnorm.sites import norm_modules, trace_inputs
+from unnorm.sites import norm_modules
+from unnorm.tracing import trace_inputs
 
 WITHOUT_UNNORM = """
 import json, sys

@@ -15,8 +15,9 @@ from unnorm.analysis.material import float64_copy
 from unnorm.blockwise import float64_logits
 from unnorm.fold import FoldedWeights, empty_twin, fold
 from unnorm.models import copy_model
-from unnorm.sites import find_sites, trace_inputs
+from unnorm.sites import find_sites
 from unnorm.stand_ins import install
+from unnorm.tracing import trace_inputs
 
 MODELS = {
     "gpt2": FAMILIES["gpt2"][0],

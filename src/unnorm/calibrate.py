@@ -16,7 +16,8 @@ from unnorm.data import STDLIB, batches, build_blocks
 from unnorm.models import blocks_at_once, evaluating, load_original
 from unnorm.norms import Estimator, TaperedNorm, estimate_log_constant, log_scale_of
 from unnorm.plan import choose_context, choose_device
-from unnorm.sites import NormSite, find_sites, vocabulary_size
+from unnorm.sites import NormSite, find_sites
+from unnorm.tracing import vocabulary_size
 
 CALIBRATION_BLOCKS = 32
 """Blocks of training data that the first constants are measured on."""

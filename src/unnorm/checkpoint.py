@@ -20,9 +20,10 @@ from unnorm.errors import UnnormError, short
 from unnorm.fold import FoldedWeights, empty_twin
 from unnorm.modeling import know_class_of
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
+from unnorm.norm_behaviour import gain_offset
 from unnorm.norms import TaperedNorm
 from unnorm.run_directory import LIMITS, MODEL, SITES, UNFOLDED, write_text
-from unnorm.sites import NormSite, gain_offset
+from unnorm.sites import NormSite
 from unnorm.stand_ins import install
 
 SHARD = "500MB"

@@ -25,7 +25,8 @@ from unnorm.data import batches
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.models import evaluating
 from unnorm.residual import recorded, stream_writers
-from unnorm.sites import NormSite, trace_inputs
+from unnorm.sites import NormSite
+from unnorm.tracing import trace_inputs
 
 ROOM = 2.0
 """Times the largest activation in the original that a neuron may have."""

@@ -25,7 +25,7 @@ from transformers import (
 from unnorm.errors import UnnormError, first_few, short
 from unnorm.modeling import know_class_of
 from unnorm.run_directory import MODEL, SITES
-from unnorm.sites import trace_inputs, vocabulary_size
+from unnorm.tracing import trace_inputs, vocabulary_size
 
 DEMO = "demo"
 """Name of the bundled model: a small GPT-2 trained on the Python standard library's source."""

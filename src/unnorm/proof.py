@@ -14,10 +14,12 @@ from unnorm.blockwise import float64_logits, in_float64
 from unnorm.checkpoint import load, load_sites, load_unfolded
 from unnorm.errors import first_few
 from unnorm.fold import FoldedWeights, empty_twin
+from unnorm.norm_behaviour import norm_operations
 from unnorm.norms import linear_weight
 from unnorm.reading import read_weight
 from unnorm.residual import recorded, replaced_inputs, residual_writers, split_output
-from unnorm.sites import NormSite, norm_modules, norm_operations, trace_inputs, unembedding_name
+from unnorm.sites import NormSite, norm_modules, unembedding_name
+from unnorm.tracing import trace_inputs
 
 FLOAT64_LIMIT = 1e-10
 FLOAT32_LIMIT = 1e-4

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unnorm.norms import linear_weight
-from unnorm.sites import NormSite, inside_attention, residual_sources, stream_sources
+from unnorm.sites import NormSite, inside_attention
+from unnorm.tracing import residual_sources, stream_sources
 
 WriterKind = Literal["embedding", "attention", "mlp"]
 PartKind = Literal["embedding", "head", "attention", "mlp", "bias"]

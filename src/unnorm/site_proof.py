@@ -13,9 +13,11 @@ from unnorm.errors import UnnormError, short
 from unnorm.fold import FoldedWeights, empty_twin, twin_class
 from unnorm.modeling.modeling_unnorm import PREFIX
 from unnorm.models import copy_model
+from unnorm.norm_behaviour import norm_operations
 from unnorm.norms import TaperedNorm
-from unnorm.sites import NormSite, norm_operations, trace_inputs
+from unnorm.sites import NormSite
 from unnorm.stand_ins import install
+from unnorm.tracing import trace_inputs
 
 PROOF_TOLERANCE = 1e-10
 """Largest difference of logits, relative to the largest logit, that float64 may show at load."""

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
+from unnorm.norm_behaviour import affine_parameters
 from unnorm.norms import Interpolation, PathReader, TaperedNorm, TokenMask
-from unnorm.sites import NormSite, affine_parameters, value_features
+from unnorm.sites import NormSite, value_features
 
 
 def install(

@@ -26,7 +26,8 @@ from unnorm.plan import choose_context, choose_device
 from unnorm.progress import Watch
 from unnorm.report.numbers import count, short_count
 from unnorm.run_directory import CONFIG_FILE, check_can_be_made, write_text
-from unnorm.sites import NormSite, vocabulary_size
+from unnorm.sites import NormSite
+from unnorm.tracing import vocabulary_size
 
 ANALYSES: dict[str, Callable[[Material], Finding]] = {
     "attribution": attribution.find,

@@ -136,7 +136,8 @@ def readout(model: PreTrainedModel, parts: Anatomy) -> Readout:
     Raises:
         UnnormError: something else lies between the final norm and the unembedding.
     """
-    from unnorm.sites import affine_parameters, trace_inputs
+    from unnorm.norm_behaviour import affine_parameters
+    from unnorm.tracing import trace_inputs
 
     last = unembedding_name(model)
     with recorded(model, [parts.final, last], copies=True) as record:

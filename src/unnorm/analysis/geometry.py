@@ -25,9 +25,10 @@ from transformers import PreTrainedModel
 
 from unnorm.analysis.material import Finding, Material
 from unnorm.errors import UnnormError
+from unnorm.norm_behaviour import affine_parameters
 from unnorm.norms import linear_weight
 from unnorm.report.numbers import percent
-from unnorm.sites import NormSite, affine_parameters
+from unnorm.sites import NormSite
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure

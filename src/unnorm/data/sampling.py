@@ -11,7 +11,7 @@ from unnorm.data.files import OWN_TEXT
 from unnorm.data.packing import Blocks, as_dataset
 from unnorm.errors import UnnormError
 from unnorm.models import free_memory
-from unnorm.sites import vocabulary_size
+from unnorm.tracing import vocabulary_size
 
 _LOGITS_AT_ONCE, _GPU_LOGITS_AT_ONCE = 2**20, 2**26
 _CACHE_SHARE = 0.5

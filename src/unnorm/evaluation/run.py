@@ -28,7 +28,7 @@ from unnorm.json_text import digest
 from unnorm.models import load_original
 from unnorm.plan import choose_context, choose_device
 from unnorm.progress import Watch
-from unnorm.sites import vocabulary_size
+from unnorm.tracing import vocabulary_size
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError, first_few
 from unnorm.models import cast_as_loaded, context_length, copy_model
-from unnorm.sites import trace_inputs
+from unnorm.tracing import trace_inputs
 
 Logits = Float[Tensor, "batch position vocab"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

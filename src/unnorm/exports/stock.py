@@ -21,7 +21,8 @@ from unnorm.checkpoint import load_sites, load_trained
 from unnorm.errors import UnnormError
 from unnorm.exports.measure import FormError, errors, refuse_kept_norms
 from unnorm.modeling.modeling_unnorm import limits_of
-from unnorm.sites import NormSite, affine_parameters, gain_offset
+from unnorm.norm_behaviour import affine_parameters, gain_offset
+from unnorm.sites import NormSite
 
 EPS = 1e12
 TOLERANCE = 1e-4

@@ -29,7 +29,7 @@ from unnorm.plan import Plan
 from unnorm.progress import Watch
 from unnorm.removal.run import Run
 from unnorm.run_directory import CONFIG_FILE, DATA, HELD_OUT, write_text
-from unnorm.sites import vocabulary_size
+from unnorm.tracing import vocabulary_size
 
 TRAINING_SPREAD = 4
 """Times as much training text is read, and thinned evenly: neighbouring blocks come from one document and say less."""

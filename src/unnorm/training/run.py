@@ -26,7 +26,7 @@ from unnorm.plan import Plan
 from unnorm.progress import Watch
 from unnorm.recipes import Optimization
 from unnorm.run_directory import CHECKPOINTS, METRICS
-from unnorm.sites import vocabulary_size
+from unnorm.tracing import vocabulary_size
 from unnorm.training.callbacks import (
     InterruptCallback,
     MetricsCallback,

@@ -22,7 +22,8 @@ from unnorm.models import cast_as_loaded, context_length, load_original
 from unnorm.plan import choose_context, choose_device
 from unnorm.progress import Watch
 from unnorm.run_directory import CONFIG_FILE, CONTROL, MODEL, finished_result
-from unnorm.sites import NormSite, vocabulary_size
+from unnorm.sites import NormSite
+from unnorm.tracing import vocabulary_size
 from unnorm.worst_case.inputs import InputClass, Inputs, Material, input_classes
 from unnorm.worst_case.measure import Measured, is_finite, largest_residuals, measure
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unnorm.models import evaluating
-from unnorm.sites import NormSite, vocabulary_size
+from unnorm.sites import NormSite
+from unnorm.tracing import vocabulary_size
 from unnorm.worst_case.inputs import Inputs
 
 _LOGITS_AT_ONCE = 2**24

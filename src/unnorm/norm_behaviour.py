@@ -1,0 +1,156 @@
+"""What a norm is, by what it computes: told apart from other modules, its kind, eps, gain and bias."""
+
+import re
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.module_tracker import ModuleTracker
+from transformers import PreTrainedModel
+
+from unnorm.errors import UnnormError
+from unnorm.norms import is_linear
+
+if TYPE_CHECKING:
+    from unnorm.sites import NormSite
+
+Kind = Literal["layernorm", "rmsnorm"]
+
+# What ATen calls the operations that norms are made of, and nothing else in these models is.
+_NORM_OPERATIONS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "rsqrt", "var", "std", "var_mean", "norm"}
+
+
+@torch.no_grad()
+def is_norm(module: nn.Module, width: int, gated: bool = False) -> bool:
+    """Whether a module normalizes: same shape out as in, the same for 8 times the input, but not for another one.
+
+    One that is `gated` is called with a second tensor, all ones.
+    """
+    if not _like(module).is_floating_point() or is_linear(module):  # One whose inputs have limits may be all at them.
+        return False
+    x = _probe(module, width)
+    gate = [torch.ones_like(x)] if gated else []
+    try:
+        y, scaled, other = module(x, *gate), module(8 * x, *gate), module(x.flip(-1), *gate)
+    except Exception:  # A module that can't take such an input is no norm.
+        return False
+    if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point():
+        return False
+    alike = torch.allclose(y, scaled, rtol=1e-3, atol=1e-2 * float(y.abs().max()))
+    differs = not torch.allclose(other, y, rtol=1e-2)
+    return alike and differs
+
+
+@torch.no_grad()
+def kind_of(module: nn.Module, width: int) -> Kind:
+    """Whether a norm removes the mean before it divides."""
+    x = _probe(module, width)
+    y = module(x)
+    # As long as its outputs differ, whatever its gain and bias are.
+    length = float((y - module(-x)).abs().max())
+    return "layernorm" if torch.allclose(y, module(x + 1), rtol=0, atol=1e-2 * length) else "rmsnorm"
+
+
+@torch.no_grad()
+def eps_of(module: nn.Module, width: int) -> float:
+    """The module's own eps; where it has none by a known name, what its outputs for short vectors say."""
+    for name in ("eps", "variance_epsilon"):
+        if isinstance(getattr(module, name, None), float):
+            return float(getattr(module, name))
+    x = _probe(module, width)
+    x = x - x.mean(-1, keepdim=True)
+    at_zero = module(torch.zeros_like(x))
+    long, short = (((module(length * x) - at_zero).norm() / x.norm()).item() for length in (1e3, 1e-3))
+    mean_square = 1e-6 * x.square().mean().item()
+    eps = max(0.0, mean_square * ((long / short) ** 2 - 1)) if short > 0 else 0.0
+    return float(f"{eps:.2g}")
+
+
+def affine_parameters(module: nn.Module, site: "NormSite") -> tuple[Tensor, Tensor | None]:
+    """Gain and bias that a norm applies, as the model holds them (so that training goes on from them).
+
+    The gain is `weight`, `1 + weight` or all ones, whichever explains what the module computes.
+
+    Raises:
+        UnnormError: none of them does.
+    """
+    weight = getattr(module, "weight", None)
+    bias = getattr(module, "bias", None)
+    x = _probe(module, site.width)
+    ones = torch.ones(site.width, dtype=x.dtype, device=x.device)
+    candidates = [ones] if weight is None else [weight, 1 + weight]
+    with torch.no_grad():
+        y = module(x)
+        for gain in candidates:
+            if gain.shape == y.shape[-1:] and torch.allclose(
+                y, _norm(x, site) * gain + (0 if bias is None else bias), rtol=1e-3, atol=1e-3
+            ):
+                return gain, bias
+    raise UnnormError(
+        f"The norm '{site.name}' ({type(module).__name__}) is not gain * x / scale(x) + bias with a gain of "
+        f"weight or 1 + weight. It can't be removed. {stays_with_keep(site.name)}"
+    )
+
+
+def gain_offset(module: nn.Module, site: "NormSite") -> int:
+    """What the norm adds to its stored weight to have its gain: 1 for Gemma's kind, else 0.
+
+    Raises:
+        UnnormError: neither explains what the module computes.
+    """
+    weight = getattr(module, "weight", None)
+    return 0 if weight is None or affine_parameters(module, site)[0] is weight else 1
+
+
+def stays_with_keep(name: str) -> str:
+    """What to say of norms that can only stay."""
+    return f"With --keep '{re.sub('[0-9]+', '[0-9]+', re.escape(name))}$' such norms stay, and the others are removed."
+
+
+class _Operations(TorchDispatchMode):
+    """Records the ATen operations of norms that run, each with the innermost module that it runs in."""
+
+    def __init__(self, modules: ModuleTracker) -> None:
+        super().__init__()
+        self.modules = modules
+        self.found: dict[tuple[str, str], None] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        kind = name.removeprefix("native_").removeprefix("_fused_").removeprefix("linalg_vector_")
+        is_sum = kind == "norm" and args[1:2] == (1,)  # Of a router's probabilities, in DBRX.
+        if kind in _NORM_OPERATIONS and not is_sum:
+            self.found[name, max(self.modules.parents, key=len).partition(".")[2]] = None
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def norm_operations(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> list[tuple[str, str]]:
+    """Operations that norms are made of and that a forward pass runs, each with every module that it runs in."""
+    with ModuleTracker() as modules, _Operations(modules) as operations:
+        model(input_ids=ids, use_cache=False)
+    return list(operations.found)
+
+
+def _norm(x: Float[Tensor, "*batch width"], site: "NormSite") -> Float[Tensor, "*batch width"]:
+    if site.centered:
+        x = x - x.mean(-1, keepdim=True)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + site.eps)
+
+
+def _like(module: nn.Module) -> Tensor:
+    """What has the dtype and the device that a module computes in."""
+    return next(iter(module.parameters()), torch.ones(()))
+
+
+def _probe(module: nn.Module, width: int) -> Float[Tensor, "2 3 *heads width"]:
+    """Tokens of variance near 1 at any width, so that eps hardly counts; cut into heads, where each has a gain."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.linspace(-1.7, 1.7, width)[torch.randperm(width, generator=generator)] for _ in range(6)]
+    x = torch.stack(rows).view(2, 3, width).to(_like(module))
+    weight = getattr(module, "weight", None)
+    if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == width:  # Cohere's, of queries and keys.
+        x = x.unsqueeze(-2).expand(2, 3, *weight.shape)
+    return x

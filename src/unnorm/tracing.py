@@ -1,0 +1,258 @@
+"""One forward pass, traced: which module made what, who takes it, and of what sums the residual stream is made."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+from transformers import PreTrainedModel
+
+from unnorm.errors import UnnormError
+from unnorm.reading import is_experts
+
+# Autograd nodes that hand a tensor on unchanged but for its shape or dtype.
+HANDS_ON: tuple[str, ...] = (
+    "View",
+    "UnsafeView",
+    "Reshape",
+    "Slice",
+    "Select",
+    "Index",
+    "Transpose",
+    "Permute",
+    "Alias",
+    "Squeeze",
+)
+HANDS_ON += ("Unsqueeze", "Expand", "Clone", "ToCopy", "NativeDropout", "T")
+ADDS = ("Add", *HANDS_ON)
+# Those of them after which every row of the writer's weight still makes one feature of the norm's input.
+RESHAPES = tuple(name for name in HANDS_ON if name not in ("Slice", "Select", "Index", "Expand", "NativeDropout"))
+
+_TRACE_TOKENS = 8
+UNKNOWN = "?"
+"""Where what a tensor is made of can't be followed."""
+
+
+@dataclass
+class Trace:
+    """One forward pass: what went in and out of each leaf module, which autograd node made it, and who uses that.
+
+    Attributes:
+        inputs: of each leaf module.
+        outputs: of each leaf module.
+        made_by: the module that a node is the output of.
+        used_by: the nodes that take a node's result.
+        blocks: the innermost module with parts of its own that a node is the output of.
+        gated: leaf modules that take more than one tensor.
+        ends: the nodes of each leaf module's outputs, of those with several too.
+        begins: the nodes of all tensors that went into each leaf module.
+        hidden: leaf modules that were called where no gradient flows, with the width of what went in.
+    """
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+    made_by: dict[Node, str]
+    used_by: dict[Node, list[Node]]
+    blocks: dict[Node, str]
+    gated: set[str]
+    hidden: dict[str, int]
+    ends: dict[str, list[Node]]
+    begins: dict[str, set[Node]]
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the token embedding: ids are below it, and the tokenizer may have fewer."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def trace_inputs(model: PreTrainedModel, batch: int = 1, length: int = _TRACE_TOKENS) -> Int[Tensor, "batch length"]:
+    """Token ids that any causal model takes: seeded, random, within the vocabulary."""
+    vocab = vocabulary_size(model)
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(vocab, (batch, length), generator=generator).to(model.device)
+
+
+def traced(model: PreTrainedModel) -> Trace:
+    """Run the model on a few token ids and keep its graph; it is left as it was.
+
+    Raises:
+        UnnormError: it can't run on token ids alone.
+    """
+    trace = Trace({}, {}, {}, {}, {}, set(), {}, {}, {})
+    was_training = model.training
+    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
+    model.eval()
+    with _recording(model, trace), torch.enable_grad():
+        for parameter in frozen:  # Without a gradient there is no graph to walk.
+            parameter.requires_grad_(True)
+        try:
+            logits = model(input_ids=trace_inputs(model), use_cache=False).logits
+        except Exception as error:
+            raise UnnormError(f"{type(model).__name__} can't run on token ids alone: {error}") from error
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+    model.train(was_training)
+    trace.used_by = _users(logits.grad_fn)
+    return trace
+
+
+def _users(last: Node) -> dict[Node, list[Node]]:
+    """For every node that led to the last one, the nodes that take its result."""
+    users: dict[Node, list[Node]] = {last: []}
+    waiting = [last]
+    while waiting:
+        node = waiting.pop()
+        for parent, _ in node.next_functions:
+            if parent is None:
+                continue
+            if parent not in users:
+                users[parent] = []
+                waiting.append(parent)
+            users[parent].append(node)
+    return users
+
+
+@contextmanager
+def _recording(model: nn.Module, trace: Trace) -> Iterator[None]:
+    def record(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
+            outputs = output if isinstance(output, tuple) else (output,)
+            ends = [v.grad_fn for v in outputs if isinstance(v, Tensor) and v.grad_fn is not None]
+            if not tensors:
+                return
+            if ends:
+                trace.ends[name] = ends
+                trace.begins[name] = {v.grad_fn for v in tensors if v.grad_fn is not None}
+                trace.inputs[name] = tensors[0]
+            if not isinstance(output, Tensor):
+                return
+            if output.grad_fn is None:
+                trace.hidden[name] = tensors[0].shape[-1] if tensors[0].ndim else 0
+                return
+            trace.outputs[name] = output
+            if len(tensors) > 1:
+                trace.gated.add(name)
+            # A module that only hands its input on (dropout, identity) made nothing.
+            if output.grad_fn is not tensors[0].grad_fn:
+                trace.made_by[output.grad_fn] = name
+
+        return hook
+
+    def record_block(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if isinstance(output, Tensor) and output.grad_fn is not None:
+                trace.blocks.setdefault(output.grad_fn, name)
+
+        return hook
+
+    # Experts have their weights themselves, and a child for their activation.
+    leaves = {n: m for n, m in model.named_modules() if not any(True for _ in m.children()) or is_experts(m)}
+    blocks = {name: m for name, m in model.named_modules() if name and name not in leaves}
+    handles = [m.register_forward_hook(record(name), with_kwargs=True) for name, m in leaves.items()]
+    handles += [m.register_forward_hook(record_block(name)) for name, m in blocks.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def residual_sources(model: PreTrainedModel, reader: str) -> dict[str, float] | None:
+    """Modules whose outputs, each times its factor, add up to what a module reads; None if it is no such sum.
+
+    Factors other than 1 are what some families multiply embeddings and sublayers by.
+    """
+    return stream_sources(model, [reader]).get(reader)
+
+
+def stream_sources(model: PreTrainedModel, readers: Sequence[str]) -> dict[str, dict[str, float]]:
+    """`residual_sources` of several modules, from one pass; those that read no such sum are left out."""
+    trace = traced(model)
+    sources = {name: _summands(trace, trace.inputs[name].grad_fn) for name in readers}
+    return {name: factors for name, factors in sources.items() if factors is not None}
+
+
+def _summands(trace: Trace, node: Node | None) -> dict[str, float] | None:
+    if node is None:
+        return None
+    if node in trace.made_by:
+        return {trace.made_by[node]: 1.0}
+    factor = _factor(node)
+    # A number that something is multiplied by has no node.
+    parents = [parent for parent, _ in node.next_functions if parent is not None] if factor else []
+    terms = [_summands(trace, parent) for parent in parents]
+    if not terms or None in terms:
+        return {trace.blocks[node]: 1.0} if node in trace.blocks else None
+    total: dict[str, float] = {}
+    for name, share in (item for term in terms if term for item in term.items()):
+        total[name] = total.get(name, 0.0) + factor * share
+    return total
+
+
+def _factor(node: Node | None) -> float:
+    """What a node that adds, hands on, or multiplies by a number does to its input; 0 for any other node."""
+    if node is None:
+        return 0.0
+    if _operation(node) in ADDS:
+        return 1.0
+    other = getattr(node, "_saved_other", None)
+    if _operation(node) not in ("Mul", "Div") or other is None or other.numel() != 1 or other.requires_grad:
+        return 0.0
+    return float(other) if _operation(node) == "Mul" else 1 / float(other)
+
+
+def sources_of(trace: Trace, node: Node | None, through: tuple[str, ...]) -> list[str]:
+    """Modules whose outputs a tensor is made of, walking back through the kinds of node named in `through`."""
+    found: dict[str, None] = {}
+    waiting, seen = [node], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in trace.made_by:
+            found[trace.made_by[node]] = None
+        elif _operation(node) in through:
+            waiting.extend(parent for parent, _ in node.next_functions)
+        else:
+            found[UNKNOWN] = None
+    order = list(trace.outputs)
+    return sorted(found, key=lambda name: order.index(name) if name in order else -1)
+
+
+def goes_only_to(trace: Trace, name: str, users: Sequence[str]) -> bool:
+    """Whether a module's output goes into the given modules and nowhere else (as far as gradients flow)."""
+    inside = {node for user in users for node in _inside(trace, user)}
+    made = trace.outputs[name].grad_fn
+    waiting = list(trace.used_by.get(made, ())) if made is not None else []
+    while waiting:
+        node = waiting.pop()
+        if node in inside:
+            continue
+        if _operation(node) not in HANDS_ON:
+            return False
+        waiting.extend(trace.used_by[node])
+    return True
+
+
+def _inside(trace: Trace, name: str) -> set[Node]:
+    """The nodes that a module's own computation made."""
+    waiting: list[Node | None] = [*trace.ends[name]]
+    inside: set[Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in trace.begins[name] or node in inside:
+            continue
+        inside.add(node)
+        waiting.extend(parent for parent, _ in node.next_functions)
+    return inside
+
+
+def _operation(node: Node) -> str:
+    return node.name().removesuffix("0").removesuffix("Backward")
