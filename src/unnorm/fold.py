@@ -244,12 +244,13 @@ def fold_writer(
 ) -> tuple[Float[Tensor, "out in"], Float[Tensor, " out"] | None]:
     """A writer's new weight and bias (None where neither had one), in its dtype; `out` is one or more norms' widths."""
     gain, shift = affine_map(norm)
-    heads = weight.shape[0] // len(gain)
+    width = gain.shape[-1]
+    heads = weight.shape[0] // width
 
     def mapped(rows: Tensor) -> Tensor:
-        blocks = rows.double().view(heads, len(gain), -1)
+        blocks = rows.double().view(heads, width, -1)
         blocks = blocks - blocks.mean(1, keepdim=True) if norm.centered else blocks
-        return (blocks * gain.double()[:, None]).view(rows.shape)
+        return (blocks * gain.double().view(-1, width, 1)).view(rows.shape)
 
     new_bias = None if bias is None else mapped(bias)
     if shift is not None:
@@ -258,7 +259,7 @@ def fold_writer(
     return mapped(weight).to(weight.dtype), None if new_bias is None else new_bias.to(weight.dtype)
 
 
-def affine_map(norm: TaperedNorm) -> tuple[Float[Tensor, " width"], Float[Tensor, " width"] | None]:
+def affine_map(norm: TaperedNorm) -> tuple[Float[Tensor, "*heads width"], Float[Tensor, " width"] | None]:
     """What an arrived stand-in multiplies (centered) features by, and what it adds; in float64."""
     gain = norm.gain.double() * torch.exp(-norm.log_constant[0].double())
     return gain, None if norm.bias is None else norm.bias.double()

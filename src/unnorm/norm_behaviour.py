@@ -84,7 +84,7 @@ def affine_parameters(module: nn.Module, site: "NormSite") -> tuple[Tensor, Tens
     with torch.no_grad():
         y = module(x)
         for gain in candidates:
-            if gain.shape == y.shape[-1:] and torch.allclose(
+            if gain.shape == y.shape[-gain.ndim :] and torch.allclose(
                 y, _norm(x, site) * gain + (0 if bias is None else bias), rtol=1e-3, atol=1e-3
             ):
                 return gain, bias

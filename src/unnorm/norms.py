@@ -75,13 +75,13 @@ class TaperedNorm(nn.Module):
     for each and gives both outputs, joined along the last dimension; `PathReader` picks them apart.
     """
 
-    gain: Float[Tensor, " width"]
+    gain: Float[Tensor, "*heads width"]
     alpha: Float[Tensor, " paths"]
     log_constant: Float[Tensor, "2"]
 
     def __init__(
         self,
-        gain: Float[Tensor, " width"],
+        gain: Float[Tensor, "*heads width"],
         bias: Float[Tensor, " width"] | None,
         eps: float,
         centered: bool,
@@ -94,7 +94,8 @@ class TaperedNorm(nn.Module):
         """Start as the exact norm, with constant scale 1.
 
         Args:
-            gain: what the norm multiplies by (for a norm that stores w and multiplies by 1 + w, the sum).
+            gain: what the norm multiplies by (for a norm that stores w and multiplies by 1 + w, the sum); of query and
+                key norms, which get every head's features, there may be one for each head.
             bias: what it adds, or None.
             eps: added to the variance or mean square, inside the root.
             centered: True for LayerNorm, False for RMSNorm.

@@ -130,7 +130,7 @@ def _mapped(weight: Tensor, site: NormSite, gain: Tensor) -> Tensor:
         return weight - weight.mean(1, keepdim=True) if site.centered else weight
     blocks = weight.view(-1, site.width, weight.shape[1])
     blocks = blocks - blocks.mean(1, keepdim=True) if site.centered else blocks
-    return (blocks * gain[:, None]).view(weight.shape)
+    return (blocks * gain.view(-1, site.width, 1)).view(weight.shape)  # Cohere has a gain for every head.
 
 
 def _compare(sites: Sequence[NormSite], name: str, stored: Tensor, before: Tensor, now: Tensor) -> Geometry:
