@@ -1,0 +1,1 @@
+"""Evaluation: equal to independent computations, intervals at their stated rate, resumed, refused with a reason."""

@@ -1,0 +1,188 @@
+"""Every number, next to one that plain transformers and NumPy give."""
+
+import math
+import sys
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+import unnorm
+import unnorm.evaluation.run
+from tests.conftest import POSITIONS, VOCAB, randomize
+from tests.evaluation.texts import BLOCKS, held_out
+from unnorm.data import as_dataset
+from unnorm.evaluation import Results, evaluate, evaluate_model, metrics
+from unnorm.evaluation.corpora import open_corpus
+from unnorm.evaluation.metrics import calibration
+from unnorm.report.evaluation_page import render_evaluation
+from unnorm.terminal import evaluation_tables
+
+
+def plain_transformers(ids: torch.Tensor, model: Any, original: Any) -> dict[str, float]:
+    """The same numbers with nothing of ours."""
+    with torch.no_grad():
+        q, p = (torch.log_softmax(m(ids).logits.double(), -1) for m in (model, original))
+    m = torch.log((q.exp() + p.exp()) / 2)
+    loss, base = (-x[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1) for x in (q, p))
+    right = (q[:, :-1].argmax(-1) == ids[:, 1:]).double()
+    confidence = q[:, :-1].exp().amax(-1)
+    bins = [(confidence > i / 15) & (confidence <= (i + 1) / 15) for i in range(15)]
+    top5 = [set(row) for row in q.topk(5).indices.flatten(0, 1).tolist()]
+    theirs = p.topk(5).indices.flatten(0, 1).tolist()
+    return {
+        "loss": loss.mean().item(),
+        "perplexity": loss.mean().exp().item(),
+        "difference": (loss.mean() - base.mean()).item(),
+        "kl": (p.exp() * (p - q)).sum(-1).mean().item(),
+        "jsd": ((p.exp() * (p - m)).sum(-1) + (q.exp() * (q - m)).sum(-1)).mean().item() / 2,
+        "top1_agreement": (q.argmax(-1) == p.argmax(-1)).double().mean().item(),
+        "top5_agreement": sum(len(a & set(b)) for a, b in zip(top5, theirs, strict=True)) / 5 / len(theirs),
+        "entropy": -(q.exp() * q).sum(-1).mean().item(),
+        "entropy_difference": ((p.exp() * p).sum(-1) - (q.exp() * q).sum(-1)).mean().item(),
+        "ece": sum(abs(float((right - confidence)[b].sum())) for b in bins) / right.numel(),
+    }
+
+
+class TestNumbers:
+    @pytest.mark.parametrize("rows", [metrics._AT_ONCE // VOCAB, 7])
+    def test_equal_to_plain_transformers(
+        self, rows: int, tokens: Path, tiny_model_dir: Path, other_dir: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(metrics, "_AT_ONCE", rows * VOCAB)
+        models = [AutoModelForCausalLM.from_pretrained(d).eval() for d in (other_dir, tiny_model_dir)]
+        expected = plain_transformers(held_out(tokens), *models)
+        (row,) = evaluate(str(other_dir), str(tiny_model_dir), str(tokens), tokens=10**6)
+        found = row.to_json()
+        assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-5)
+        assert row.kl > 0.01 and row.top1_agreement < 1 and row.tokens == BLOCKS * (POSITIONS - 1)  # type: ignore[operator]
+
+    def test_losses_by_position(self, tokens: Path, tiny_model: GPT2LMHeadModel, tiny_model_dir: Path) -> None:
+        ids = held_out(tokens)
+        with torch.no_grad():
+            loss = F.cross_entropy(tiny_model(ids).logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+        (row,) = evaluate([str(tiny_model_dir)], data=[str(tokens)], tokens=10**6)
+        assert row.position_loss == pytest.approx(loss.mean(0).tolist(), abs=1e-5)
+        assert row.kl is None and row.difference is None
+
+    def test_bits_per_byte(
+        self, text_file: Path, tiny_model_dir: Path, tiny_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        (row,) = evaluate(str(tiny_model_dir), data=str(text_file), tokens=10**6)
+        corpus = open_corpus("text", str(text_file), tiny_tokenizer, VOCAB, POSITIONS, 10**6)
+        rows = np.asarray(corpus.blocks["input_ids"][:])
+        # Byte-level BPE: each letter of a token stands for one byte, and end-of-text for none.
+        pieces = [tiny_tokenizer.convert_ids_to_tokens(r[1:].tolist()) for r in rows]
+        size = sum(len(piece) for of_row in pieces for piece in of_row if piece != tiny_tokenizer.eos_token)
+        assert corpus.text_bytes == size
+        assert row.bits_per_byte == pytest.approx(row.loss * row.tokens / math.log(2) / size)
+
+    def test_a_model_against_itself(self, tokens: Path, tiny_model_dir: Path) -> None:
+        (row,) = evaluate(str(tiny_model_dir), str(tiny_model_dir), str(tokens), tokens=2000)
+        assert (row.kl, row.difference, row.difference_ci, row.top5_agreement) == (0, 0, (0, 0), 1)
+
+    def test_blocks_that_overflow_are_counted_and_the_others_measured(
+        self, tokens: Path, tiny_model: GPT2LMHeadModel
+    ) -> None:
+        ids = held_out(tokens)[:12]
+        model = randomize(deepcopy(tiny_model), 1)
+        bad = ids[:, 0] == ids[3, 0]
+        assert 0 < bad.sum() < len(bad)
+
+        def overflow(_: Any, __: Any, kwargs: Any, output: Any) -> Any:
+            output.logits[kwargs["input_ids"][:, 0] == ids[3, 0]] = torch.nan
+            return output
+
+        expected, whole = (
+            evaluate_model(model, as_dataset(blocks.numpy()), tiny_model, name="m", data="d")
+            for blocks in (ids[~bad], ids)
+        )
+        assert (whole.blocks, whole.overflowed_blocks, whole.loss_elsewhere, whole.kl_elsewhere) == (12, 0, None, None)
+        model.register_forward_hook(overflow, with_kwargs=True)
+        found = evaluate_model(model, as_dataset(ids.numpy()), tiny_model, name="m", data="d")
+        assert (found.blocks, found.overflowed_blocks) == (12, bad.sum())
+        assert math.isnan(found.loss) and found.kl is not None and math.isnan(found.kl)
+        assert found.loss_elsewhere == pytest.approx(expected.loss)
+        assert found.kl_elsewhere == pytest.approx(expected.kl)
+        protocol = {"corpora": [], "tasks": [], "interval": "none", "dtype": "float32", "device": "cpu"}
+        results = Results((found, replace(whole, model="other")), (), (), protocol)
+        text = StringIO()
+        Console(width=120, file=text).print(evaluation_tables(results))
+        (line,) = (line for line in text.getvalue().splitlines() if "overflow" in line)
+        assert line.startswith(f"m overflows in {bad.sum()} of 12 blocks of d; in the others loss {expected.loss:.4f}")
+        (line,) = (line for line in render_evaluation(results).splitlines() if "overflows" in line)
+        assert f"m overflows in {bad.sum()} of 12 blocks of d; in the others KL {expected.kl:.3f}" in line
+
+    @pytest.mark.parametrize("whose", ["original", "model, after the last token"])
+    def test_no_comparison_of_what_is_not_a_number(
+        self, whose: str, tokens: Path, tiny_model: GPT2LMHeadModel, tiny_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        """The model's loss is a number on all tokens, and its KL is not."""
+        ids = held_out(tokens)[:6]
+        model, original = randomize(deepcopy(tiny_model), 1), deepcopy(tiny_model)
+        at = slice(None) if whose == "original" else slice(-1, None)
+
+        def overflow(_: Any, __: Any, kwargs: Any, output: Any) -> Any:
+            output.logits[kwargs["input_ids"][:, 0] == ids[3, 0], at] = torch.nan
+            return output
+
+        bad = ids[:, 0] == ids[3, 0]
+        expected = evaluate_model(model, as_dataset(ids[~bad].numpy()), original, tokenizer=tiny_tokenizer)
+        (original if whose == "original" else model).register_forward_hook(overflow, with_kwargs=True)
+        found = evaluate_model(model, as_dataset(ids.numpy()), original, name="m", data="d", tokenizer=tiny_tokenizer)
+        assert math.isfinite(found.loss) and found.kl is not None and math.isnan(found.kl)
+        assert found.kl_elsewhere == pytest.approx(expected.kl)
+        assert expected.comparison is not None and found.comparison is None
+        protocol = {"corpora": [], "tasks": [], "interval": "none", "dtype": "float32", "device": "cpu"}
+        assert "KL" in render_evaluation(Results((found,), (), (), protocol))
+
+    def test_calibration_of_a_coin(self) -> None:
+        """Confidence 0.8 and right 60% of the time is wrong by 0.2; a certain and right half adds nothing."""
+        confidence = np.array([0.8] * 100 + [1.0] * 100)
+        correct = np.array([1] * 60 + [0] * 40 + [1] * 100)
+        error, bins = calibration(confidence, correct)
+        assert error == pytest.approx(0.1)
+        assert [(b.tokens, round(b.accuracy, 9), round(b.confidence, 9)) for b in bins] == [
+            (100, 0.6, 0.8),
+            (100, 1, 1),
+        ]
+
+    def test_original_stands_beside_the_models(self, tokens: Path, tiny_model_dir: Path, other_dir: Path) -> None:
+        results = evaluate([str(other_dir)], str(tiny_model_dir), str(tokens), tokens=2000)
+        (alone,) = evaluate([str(tiny_model_dir)], data=str(tokens), tokens=2000)
+        (beside,) = results.original
+        assert beside.loss == alone.loss and beside.loss_ci == alone.loss_ci and beside.ece == alone.ece
+        assert results[0].difference == pytest.approx(results[0].loss - alone.loss, abs=1e-9)
+
+
+def test_public_function_is_the_same() -> None:
+    assert unnorm.evaluate is evaluate
+    assert isinstance(sys.modules["unnorm.evaluation"].evaluate, Callable)  # type: ignore[arg-type]
+
+
+def test_tokens_of_sentencepiece_keep_their_spaces() -> None:
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    from unnorm.evaluation.comparison import _token_text
+
+    words = Tokenizer(models.BPE({"\u2581the": 0, "\u2581cat": 1, "s": 2}, []))
+    words.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words)
+    assert [_token_text(tokenizer, token) for token in range(3)] == [" the", " cat", "s"]
+
+
+def test_tokens_that_occur_are_read_from_token_files_too(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    from unnorm.evaluation.corpora import tokens_in
+
+    np.array([1, 2, 7] * 100, dtype="<u2").tofile(tmp_path / "train.bin")
+    assert tokens_in(str(tmp_path / "train.bin"), tiny_tokenizer, 300).nonzero()[0].tolist() == [1, 2, 7]

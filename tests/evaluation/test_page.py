@@ -1,0 +1,74 @@
+"""The page and what it compares token by token."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from tests.conftest import POSITIONS
+from tests.evaluation.texts import BLOCKS, held_out
+from unnorm.evaluation import Results, Score, evaluate
+from unnorm.report.evaluation_page import render_evaluation
+
+
+def test_names_that_tell_models_apart() -> None:
+    names = ("/a/run/model", "/a/other/model", "./x/control", "owner/name", "demo")
+    scores = tuple(Score(name, "t", "acc", 0.5, None, 1, 1) for name in names)
+    assert list(Results((), (), scores, {}).short_names.values()) == [
+        "run/model",
+        "other/model",
+        "control",
+        "owner/name",
+        "demo",
+    ]
+
+
+class TestComparison:
+    def test_contexts_and_distributions(
+        self, tokens: Path, tiny_model_dir: Path, other_dir: Path, tiny_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        (row,) = evaluate(str(other_dir), str(tiny_model_dir), str(tokens), tokens=10**6)
+        comparison = row.comparison
+        assert comparison is not None
+        means = [np.mean(context.kl) for context in comparison.contexts]
+        assert means == sorted(means, reverse=True)
+        assert {context.why for context in comparison.contexts} >= {"kl", "typical"}
+        assert sum(map(sum, comparison.loss_density)) == row.tokens
+        assert sum(comparison.kl.counts) == sum(comparison.entropy_difference.counts) == BLOCKS * POSITIONS
+        ids = held_out(tokens)
+        models = [AutoModelForCausalLM.from_pretrained(d).eval() for d in (other_dir, tiny_model_dir)]
+        context = comparison.contexts[0]
+        block = ids[context.block : context.block + 1]
+        length = len(context.tokens)
+        with torch.no_grad():
+            q, p = (
+                torch.log_softmax(m(block).logits[0, context.start - 1 : context.start - 1 + length], -1)
+                for m in models
+            )
+        expected = block[0, context.start : context.start + length]
+        assert "".join(context.tokens) == tiny_tokenizer.decode(expected) or "\ufffd" in "".join(context.tokens)
+        assert context.loss == pytest.approx((-q.gather(-1, expected[:, None])).squeeze().tolist(), abs=1e-3)
+        assert context.kl == pytest.approx((p.exp() * (p - q)).sum(-1).tolist(), abs=1e-4)
+        assert list(context.guess) == [tiny_tokenizer.decode([i]) for i in q.argmax(-1).tolist()]
+
+    def test_is_part_of_a_runs_report(self, finished_run: Path) -> None:
+        page = (finished_run / "report.html").read_text()
+        assert "Token by token" in page
+        assert page.count('class="group"') == 1 and page.count('class="context"') >= 3
+        for place in ("density", "kl", "entropy"):
+            assert page.count(f'id="{place}"') == 1
+
+    def test_texts_are_escaped_on_the_page(self, tokens: Path, tiny_model_dir: Path, other_dir: Path) -> None:
+        results = evaluate(str(other_dir), str(tiny_model_dir), str(tokens), tokens=2000)
+        row = results[0]
+        assert row.comparison is not None
+        context = row.comparison.contexts[0]
+        attack = "</script><script>alert(1)</script>\n"
+        hostile = replace(context, tokens=(attack,) * len(context.tokens), guess=(attack,) * len(context.tokens))
+        bad = replace(row, model=attack, comparison=replace(row.comparison, contexts=(hostile,)))
+        page = render_evaluation(replace(results, evaluations=(bad,)))
+        assert "<script>alert" not in page and page.count("<script>") == 2
+        assert "&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;<u>↵</u>" in page

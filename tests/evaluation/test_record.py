@@ -1,0 +1,85 @@
+"""An evaluation that goes on where it stopped, and measures what changed."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from tests.conftest import randomize
+from unnorm.errors import RunInterruptedError
+from unnorm.evaluation import evaluate
+
+
+class TestResume:
+    def test_goes_on_where_it_stopped(
+        self, tokens: Path, text_file: Path, tiny_model_dir: Path, other_dir: Path, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:  # fmt: skip
+        options = {"data": [f"a={tokens}", f"b={text_file}"], "tokens": 2000}
+        models = [str(tiny_model_dir), str(other_dir)]
+        whole = evaluate(models, models[0], **options)  # type: ignore[arg-type]
+
+        def stop(row: dict[str, Any]) -> None:
+            if row["kind"] == "phase" and row["text"] == f"{other_dir} on b":
+                raise KeyboardInterrupt
+
+        out = tmp_path / "out"
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(models, models[0], watch=stop, **options)  # type: ignore[arg-type]
+        with pytest.raises(RunInterruptedError, match="same command"):
+            evaluate(models, models[0], out=out, watch=stop, **options)  # type: ignore[arg-type]
+        assert len(list((out / "measurements").iterdir())) == 3
+
+        measured: list[str] = []
+        again = evaluate(models, models[0], out=out, watch=lambda row: measured.append(row.get("text", "")), **options)  # type: ignore[arg-type]
+        assert [text for text in measured if " on " in text] == [f"{other_dir} on b"]
+        assert again.to_json() == whole.to_json()
+        assert (out / "evaluation.html").is_file()
+
+    def test_what_changed_or_broke_is_measured_anew(
+        self, tokens: Path, tiny_model: GPT2LMHeadModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    ) -> None:
+        model, out = tmp_path / "model", tmp_path / "out"
+
+        def measured(**options: Any) -> bool:
+            seen: list[str] = []
+            evaluate(
+                str(model),
+                data=str(tokens),
+                tokens=2000,
+                out=out,
+                watch=lambda r: seen.append(r.get("text", "")),
+                **options,
+            )
+            return any(" on " in text for text in seen)
+
+        tiny_tokenizer.save_pretrained(model)
+        tiny_model.save_pretrained(model)
+        assert measured() and not measured()
+        assert measured(context=32)  # other blocks
+        randomize(deepcopy(tiny_model), seed=9).save_pretrained(model)  # type: ignore[operator]
+        assert measured() and not measured()  # other weights under the same name
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"layer_norm_epsilon": 0.1}))
+        assert measured() and not measured()  # computes something else with the same weights
+        for path in (out / "measurements").iterdir():
+            path.write_bytes(path.read_bytes()[:100])
+        assert measured()
+
+    def test_other_items_in_the_same_file_are_measured_anew(
+        self, files: dict[str, Path], tiny_model_dir: Path, tmp_path: Path
+    ) -> None:
+        pytest.importorskip("lm_eval")
+        path, rows = tmp_path / "l.jsonl", files["lambada"].read_text().splitlines(keepends=True)
+
+        def scores(part: list[str], out: Path) -> list[Any]:
+            path.write_text("".join(part))
+            results = evaluate(str(tiny_model_dir), data=f"lambada={path}", tasks="lambada_openai", out=out)
+            return [(score.metric, score.value) for score in results.scores]
+
+        first = scores(rows[:8], tmp_path / "out")
+        second = scores(rows[8:16], tmp_path / "out")
+        assert second == scores(rows[8:16], tmp_path / "fresh") != first
