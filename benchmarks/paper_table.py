@@ -118,7 +118,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 def _loss(row: dict[str, Any] | None) -> str:
     if row is None:
         return ""
-    if not row["difference"]:
+    if not row["difference"] or row["difference_ci"] is None:
         return f"{row['loss']:.4f}"
     low, high = row["difference_ci"]
     return f"{row['loss']:.4f} ({low:+.4f} to {high:+.4f})"

@@ -28,7 +28,7 @@ from unnorm.analysis.scales import log_scales
 from unnorm.analysis.sinks import sinks
 from unnorm.checkpoint import load_sites
 from unnorm.errors import UnnormError
-from unnorm.models import load_original
+from unnorm.models import cast_as_loaded, load_original
 from unnorm.tracing import trace_inputs
 
 BRIDGED = ["gpt2", "gpt_neox, parallel", "llama", "qwen3"]
@@ -114,6 +114,17 @@ def test_frozen_scale_in_the_original_is_off_and_the_direct_effect_is_not(family
     errors = frozen_scale_error(found.contributions[:-1], found.direct_effects)
     heads = errors[[part.kind == "head" for part in found.parts[:-1]]]
     assert (heads > 1e-3).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("family", "capped"), [("granite", False), ("gemma2", True)])
+def test_a_factor_of_logits_is_no_soft_cap_in_half_precision(
+    family: str, capped: bool, dtype: torch.dtype, runs: dict[str, Path]
+) -> None:
+    twin = cast_as_loaded(unnorm.load(runs[family]), dtype)
+    for logits_scaling in (8, 6) if family == "granite" else (1,):
+        twin.config.logits_scaling = logits_scaling
+        assert attribute(twin, trace_inputs(twin, 2, 16)).capped is capped
 
 
 def test_error_of_a_frozen_scale_is_a_share_of_the_direct_effect() -> None:

@@ -77,6 +77,11 @@ def test_a_control_whose_training_was_stopped_is_none(
     assert unnorm.heal(run, tokens=1024, out=tmp_path / "healed", **SETTINGS)["control_loss"] is None
 
 
+def test_a_control_that_was_deleted_is_none(trained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("control")))
+    assert unnorm.heal(run, tokens=1024, out=tmp_path / "healed", **SETTINGS)["control_loss"] is None
+
+
 def test_goes_on_where_the_run_ended(trained: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
     earlier = json.loads((trained / "result.json").read_text())

@@ -106,7 +106,7 @@ def gain_offset(module: nn.Module, site: "NormSite") -> int:
 
 def stays_with_keep(name: str) -> str:
     """What to say of norms that can only stay."""
-    return f"With --keep '{re.sub('[0-9]+', '[0-9]+', re.escape(name))}$' such norms stay, and the others are removed."
+    return f"With --keep '{re.sub('[0-9]+', '[0-9]+', re.escape(name))}$' such norms stay (join several kinds by |)."
 
 
 class _Operations(TorchDispatchMode):

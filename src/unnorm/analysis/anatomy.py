@@ -172,7 +172,9 @@ def _factor(unembedded: Float[Tensor, "*token vocab"], logits: Float[Tensor, "*t
         return 1.0
     before, after = unembedded.double(), logits.double()
     factor = (before * after).sum() / before.square().sum()
-    return float(factor) if torch.allclose(factor * before, after, rtol=1e-3) else None
+    rounding = max(1e-3, 4 * torch.finfo(logits.dtype).eps)
+    alike = torch.allclose(factor * before, after, rtol=rounding, atol=rounding * float(after.abs().max()))
+    return float(factor) if alike else None
 
 
 def attention_patterns(

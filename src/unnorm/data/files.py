@@ -65,7 +65,7 @@ def open_rows(source: str, split: str, lines: bool = False) -> Iterator[Row]:
 
     Args:
         source: a file, a directory or a glob.
-        split: files of other splits are left out, where names tell them apart and any is of this one.
+        split: files of other splits are left out, where all names tell one and any is of this one.
         lines: of text files every line is a row, not every file; blank ones are passed over.
 
     Raises:
@@ -75,7 +75,8 @@ def open_rows(source: str, split: str, lines: bool = False) -> Iterator[Row]:
     if not files:
         raise UnnormError(f"No data at '{source}'. Give a file, a directory or a glob.")
     suffix, filled = _format_and_filled(source, files)
-    of_split = files_by_split(source, filled).get(split, filled)
+    named = _by_name(source, filled)
+    of_split = filled if "" in named else named.get(split, filled)
     return readable(source, lambda: _rows(suffix, of_split, lines))
 
 
@@ -144,14 +145,18 @@ def files_by_split(source: str, files: list[Path], unnamed: str = "") -> dict[st
     A word in a few names is no split: `training.md` among other chapters must not be all that is read. Where that
     can't be, a name that tells none may stand for the split `unnamed`.
     """
+    named = _by_name(source, files, unnamed)
+    return {"train": files} if len(files) == 1 or "train" not in named or "" in named else named
+
+
+def _by_name(source: str, files: list[Path], unnamed: str = "") -> dict[str, list[Path]]:
+    """Files by the split that the last part of their paths tells that tells one."""
     named: dict[str, list[Path]] = {}
     root = Path(os.path.expanduser(source))  # noqa: PTH111
     for path in files:
         parts = path.relative_to(root).parts if root.is_dir() else (path.name,)
         told = (_split_in(part) for part in reversed(parts))
         named.setdefault(next((s for s in told if s), unnamed), []).append(path)
-    if len(files) == 1 or "train" not in named or "" in named:
-        return {"train": files}
     return named
 
 

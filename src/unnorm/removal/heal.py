@@ -42,7 +42,7 @@ def heal(directory: str | Path, *, watch: Watch | None = None, **options: Any) -
             )
     if options.get("tokens") is not None and read_count(options["tokens"]) == 0:
         raise UnnormError("--tokens 0 would leave the twin as it is. Say how many tokens it is to be trained on.")
-    has_control = finished_result(directory).get("control_loss") is not None
+    has_control = finished_result(directory).get("control_loss") is not None and (directory / CONTROL).is_dir()
     if options.get("control") and not has_control:
         raise UnnormError(
             f"The run in '{directory}' has no control to go on with. Leave --control out, or train "
