@@ -148,6 +148,19 @@ def test_interrupted_and_resumed_equals_unbroken(trained: Path, tmp_path: Path) 
     assert all(torch.equal(value, twins[1][key]) for key, value in twins[0].items())
 
 
+def test_a_resumed_run_keeps_its_learning_rate_with_more_tokens(trained: Path, tmp_path: Path) -> None:
+    def press_ctrl_c(row: dict[str, Any]) -> None:
+        if row["kind"] == "train" and row["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    options = {**SETTINGS, "tokens": TOKENS // 4, "control": False}
+    with pytest.raises(unnorm.RunInterruptedError):
+        unnorm.heal(trained, out=tmp_path / "run", watch=press_ctrl_c, **options)
+    result = unnorm.remove(out=tmp_path / "run", resume=True, tokens=2 * TOKENS)
+    used = max(row["lr"] for row in rows_of(tmp_path / "run", "train"))
+    assert used <= result["plan"]["lr"] < 1.2 * used
+
+
 def test_learning_rate_goes_on_from_where_one_long_run_would_have_it(trained: Path, tmp_path: Path) -> None:
     result = unnorm.heal(trained, tokens=TOKENS // 3, out=tmp_path / "a", control=False, **SETTINGS)
     original, _ = load_original(result["model"])

@@ -1,5 +1,8 @@
 """Massive activations: found by the neurons that write them, and scaled down while the norms hide it."""
 
+import json
+import os
+import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -272,6 +275,38 @@ def test_a_run_says_what_it_scaled_down_and_binds_what_is_left(
     shares = [float(massive.float().mean()) for massive in marked if massive is not None]
     assert min(shares) == 0 < max(shares) < 0.5
     assert marked[-1] is None
+
+
+@pytest.mark.parametrize(("family", "first"), [("gpt2", 1e-4), ("llama", 1e-4), ("llama", 0.02), ("llama", 100.0)])
+def test_a_resumed_run_is_laid_out_as_its_checkpoint_whatever_its_budget_and_tokens(
+    family: str, first: float, tiny_model: GPT2LMHeadModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """What may be scaled down hangs on the budget, and so do bounds, limits and what they are measured on."""
+    planted = with_massive(*((tiny_model, GPT2) if family == "gpt2" else (small_llama(), LLAMA)))
+    out = tmp_path / "run"
+    options: dict[str, Any] = {**planted_files(tmp_path, planted, tiny_tokenizer), "device": "cpu", "context": 32}
+
+    def press_ctrl_c(row: dict[str, Any]) -> None:
+        if row["kind"] == "train" and row["step"] >= 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(unnorm.RunInterruptedError):
+        unnorm.remove(tokens=2048, batch_size=8, out=out, kl_budget=first, watch=press_ctrl_c, **options)
+    layout = json.loads((out / "checkpoints" / "layout.json").read_text())
+    neurons = layout["before"]["massive_neurons"]
+    assert bool(neurons) == (first > 1e-3)
+    phases: list[Any] = []
+    more: dict[str, Any] = {"resume": True, "kl_budget": 1000.0, "tokens": 4096}
+    more["watch"] = lambda row: phases.append(row.get("text"))
+    if not neurons:  # Too few tokens for a taper that is not bounded.
+        with pytest.raises(unnorm.UnnormError, match="Out of tokens after 4,096"):
+            unnorm.remove(out=out, **more)
+        assert json.loads((out / "checkpoints" / "layout.json").read_text()) == layout
+        return
+    result = unnorm.remove(out=out, **more)
+    assert result["massive_neurons"] == neurons
+    assert bool(result["limited_neurons"]) == bool(layout["limited"])
+    assert result["norm_modules_left"] == 0 and "calibrating" not in phases
 
 
 def test_a_model_without_any_is_not_bound(

@@ -320,6 +320,11 @@ def test_weights_that_may_come_back_are_those_of_the_checkpoint(tmp_path: Path) 
     guard.on_train_begin(arguments, state, control, model=model)
     model.weight.data.fill_(3.0)
     guard.on_save(arguments, state, control, model=model)
+    model.weight.grad = torch.full((1, 1), math.nan)
+    guard.on_pre_optimizer_step(arguments, state, control, model=model)
+    assert guard.good["weight"].item() != 3.0  # They are not known to be sound.
+    model.weight.grad = torch.full((1, 1), 0.5)
+    guard.on_pre_optimizer_step(arguments, state, control, model=model)
     assert guard.good["weight"].item() == 3.0
 
 
@@ -341,7 +346,7 @@ def test_out_of_tokens_goes_on_with_more(tiny_model_dir: Path, text_file: Path, 
     assert (saved["tokens"], saved["kl_budget"]) == (40960, 100)
 
 
-@pytest.mark.parametrize("stage", ["_begin", "conclude"])
+@pytest.mark.parametrize("stage", ["_start", "conclude"])
 def test_ctrl_c_at_any_time_says_how_to_go_on(
     stage: str, monkeypatch: pytest.MonkeyPatch, cli: Cli, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -91,11 +91,14 @@ def test_where_massive_activations_were_scaled_down_it_starts_well_under_the_bud
     for _ in range(10):
         controller.advance(0.25, refused=False, steps=100, held=0.5)
     assert (controller.position, controller.waited) == (0, 10)
+    controller.advance(math.nan, refused=True, steps=100, held=0.5)
+    controller.advance(0.25, refused=False, steps=100, held=0.5)
+    assert (controller.position, controller.waited) == (0, 11)  # A refused step is no beginning.
     while not controller.position:
         controller.advance(0.05, refused=False, steps=100, held=0.5)
     for _ in range(10):
         controller.advance(0.25, refused=False, steps=100, held=0.5)
-    assert controller.position > 0.1
+    assert controller.position > 0.05
 
 
 def test_the_controller_waits_over_budget_and_goes_on_under_it() -> None:

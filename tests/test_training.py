@@ -14,6 +14,7 @@ from torch import nn
 from transformers import (
     GPT2LMHeadModel,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -22,7 +23,7 @@ from transformers import (
 from transformers.integrations import integration_utils
 
 import unnorm
-from tests.conftest import VOCAB
+from tests.conftest import VOCAB, stdlib_text
 from unnorm import config, losses
 from unnorm.evaluation import evaluate_model
 from unnorm.losses import distillation_losses, next_token_loss, scale_penalty
@@ -91,6 +92,7 @@ def test_guard_brings_the_last_good_weights_back(tmp_path: Path) -> None:
     guard, model = guarded(tmp_path)
     step(guard, model, 0.5, tmp_path)
     good = model.weight.item()
+    step(guard, model, 0.5, tmp_path)  # At those weights its gradient was sound; what it makes of them may not be.
     model.weight.data += 100  # Weights at which no gradient is finite any more.
     for _ in range(RESTORE_AFTER):
         assert model.weight.item() != good
@@ -107,6 +109,79 @@ def test_guard_brings_the_last_good_constants_back(tmp_path: Path) -> None:
     for _ in range(RESTORE_AFTER):
         step(guard, model, math.nan, tmp_path)
     assert model.log_constant.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("batch_size", [5, 16])
+def test_text_that_is_gone_over_again_fills_every_step(
+    batch_size: int, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each block as often as any other, give or take one, and the tokens are those that are said."""
+    (tmp_path / "a.txt").write_text(stdlib_text("os")[:9000])
+    batches: list[torch.Tensor] = []
+    compute_loss = DistillationTrainer.compute_loss
+
+    def counted(self: Any, model: Any, inputs: dict[str, torch.Tensor], **more: Any) -> Any:
+        batches.append(inputs["input_ids"])
+        return compute_loss(self, model, inputs, **more)
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", counted)
+    result = unnorm.remove(
+        str(tiny_model_dir), data=str(tmp_path / "a.txt"), tokens=20 * 32 * batch_size, batch_size=batch_size,
+        context=32, out=tmp_path / "run", device="cpu", recipe="tapernorm", stress_share=0,
+    )  # fmt: skip
+    assert [len(batch) for batch in batches] == [batch_size] * 20
+    assert result["tokens"] == torch.cat(batches).numel()
+    _, times = torch.cat(batches).unique(dim=0, return_counts=True)
+    assert times.max() - times.min() <= 1
+
+
+def test_a_single_step_has_a_learning_rate(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    """As a control's of few tokens; it would be the original."""
+    options: dict[str, Any] = {"tokens": 1024, "context": 64, "control": True, "device": "cpu"}
+    result = unnorm.remove(str(tiny_model_dir), data=str(text_file), out=tmp_path / "run", **options)
+    assert result["control_kl"] > 1e-6
+
+
+def test_nothing_is_saved_while_steps_are_refused(tmp_path: Path) -> None:
+    """What the step before them made of the weights may be the reason."""
+    guard, model = guarded(tmp_path)
+    arguments, state = TrainingArguments(str(tmp_path)), TrainerState(max_steps=100)
+    for gradient, saved in ((0.5, True), (math.nan, False), (math.nan, False), (0.5, True)):
+        step(guard, model, gradient, tmp_path)
+        guard.on_step_end(arguments, state, control := TrainerControl(should_save=True), model=model)
+        assert control.should_save is saved
+
+
+@pytest.mark.parametrize("broken_at", [9, 10, 12])
+def test_an_update_that_breaks_the_model_is_taken_back(
+    broken_at: int, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Whenever it comes: on steps at which weights are remembered or saved as well."""
+
+    class Breaks(TrainerCallback):
+        def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **more: Any) -> None:
+            if state.global_step + 1 == broken_at and not (tmp_path / "broken").exists():
+                (tmp_path / "broken").touch()
+                with torch.no_grad():
+                    more["model"].transformer.h[1].mlp.c_proj.weight *= 1e30
+
+    text = stdlib_text("os")
+    (tmp_path / "a.txt").write_text(text)
+    tiny_model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    interrupt = run.InterruptCallback
+
+    class Both(interrupt, Breaks):  # type: ignore[misc, valid-type]
+        pass
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "InterruptCallback", Both)
+        result = unnorm.remove(
+            str(tmp_path / "model"), data=str(tmp_path / "a.txt"), tokens=30 * 64, batch_size=1, context=64,
+            out=tmp_path / "run", kl_budget=100, device="cpu", dtype="float32", recipe="tapernorm",
+        )  # fmt: skip
+    assert (tmp_path / "broken").exists()
+    assert result["skipped_steps"] == RESTORE_AFTER and result["verified"]
 
 
 def test_a_resumed_guard_goes_on_as_it_was(tmp_path: Path) -> None:
@@ -368,6 +443,8 @@ def test_scale_penalties_are_squared_distances() -> None:
     constant = torch.tensor(3.0).log()
     # From the mean of the ordinary tokens, 2, and from the constant, 3; the special token counts as a token.
     assert float(scale_penalty(scale.log(), special, constant, "spread")) == pytest.approx((64 + 1 + 1) / 3, rel=1e-5)
+    none_ordinary = scale_penalty(scale.log(), torch.ones_like(special), constant, "spread")
+    assert float(none_ordinary) == pytest.approx(float(scale.square().mean()), rel=1e-5)
     assert float(scale_penalty(scale.log(), special, constant, "target")) == pytest.approx((49 + 4 + 0) / 3, rel=1e-5)
 
 

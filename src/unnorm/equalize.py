@@ -66,20 +66,25 @@ def equalize_embedding(
     target = stand_ins[first.name].log_constant[0]
     factors = torch.exp(STRENGTH * (target - token_log_scales(student, first)))
     if tied:
-        _set_tied(student, nn.Parameter(rows.detach().clone()), False)
+        untie(student)
     embedding.weight = nn.Parameter(rows.detach() * factors[:, None], requires_grad=rows.requires_grad)
     set_constants(stand_ins, collect_log_scales(student, sites, blocks), estimator)
     if naive_kl(student, original, measured, blocks) < before:
         return True
     embedding.weight = rows
     if tied:
-        _set_tied(student, rows, True)
+        _unembed_by(student, rows, tied=True)
     for name, stand_in in stand_ins.items():
         stand_in.log_constant.copy_(constants[name])
     return False
 
 
-def _set_tied(model: PreTrainedModel, unembedding: nn.Parameter, tied: bool) -> None:
+def untie(model: PreTrainedModel) -> None:
+    """Give the model an unembedding of its own, with the weights that it shares."""
+    _unembed_by(model, nn.Parameter(model.get_output_embeddings().weight.detach().clone()), tied=False)
+
+
+def _unembed_by(model: PreTrainedModel, unembedding: nn.Parameter, tied: bool) -> None:
     model.get_output_embeddings().weight = unembedding
     model.config.tie_word_embeddings = tied
 

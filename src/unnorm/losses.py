@@ -176,7 +176,7 @@ def scale_penalty(
     """
     scale = log_scale.exp()
     ordinary = (~special).to(scale.dtype)
-    mean = (scale.detach() * ordinary).sum() / ordinary.sum()
+    mean = (scale.detach() * ordinary).sum() / ordinary.sum().clamp(min=1)  # A batch of short texts may have none.
     return (scale - (mean if penalty == "spread" else log_constant.exp())).square().mean()
 
 

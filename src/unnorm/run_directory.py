@@ -24,6 +24,8 @@ METRICS, EARLIER = "metrics.jsonl", "earlier.jsonl"
 
 # Deleted when the run is finished.
 CHECKPOINTS, DATA = "checkpoints", "data"
+LAYOUT = "layout.json"
+"""In `CHECKPOINTS`: what was decided before the first step, which the checkpoints' weights belong to."""
 LOGS = "runs"
 """Of TensorBoard, where it follows the run; in `CHECKPOINTS` until then, as the Trainer names it."""
 HELD_OUT = "held_out.txt"

@@ -95,6 +95,7 @@ class FidelityController:
         bad_in_a_row: steps up to now that were refused or spiked.
         healed: share of the run that was spent after everything was removed, before the clock last went back.
         running_held: average share of the last steps' tokens that bounds held down, None where nothing is bounded.
+        started: whether it has ever moved.
     """
 
     MEMORY: ClassVar[float] = 0.9  # Share of the old running KL that stays at each step.
@@ -123,6 +124,7 @@ class FidelityController:
     bad_in_a_row: int = 0
     healed: float = 0.0
     running_held: float | None = None
+    started: bool = False
 
     def advance(self, kl: float, refused: bool, steps: int, held: float | None = None) -> None:
         """Take in one step.
@@ -151,6 +153,7 @@ class FidelityController:
         else:
             headroom = 1.0 if self.arrived else min(1.0, (1 - self.running_kl / self.kl_budget) / self.SLOWS)
             self.position = min(1.0, self.position + headroom * self.speed / steps)
+            self.started = True
             self.speed = min(1.0, self.speed * self.FASTER)
 
     def late(self, step: int, steps: int) -> int:
@@ -171,7 +174,7 @@ class FidelityController:
     @property
     def _limit(self) -> float:
         """KL over which the clock stands still."""
-        starting = self.running_held is not None and not self.position and not self.set_back
+        starting = self.running_held is not None and not self.started
         return self.STARTS * self.kl_budget if starting else self.kl_budget
 
     def _remember(self, running: float | None, new: float) -> float:

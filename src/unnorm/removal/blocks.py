@@ -54,7 +54,12 @@ def write_blocks(
     train_blocks = max(CALIBRATION_BLOCKS, math.ceil(plan.tokens / plan.context))
     # As chosen: a resumed run must not choose again, by another timing or for more tokens.
     chosen = config.model_copy(
-        update={"dtype": plan.dtype, "tokens": plan.tokens, "batch_size": plan.batch_size if plan.steps else None}
+        update={
+            "dtype": plan.dtype,
+            "tokens": plan.tokens,
+            "batch_size": plan.batch_size if plan.steps else None,
+            "lr": plan.lr if plan.steps else None,
+        }
     )
     if note.is_file():
         if config.batch_size is not None and config.batch_size != plan.batch_size and plan.steps:

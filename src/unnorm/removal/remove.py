@@ -15,11 +15,12 @@ from unnorm.calibrate import CALIBRATION_BLOCKS, collect_log_scales, set_constan
 from unnorm.checkpoint import load, save_folded, save_model, save_sites, save_unfolded
 from unnorm.config import RemoveConfig
 from unnorm.data import spread
-from unnorm.equalize import equalize_embedding
+from unnorm.equalize import equalize_embedding, untie
 from unnorm.errors import RunInterruptedError, UnnormError
 from unnorm.massive import MADE_GOOD, shrink_massive
+from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.models import copy_model, fuse_activations, load_original
-from unnorm.norms import TaperedNorm, TokenMask, removed
+from unnorm.norms import TaperedNorm, TokenMask, bound, removed
 from unnorm.plan import Plan, choose_device, control_plan, healing_plan, make_plan
 from unnorm.progress import Watch
 from unnorm.removal.blocks import with_stress, write_blocks
@@ -33,6 +34,7 @@ from unnorm.run_directory import (
     CONTROL,
     CONTROL_DONE,
     DATA,
+    LAYOUT,
     MODEL,
     RESULT,
     UNFOLDED,
@@ -43,7 +45,7 @@ from unnorm.schedule import FidelityController, Schedule, healing
 from unnorm.site_proof import prove_sites
 from unnorm.sites import find_sites
 from unnorm.stand_ins import install, uninstall_paths
-from unnorm.training import Outcome, Removal, train
+from unnorm.training import Outcome, Removal, last_checkpoint, train
 
 NAIVE_HEAD = 8
 """Blocks on which naive removal is tried first."""
@@ -139,7 +141,7 @@ def _train_removal(run: Run) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
         return found
     token_mask = TokenMask()
-    student, stand_ins, before = _begin(run, token_mask) if run.config.twin is None else take_up_twin(run)
+    student, stand_ins, before = take_up_twin(run) if run.config.twin is not None else _start(run, token_mask)
     fuse_activations(student)
     before["skipped_steps"] = 0
     if run.plan.steps:
@@ -154,8 +156,11 @@ def _train_removal(run: Run) -> dict[str, Any]:
     return before
 
 
-def _begin(run: Run, token_mask: TokenMask) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dict[str, Any]]:
-    """The original with calibrated stand-ins, its norms still on, and what naive removal would cost."""
+def _start(run: Run, token_mask: TokenMask) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dict[str, Any]]:
+    """The original with stand-ins, its norms still on, and what naive removal would cost.
+
+    A run that goes on from a checkpoint is laid out as it was, whatever budget and text it has now.
+    """
     student = copy_model(run.original, share=not run.plan.steps)
     stand_ins = install(
         student,
@@ -164,6 +169,36 @@ def _begin(run: Run, token_mask: TokenMask) -> tuple[PreTrainedModel, dict[str, 
         token_mask=token_mask,
         interpolation=run.recipe.interpolation,
     )
+    known = processes.agree(lambda: _known_layout(run.directory))
+    if known is None:
+        before = _calibrate(run, student, stand_ins)
+        processes.agree(lambda: _save_layout(run.directory, student, before))
+        return student, stand_ins, before
+    before = known["before"]
+    if before["massive_neurons"]:
+        bound(stand_ins.values())
+    if student.config.tie_word_embeddings and not known["tied"]:
+        untie(student)
+    limit_neurons(student, known["limited"])
+    return student, stand_ins, before
+
+
+def _known_layout(directory: Path) -> dict[str, Any] | None:
+    note = directory / CHECKPOINTS / LAYOUT
+    if not note.is_file() or last_checkpoint(directory / CHECKPOINTS) is None:
+        return None
+    found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+    return found
+
+
+def _save_layout(directory: Path, student: PreTrainedModel, before: dict[str, Any]) -> None:
+    (directory / CHECKPOINTS).mkdir(exist_ok=True)
+    layout = {"before": before, "tied": student.config.tie_word_embeddings, "limited": list(limits_of(student))}
+    write_text(directory / CHECKPOINTS / LAYOUT, json.dumps(layout))
+
+
+def _calibrate(run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNorm]) -> dict[str, Any]:
+    """Constants, scales made even, and limits, in place; returns what naive removal would cost, and the neurons."""
     run.say("calibrating")
     calibration = spread(run.train_blocks, CALIBRATION_BLOCKS)
     set_constants(stand_ins, collect_log_scales(student, run.sites, calibration), run.config.estimator)
@@ -172,7 +207,7 @@ def _begin(run: Run, token_mask: TokenMask) -> tuple[PreTrainedModel, dict[str, 
     before["massive_neurons"] = _equalize(run, student, stand_ins, calibration) if equalizes else []
     if before["massive_neurons"] and run.config.neuron_limits:
         limit(run, student)
-    return student, stand_ins, before
+    return before
 
 
 def _naive_removal(run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNorm]) -> dict[str, Any]:
@@ -200,8 +235,7 @@ def _equalize(
     neurons = shrink_massive(*common, MADE_GOOD * run.config.kl_budget)
     if neurons:
         run.say(f"scaled down what writes massive activations: {len(neurons)} of the MLPs' neurons")
-        for stand_in in stand_ins.values():
-            stand_in.interpolation = "bounded"
+        bound(stand_ins.values())
     equalize_embedding(*common)
     return [asdict(neuron) for neuron in neurons]
 

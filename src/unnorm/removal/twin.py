@@ -10,7 +10,7 @@ from unnorm import processes
 from unnorm.checkpoint import load, load_unfolded
 from unnorm.errors import UnnormError
 from unnorm.modeling.modeling_unnorm import limits_of
-from unnorm.norms import TaperedNorm
+from unnorm.norms import TaperedNorm, bound
 from unnorm.removal.run import Run, limit, measured_before
 from unnorm.run_directory import CONTROL, EARLIER, METRICS, RESULT, read_rows, write_text
 
@@ -35,9 +35,9 @@ def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dic
     student.to(run.plan.device)  # Only now: Apple GPUs have no float64, which the constants came in.
     if before["massive_neurons"] and run.config.neuron_limits and not limits_of(student):
         limit(run, student)
+    if before["massive_neurons"]:
+        bound(stand_ins.values())
     for stand_in in stand_ins.values():
-        if before["massive_neurons"]:
-            stand_in.interpolation = "bounded"
         stand_in.alpha.fill_(1.0)
     _take_over_history(directory, run.directory)
     return student, stand_ins, before

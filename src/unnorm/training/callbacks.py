@@ -126,7 +126,8 @@ class GuardCallback(TrainerCallback, ExportableState):
 
     A step explodes when its gradient norm is over 100 times the median of the last steps, or of the clip where
     they were smaller: distillation starts at no loss at all, and its gradients rise from nothing. When several
-    steps in a row are refused, the last good weights come back. `norm` is that of the last step's gradients, unclipped.
+    steps in a row are refused, the last good weights come back: those of which the next step's gradients were sound.
+    `norm` is that of the last step's gradients, unclipped.
     """
 
     CLIP, EXPLODES, REMEMBERED = 1.0, 100.0, 50
@@ -149,6 +150,7 @@ class GuardCallback(TrainerCallback, ExportableState):
         self.kl: float | None = None
         self.skipped = self.in_a_row = self.restored = 0
         self.good: dict[str, Tensor] = {}
+        self.to_remember = True
 
     @property
     def diverged(self) -> bool:
@@ -173,6 +175,7 @@ class GuardCallback(TrainerCallback, ExportableState):
                 if budget != self.controller.kl_budget:  # It slowed down by another measure.
                     self.controller.kl_budget, self.controller.speed = budget, 1.0
         self._remember(model)
+        self.to_remember = True  # Once they are known to be sound; until then there is nothing else.
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
@@ -182,6 +185,8 @@ class GuardCallback(TrainerCallback, ExportableState):
         if math.isfinite(norm) and norm <= self.EXPLODES * max(typical, self.CLIP):
             self.norms = [*self.norms, norm][-self.REMEMBERED :]
             self.in_a_row = 0
+            if self.to_remember:
+                self._remember(model)
             return
         # Optimizers pass over parameters that have no gradient.
         for parameter in model.parameters():
@@ -211,15 +216,16 @@ class GuardCallback(TrainerCallback, ExportableState):
             if not controller.only_heals and controller.stale > max(PATIENCE * state.max_steps, LEAST_PATIENCE):
                 control.should_training_stop = True
         if healthy and state.global_step % max(1, state.max_steps // SNAPSHOTS) == 0:
-            self._remember(model)
+            self.to_remember = True
+        if self.in_a_row:  # What the last step gave may be what spoils the gradients since.
+            control.should_save = False
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
-    ) -> None:
-        self._remember(model)  # As a run does that goes on from this checkpoint.
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.to_remember = True  # As in a run that goes on from this checkpoint.
 
     @torch.no_grad()
     def _remember(self, model: nn.Module) -> None:
+        self.to_remember = False
         self.good = {name: value.detach().to("cpu", copy=True) for name, value in _learned(model)}
 
     @torch.no_grad()

@@ -105,7 +105,7 @@ def train(
     trainer = DistillationTrainer(
         model=model,
         args=_arguments(optimization, plan, checkpoints, seed, report_to),
-        train_dataset=train_blocks,
+        train_dataset=_as_many(train_blocks, plan.steps * plan.batch_size),
         data_collator=_collate,
         teacher=teacher if removal is not None and optimization.distil else None,
         optimization=optimization,
@@ -152,6 +152,11 @@ def train(
         unfinished=unfinished,
         rows=metrics.rows,
     )
+
+
+def _as_many(blocks: Dataset, rows: int) -> Dataset:
+    """The blocks over and over where they are fewer than the run takes: the end of an epoch would cut a batch short."""
+    return blocks if rows <= len(blocks) else blocks.select([row % len(blocks) for row in range(rows)])
 
 
 @contextmanager
@@ -226,7 +231,7 @@ def _arguments(
         learning_rate=plan.lr,
         lr_scheduler_type="cosine_with_min_lr" if optimization.least_lr else "linear",
         lr_scheduler_kwargs={"min_lr_rate": optimization.least_lr} if optimization.least_lr else {},
-        warmup_steps=math.ceil(optimization.warmup * plan.steps),
+        warmup_steps=min(math.ceil(optimization.warmup * plan.steps), plan.steps - 1),
         weight_decay=optimization.weight_decay,
         adam_beta1=optimization.betas[0],
         adam_beta2=optimization.betas[1],
