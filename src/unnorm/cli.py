@@ -517,7 +517,7 @@ def _given(ctx: typer.Context, renamed: dict[str, str], left_out: set[str]) -> d
     named = {
         key: value
         for key, value in ctx.params.items()
-        if key not in left_out and str(ctx.get_parameter_source(key)).endswith("COMMANDLINE")
+        if key not in left_out and getattr(ctx.get_parameter_source(key), "name", "") == "COMMANDLINE"
     }
     return {renamed.get(key, key): value for key, value in named.items()}
 

@@ -79,6 +79,8 @@ def export(directory: str | Path, to: Form = "transformers", *, out: str | Path)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         rows = _write(directory, folded, to, work)
         work.chmod(0o755)
+        if out.is_dir():  # An empty one, which not every system would replace.
+            out.rmdir()
         work.rename(out)
     except (OSError, SafetensorError) as error:
         raise UnnormError(

@@ -1,6 +1,5 @@
 """The end of a run: what was saved is measured and proved from its files, and result, report and card are written."""
 
-import resource
 import shutil
 import sys
 import time
@@ -8,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from datasets import Dataset
 from transformers import PreTrainedModel
@@ -171,5 +171,8 @@ def _ends(interval: Interval | None) -> list[float] | None:
 def _peak_memory_mb(device: str) -> float:
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    if sys.platform == "win32":
+        return float(psutil.Process().memory_info().peak_wset) / 2**20
+    from resource import RUSAGE_SELF, getrusage  # Windows has no such module.
+
+    return getrusage(RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
