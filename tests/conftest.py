@@ -1,7 +1,9 @@
 """Tiny models and data that every test file shares; nothing here or in the tests needs the network."""
 
 import inspect
+import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +69,16 @@ def small_llama() -> LlamaForCausalLM:
     model = LlamaForCausalLM(config)
     randomize(model)
     return model.eval()
+
+
+def with_other_tokens(model: Path, directory: Path) -> Path:
+    """A copy of a model whose tokenizer gives two tokens each other's ids."""
+    shutil.copytree(model, directory)
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    ids = tokenizer["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return directory
 
 
 @pytest.fixture(scope="session", autouse=True)

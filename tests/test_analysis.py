@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import unnorm
-from tests.conftest import Cli, randomize
+from tests.conftest import Cli, randomize, with_other_tokens
 from unnorm.analysis.anatomy import anatomy
 from unnorm.analysis.attribution import attribute, frozen_scale_error
 from unnorm.analysis.geometry import geometry
@@ -522,6 +522,7 @@ def test_bad_input_is_refused(
         (runs["llama"], "--against", runs["llama, tied, biased"].parent / "model"): "is built otherwise than the twin",
         (finished_run, "--against", finished_run): "is a UnnormGPT2LMHeadModel and the twin was a GPT2LMHeadModel",
         (finished_run, "--against", tmp_path / "nowhere"): "No model",
+        (finished_run, "--against", with_other_tokens(tiny_model_dir, tmp_path / "other")): "different tokenizers",
         (finished_run, "--prompts", tmp_path / "nowhere.jsonl"): "Could not read the prompts",
         (finished_run, "--data", tmp_path / "nowhere.txt"): "nowhere.txt",
         (finished_run, "--context", 65): "longer than the 64 tokens",

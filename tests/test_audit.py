@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
-from tests.conftest import POSITIONS, VOCAB, Cli, randomize
+from tests.conftest import POSITIONS, VOCAB, Cli, randomize, with_other_tokens
 from unnorm.checkpoint import load, load_sites
 from unnorm.errors import UnnormError
 from unnorm.worst_case.audit import summarize, verdict
@@ -323,6 +323,12 @@ class TestBadInput:
         randomize(GPT2LMHeadModel(config)).save_pretrained(tmp_path / "other")
         tiny_tokenizer.save_pretrained(tmp_path / "other")
         assert "vocabularies differ" in refused(finished_run, "--against", tmp_path / "other")
+
+    def test_another_tokenizer(
+        self, tmp_path: Path, finished_run: Path, tiny_model_dir: Path, refused: Callable[..., str]
+    ) -> None:
+        other = with_other_tokens(tiny_model_dir, tmp_path / "other")
+        assert "different tokenizers: 2 tokens" in refused(finished_run, "--against", other)
 
     @pytest.mark.parametrize(
         ("options", "says"),

@@ -72,6 +72,20 @@ def load_original(model: str, trust_remote_code: bool = False) -> tuple[PreTrain
     return loaded, tokenizer
 
 
+def check_same_tokenizer(
+    name: str, tokenizer: PreTrainedTokenizerBase, other: str, its_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Raise an UnnormError where two models' tokens have different ids."""
+    ours, theirs = tokenizer.get_vocab(), its_tokenizer.get_vocab()
+    apart = [token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)]
+    if apart:
+        raise UnnormError(
+            f"'{name}' and '{other}' have different tokenizers: {len(apart):,} tokens, such as {min(apart)!r}, have "
+            "other ids in one than in the other, or are in one only. Losses per token of such models are of different "
+            "tokens; compare models with the same tokenizer."
+        )
+
+
 def context_length(model: PreTrainedModel) -> int:
     """Most tokens that the model takes at once, or was trained on (BLOOM), or 1024 where its config does not say."""
     config = model.config.get_text_config()

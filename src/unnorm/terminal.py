@@ -153,7 +153,7 @@ def evaluation_tables(results: "Results", out: Path | None = None) -> Renderable
     results = results.with_short_names()
     rows = results.rows
     parts: list[RenderableType] = [_loss_table(rows), _fidelity_table(rows)] if rows else []
-    if all(row.kl is None for row in rows):
+    if not results.protocol.get("original"):
         parts.append(Text("No --against ORIGINAL was named, so there is nothing that models are at a distance to."))
     parts += [Text(_overflow_line(row)) for row in rows if row.overflowed_blocks]
     parts += [_score_table(results.scores)] if results.scores else []
@@ -255,9 +255,10 @@ def _or_dash(value: float | None, form: str) -> str:
 def _protocol_lines(protocol: dict[str, Any]) -> list[str]:
     lines = [
         f"{row['corpus']}: {row['blocks']:,} blocks of {row['context']} tokens, stride {row['stride']}, evenly out of "
-        f"{row['blocks_read']:,}; {row['predicted_tokens']:,} predicted tokens; held out: {row['held_out']}; "
+        f"{row['blocks_read']:,}; {row['predicted_tokens']:,} predicted tokens; "
+        f"held out: {row['held_out']}; "
         f"separator: {row['separator']}; first token {row['first_token']}; "
-        f"intervals over {row['units']:,} {row['interval_over']}"
+        f"intervals over {row['units']:,} {row['interval_over']}{row['filter'] and '; filtered: ' + row['filter']}"
         for row in protocol["corpora"]
     ]
     lines += [

@@ -5,14 +5,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from tests.conftest import Cli, stdlib_text
+from tests.conftest import POSITIONS, Cli, stdlib_text
 from tests.evaluation.texts import named
 from unnorm.errors import UnnormError
 from unnorm.evaluation import Score, evaluate
-from unnorm.evaluation.harness import against
+from unnorm.evaluation.harness import _language_model, against
 from unnorm.evaluation.suites import choose
+from unnorm.report.evaluation_page import render_evaluation
 
 
 class TestBenchmarks:
@@ -81,6 +82,17 @@ class TestBenchmarks:
         for key in (("hellaswag", "acc"), ("hellaswag", "acc_norm"), ("lambada_openai", "acc")):
             assert ours[key].difference == pytest.approx(ours[key].value - base[key])
 
+    def test_prompts_of_generated_answers_that_are_cut_are_counted(
+        self, tiny_model: GPT2LMHeadModel, tiny_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        from lm_eval.api.instance import Instance
+
+        lm = _language_model(tiny_model, tiny_tokenizer, POSITIONS, 2, None)
+        prompts = ["k " * 10, "k " * POSITIONS, "k " * 2 * POSITIONS]
+        given = {"until": ["x"], "max_gen_toks": 8, "do_sample": False}
+        lm.generate_until([Instance("generate_until", {}, (text, given), 0) for text in prompts])
+        assert lm.truncated == 2
+
     def test_a_subset_is_drawn_by_seed(self, files: dict[str, Path], tiny_model_dir: Path) -> None:
         pytest.importorskip("lm_eval")
         chosen = []
@@ -136,6 +148,13 @@ class TestSuites:
         results = evaluate(str(tiny_model_dir), data=data, suite="paper", tasks=["none"], tokens=10**5)
         sizes = {row.data: row.tokens for row in results}
         assert 0 < sizes["pile-filtered"] < sizes["pile"]
+        of = {row["corpus"]: row for row in results.protocol["corpora"]}
+        assert of["pile"]["filter"] == ""
+        assert of["pile"]["blocks_read"] > of["pile-filtered"]["blocks_read"] == of["pile-filtered"]["blocks"]
+        left_out = of["pile"]["blocks_read"] - of["pile-filtered"]["blocks_read"]
+        said = f"left out are {left_out} of {of['pile']['blocks_read']} blocks"
+        assert of["pile-filtered"]["filter"].startswith(said) and "owt.txt lack" in of["pile-filtered"]["filter"]
+        assert render_evaluation(results).count(said) == 1
 
         (tmp_path / "pile.jsonl").write_text("".join(json.dumps({"text": "~" * 40}) + "\n" for _ in range(300)))
         with pytest.raises(UnnormError, match=r"Nothing is left of 'pile-filtered'.*Give more of that text"):

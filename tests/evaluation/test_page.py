@@ -1,17 +1,20 @@
 """The page and what it compares token by token."""
 
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from tests.conftest import POSITIONS
 from tests.evaluation.texts import BLOCKS, held_out
 from unnorm.evaluation import Results, Score, evaluate
 from unnorm.report.evaluation_page import render_evaluation
+from unnorm.terminal import evaluation_tables
 
 
 def test_names_that_tell_models_apart() -> None:
@@ -24,6 +27,29 @@ def test_names_that_tell_models_apart() -> None:
         "owner/name",
         "demo",
     ]
+
+
+def test_two_models_never_have_one_name() -> None:
+    names = ("demo", "./demo", "demo/", "/a/model")
+    scores = tuple(Score(name, "t", "acc", 0.5, None, 1, 1) for name in names)
+    assert list(Results((), (), scores, {}).short_names.values()) == ["demo", "./demo", "demo/", "model"]
+
+
+def test_an_original_that_was_named_is_not_said_to_be_missing(
+    tokens: Path, tiny_model_dir: Path, other_dir: Path
+) -> None:
+    """Where there are benchmarks alone, or the model is its own original."""
+
+    def said(*models: str | None) -> str:
+        console = Console(file=StringIO(), width=300)
+        console.print(evaluation_tables(evaluate(*models, str(tokens), tokens=500)))  # type: ignore[arg-type]
+        return console.file.getvalue()  # type: ignore[attr-defined]
+
+    assert "No --against ORIGINAL" in said(str(other_dir), None)
+    assert "No --against ORIGINAL" not in said(str(tiny_model_dir), str(tiny_model_dir))
+    results = evaluate(str(other_dir), str(tiny_model_dir), str(tokens), tokens=500)
+    page = render_evaluation(results)
+    assert all(digest in page for key in ("models", "original") for digest in results.protocol[key].values())
 
 
 class TestComparison:

@@ -1,6 +1,7 @@
 """An evaluation that goes on where it stopped, and measures what changed."""
 
 import json
+import shutil
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
+import unnorm.evaluation.run
 from tests.conftest import randomize
 from unnorm.errors import RunInterruptedError
 from unnorm.evaluation import evaluate
@@ -68,6 +70,27 @@ class TestResume:
         for path in (out / "measurements").iterdir():
             path.write_bytes(path.read_bytes()[:100])
         assert measured()
+
+    def test_another_tokenizer_device_or_torch_is_measured_anew(
+        self, files: dict[str, Path], tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pytest.importorskip("lm_eval")
+        model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+
+        def measured() -> bool:
+            seen: list[str] = []
+            options: dict[str, Any] = {"data": f"lambada={files['lambada']}", "tasks": "lambada_openai", "items": 4}
+            evaluate(str(model), out=tmp_path / "out", watch=lambda r: seen.append(r.get("text", "")), **options)
+            return any(" on " in text for text in seen)
+
+        assert measured() and not measured()
+        path = model / "tokenizer.json"
+        tokenizer = json.loads(path.read_text())
+        tokenizer["pre_tokenizer"]["add_prefix_space"] = not tokenizer["pre_tokenizer"].get("add_prefix_space")
+        path.write_text(json.dumps(tokenizer))
+        assert measured() and not measured()
+        monkeypatch.setattr(unnorm.evaluation.run, "version", lambda name: "9.9")
+        assert measured() and not measured()
 
     def test_other_items_in_the_same_file_are_measured_anew(
         self, files: dict[str, Path], tiny_model_dir: Path, tmp_path: Path

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GPT2LMHeadModel
 
+from tests.conftest import with_other_tokens
 from unnorm.errors import UnnormError
 from unnorm.evaluation import evaluate
 
@@ -17,15 +17,8 @@ class TestRefused:
             evaluate(*arguments, **options)
         return str(caught.value)
 
-    def test_other_tokenizers(self, tiny_model: GPT2LMHeadModel, tiny_model_dir: Path, tmp_path: Path) -> None:
-        tiny_model.save_pretrained(tmp_path / "m")
-        vocab = json.loads((tiny_model_dir / "tokenizer.json").read_text())
-        ids = vocab["model"]["vocab"]
-        ids["a"], ids["b"] = ids["b"], ids["a"]
-        for name in ("tokenizer_config.json",):
-            (tmp_path / "m" / name).write_text((tiny_model_dir / name).read_text())
-        (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(vocab))
-        text = self.refusal(str(tmp_path / "m"), str(tiny_model_dir))
+    def test_other_tokenizers(self, tiny_model_dir: Path, tmp_path: Path) -> None:
+        text = self.refusal(str(with_other_tokens(tiny_model_dir, tmp_path / "m")), str(tiny_model_dir))
         assert "different tokenizers: 2 tokens, such as 'a'" in text and "same tokenizer" in text
 
     def test_benchmark_files(self, tiny_model_dir: Path, tmp_path: Path) -> None:

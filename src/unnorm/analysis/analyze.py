@@ -13,7 +13,7 @@ from unnorm.analysis import attribution, geometry, lens, neurons, patching, scal
 from unnorm.analysis.material import Finding, Material
 from unnorm.analysis.page import Skipped, render_analysis
 from unnorm.analysis.prompts import PromptPair, indirect_object_prompts, read_prompts
-from unnorm.checkpoint import load, load_sites
+from unnorm.checkpoint import load_sites
 from unnorm.config import read_count, run_settings
 from unnorm.data import STDLIB, spread
 from unnorm.data.packing import held_out_blocks
@@ -21,11 +21,11 @@ from unnorm.errors import UnnormError, first_few
 from unnorm.evaluation import EVALUATION_SPREAD
 from unnorm.json_text import finite, json_text
 from unnorm.modeling.modeling_unnorm import PREFIX
-from unnorm.models import load_original
+from unnorm.models import check_same_tokenizer, load_original
 from unnorm.plan import choose_context, choose_device
 from unnorm.progress import Watch
 from unnorm.report.numbers import count, short_count
-from unnorm.run_directory import CONFIG_FILE, check_can_be_made, write_text
+from unnorm.run_directory import CONFIG_FILE, MODEL, check_can_be_made, write_text
 from unnorm.sites import NormSite
 from unnorm.tracing import vocabulary_size
 
@@ -103,8 +103,9 @@ def analyze(
         raise UnnormError(f"'{directory / CONFIG_FILE}' does not name the original. Name it with --against.")
     say({"kind": "phase", "text": f"loading {directory} and {name}"})
     original, tokenizer = load_original(name, trust_remote_code)
-    twin = load(directory)
+    twin, its_tokenizer = load_original(str(directory / MODEL))
     _check_pair(original, twin, sites, name)
+    check_same_tokenizer(str(directory), its_tokenizer, name, tokenizer)
     pairs = _prompts(prompts, tokenizer, seed)
     text = str(data or settings.get("data") or STDLIB)
     blocks = _text(

@@ -37,11 +37,12 @@ class Corpus:
         source: where it comes from, as in `--data`.
         blocks: rows of `input_ids`, all of one length.
         documents: for every token the number of its document, or None where nothing separates documents.
-        read: blocks that were read, of which these are evenly spaced ones.
+        read: blocks that were read, less those that were filtered out, of which these are evenly spaced ones.
         separator: the token after every document, in words.
         held_out: how it was kept apart from training text, in words.
         text_bytes: bytes of UTF-8 text in the predicted tokens.
         begin: the token that every block begins with, in words.
+        filter: which blocks were left out after they were read, in words; empty where none were.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Corpus:
     held_out: str
     text_bytes: int
     begin: str
+    filter: str = ""
 
     @property
     def context(self) -> int:
@@ -84,6 +86,7 @@ class Corpus:
             "stride": self.context,
             "blocks": len(self.blocks),
             "blocks_read": self.read,
+            "filter": self.filter,
             "predicted_tokens": units.size,
             "bytes": self.text_bytes,
             "separator": self.separator,
@@ -104,7 +107,7 @@ def open_corpus(
     tokens: int,
     text_field: str | None = None,
     split: str = "train",
-    keep: Bool[NDArray[np.bool_], " vocab"] | None = None,
+    filtered_by: str | None = None,
 ) -> Corpus:
     """The held-out part of a source, packed; the same blocks for whoever asks with the same tokenizer.
 
@@ -117,7 +120,7 @@ def open_corpus(
         tokens: how many at most, rounded up to whole blocks.
         text_field: column that holds the text.
         split: split that the text comes from, where the source names no validation split.
-        keep: ids that may occur; blocks with others are left out.
+        filtered_by: another source; blocks with a token that its first `FILTER_TOKENS` lack are left out.
 
     Raises:
         UnnormError: the source can't be read or holds too little text, or no block is left.
@@ -127,8 +130,15 @@ def open_corpus(
         source, tokenizer, vocab_size, context, EVALUATION_SPREAD * count, text_field, split
     )
     blocks = _with_documents(found, tokenizer)
-    if keep is not None:
+    left_out = ""
+    if filtered_by is not None:
+        keep = tokens_in(filtered_by, tokenizer, vocab_size, text_field=text_field, split=split)
         blocks = blocks.select(np.flatnonzero(keep[_column(blocks, "input_ids")].all(1)))
+        left_out = (
+            f"left out are {len(found) - len(blocks):,} of {len(found):,} blocks, with a token that the first "
+            f"{FILTER_TOKENS:,} of {filtered_by} lack"
+        )
+    read = len(blocks)
     if not len(blocks):
         raise UnnormError(
             f"Nothing is left of '{name}': each of its {len(found)} blocks has a token that the text it is "
@@ -140,11 +150,12 @@ def open_corpus(
         source=source,
         blocks=blocks.select_columns("input_ids"),
         documents=_column(blocks, "document") if "document" in blocks.column_names else None,
-        read=len(found),
+        read=read,
         separator=_separator(tokenizer),
         held_out=held_out,
         text_bytes=count_bytes(_column(blocks, "input_ids"), tokenizer),
         begin=_beginning(source, tokenizer),
+        filter=left_out,
     )
 
 

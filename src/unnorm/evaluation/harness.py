@@ -258,6 +258,12 @@ def _language_model(
             self.truncated += sum(len(start or []) + len(rest) > context + 1 for _, start, rest in requests)
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
+        def tok_batch_encode(self, strings: Any, *args: Any, left_truncate_len: Any = None, **kwargs: Any) -> Any:
+            """Of the prompts of generated answers, which are cut here."""
+            if left_truncate_len:
+                self.truncated += sum(len(self.tok_encode(string)) > left_truncate_len for string in strings)
+            return super().tok_batch_encode(strings, *args, left_truncate_len=left_truncate_len, **kwargs)
+
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
             logits = super()._model_call(inps, *args, **kwargs)
             self.seen += len(inps)

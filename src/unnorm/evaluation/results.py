@@ -1,5 +1,6 @@
 """What an evaluation gives: numbers of each model on each corpus and benchmark, as plain values too."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import PurePath
@@ -171,7 +172,8 @@ class Results(Sequence[Evaluation]):
             lengths = (n for n in range(1, len(parts[name])) if all(parts[name][-n:] != other[-n:] for other in others))
             is_path = len(parts[name]) != 2 or name.startswith((".", "/", "~"))
             shorts[name] = "/".join(parts[name][-next(lengths, len(parts[name])) :]) if is_path else name
-        return shorts
+        alike = Counter(shorts.values())  # `demo` is the bundled model, `./demo` a directory.
+        return {name: short if alike[short] == 1 else name for name, short in shorts.items()}
 
     def with_short_names(self) -> "Results":
         """The same, with models called by their short names."""

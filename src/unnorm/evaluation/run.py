@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unnorm.config import read_count
 from unnorm.errors import RunInterruptedError, UnnormError
 from unnorm.evaluation.comparison import compare_tokens
-from unnorm.evaluation.corpora import Corpus, count_bytes, open_corpus, tokens_in
+from unnorm.evaluation.corpora import Corpus, count_bytes, open_corpus
 from unnorm.evaluation.harness import Benchmark, against, open_benchmarks, run_benchmark
 from unnorm.evaluation.intervals import LEVEL, RESAMPLES, bootstrap_interval
 from unnorm.evaluation.metrics import Distances, ModelTokens, calibration, measure_tokens
@@ -25,7 +25,7 @@ from unnorm.evaluation.record import Record
 from unnorm.evaluation.results import Evaluation, Results, Score
 from unnorm.evaluation.suites import PILE_FILTERED, Choice, choose
 from unnorm.json_text import digest
-from unnorm.models import load_original
+from unnorm.models import check_same_tokenizer, load_original
 from unnorm.plan import choose_context, choose_device
 from unnorm.progress import Watch
 from unnorm.tracing import vocabulary_size
@@ -55,6 +55,11 @@ class _Session:
     trust_remote_code: bool
     record: Record
     watch: Watch
+
+    @property
+    def computed_by(self) -> dict[str, str]:
+        """What else numbers hang on, in their last digits."""
+        return {"device": self.device, "torch": version("torch"), "unnorm": version("unnorm")}
 
     def say(self, text: str, tokens: int | None = None) -> None:
         self.watch({"kind": "phase", "text": text, "tokens": tokens})
@@ -192,23 +197,10 @@ def _enter(
         )
     (first, tokenizer, size, _), *others = found.values()
     for other, its_tokenizer, _, _ in others:
-        _check_same_tokenizer(first.name, tokenizer, other.name, its_tokenizer)
+        check_same_tokenizer(first.name, tokenizer, other.name, its_tokenizer)
     entrants = tuple(found[name][0] for name in dict.fromkeys(names))
     longest = min(length for _, _, _, length in found.values())
     return entrants, found[against][0] if against else None, tokenizer, size, longest
-
-
-def _check_same_tokenizer(
-    name: str, tokenizer: PreTrainedTokenizerBase, other: str, its_tokenizer: PreTrainedTokenizerBase
-) -> None:
-    ours, theirs = tokenizer.get_vocab(), its_tokenizer.get_vocab()
-    apart = [token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)]
-    if apart:
-        raise UnnormError(
-            f"'{name}' and '{other}' have different tokenizers: {len(apart):,} tokens, such as {min(apart)!r}, have "
-            "other ids in one than in the other, or are in one only. Losses per token of such models are of different "
-            "tokens; compare models with the same tokenizer."
-        )
 
 
 def _weights_digest(model: PreTrainedModel) -> str:
@@ -218,6 +210,12 @@ def _weights_digest(model: PreTrainedModel) -> str:
         sha256.update(key.encode())
         sha256.update(value.detach().float().contiguous().cpu().numpy().tobytes())
     return sha256.hexdigest()
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what makes tokens of text: also how it is cut before a vocabulary is looked up."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return digest({"backend": backend.to_str() if backend is not None else tokenizer.get_vocab()})
 
 
 def _config_digest(model: PreTrainedModel) -> str:
@@ -237,10 +235,8 @@ def _open_corpora(
     opened = []
     for name, source in choice.corpora.items():
         say({"kind": "phase", "text": f"reading {source}"})
-        keep = None
-        if name == PILE_FILTERED and "openwebtext" in choice.corpora:
-            keep = tokens_in(choice.corpora["openwebtext"], tokenizer, vocab_size, text_field=text_field, split=split)
-        opened.append(open_corpus(name, source, tokenizer, vocab_size, context, choice.tokens, text_field, split, keep))
+        of = choice.corpora.get("openwebtext") if name == PILE_FILTERED else None
+        opened.append(open_corpus(name, source, tokenizer, vocab_size, context, choice.tokens, text_field, split, of))
     return tuple(opened)
 
 
@@ -300,7 +296,7 @@ def _evaluate(
         "config": model.entrant.config,
         "original": None if original is None else asdict(original.entrant),
         **{name: value for name, value in corpus.protocol().items() if name != "corpus"},
-        "unnorm": version("unnorm"),
+        **session.computed_by,
     }
     rows = session.record.recall(list[Evaluation], key, measure)
     return rows[0], rows[1] if len(rows) > 1 else None
@@ -331,8 +327,9 @@ def _scores(session: _Session, model: _Loaded) -> dict[str, list[Score]]:
                 "config": model.entrant.config,
                 "context": session.context,
                 "chosen": list(benchmark.items),
+                "tokenizer": _tokenizer_digest(session.tokenizer),
                 **benchmark.protocol(),
-                "unnorm": version("unnorm"),
+                **session.computed_by,
             },
             partial(measure, benchmark),
         )

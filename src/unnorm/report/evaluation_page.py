@@ -99,7 +99,8 @@ def _protocol(protocol: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{count(corpus['blocks_read'])}: {count(corpus['predicted_tokens'])} predicted tokens, "
                 f"{count(corpus['bytes'])} bytes of text. Separator: {corpus['separator']}. The first token "
                 f"{corpus['first_token']}. Intervals are over {count(corpus['units'])} {corpus['interval_over']}. "
-                f"SHA-256 of the token ids: {corpus['tokens_sha256']}.",
+                f"SHA-256 of the token ids: {corpus['tokens_sha256']}."
+                f"{corpus['filter'] and ' Filtered: ' + corpus['filter'] + '.'}",
             )
         ]
     for task in protocol.get("tasks", []):
@@ -113,6 +114,7 @@ def _protocol(protocol: dict[str, Any]) -> list[tuple[str, str]]:
             )
         ]
     rows += [("intervals", f"{protocol.get('interval')}")]
-    rows += [("weights, SHA-256", ", ".join(f"{name} {digest}" for name, digest in protocol.get("models", {}).items()))]
+    digests = {**(protocol.get("original") or {}), **protocol.get("models", {})}
+    rows += [("weights, SHA-256", ", ".join(f"{name} {digest}" for name, digest in digests.items()))]
     versions = ", ".join(f"{name} {number}" for name, number in protocol.get("versions", {}).items())
     return [*rows, ("run", f"{protocol.get('dtype')} on {protocol.get('device')}; {versions}")]

@@ -18,7 +18,7 @@ from unnorm.config import read_count, run_settings
 from unnorm.data import STDLIB
 from unnorm.data.packing import begin_of_blocks, held_out_blocks
 from unnorm.errors import UnnormError
-from unnorm.models import cast_as_loaded, context_length, load_original
+from unnorm.models import cast_as_loaded, check_same_tokenizer, context_length, load_original
 from unnorm.plan import choose_context, choose_device
 from unnorm.progress import Watch
 from unnorm.run_directory import CONFIG_FILE, CONTROL, MODEL, finished_result
@@ -95,8 +95,9 @@ def audit(
     settings = run_settings(directory)
     name = str(against or _default_reference(directory, settings))
     twin, tokenizer = load_original(str(directory / MODEL))
-    reference = _load_reference(name, against is not None, trust_remote_code)
+    reference, its_tokenizer = _load_reference(name, against is not None, trust_remote_code)
     _check_same_vocabulary(twin, reference, name)
+    check_same_tokenizer(str(directory), tokenizer, name, its_tokenizer)
     twin.to(place)
     reference.to(place)
     say({"kind": "phase", "text": f"audit of {directory} against {name}"})
@@ -271,9 +272,11 @@ def _default_reference(directory: Path, settings: dict[str, Any]) -> str:
     )
 
 
-def _load_reference(name: str, was_named: bool, trust_remote_code: bool) -> PreTrainedModel:
+def _load_reference(
+    name: str, was_named: bool, trust_remote_code: bool
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
-        return load_original(name, trust_remote_code)[0]
+        return load_original(name, trust_remote_code)
     except UnnormError as error:
         if was_named:
             raise
