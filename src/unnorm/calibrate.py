@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unnorm.data import STDLIB, batches, build_blocks
+from unnorm.isolation import isolated
 from unnorm.models import blocks_at_once, evaluating, load_original
 from unnorm.norms import Estimator, TaperedNorm, estimate_log_constant, log_scale_of
 from unnorm.plan import choose_context, choose_device
@@ -50,6 +51,7 @@ class ScaleStatistics:
         return asdict(self)
 
 
+@isolated
 def stats(
     model: str | Path,
     data: str | Path = STDLIB,

@@ -1,5 +1,6 @@
 """Loading a model and its tokenizer, and refusing early what can't work."""
 
+import gc
 import math
 import os
 from collections.abc import Iterator
@@ -99,8 +100,10 @@ def blocks_at_once(model: PreTrainedModel, length: int, most: int) -> int:
 
 
 def free_memory(device: str) -> int:
-    """Bytes of memory that are free on the device."""
+    """Bytes of memory that are free on the device, with what earlier work left in it given back."""
+    gc.collect()  # A Trainer and its callbacks hold each other.
     if device.startswith("cuda"):
+        torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info()[0])
     return int(psutil.virtual_memory().available)
 

@@ -14,6 +14,7 @@ from unnorm.blockwise import float64_logits, in_float64
 from unnorm.checkpoint import load, load_sites, load_unfolded
 from unnorm.errors import first_few
 from unnorm.fold import FoldedWeights, empty_twin
+from unnorm.isolation import isolated
 from unnorm.norm_behaviour import norm_operations
 from unnorm.norms import linear_weight
 from unnorm.reading import read_weight
@@ -52,6 +53,7 @@ class Check:
         return asdict(self)
 
 
+@isolated
 def verify(directory: str | Path) -> list[Check]:
     """Prove a run directory: norm-free, folded exactly, read linearly, and a plain sum.
 

@@ -73,7 +73,7 @@ def trace_inputs(model: PreTrainedModel, batch: int = 1, length: int = _TRACE_TO
     """Token ids that any causal model takes: seeded, random, within the vocabulary."""
     vocab = vocabulary_size(model)
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocab, (batch, length), generator=generator).to(model.device)
+    return torch.randint(vocab, (batch, length), generator=generator, device="cpu").to(model.device)
 
 
 def traced(model: PreTrainedModel) -> Trace:

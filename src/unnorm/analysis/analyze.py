@@ -19,6 +19,7 @@ from unnorm.data import STDLIB, spread
 from unnorm.data.packing import held_out_blocks
 from unnorm.errors import UnnormError, first_few
 from unnorm.evaluation import EVALUATION_SPREAD
+from unnorm.isolation import isolated
 from unnorm.json_text import finite, json_text
 from unnorm.modeling.modeling_unnorm import PREFIX
 from unnorm.models import check_same_tokenizer, load_original
@@ -45,6 +46,7 @@ MOST_CONTEXT = 256
 """Longest blocks by default: attention weights of all pairs of positions are kept."""
 
 
+@isolated
 def analyze(
     directory: str | Path,
     against: str | Path | None = None,

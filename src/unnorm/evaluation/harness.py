@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from importlib import resources
@@ -91,10 +92,12 @@ def open_benchmarks(names: Sequence[str], files: dict[str, str], most: int | Non
         )
     for name in files:
         READERS[name](**{name: files[name]})  # Refused here by its own message, and not in the middle of lm-eval.
+    with _quiet():
+        tasks = {name: task for asked in names for name, task in _load(asked, files).items()}
+        sizes = {name: len(task.eval_docs) for name, task in tasks.items()}
     return [
-        Benchmark(name, task, files.get(name, "hub"), _draw(len(task.eval_docs), most, seed), len(task.eval_docs), seed)
-        for asked in names
-        for name, task in _load(asked, files).items()
+        Benchmark(name, task, files.get(name, "hub"), _draw(sizes[name], most, seed), sizes[name], seed)
+        for name, task in tasks.items()
     ]
 
 
@@ -126,14 +129,15 @@ def run_benchmark(
 
     lm = _language_model(model, tokenizer, context, batch_size, watch)
     try:
-        results = simple_evaluate(
-            model=lm,
-            tasks=[benchmark.task],
-            samples={benchmark.task.task_name: list(benchmark.items)},
-            bootstrap_iters=0,
-            log_samples=True,
-            task_manager=TaskManager(include_defaults=False),  # The task is loaded; finding all others takes seconds.
-        )
+        with _quiet():
+            results = simple_evaluate(
+                model=lm,
+                tasks=[benchmark.task],
+                samples={benchmark.task.task_name: list(benchmark.items)},
+                bootstrap_iters=0,
+                log_samples=True,
+                task_manager=TaskManager(include_defaults=False),  # It is loaded; finding all others takes seconds.
+            )
     except UnnormError:
         raise
     except Exception as error:
@@ -194,7 +198,6 @@ def _draw(of: int, most: int | None, seed: int) -> tuple[int, ...]:
 
 def _load(name: str, files: dict[str, str]) -> dict[str, Any]:
     """lm-eval's tasks for one name, by the name that is shown."""
-    _silence()
     from lm_eval.tasks import TaskManager
 
     if name in files:
@@ -223,12 +226,20 @@ def _all_tasks() -> Any:
     return TaskManager()
 
 
-def _silence() -> None:
-    # What it says of every choice that is made here; what matters (cut requests) is counted instead.
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """For a while lm-eval says nothing of choices that are made here; what matters (cut requests) is counted."""
     from lm_eval import evaluator
 
+    logger = logging.getLogger("lm_eval")
+    level, get_git_commit_hash = logger.level, evaluator.get_git_commit_hash
+    logger.setLevel(logging.ERROR)
     evaluator.get_git_commit_hash = lambda: None  # It asks git, which complains outside a repository.
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        evaluator.get_git_commit_hash = get_git_commit_hash
 
 
 def _language_model(

@@ -24,6 +24,7 @@ from unnorm.evaluation.metrics import Distances, ModelTokens, calibration, measu
 from unnorm.evaluation.record import Record
 from unnorm.evaluation.results import Evaluation, Results, Score
 from unnorm.evaluation.suites import PILE_FILTERED, Choice, choose
+from unnorm.isolation import isolated
 from unnorm.json_text import digest
 from unnorm.models import check_same_tokenizer, load_original
 from unnorm.plan import choose_context, choose_device
@@ -65,10 +66,11 @@ class _Session:
         self.watch({"kind": "phase", "text": text, "tokens": tokens})
 
 
+@isolated
 def evaluate(
     models: str | Path | Sequence[str | Path],
     against: str | Path | None = None,
-    data: str | Path | Sequence[str] | None = None,
+    data: str | Path | Sequence[str | Path] | None = None,
     *,
     suite: str | None = None,
     tasks: str | Sequence[str] | None = None,
@@ -117,7 +119,9 @@ def evaluate(
     names = [str(models)] if isinstance(models, str | Path) else [str(model) for model in models]
     against = None if against is None else str(against)
     place = choose_device(device)
-    sources = str(data) if isinstance(data, Path) else data
+    if batch_size < 1:
+        raise UnnormError(f"--batch-size {batch_size}: a pass takes 1 block at least.")
+    sources = [str(data)] if isinstance(data, str | Path) else None if data is None else [str(each) for each in data]
     most = None if tokens is None else read_count(tokens)
     choice = choose(suite, sources, [tasks] if isinstance(tasks, str) else tasks, most, items, place)
     say: Watch = watch or (lambda _: None)

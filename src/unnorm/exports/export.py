@@ -13,6 +13,7 @@ from unnorm.checkpoint import load, load_sites
 from unnorm.errors import UnnormError, short
 from unnorm.exports import nanogpt, stock
 from unnorm.exports.measure import FormError, errors
+from unnorm.isolation import isolated
 from unnorm.run_directory import MODEL
 
 Form = Literal["transformers", "stock", "nanogpt"]
@@ -54,6 +55,7 @@ class Exported:
         return {"form": self.form, "path": str(self.path), "errors": rows, "load": self.load, "note": self.note}
 
 
+@isolated
 def export(directory: str | Path, to: Form = "transformers", *, out: str | Path) -> Exported:
     """Write the model of a finished run in another form, and measure it against the folded model.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -74,8 +75,10 @@ def stock_form(directory: Path) -> PreTrainedModel:
     weights = trained.state_dict()
     for site in sites:
         weights |= _scaled_gain(trained.get_submodule(site.name), site, constants[site.name])
-    stock = type(trained)(_with_huge_epsilon(trained.config, sites))
-    stock.load_state_dict(weights)
+    with init_empty_weights(include_buffers=False):
+        stock = type(trained)(_with_huge_epsilon(trained.config, sites))
+    stock.load_state_dict(weights, assign=True)
+    stock.tie_weights()
     stock.generation_config = trained.generation_config
     _check_epsilons(stock, sites)
     return stock.eval()

@@ -1,5 +1,6 @@
 """`unnorm remove`: the whole path, from a pretrained model to its LN-free twin with proof, numbers and report."""
 
+import gc
 import json
 import math
 import time
@@ -7,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, load_from_disk
 from transformers import PreTrainedModel, set_seed
 
@@ -17,6 +19,7 @@ from unnorm.config import RemoveConfig
 from unnorm.data import spread
 from unnorm.equalize import equalize_embedding, untie
 from unnorm.errors import RunInterruptedError, UnnormError
+from unnorm.isolation import isolated
 from unnorm.massive import MADE_GOOD, shrink_massive
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.models import copy_model, fuse_activations, load_original
@@ -51,6 +54,7 @@ NAIVE_HEAD = 8
 """Blocks on which naive removal is tried first."""
 
 
+@isolated
 def remove(
     model: str | Path | None = None, *, resume: bool = False, watch: Watch | None = None, **options: Any
 ) -> dict[str, Any]:
@@ -105,6 +109,8 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watch) -> Run:
     plan = processes.agree(lambda: _plan(config, model))
     check_disk(directory, model)
     set_seed(config.seed)
+    if plan.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     model.to(plan.device).requires_grad_(False)
     fuse_activations(model)
     held_out = processes.agree(lambda: write_blocks(config, plan, model, tokenizer, directory, watch))
@@ -263,6 +269,7 @@ def _train(run: Run, model: PreTrainedModel, removal: Removal | None, directory:
         watch=run.watch,
         report_to=run.config.report_to,
     )
+    gc.collect()  # The Trainer and its callbacks hold each other, the optimizer's state, and the last good weights.
     if outcome.interrupted:
         raise RunInterruptedError(
             f"Stopped at step {outcome.steps} of {run.plan.steps}; nothing is lost. Go on with: "

@@ -18,6 +18,7 @@ from unnorm.config import read_count, run_settings
 from unnorm.data import STDLIB
 from unnorm.data.packing import begin_of_blocks, held_out_blocks
 from unnorm.errors import UnnormError
+from unnorm.isolation import isolated
 from unnorm.models import cast_as_loaded, check_same_tokenizer, context_length, load_original
 from unnorm.plan import choose_context, choose_device
 from unnorm.progress import Watch
@@ -42,6 +43,7 @@ PERCENTILES = (99.9, 99.99)
 _WORST, _SHOWN_TOKENS = 3, 12
 
 
+@isolated
 def audit(
     directory: str | Path,
     against: str | Path | None = None,

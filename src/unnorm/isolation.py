@@ -1,0 +1,70 @@
+"""What a public function leaves alone in the process that calls it."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from transformers.utils import logging
+
+from unnorm.progress import Watch
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class _WatchError(BaseException):
+    """Carries what a caller's `watch` raised past all that would take it for a fault of its own."""
+
+    def __init__(self, raised: Exception) -> None:
+        super().__init__(str(raised))
+        self.raised = raised
+
+
+def isolated(function: Callable[P, T]) -> Callable[P, T]:
+    """Run a function alike whatever mode it is called in, and leave the process as it was.
+
+    Gradients are recorded where they are needed, also within `torch.no_grad()` or `torch.inference_mode()`. Random
+    numbers of Python, NumPy and torch go on where they were, and so do precision and transformers' verbosity. What
+    `watch` raises comes out as it is.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        if kwargs.get("watch") is not None:
+            kwargs["watch"] = _passing_on(kwargs["watch"])  # type: ignore[arg-type]
+        try:
+            with _state_kept(), torch.inference_mode(False), torch.enable_grad():
+                return function(*args, **kwargs)
+        except _WatchError as error:
+            raise error.raised from None
+
+    return call
+
+
+def _passing_on(watch: Watch) -> Watch:
+    def call(row: dict[str, Any]) -> None:
+        try:
+            watch(row)
+        except Exception as error:
+            raise _WatchError(error) from error
+
+    return call
+
+
+@contextmanager
+def _state_kept() -> Iterator[None]:
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    verbosity, precision = logging.get_verbosity(), torch.backends.fp32_precision
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+        logging.set_verbosity(verbosity)
+        torch.backends.fp32_precision = precision

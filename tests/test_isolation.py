@@ -1,0 +1,119 @@
+"""Public functions in a process that goes on: alike in any mode, and nothing of the caller's is changed."""
+
+import gc
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+import unnorm
+from tests.test_remove import SETTINGS, assert_same_weights
+from unnorm.evaluation import evaluate
+from unnorm.training.distillation import DistillationTrainer
+
+
+class CancelledError(Exception):
+    """The caller's own."""
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_grad_mode_does_not_matter(
+    mode: Any, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file)}
+    unnorm.remove(out=tmp_path / "a", **options)
+    with mode():
+        unnorm.remove(out=tmp_path / "b", **options)
+        assert all(check.passed for check in unnorm.verify(tmp_path / "b"))
+        assert unnorm.stats(tiny_model_dir, text_file, context=32)
+        unnorm.analyze(tmp_path / "b", what=["attribution", "scales"], tokens=256, context=32)
+        assert not torch.is_grad_enabled()
+    assert_same_weights(tmp_path / "a", tmp_path / "b")
+
+
+def test_random_numbers_verbosity_and_precision_of_the_process_go_on(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    def draws() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+    def seeded() -> None:
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+
+    seeded()
+    first, second, third = draws(), draws(), draws()
+    seeded()
+    before = logging.get_verbosity(), torch.backends.fp32_precision
+    assert draws() == first
+    unnorm.remove(str(tiny_model_dir), data=str(text_file), out=tmp_path / "run", **SETTINGS)
+    assert draws() == second
+    unnorm.export(tmp_path / "run", "stock", out=tmp_path / "stock")
+    assert draws() == third
+    assert (logging.get_verbosity(), torch.backends.fp32_precision) == before
+
+
+@pytest.mark.parametrize("kind", ["phase", "train"])
+@pytest.mark.parametrize("error", [CancelledError, BrokenPipeError])
+def test_what_watch_raises_comes_out_as_it_is(
+    kind: str, error: type[Exception], tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    def watch(row: dict[str, Any]) -> None:
+        if row["kind"] == kind and ("text" not in row or "gone over" in row["text"]):
+            raise error("of the caller")
+
+    options = {**SETTINGS, "tokens": 40 * 512, "model": str(tiny_model_dir), "data": str(text_file)}
+    with pytest.raises(error, match="of the caller"):
+        unnorm.remove(out=tmp_path / "run", watch=watch, **options)
+
+
+def test_nothing_of_a_training_run_outlives_it(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control would else train beside the twin's optimizer state."""
+    alive: list[int] = []
+    init = DistillationTrainer.__init__
+
+    def count(self: Any, *args: Any, **more: Any) -> None:
+        alive.append(sum(isinstance(each, DistillationTrainer) for each in gc.get_objects()))
+        init(self, *args, **more)
+
+    monkeypatch.setattr(DistillationTrainer, "__init__", count)
+    gc.collect()
+    unnorm.remove(str(tiny_model_dir), data=str(text_file), out=tmp_path / "run", control=True, **SETTINGS)
+    assert alive == [1, 1]  # The one that is being made.
+
+
+def test_the_callers_default_dtype_does_not_matter(finished_run: Path, tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = unnorm.export(finished_run, "stock", out=tmp_path / "stock")
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert next(row for row in found.errors if row.name == "float32").relative < 1e-5
+
+
+def test_paths_among_several_texts(text_file: Path, tiny_model_dir: Path) -> None:
+    (row,) = evaluate([tiny_model_dir], data=[text_file], tokens=500)
+    assert row.data == str(text_file)
+    with pytest.raises(unnorm.UnnormError, match="--batch-size 0"):
+        evaluate(tiny_model_dir, data=text_file, batch_size=0)
+
+
+def test_lm_eval_is_left_as_it_was(tiny_model_dir: Path, tiny_model: PreTrainedModel, tmp_path: Path) -> None:
+    evaluator = pytest.importorskip("lm_eval.evaluator")
+    before = evaluator.get_git_commit_hash
+    path = tmp_path / "l.jsonl"
+    path.write_text('{"context": "k a", "continuation": "c"}\n' * 4)
+    random.seed(1)
+    expected = random.random()
+    random.seed(1)
+    evaluate(tiny_model_dir, data=f"lambada={path}", tasks="lambada_openai")
+    assert random.random() == expected
+    assert evaluator.get_git_commit_hash is before
