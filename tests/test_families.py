@@ -367,7 +367,7 @@ def test_removed_end_to_end(
     config.vocab_size = len(tiny_tokenizer)
     random_model(lambda: config).save_pretrained(tmp_path / "model")
     tiny_tokenizer.save_pretrained(tmp_path / "model")
-    options: dict[str, Any] = {"context": 32, "batch_size": 8, "tokens": 30 * 256, "device": "cpu", "kl_budget": 100}
+    options: dict[str, Any] = {"context": 32, "batch_size": 8, "tokens": 60 * 256, "device": "cpu", "kl_budget": 100}
     options["in_place"] = family in IN_PLACE
     options["dtype"] = "float32"  # Else the processor decides, and 30 steps from random weights may not arrive.
     result = unnorm.remove(
@@ -531,6 +531,20 @@ def test_what_layers_share_is_saved_of_each_where_the_unembedding_is_untied(
         stand_in.removed = True
     ids = trace_inputs(model, 2, 12)
     torch.testing.assert_close(load_unfolded(tmp_path)(input_ids=ids).logits, student(input_ids=ids).logits)
+
+
+def test_a_config_without_use_cache_is_trained(
+    tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
+) -> None:
+    """As those of models with several parts; the Trainer writes one."""
+    sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    model = random_model(lambda: hf.OpenAIGPTConfig(vocab_size=len(tiny_tokenizer), **sizes))
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    options: dict[str, Any] = {"context": 32, "tokens": 1024, "in_place": True, "recipe": "tapernorm", "device": "cpu"}
+    result = unnorm.remove(str(tmp_path / "model"), data=str(text_file), out=tmp_path / "run", **options)
+    assert result["verified"]
+    assert "use_cache" not in json.loads((tmp_path / "run" / "model" / "config.json").read_text())
 
 
 def test_norms_that_share_their_gain_are_trained_as_one() -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import unnorm
 from tests.conftest import VOCAB, Cli, small_llama
@@ -164,6 +165,21 @@ def test_limits_travel_to_where_unnorm_is_not_installed(limited: Path, tmp_path:
     torch.testing.assert_close(torch.tensor(last_logits).float(), model(input_ids=ids).logits[0, -1], rtol=0, atol=1e-4)
     for ours, theirs in zip(limits_of(model).values(), limits_of(again).values(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_loaded_twin_that_lost_its_limits_is_refused(limited: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when a quantizer puts a module of its own where the limit was."""
+    load = LlamaForCausalLM.from_pretrained.__func__  # type: ignore[attr-defined]
+
+    def quantized(cls: Any, *args: Any, **more: Any) -> Any:
+        model = load(cls, *args, **more)
+        projection = model.model.layers[1].mlp.down_proj
+        model.model.layers[1].mlp.down_proj = nn.Linear(projection.in_features, projection.out_features, bias=False)
+        return model
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", classmethod(quantized))
+    with pytest.raises(ValueError, match=r"neurons of model\.layers\.1\.mlp\.down_proj lost their limits"):
+        AutoModelForCausalLM.from_pretrained(limited / "model")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2LMHeadModel,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
 
 import unnorm
 from unnorm import fold, proof
@@ -57,6 +64,18 @@ def test_auto_classes_load_it_without_the_flag(finished_run: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(finished_run / "model")
     assert norm_modules(model) == []
     assert unnorm.load(finished_run / "model").config.removed_norms == model.config.removed_norms
+
+
+def test_the_trainer_knows_it_for_a_causal_language_model(finished_run: Path, tmp_path: Path) -> None:
+    """With label smoothing it shifts labels itself, by the name of the class."""
+    twin = unnorm.load(finished_run)
+    trainer = Trainer(twin, TrainingArguments(str(tmp_path), label_smoothing_factor=0.1, use_cpu=True))
+    ids = trace_inputs(twin, 2, 16)
+    with torch.no_grad():
+        log_p = twin(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        loss = trainer.compute_loss(twin, {"input_ids": ids, "labels": ids})
+    nll = -log_p.gather(-1, ids[:, 1:, None]).mean()
+    torch.testing.assert_close(loss, 0.9 * nll - 0.1 * log_p.mean())
 
 
 def test_generates_the_same_with_and_without_cache(finished_run: Path) -> None:

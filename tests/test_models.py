@@ -12,6 +12,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 import unnorm
 from tests.test_families import IDS, random_model
 from unnorm.checkpoint import load_unfolded
+from unnorm.errors import UnnormError
 from unnorm.models import blocks_at_once, cast_as_loaded, context_length, load_original, without_dropout
 
 OPT: dict[str, Any] = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "word_embed_proj_dim": 32}
@@ -78,6 +79,26 @@ def test_tied_weights_stay_tied(tiny_model_dir: Path) -> None:
     original, _ = load_original(str(tiny_model_dir))
     assert original.config.tie_word_embeddings
     assert original.lm_head.weight is original.transformer.wte.weight
+
+
+def test_a_tokenizer_with_code_of_its_own_wants_the_flag(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("The repository contains custom code. Please pass `trust_remote_code=True`.")
+
+    monkeypatch.setattr(hf.AutoTokenizer, "from_pretrained", refuse)
+    with pytest.raises(UnnormError, match=r"code of its own\. Read it, and if you trust it, add --trust-remote-code"):
+        load_original(str(tiny_model_dir))
+
+
+def test_a_tokenizer_that_can_not_be_saved_is_not_taken(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where mistral-common is installed, its own is what transformers gives for a directory with `tekken.json`."""
+
+    class MistralCommonBackend:
+        pass
+
+    monkeypatch.setattr(hf.AutoTokenizer, "from_pretrained", lambda *_, **__: MistralCommonBackend())
+    _, tokenizer = load_original(str(tiny_model_dir))
+    assert isinstance(tokenizer, hf.PreTrainedTokenizerFast)
 
 
 def test_as_much_context_as_a_family_says() -> None:

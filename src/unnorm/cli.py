@@ -427,13 +427,14 @@ def export(
             help="transformers (folded), stock (the original's class with a huge epsilon) or nanogpt (GPT-2s)."
         ),
     ] = "transformers",
+    trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
     """Write the model in DIRECTORY in another tool's form, and measure it against the folded one."""
     from unnorm.exports.export import export as run
 
     _quiet()
-    exported = run(directory, to, out=out)  # type: ignore[arg-type]  # An unknown form is refused by name.
+    exported = run(directory, to, out=out, trust_remote_code=trust_remote_code)  # type: ignore[arg-type]  # An unknown form is refused by name.
     _print(exported.to_json(), json_, export_table(exported))
 
 

@@ -21,6 +21,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from unnorm.errors import UnnormError, first_few, short
@@ -64,7 +65,7 @@ def load_original(model: str, trust_remote_code: bool = False) -> tuple[PreTrain
     else:
         config = _load_config(model, path, trust_remote_code)
         loaded = _load_weights(model, path, config, trust_remote_code)
-        tokenizer = _load_tokenizer(model, path, trust_remote_code)
+        tokenizer = load_tokenizer(model, path, trust_remote_code)
     # Some configs say tied beside an unembedding of its own, which transformers then loads.
     loaded.config.tie_word_embeddings = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     _check_finite(model, loaded)
@@ -188,6 +189,11 @@ def _load_config(model: str, path: str, trust_remote_code: bool) -> PretrainedCo
     if Path(path).is_file():  # transformers would unpickle it.
         raise UnnormError(f"'{model}' is a file. Give the directory that holds the model and its config.json.")
     is_local = Path(path).is_dir()
+    if is_local and (Path(path) / "adapter_config.json").is_file():
+        raise UnnormError(
+            f"'{model}' holds an adapter beside a model, or for one. Merge the two (in peft: merge_and_unload) and "
+            "`save_pretrained` what comes of it."
+        )
     if is_local and not (Path(path) / "config.json").is_file():
         raise UnnormError(
             f"The directory '{model}' holds no model: there is no config.json in it. Give the directory that "
@@ -268,10 +274,19 @@ def _forget_quantization(model: PreTrainedModel) -> None:
     vars(model.config).pop("_is_quantized", None)
 
 
-def _load_tokenizer(model: str, path: str, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(model: str, path: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, that is called `model` in messages.
+
+    Raises:
+        UnnormError: there is none that can be loaded, or it comes with code that is not trusted.
+    """
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        if type(tokenizer).__name__ == "MistralCommonBackend":  # Taken where mistral-common is installed; not savable.
+            return PreTrainedTokenizerFast.from_pretrained(path)
+        return tokenizer
     except Exception as error:
+        _refuse_remote_code(model, error)
         raise UnnormError(
             f"'{model}' has no tokenizer that can be loaded: {short(error)}. Fetch its files again."
         ) from error
@@ -339,5 +354,5 @@ def _refuse_quantized(model: str, config: PretrainedConfig) -> None:
 def _refuse_remote_code(model: str, error: Exception) -> None:
     if "trust_remote_code" in str(error):
         raise UnnormError(
-            f"'{model}' comes with modeling code of its own. Read it, and if you trust it, add --trust-remote-code."
+            f"'{model}' comes with code of its own. Read it, and if you trust it, add --trust-remote-code."
         ) from error

@@ -225,6 +225,7 @@ class TestDamagedModels:
             (edit_config(n_layer=3), "lacks weights"),
             (edit_config(n_embd=64), "another shape"),
             (edit_config(vocab_size=200), "another shape: transformer.wte.weight"),
+            (write("adapter_config.json", b"{}"), "holds an adapter"),
             (delete("tokenizer.json", "tokenizer_config.json"), "without its tokenizer"),
             (write("tokenizer.json", b"{"), "no tokenizer that can be loaded"),
             (shrink_vocabulary, "ids up to 299, but the model has embeddings for 200"),
@@ -272,3 +273,4 @@ class TestDamagedModels:
         directory = damaged(edit_config(model_type="own", auto_map=classes))
         (directory / "own.py").write_text(f"open({str(work / 'SPRUNG')!r}, 'w')")
         assert "add --trust-remote-code" in refused("remove", directory)
+        assert not (work / "SPRUNG").exists()

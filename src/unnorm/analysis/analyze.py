@@ -105,7 +105,7 @@ def analyze(
         raise UnnormError(f"'{directory / CONFIG_FILE}' does not name the original. Name it with --against.")
     say({"kind": "phase", "text": f"loading {directory} and {name}"})
     original, tokenizer = load_original(name, trust_remote_code)
-    twin, its_tokenizer = load_original(str(directory / MODEL))
+    twin, its_tokenizer = load_original(str(directory / MODEL), trust_remote_code)
     _check_pair(original, twin, sites, name)
     check_same_tokenizer(str(directory), its_tokenizer, name, tokenizer)
     pairs = _prompts(prompts, tokenizer, seed)

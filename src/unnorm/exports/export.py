@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from unnorm.checkpoint import load, load_sites
 from unnorm.errors import UnnormError, short
 from unnorm.exports import nanogpt, stock
 from unnorm.exports.measure import FormError, errors
 from unnorm.isolation import isolated
+from unnorm.models import load_tokenizer
 from unnorm.run_directory import MODEL
 
 Form = Literal["transformers", "stock", "nanogpt"]
@@ -56,7 +57,9 @@ class Exported:
 
 
 @isolated
-def export(directory: str | Path, to: Form = "transformers", *, out: str | Path) -> Exported:
+def export(
+    directory: str | Path, to: Form = "transformers", *, out: str | Path, trust_remote_code: bool = False
+) -> Exported:
     """Write the model of a finished run in another form, and measure it against the folded model.
 
     Args:
@@ -64,6 +67,7 @@ def export(directory: str | Path, to: Form = "transformers", *, out: str | Path)
         to: `transformers` (the folded model with its modeling file), `stock` (the original's class with a huge
             epsilon and scaled gains) or `nanogpt` (GPT-2s: nanoGPT's names and layout, as safetensors and JSON).
         out: directory to write; it must not exist, or be empty.
+        trust_remote_code: run code that comes with the tokenizer.
 
     Raises:
         UnnormError: no finished run, `out` is taken or can't be written, no such form, or the family doesn't have it.
@@ -79,7 +83,7 @@ def export(directory: str | Path, to: Form = "transformers", *, out: str | Path)
         out.parent.mkdir(parents=True, exist_ok=True)
         # Beside its place and moved there when it is whole: a refused form leaves nothing behind.
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-        rows = _write(directory, folded, to, work)
+        rows = _write(directory, folded, to, work, trust_remote_code)
         work.chmod(0o755)
         if out.is_dir():  # An empty one, which not every system would replace.
             out.rmdir()
@@ -94,13 +98,13 @@ def export(directory: str | Path, to: Form = "transformers", *, out: str | Path)
     return Exported(to, out, rows, _LOAD[to].format(path=out), _NOTES[to])
 
 
-def _write(directory: Path, folded: PreTrainedModel, to: Form, out: Path) -> list[FormError]:
+def _write(directory: Path, folded: PreTrainedModel, to: Form, out: Path, trust_remote_code: bool) -> list[FormError]:
     if to == "transformers":
         shutil.copytree(directory / MODEL, out, dirs_exist_ok=True)
         return errors(folded, lambda dtype: AutoModelForCausalLM.from_pretrained(out, dtype=dtype).eval())
     rows = nanogpt.write_nanogpt(folded, out) if to == "nanogpt" else stock.write_stock(directory, folded, out)
     # nanoGPT's tokenizer goes by the same files.
-    AutoTokenizer.from_pretrained(directory / MODEL).save_pretrained(out)
+    load_tokenizer(str(directory), directory / MODEL, trust_remote_code).save_pretrained(out)
     (out / "README.md").write_text(_readme(folded, to, rows), encoding="utf-8")
     return rows
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer
 
 from unnorm.checkpoint import load
 from unnorm.errors import UnnormError, short
 from unnorm.exports.measure import compare, probe_ids, refuse_kept_norms
 from unnorm.modeling.modeling_unnorm import PREFIX
+from unnorm.models import load_tokenizer
 from unnorm.run_directory import MODEL
 from unnorm.sites import norm_modules
 
@@ -30,7 +30,10 @@ _IN_TRANSFORMERS = "Use the model in transformers: unnorm.load(...) and hooks."
 
 
 def to_transformer_lens(
-    directory: str | Path, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    directory: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
 ) -> "TransformerBridge":
     """The LN-free model of a run as a `TransformerBridge`, its `cfg.normalization_type` None.
 
@@ -42,6 +45,7 @@ def to_transformer_lens(
         directory: run directory, or the `model/` in it.
         dtype: of the weights.
         device: where they go.
+        trust_remote_code: run code that comes with the tokenizer.
 
     Raises:
         UnnormError: TransformerLens is not installed, has no adapter for the family, or one that computes other
@@ -67,7 +71,7 @@ def to_transformer_lens(
         )
     register_adapter(type(twin).__name__)
     # Without a tokenizer the bridge asks the hub for one.
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = load_tokenizer(str(directory), path, trust_remote_code)
     ids = probe_ids(twin).to(device)
     with torch.no_grad():
         expected = twin(input_ids=ids, use_cache=False).logits  # Before the bridge takes its modules over.

@@ -16,6 +16,7 @@ from typing import Any
 import transformers
 from torch import Tensor, full, inf, nn, ones, zeros
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 PREFIX = "Unnorm"
 
@@ -121,16 +122,30 @@ def ln_free_model(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         strip_norms(self, config.removed_norms or [], config.added_biases or [], config.affine_maps)
         limit_neurons(self, config.limited_neurons or [])
 
+    def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = super(made, cls).from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        writers = model.config.limited_neurons or []
+        if lost := [name for name in writers if "limit" not in model.get_submodule(name)._buffers]:
+            raise ValueError(
+                f"The neurons of {lost[0]} lost their limits: something took that layer's place, as quantizers do. "
+                "Leave these layers as they are (of bitsandbytes by llm_int8_skip_modules)."
+            )
+        return loaded
+
     body = {
         "__module__": __name__,
         "__doc__": f"{stock.__name__} without norms.",
         "__init__": initialize,
+        "from_pretrained": classmethod(from_pretrained),
         "config_class": _made(PREFIX + stock.config_class.__name__),
         "_tied_weights_keys": None,
         # Buffers that no checkpoint has are computed by the stock class's own code, which skips them in custom classes.
         "is_custom_code": classmethod(lambda _: False),
     }
     made: type[Any] = type(PREFIX + stock.__name__, (stock,), body)
+    if stock.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():  # By which the Trainer and pipelines go.
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[made.config_class.model_type] = made.__name__
     return made
 
 

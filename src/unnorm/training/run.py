@@ -101,7 +101,7 @@ def train(
         UnnormError: memory or disk ran out, or a tracker gave up.
     """
     checkpoints = directory / CHECKPOINTS
-    use_cache = model.config.use_cache  # The Trainer turns it off for good.
+    use_cache = vars(model.config).get("use_cache")  # The Trainer turns it off for good; some configs have none.
     trainer = DistillationTrainer(
         model=model,
         args=_arguments(optimization, plan, checkpoints, seed, report_to),
@@ -136,7 +136,10 @@ def train(
     clipping = clipping_tokens(model, model.get_output_embeddings()) if trainer.bounded else nullcontext()
     with interrupt.listening(), without_dropout(model), trainer.matching_reads(), clipping, errors:
         trainer.train(resume_from_checkpoint=last)
-    model.config.use_cache = use_cache
+    if use_cache is None:
+        vars(model.config).pop("use_cache", None)
+    else:
+        model.config.use_cache = use_cache
     steps = int(trainer.state.global_step)
     unfinished = {}
     if schedule is not None and removal is not None and not interrupt.asked:

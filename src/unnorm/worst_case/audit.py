@@ -96,7 +96,7 @@ def audit(
     sites, _ = load_sites(directory)
     settings = run_settings(directory)
     name = str(against or _default_reference(directory, settings))
-    twin, tokenizer = load_original(str(directory / MODEL))
+    twin, tokenizer = load_original(str(directory / MODEL), trust_remote_code)
     reference, its_tokenizer = _load_reference(name, against is not None, trust_remote_code)
     _check_same_vocabulary(twin, reference, name)
     check_same_tokenizer(str(directory), tokenizer, name, its_tokenizer)
