@@ -83,7 +83,9 @@ def _numbers(row: dict[str, Any]) -> str:
 
 def result_table(result: dict[str, Any]) -> RenderableType:
     """The summary at the end of a run."""
-    table = Table(title=escape(f"{result['model']} without norms"), title_justify="left", show_header=False)
+    from unnorm.report.numbers import without_norms  # With torch, which `--help` does not wait for.
+
+    table = Table(title=escape(without_norms(result, result["model"])), title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_column(style="dim")
@@ -289,11 +291,20 @@ def audit_tables(result: dict[str, Any]) -> RenderableType:
     )
 
 
+def _audit_table(title: str, *left: str, right: Sequence[str], last: str | None = None) -> Table:
+    """A table of input classes, in which nothing is cut where the terminal is narrow."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("inputs", *left):
+        table.add_column(heading, overflow="fold")
+    for heading in right:
+        table.add_column(heading, justify="right", overflow="fold")
+    if last is not None:
+        table.add_column(last, overflow="fold")
+    return table
+
+
 def _audit_losses(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table("inputs", "", title="Loss in nats per token", title_justify="left")
-    for heading in ("tokens", *_AUDITED):
-        table.add_column(heading, justify="right")
-    table.add_column("why")
+    table = _audit_table("Loss in nats per token", "", right=("tokens", *_AUDITED), last="why")
     for row in rows:
         shown = "[green]passed[/]" if row["passed"] else "[bold red]FAILED[/]"
         table.add_row(row["name"], shown, f"{row['tokens']:,}", *_pairs(row, "loss", ".2f"), row["reason"])
@@ -301,10 +312,7 @@ def _audit_losses(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _audit_norms(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table("inputs", title="Norm of the residual that the unembedding reads", title_justify="left")
-    for heading in _AUDITED:
-        table.add_column(heading, justify="right")
-    table.add_column("NaN or infinite in")
+    table = _audit_table("Norm of the residual that the unembedding reads", right=_AUDITED, last="NaN or infinite in")
     for row in rows:
         overflowed = [
             ", ".join(name for name, finite in row[key].items() if not finite) for key in ("finite", "reference_finite")
@@ -315,10 +323,7 @@ def _audit_norms(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _audit_worst(rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table("inputs", title="Where the loss exceeds the reference's most", title_justify="left")
-    table.add_column("text", overflow="fold")
-    table.add_column("next")
-    table.add_column("loss", justify="right")
+    table = _audit_table("Where the loss exceeds the reference's most", "text", "next", right=("loss",))
     for row in rows:
         for worst in row["worst"][:1]:
             loss = f"{_shown(worst['loss'], '.2f')} ({_shown(worst['reference_loss'], '.2f')})"

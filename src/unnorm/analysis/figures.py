@@ -223,7 +223,7 @@ def line_panels(names: Sequence[str], by_panel: Mapping[str, Mapping[str, Sequen
 def _name_places(figure: Figure, names: Sequence[str]) -> None:
     longest = max((len(name) for name in names), default=0)
     figure.update_xaxes(
-        tickangle=-90 if len(names) * longest > 90 else 0, range=[-0.7, len(names) - 0.3], **_thinned(names)
+        tickangle=-90 if len(names) * longest > 40 else 0, range=[-0.7, len(names) - 0.3], **_thinned(names)
     )
 
 

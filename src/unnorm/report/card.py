@@ -19,6 +19,7 @@ from unnorm.report.numbers import (
     overflowed,
     percent,
     shortest,
+    without_norms,
 )
 from unnorm.sites import NormSite
 
@@ -48,7 +49,7 @@ def render_card(
         **{key: _published(str(result[key])) for key in ("model", "data")},
         **{key: count(result.get(key)) for key in ("tokens", "validation_tokens")},
         "front_matter": yaml.safe_dump(front_matter(result), sort_keys=False, allow_unicode=True).strip(),
-        "name": _name(result),
+        "title": without_norms(result, _name(result)),
         "trained": bool(result.get("tokens")),
         "context": result["plan"]["context"],
         "results": _results(result),
@@ -69,8 +70,10 @@ def front_matter(result: Mapping[str, Any]) -> dict[str, Any]:
     named = {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["unnorm", "interpretability", "norm-free", "layernorm-free"],
+        "tags": ["unnorm", "interpretability"],
     }
+    if not result.get("norm_modules_left"):
+        named["tags"] = [*named["tags"], "norm-free", "layernorm-free"]
     if _on_hub(model):
         named |= {"base_model": model, "base_model_relation": "finetune"}
     if _on_hub(data):
@@ -87,7 +90,9 @@ def front_matter(result: Mapping[str, Any]) -> dict[str, Any]:
         "metrics": metrics,
     }
     return (
-        named | {"model-index": [{"name": f"{_name(result)} without norms", "results": [entry]}]} if metrics else named
+        named | {"model-index": [{"name": without_norms(result, _name(result)), "results": [entry]}]}
+        if metrics
+        else named
     )
 
 

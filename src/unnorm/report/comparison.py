@@ -69,8 +69,8 @@ def script_json(value: Any) -> str:
 
 
 def strength(nats: float) -> float:
-    """How strongly a difference is coloured, 0 to 0.85; the root lets small ones be seen beside large ones."""
-    return round(0.85 * min(abs(nats) / MOST_NATS, 1.0) ** 0.5, 3)
+    """How strongly a difference is coloured, 0 to 0.5; the root lets small ones be seen beside large ones."""
+    return round(0.5 * min(abs(nats) / MOST_NATS, 1.0) ** 0.5, 3)
 
 
 def _context(context: Context) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def finish(figure: "Figure", height: int, x_title: str) -> "Figure":
         showlegend=False,
         margin={"l": 48, "r": 8, "t": 28, "b": 44},
         paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor=PAPER,  # From which plotly takes what names under the pointer are written on.
         font={"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12, "color": SOFT},
         hoverlabel={"font": {"size": 12}},
         dragmode=False,

@@ -110,7 +110,14 @@ def healed(result: Mapping[str, Any]) -> str:
     """How many of the training tokens a finished run's twin was trained on further; nothing where it was one run."""
     if not result.get("twin"):
         return ""
-    return f"{count(result['plan'].get('tokens'))} of these tokens, on the twin of a finished run"
+    further = math.prod(result["plan"][key] for key in ("steps", "batch_size", "context"))
+    return f"{count(further)} of these tokens, on the twin of a finished run"
+
+
+def without_norms(result: Mapping[str, Any], name: str) -> str:
+    """What a twin is called: without norms, or without some of them where others were kept."""
+    kept, removed = result.get("norm_modules_left") or 0, result.get("sites") or 0
+    return f"{name} without {removed} of its {removed + kept} norms" if kept else f"{name} without norms"
 
 
 def limits(result: Mapping[str, Any]) -> str:
@@ -118,7 +125,7 @@ def limits(result: Mapping[str, Any]) -> str:
     if not result.get("limited_neurons"):
         return ""
     share = result.get("share_at_limit")
-    reached = "" if share is None else f", reached by {shortest(100 * share, 2)}% of activations on that text"
+    reached = "" if share is None else f", reached by {shortest(100 * share, 2)}% of activations on held-out text"
     return f"{count(result['limited_neurons'])} neurons of quadratic MLPs{reached}"
 
 

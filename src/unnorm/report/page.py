@@ -23,6 +23,7 @@ from unnorm.report.numbers import (
     short_count,
     shortest,
     significant,
+    without_norms,
 )
 from unnorm.report.templates import render_page
 
@@ -65,7 +66,8 @@ def render_report(data: ReportData) -> str:
     values = {
         "headline": headline(data.result),
         "notes": _notes(data),
-        "model": data.result.get("model") or "model",
+        "title": without_norms(data.result, data.result.get("model") or "model"),
+        "trained": bool(data.result.get("tokens")),
         "tiles": _tiles(data.result),
         "losses": _losses(data.result),
         "has_control": _has_control(data),

@@ -29,4 +29,15 @@ function tell(token) {
 }
 for (const event of ["pointerover", "click"])
   box.addEventListener(event, (e) => { const token = e.target.closest(".t"); if (token) tell(token); });
+for (const run of box.querySelectorAll(".run-of-text")) {
+  run.tabIndex = 0;
+  run.addEventListener("keydown", (e) => {
+    const step = { ArrowLeft: -1, ArrowRight: 1 }[e.key];
+    if (!step) return;
+    e.preventDefault();
+    const all = [...run.querySelectorAll(".t")];
+    const at = all.indexOf(box.querySelector(".t.on")) + step;
+    tell(all[Math.min(Math.max(at, 0), all.length - 1)]);
+  });
+}
 order("loss");
