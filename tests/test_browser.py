@@ -108,6 +108,30 @@ def test_pages_fit_a_phone(browser: Any, width: int, finished_run: Path, tmp_pat
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+def test_printing_leaves_the_page_as_it_was(browser: Any, finished_run: Path) -> None:
+    """On paper figures have a width of their own."""
+    browser.get((finished_run / "report.html").as_uri())
+    before = browser.execute_script(DRAWN)
+    browser.execute_cdp_cmd("Page.printToPDF", {})
+    browser.execute_async_script("setTimeout(arguments[0], 500)")
+    assert [plot["width"] for plot in browser.execute_script(DRAWN)] == [plot["width"] for plot in before]
+    drawn = "return [...document.querySelectorAll('.plot .main-svg:first-of-type')].map((e) => e.clientWidth)"
+    assert browser.execute_script(drawn) == [round(plot["width"]) for plot in before]
+
+
+def test_tokens_are_told_of_by_keyboard(browser: Any, finished_run: Path) -> None:
+    browser.get((finished_run / "report.html").as_uri())
+    press = (
+        "const run = document.querySelector('.run-of-text'); run.focus();"
+        "if (document.activeElement !== run) return 'not focused';"
+        "for (const key of arguments) run.dispatchEvent(new KeyboardEvent('keydown', { key, bubbles: true }));"
+        "return [...run.querySelectorAll('.t')].indexOf(document.querySelector('.t.on'));"
+    )
+    assert browser.execute_script(press, "ArrowRight") == 0
+    assert "loss" in browser.execute_script("return document.getElementById('detail').textContent")
+    assert browser.execute_script(press, "ArrowRight", "ArrowRight", "ArrowLeft") == 1
+
+
 def test_a_page_with_an_error_is_noticed(browser: Any, tmp_path: Path) -> None:
     """The test itself: a script that throws, and an image from elsewhere, are seen."""
     page = tmp_path / "broken.html"
