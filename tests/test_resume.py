@@ -346,7 +346,7 @@ def test_out_of_tokens_goes_on_with_more(tiny_model_dir: Path, text_file: Path, 
     assert (saved["tokens"], saved["kl_budget"]) == (40960, 100)
 
 
-@pytest.mark.parametrize("stage", ["_start", "conclude"])
+@pytest.mark.parametrize("stage", ["start", "conclude"])
 def test_ctrl_c_at_any_time_says_how_to_go_on(
     stage: str, monkeypatch: pytest.MonkeyPatch, cli: Cli, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -139,7 +139,7 @@ def test_reads_are_matched_while_training_and_let_go_of_after_it(
         return mismatch
 
     hooks = []
-    monkeypatch.setattr("unnorm.removal.remove.equalize_embedding", lambda *_: False)
+    monkeypatch.setattr("unnorm.removal.start.equalize_embedding", lambda *_: False)
     monkeypatch.setattr("unnorm.training.distillation.read_mismatch", remember)
     monkeypatch.setattr(
         "unnorm.removal.conclude.evaluate_model",

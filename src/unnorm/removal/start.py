@@ -1,0 +1,111 @@
+"""What a run's training starts from: the original with stand-ins, calibrated, its scales made even, with limits."""
+
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedModel
+
+from unnorm import processes
+from unnorm.calibrate import CALIBRATION_BLOCKS, collect_log_scales, set_constants
+from unnorm.data import spread
+from unnorm.equalize import equalize_embedding, untie
+from unnorm.massive import MADE_GOOD, shrink_massive
+from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
+from unnorm.models import copy_model
+from unnorm.norms import TaperedNorm, TokenMask, bound, removed
+from unnorm.removal.conclude import evaluate
+from unnorm.removal.run import Run, limit
+from unnorm.run_directory import CHECKPOINTS, LAYOUT, write_text
+from unnorm.stand_ins import install
+from unnorm.training import last_checkpoint
+
+NAIVE_HEAD = 8
+"""Blocks on which naive removal is tried first."""
+
+
+def start(run: Run, token_mask: TokenMask) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dict[str, Any]]:
+    """The original with stand-ins, its norms still on, and what naive removal would cost.
+
+    A run that goes on from a checkpoint is laid out as it was, whatever budget and text it has now.
+    """
+    student = copy_model(run.original, share=not run.plan.steps)
+    stand_ins = install(
+        student,
+        run.sites,
+        split_paths=run.recipe.splits_paths,
+        token_mask=token_mask,
+        interpolation=run.recipe.interpolation,
+    )
+    known = processes.agree(lambda: _known_layout(run.directory))
+    if known is None:
+        before = _calibrate(run, student, stand_ins)
+        processes.agree(lambda: _save_layout(run.directory, student, before))
+        return student, stand_ins, before
+    before = known["before"]
+    if before["massive_neurons"]:
+        bound(stand_ins.values())
+    if student.config.tie_word_embeddings and not known["tied"]:
+        untie(student)
+    limit_neurons(student, known["limited"])
+    return student, stand_ins, before
+
+
+def _known_layout(directory: Path) -> dict[str, Any] | None:
+    note = directory / CHECKPOINTS / LAYOUT
+    if not note.is_file() or last_checkpoint(directory / CHECKPOINTS) is None:
+        return None
+    found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+    return found
+
+
+def _save_layout(directory: Path, student: PreTrainedModel, before: dict[str, Any]) -> None:
+    (directory / CHECKPOINTS).mkdir(exist_ok=True)
+    layout = {"before": before, "tied": student.config.tie_word_embeddings, "limited": list(limits_of(student))}
+    write_text(directory / CHECKPOINTS / LAYOUT, json.dumps(layout))
+
+
+def _calibrate(run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNorm]) -> dict[str, Any]:
+    """Constants, scales made even, and limits, in place; returns what naive removal would cost, and the neurons."""
+    run.say("calibrating")
+    calibration = spread(run.train_blocks, CALIBRATION_BLOCKS)
+    set_constants(stand_ins, collect_log_scales(student, run.sites, calibration), run.config.estimator)
+    before = _naive_removal(run, student, stand_ins)
+    equalizes = run.plan.steps and run.recipe.equalizes
+    before["massive_neurons"] = _equalize(run, student, stand_ins, calibration) if equalizes else []
+    if before["massive_neurons"] and run.config.neuron_limits:
+        limit(run, student)
+    return before
+
+
+def _naive_removal(run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNorm]) -> dict[str, Any]:
+    """Loss and KL with every norm replaced by its calibrated constant, before any training.
+
+    One block that overflows makes the whole not a number, so where one of the first does, the rest is not measured.
+    """
+    run.say("measuring naive removal")
+    head = run.validation_blocks.select(range(min(NAIVE_HEAD, len(run.validation_blocks))))
+    with removed(stand_ins.values()):
+        measured = evaluate(run, student, "naive removal", head)
+        if math.isfinite(measured.loss):
+            measured = evaluate(run, student, "naive removal")
+    if not math.isfinite(measured.loss):
+        run.say("without its norms and without training the model overflows: its loss is not a number")
+    return {"naive_loss": measured.loss, "naive_kl": float(measured.kl or 0.0)}
+
+
+def _equalize(
+    run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNorm], calibration: Dataset
+) -> list[dict[str, Any]]:
+    """Make scales more even while the norms are on; returns the neurons that it took."""
+    run.say("equalizing")
+    common = student, run.original, run.sites, stand_ins, calibration, run.config.estimator
+    neurons = shrink_massive(*common, MADE_GOOD * run.config.kl_budget)
+    if neurons:
+        run.say(f"scaled down what writes massive activations: {len(neurons)} of the MLPs' neurons")
+        bound(stand_ins.values())
+    equalize_embedding(*common)
+    return [asdict(neuron) for neuron in neurons]
