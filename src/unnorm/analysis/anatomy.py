@@ -10,9 +10,11 @@ from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError
 from unnorm.modeling.modeling_unnorm import PREFIX
+from unnorm.norm_behaviour import affine_parameters
 from unnorm.norms import linear_weight
 from unnorm.residual import Writer, layer_number, recorded, replaced_inputs, residual_writers
 from unnorm.sites import NormSite, find_sites, inside_attention, unembedding_name
+from unnorm.tracing import trace_inputs
 
 
 @dataclass(frozen=True)
@@ -136,9 +138,6 @@ def readout(model: PreTrainedModel, parts: Anatomy) -> Readout:
     Raises:
         UnnormError: something else lies between the final norm and the unembedding.
     """
-    from unnorm.norm_behaviour import affine_parameters
-    from unnorm.tracing import trace_inputs
-
     last = unembedding_name(model)
     with recorded(model, [parts.final, last], copies=True) as record:
         logits = model(input_ids=trace_inputs(model), use_cache=False).logits
