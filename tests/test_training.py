@@ -31,7 +31,7 @@ from unnorm.models import copy_model, without_dropout
 from unnorm.norms import TokenMask, log_scale_of
 from unnorm.plan import Plan
 from unnorm.recipes import SEQUENTIAL_AUX, TAPER, TAPERNORM, Recipe
-from unnorm.removal import remove
+from unnorm.removal import start
 from unnorm.residual import recorded
 from unnorm.schedule import FidelityController, sequential, taper
 from unnorm.sites import find_sites
@@ -272,7 +272,7 @@ def test_a_batch_that_overflows_on_the_way_leaves_no_trace(
         model.get_input_embeddings().register_forward_hook(overflow)
         return model
 
-    monkeypatch.setattr(remove, "copy_model", with_overflows)
+    monkeypatch.setattr(start, "copy_model", with_overflows)
     result = unnorm.remove(
         model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "run", tokens=30_000, device="cpu", batch_size=8
     )
