@@ -154,7 +154,10 @@ def remove(
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
-    """Remove every norm of MODEL by a short fine-tuning run and fold the constants into its weights."""
+    """Remove every norm of MODEL by a short fine-tuning run.
+
+    The constants that take their place are folded into its weights.
+    """
     from unnorm.config import read_config_file
     from unnorm.removal.remove import remove as run
 
@@ -192,7 +195,10 @@ def heal(
     report_to: Trackers = None,
     json_: Json = False,
 ) -> None:
-    """Train the twin of a finished run on, with more tokens and without going back to its norms."""
+    """Train the twin of a finished run on, with more tokens.
+
+    It does not go back to its norms.
+    """
     from unnorm.removal.heal import heal as run
 
     _quiet()
@@ -217,7 +223,10 @@ def verify(
     directory: Annotated[Path, typer.Argument(help="Run directory.")],
     json_: Json = False,
 ) -> None:
-    """Prove that the model in DIRECTORY is norm-free, folded exactly, read linearly and a plain sum."""
+    """Prove that the model in DIRECTORY has no norms.
+
+    Also that it is folded exactly, read linearly and a plain sum.
+    """
     from unnorm.proof import verify as run
 
     _quiet()
@@ -269,7 +278,10 @@ def evaluate(
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
-    """Models side by side on held-out text and benchmarks: loss, fidelity, calibration, with confidence intervals."""
+    """Compare models on held-out text and benchmarks.
+
+    Loss, fidelity to an original and calibration, with confidence intervals.
+    """
     from unnorm.evaluation import evaluate as run
 
     _quiet()
@@ -314,7 +326,10 @@ def audit(
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
-    """Look for inputs that blow up the model in DIRECTORY, beside one with norms; exit code 1 if there are."""
+    """Look for inputs that blow up the model in DIRECTORY.
+
+    A model with norms stands beside it; the exit code is 1 where there are such inputs.
+    """
     from unnorm.worst_case.audit import audit as run
 
     _quiet()
@@ -367,7 +382,10 @@ def analyze(
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
-    """What norms do to attribution, patching, sinks, neurons and the logit lens: the twin beside its original."""
+    """Show what norms do to attribution, patching and more.
+
+    Also to sinks, neurons and the logit lens: the twin beside its original.
+    """
     from unnorm.analysis.analyze import analyze as run
 
     _quiet()
@@ -402,7 +420,10 @@ def stats(
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
-    """Every norm site of MODEL: its kind, who reads it, and how its scale is distributed over tokens."""
+    """Show every norm site of MODEL and its scales.
+
+    Its kind, who reads it, and how its scale is distributed over tokens.
+    """
     from unnorm.calibrate import stats as run
 
     _quiet()
@@ -431,7 +452,10 @@ def export(
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
-    """Write the model in DIRECTORY in another tool's form, and measure it against the folded one."""
+    """Write the model in DIRECTORY in another tool's form.
+
+    It is measured against the folded one.
+    """
     from unnorm.exports.export import export as run
 
     _quiet()
@@ -449,7 +473,7 @@ def push(
     ] = None,
     json_: Json = False,
 ) -> None:
-    """Upload the model in DIRECTORY, with its card, to a repository on the hub."""
+    """Upload the model in DIRECTORY, with its card, to the hub."""
     from unnorm.exports.push import push as run
 
     _quiet()
