@@ -116,7 +116,7 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
             ("gap", f"{result['gap']:+.4f}", "norms removed less control"),
         ]
     rows += [
-        ("loss, naive removal", f"{result['naive_loss']:.4f}", "constants without training"),
+        ("loss, naive removal", _loss_or_overflow(result["naive_loss"]), "constants without training"),
         ("norm modules left", _norms_left(result), ""),
         *_limits(result),
         ("fold error", f"{result['fold_max_abs_error']:.1e}", "largest difference of logits, float64"),
@@ -184,6 +184,10 @@ def _increase(result: dict[str, Any]) -> str:
     increase = f"{result['lnfree_loss'] - result['teacher_loss']:+.4f}"
     ends = result["loss_increase_ci"]
     return f"{increase}, 95% interval {ends[0]:+.4f} to {ends[1]:+.4f}" if ends else increase
+
+
+def _loss_or_overflow(loss: float | None) -> str:
+    return f"{loss:.4f}" if loss is not None and math.isfinite(loss) else "overflows"
 
 
 def _elsewhere(value: float | None) -> str:

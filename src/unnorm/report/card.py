@@ -181,12 +181,15 @@ def _any_layer(name: str) -> str:
 def _settings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     plan, versions = result["plan"], result["versions"]
     further, neurons, limited = healed(result), massive_neurons(result.get("massive_neurons")), limits(result)
+    steps = [
+        ("batch size", f"{plan.get('batch_size')} blocks of {plan['context']} tokens"),
+        ("peak learning rate", shortest(plan.get("lr"))),
+    ]
     return [
         ("recipe", f"`{result['recipe']}`"),
         ("training tokens", count(result.get("tokens"))),
         ("data", f"`{_published(str(result['data']))}`"),
-        ("batch size", f"{plan.get('batch_size')} blocks of {plan['context']} tokens"),
-        ("peak learning rate", shortest(plan.get("lr"))),
+        *(steps if result.get("tokens") else []),
         ("seed", str(result.get("seed"))),
         *([("healed further", further)] if further else []),
         *([("neurons scaled down", neurons)] if neurons else []),

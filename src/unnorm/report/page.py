@@ -237,6 +237,8 @@ SETTINGS = (
     ("peak_memory_mb", "peak memory"),
     ("seed", "seed"),
 )
+OF_STEPS = ("batch_size", "micro_batch", "steps", "lr", "bfloat16", "compile", "cuda_graph")
+"""What of a plan means nothing where nothing was trained."""
 PLAN_WORDS = {
     "context": "context, tokens in a block",
     "batch_size": "batch size, blocks in a step",
@@ -264,7 +266,8 @@ def _settings(result: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("neurons scaled down", neurons))
     if limited := limits(result):
         rows.append(("limited", limited))
-    plan = {key: value for key, value in _mapping(result.get("plan")).items() if key != "tokens"}
+    unused = {"tokens", *(() if result.get("tokens") else OF_STEPS)}
+    plan = {key: value for key, value in _mapping(result.get("plan")).items() if key not in unused}
     return rows + [(PLAN_WORDS.get(key, str(key).replace("_", " ")), _plain(value)) for key, value in plan.items()]
 
 
