@@ -14,7 +14,13 @@ from huggingface_hub import snapshot_download
 from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from unnorm.errors import UnnormError, short
 from unnorm.fold import FoldedWeights, empty_twin
@@ -178,8 +184,6 @@ def save_limits(limits: dict[str, torch.Tensor], directory: Path) -> None:
 
 
 def _stock(model: PreTrainedModel, original: PreTrainedModel, sites: Sequence[NormSite]) -> PreTrainedModel:
-    with init_empty_weights(include_buffers=False):
-        stock = type(original)(deepcopy(model.config))
     limited = {f"{name}.limit" for name in limits_of(model)}
     weights = {key: value for key, value in model.state_dict().items() if key not in limited}
     plain = original.state_dict()
@@ -190,13 +194,21 @@ def _stock(model: PreTrainedModel, original: PreTrainedModel, sites: Sequence[No
             del weights[key]
         offset = gain_offset(original.get_submodule(site.name), site)
         weights |= _norm_weights(site.name, stand_in, offset, plain)
-    if not stock.config.tie_word_embeddings:  # Nothing at all is tied then, when it is loaded again.
+    if not model.config.tie_word_embeddings:  # Nothing at all is tied then, when it is loaded again.
         weights = _none_shared(weights)
-    # Its weights are the model's own, not copies.
-    stock.load_state_dict(weights, assign=True)
-    stock.tie_weights()
-    stock.generation_config = model.generation_config
-    return stock
+    return with_weights(original, deepcopy(model.config), weights, model.generation_config)
+
+
+def with_weights(
+    like: PreTrainedModel, config: PreTrainedConfig, weights: dict[str, torch.Tensor], generation: GenerationConfig
+) -> PreTrainedModel:
+    """A model of the class of another one, with these very weights: they are not copied."""
+    with init_empty_weights(include_buffers=False):
+        model = type(like)(config)
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    model.generation_config = generation
+    return model
 
 
 def _none_shared(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

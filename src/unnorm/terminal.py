@@ -261,8 +261,7 @@ def _or_dash(value: float | None, form: str) -> str:
 def _protocol_lines(protocol: dict[str, Any]) -> list[str]:
     lines = [
         f"{row['corpus']}: {row['blocks']:,} blocks of {row['context']} tokens, stride {row['stride']}, evenly out of "
-        f"{row['blocks_read']:,}; {row['predicted_tokens']:,} predicted tokens; "
-        f"held out: {row['held_out']}; "
+        f"{row['blocks_read']:,}; {row['predicted_tokens']:,} predicted tokens; held out: {row['held_out']}; "
         f"separator: {row['separator']}; first token {row['first_token']}; "
         f"intervals over {row['units']:,} {row['interval_over']}{row['filter'] and '; filtered: ' + row['filter']}"
         for row in protocol["corpora"]

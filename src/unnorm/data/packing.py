@@ -66,6 +66,7 @@ def build_blocks(
         UnnormError: the source cannot be read, holds less than two blocks, or has token ids that the
             model's vocabulary of `vocab_size` does not.
     """
+    _check_width(source, vocab_size)
     train_tokens, validation_tokens, held_out = open_tokens(source, tokenizer, text_field, split)
     begin = begin_of_blocks(source, tokenizer)
     validation = _cut(validation_tokens(), context, validation_blocks, begin)
@@ -108,6 +109,7 @@ def held_out_blocks(
         UnnormError: the source cannot be read, has next to no held-out text, or has token ids that the model's
             vocabulary of `vocab_size` does not.
     """
+    _check_width(source, vocab_size)
     _, validation_tokens, held_out = open_tokens(source, tokenizer, text_field, split)
     begin = begin_of_blocks(source, tokenizer)
     blocks = _cut(validation_tokens(), context, count, begin)
@@ -215,12 +217,15 @@ def _cut(
     return _begun(joined[: blocks * length].reshape(blocks, length), begin)
 
 
-def _check_ids(source: str, ids: Tokens, vocab_size: int) -> None:
+def _check_width(source: str, vocab_size: int) -> None:
     if vocab_size > VOCABULARY and token_paths(source):
         raise UnnormError(
             f"'{source}' can't hold this model's text: its token ids have 16 bits, and the model's vocabulary has "
             f"{vocab_size:,} tokens. Give the text itself."
         )
+
+
+def _check_ids(source: str, ids: Tokens, vocab_size: int) -> None:
     if ids.max() >= vocab_size:
         raise UnnormError(
             f"'{source}' has token id {ids.max()}, but the model's vocabulary ends at {vocab_size - 1}: "

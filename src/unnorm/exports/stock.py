@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from unnorm.checkpoint import load_sites, load_trained
+from unnorm.checkpoint import load_sites, load_trained, with_weights
 from unnorm.errors import UnnormError
 from unnorm.exports.measure import FormError, errors, refuse_kept_norms
 from unnorm.modeling.modeling_unnorm import limits_of
@@ -75,11 +74,7 @@ def stock_form(directory: Path) -> PreTrainedModel:
     weights = trained.state_dict()
     for site in sites:
         weights |= _scaled_gain(trained.get_submodule(site.name), site, constants[site.name])
-    with init_empty_weights(include_buffers=False):
-        stock = type(trained)(_with_huge_epsilon(trained.config, sites))
-    stock.load_state_dict(weights, assign=True)
-    stock.tie_weights()
-    stock.generation_config = trained.generation_config
+    stock = with_weights(trained, _with_huge_epsilon(trained.config, sites), weights, trained.generation_config)
     _check_epsilons(stock, sites)
     return stock.eval()
 
