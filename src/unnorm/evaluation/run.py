@@ -57,6 +57,12 @@ class _Session:
     record: Record
     watch: Watch
 
+    @cached_property
+    def tokenizer_digest(self) -> str:
+        """SHA-256 of what makes tokens of text: also how it is cut before a vocabulary is looked up."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        return digest({"backend": backend.to_str() if backend is not None else self.tokenizer.get_vocab()})
+
     @property
     def computed_by(self) -> dict[str, str]:
         """What else numbers hang on, in their last digits."""
@@ -216,12 +222,6 @@ def _weights_digest(model: PreTrainedModel) -> str:
     return sha256.hexdigest()
 
 
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of what makes tokens of text: also how it is cut before a vocabulary is looked up."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    return digest({"backend": backend.to_str() if backend is not None else tokenizer.get_vocab()})
-
-
 def _config_digest(model: PreTrainedModel) -> str:
     """SHA-256 of the config, which says what else the model computes: activations, rotary angles, epsilons."""
     return digest({key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"})
@@ -331,7 +331,7 @@ def _scores(session: _Session, model: _Loaded) -> dict[str, list[Score]]:
                 "config": model.entrant.config,
                 "context": session.context,
                 "chosen": list(benchmark.items),
-                "tokenizer": _tokenizer_digest(session.tokenizer),
+                "tokenizer": session.tokenizer_digest,
                 **benchmark.protocol(),
                 **session.computed_by,
             },
