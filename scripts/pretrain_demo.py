@@ -145,7 +145,7 @@ def main() -> None:
             print(json.dumps(row), file=log, flush=True)
             print(row, flush=True)
     log.close()
-    model.config.use_cache = True
+    model.config.use_cache = model.generation_config.use_cache = True
     model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
 

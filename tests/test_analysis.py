@@ -517,7 +517,7 @@ def test_bad_input_is_refused(
         (tmp_path,): "holds no finished run",
         (tiny_model_dir,): "holds no finished run",
         (finished_run, "--what", "magic"): "There is no analysis 'magic'. Analyses are attribution, patching",
-        (finished_run, "--against", "demo"): "a vocabulary of 4,096 tokens and the twin one of 300",
+        (finished_run, "--against", "demo"): "has 300 token embeddings and 'demo' has 4,096: their vocabularies differ",
         (finished_run, "--against", runs["llama"].parent / "model"): "is a LlamaForCausalLM and the twin was a GPT2LM",
         (runs["llama"], "--against", runs["llama, tied, biased"].parent / "model"): "is built otherwise than the twin",
         (finished_run, "--against", finished_run): "is a UnnormGPT2LMHeadModel and the twin was a GPT2LMHeadModel",

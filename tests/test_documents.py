@@ -1,5 +1,6 @@
 """Text from every source: read whole, and never both trained on and held out."""
 
+import gzip
 import json
 import os
 import shutil
@@ -65,7 +66,7 @@ class TestFiles:
         compressed = open_documents(str(write(tmp_path / f"a{suffix}{compression}", DOCUMENTS)))
         assert sides(compressed) == sides(plain)
 
-    @pytest.mark.parametrize(("suffix", "package"), [(".zst", "zstandard"), (".lz4", "lz4")])
+    @pytest.mark.parametrize(("suffix", "package"), [(".zst", "backports.zstd"), (".lz4", "lz4")])
     def test_missing_decompressor_is_named(
         self, suffix: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -382,3 +383,24 @@ def test_a_connection_that_breaks_is_not_taken_for_damage(monkeypatch: pytest.Mo
     monkeypatch.setattr(datasets, "load_dataset", rows)
     with pytest.raises(UnnormError, match=r"Read timed out\. If the connection broke, do it again\."):
         list(open_documents("owner/text").train())
+
+
+@pytest.mark.parametrize("pattern", ["*/*.jsonl", "**/*.jsonl", "t*/*.jsonl"])
+def test_the_folders_of_a_glob_tell_splits(pattern: str, tmp_path: Path) -> None:
+    for split in ("train", "test", "validation"):
+        write(tmp_path / split / "0000.jsonl", [f"{split} {i}" for i in range(30)])
+    train, validation = sides(open_documents(str(tmp_path / pattern)))
+    assert {text.split()[0] for text in train} == {"train"}
+    assert {text.split()[0] for text in validation} == {"train" if pattern.startswith("t") else "validation"}
+    tested, _ = sides(open_documents(str(tmp_path / pattern), split="test"))
+    assert {text.split()[0] for text in tested} == {"test"}
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".csv.gz", ".jsonl.gz"])
+def test_files_without_rows_are_passed_over(suffix: str, tmp_path: Path) -> None:
+    write(tmp_path / f"b{suffix}", DOCUMENTS)
+    alone = sides(open_documents(str(tmp_path)))
+    write(tmp_path / f"a{suffix}", [])
+    if suffix == ".csv.gz":
+        (tmp_path / f"c{suffix}").write_bytes(gzip.compress(b""))
+    assert sides(open_documents(str(tmp_path))) == alone

@@ -1,5 +1,6 @@
 """LN-free checkpoints in transformers: loading, generating, re-saving, precisions."""
 
+import inspect
 import json
 import os
 import shutil
@@ -23,6 +24,8 @@ import unnorm
 from unnorm import fold, proof
 from unnorm.checkpoint import load_sites, load_unfolded
 from unnorm.fold import fold_reader
+from unnorm.modeling import modeling_unnorm
+from unnorm.models import load_original
 from unnorm.norms import TaperedNorm
 from unnorm.proof import check_twin
 from unnorm.residual import Writer, residual_writers
@@ -207,3 +210,18 @@ def test_a_twin_on_the_hub_loads_by_its_name(
     monkeypatch.undo()
     with pytest.raises(unnorm.UnnormError, match="'me/norm-free': neither a local directory nor a hub model"):
         unnorm.load("me/norm-free")
+
+
+def test_transformers_4_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would pass over the rotary angles in the config, and compute other logits without a word."""
+    source = Path(inspect.getfile(modeling_unnorm))
+    monkeypatch.setattr("transformers.__version__", "4.57.6")
+    with pytest.raises(ImportError, match="needs transformers 5"):
+        exec(compile(source.read_text(), str(source), "exec"), {"__name__": "copied"})
+
+
+def test_the_bundled_model_generates_from_its_cache() -> None:
+    model, tokenizer = load_original("demo")
+    ids = tokenizer("import", return_tensors="pt")["input_ids"]
+    found = model.generate(ids, max_new_tokens=2, return_dict_in_generate=True, pad_token_id=0)
+    assert found.past_key_values is not None

@@ -171,6 +171,17 @@ class TestPacking:
         assert len(pieces) > 20
         assert np.concatenate(pieces).tolist() == stream([text, "short"], tiny_tokenizer)
 
+    @pytest.mark.parametrize("between", ["\n", "\n\n", "\n \n\n"])
+    def test_so_is_one_without_spaces(
+        self, between: str, monkeypatch: pytest.MonkeyPatch, tiny_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        text = between.join(["\u6211\u5011\u8d70\u3002" * 20, "\u6a19\u984c"] * 30)
+        monkeypatch.setattr(packing_module, "_CHARS_AT_ONCE", 500)
+        monkeypatch.setattr(packing_module, "_NEAR", 500)
+        pieces = list(token_stream([text], tiny_tokenizer))
+        assert len(pieces) > 4
+        assert np.concatenate(pieces).tolist() == stream([text], tiny_tokenizer)
+
     def test_no_more_is_read_than_asked_for(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
         read: list[int] = []
 

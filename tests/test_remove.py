@@ -1,5 +1,6 @@
 """The whole path on a tiny model: all recipes, the control, resuming, several processes."""
 
+import io
 import json
 import math
 import os
@@ -12,16 +13,18 @@ from typing import Any
 import pytest
 import torch
 import typer
+from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
 
 import unnorm
 from tests.conftest import Cli
-from unnorm.cli import app
+from unnorm.cli import app, main
 from unnorm.config import RemoveConfig
 from unnorm.losses import distillation_losses
 from unnorm.norms import TaperedNorm
 from unnorm.run_directory import read_rows
+from unnorm.terminal import Progress
 from unnorm.training import distillation
 
 SETTINGS: dict[str, Any] = {"tokens": 20 * 512, "batch_size": 8, "context": 64, "device": "cpu", "dtype": "float32"}
@@ -274,3 +277,39 @@ def assert_same_weights(first: Path, second: Path) -> None:
     assert a.keys() == b.keys()
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+def test_time_left_is_shown_however_seldom_a_run_tells_how_far_it_is() -> None:
+    clock = [0.0]
+    progress = Progress(Console(file=io.StringIO(), force_terminal=True))
+    with progress:
+        assert progress.live is not None
+        progress.live.get_time = lambda: clock[0]
+        progress({"kind": "phase", "text": "training", "tokens": 1000})
+        for tokens in range(100, 600, 100):
+            clock[0] += 60.0
+            progress({"kind": "train", "tokens": tokens})
+        assert progress.live.tasks[0].time_remaining == pytest.approx(300, rel=0.3)
+
+
+def test_paths_and_names_are_whole_in_narrow_terminals(
+    cli: Cli, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Commands are copied from there, and names of what failed are looked for."""
+    monkeypatch.setenv("COLUMNS", "60")
+    out = tmp_path / ("long" * 20) / "stock"
+    assert f"model  {out}\n" in cli("export", finished_run, "--to", "stock", "--out", out).out
+    table = cli("verify", finished_run).out
+    assert "passed" in table and "\u2026" not in table
+
+
+def test_what_an_encoding_lacks_is_escaped(finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verdict must not become a traceback, with the exit code of a failed proof."""
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    out = tmp_path / "na\u00efve"
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(sys, "argv", ["unnorm", "export", str(finished_run), "--to", "stock", "--out", str(out)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    assert not exit_.value.code
+    assert f"model  {tmp_path}/na\\xefve" in stdout.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]

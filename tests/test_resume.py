@@ -23,6 +23,7 @@ from tests.test_families import FAMILIES, random_model
 from tests.test_remove import SETTINGS, assert_same_weights
 from unnorm import processes
 from unnorm.config import read_config_file
+from unnorm.errors import RunInterruptedError
 from unnorm.models import load_original
 from unnorm.removal import remove as removal
 from unnorm.removal.run import DISK_COPIES, check_disk
@@ -430,3 +431,25 @@ def test_a_control_that_is_in_the_way_may_be_let_go_of(
             unnorm.remove(out=tmp_path / "run", **options)
     result = unnorm.remove(out=tmp_path / "run", resume=True, control=False)
     assert (result["verified"], result["control_loss"]) == (True, None)
+
+
+def test_a_control_is_added_where_cleaning_up_was_cut_short(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left of the data must not be taken for whole."""
+    options: dict[str, Any] = {"data": str(text_file), "tokens": 1024, "context": 32, "device": "cpu"}
+
+    def half(directory: Path | str, **more: Any) -> None:
+        if (Path(directory).parent / "result.json").exists():
+            rmtree(Path(directory) / "train")
+            raise KeyboardInterrupt
+        rmtree(directory, **more)
+
+    rmtree = shutil.rmtree
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", half)
+        with pytest.raises(RunInterruptedError):
+            unnorm.remove(str(tiny_model_dir), out=tmp_path / "run", **options)
+    assert (tmp_path / "run" / "data" / "validation").is_dir()
+    result = unnorm.remove(resume=True, out=tmp_path / "run", control=True)
+    assert result["control_loss"] is not None

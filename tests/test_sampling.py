@@ -1,13 +1,15 @@
 """Text that the original writes itself: `--data self`."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
-from tests.conftest import Cli
+from tests.conftest import END_OF_TEXT, Cli
 from unnorm.data import own_text
 from unnorm.errors import UnnormError
 
@@ -83,3 +85,19 @@ def test_a_tokenizer_without_a_first_token_is_refused(
     without = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer)
     with pytest.raises(UnnormError, match=r"neither a begin-of-text nor an end-of-text token.*--data"):
         own_text(tiny_model, without, 8, 4, 1, lambda _: None)
+
+
+def test_own_text_begins_as_other_text_does(
+    tiny_model: GPT2LMHeadModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """With a token for the begin of texts that the tokenizer puts before none (BLOOM), no block begins with it."""
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=deepcopy(tiny_tokenizer.backend_tokenizer), bos_token="!", eos_token=END_OF_TEXT
+    )
+    blocks = own_text(tiny_model, tokenizer, 8, 4, 1, lambda _: None)
+    assert {row[0] for row in blocks.train["input_ids"]} == {tokenizer.eos_token_id}
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="! $A", special_tokens=[("!", tokenizer.bos_token_id)]
+    )
+    blocks = own_text(tiny_model, tokenizer, 8, 4, 1, lambda _: None)
+    assert {row[0] for row in blocks.train["input_ids"]} == {tokenizer.bos_token_id}

@@ -142,7 +142,7 @@ def test_reads_are_matched_while_training_and_let_go_of_after_it(
     monkeypatch.setattr("unnorm.removal.start.equalize_embedding", lambda *_: False)
     monkeypatch.setattr("unnorm.training.distillation.read_mismatch", remember)
     monkeypatch.setattr(
-        "unnorm.removal.conclude.evaluate_model",
+        "unnorm.removal.run.evaluate_model",
         lambda model, *rest, evaluate=unnorm.evaluation.evaluate_model, **more: (
             hooks.extend(m for m in model.modules() if m._forward_hooks) or evaluate(model, *rest, **more)
         ),

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from transformers.integrations import integration_utils
 import unnorm
 from tests.conftest import VOCAB, stdlib_text
 from unnorm import config, losses
+from unnorm.errors import RunInterruptedError
 from unnorm.evaluation import evaluate_model
 from unnorm.losses import distillation_losses, next_token_loss, scale_penalty
 from unnorm.models import copy_model, without_dropout
@@ -593,3 +595,41 @@ def test_running_out_of_something_is_no_traceback(
     monkeypatch.setattr(distillation.DistillationTrainer, "_save_checkpoint", fail)
     with pytest.raises(unnorm.UnnormError, match=message):
         unnorm.remove(model=str(tiny_model_dir), data=str(text_file), out=tmp_path, tokens=10_000, device="cpu")
+
+
+def test_a_run_that_is_stopped_while_steps_are_refused_keeps_its_good_weights(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """What stood in the weights at that moment would be all that a resumed run goes on from."""
+
+    class Breaks(run.InterruptCallback):
+        broken = False
+
+        def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **more: Any) -> None:
+            if state.global_step + 1 == 12 and not Breaks.broken:
+                Breaks.broken = True
+                with torch.no_grad():
+                    more["model"].transformer.h[1].mlp.c_proj.weight *= 1e30
+
+        def on_step_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
+            if Breaks.broken and not (tmp_path / "stopped").exists():
+                (tmp_path / "stopped").touch()
+                signal.raise_signal(signal.SIGINT)
+
+    options: dict[str, Any] = {
+        "model": str(tiny_model_dir), "data": str(text_file), "tokens": 30 * 64, "batch_size": 1, "context": 64,
+        "out": tmp_path / "run", "device": "cpu", "dtype": "float32", "recipe": "tapernorm",
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "InterruptCallback", Breaks)
+        with pytest.raises(RunInterruptedError, match="nothing is lost"):
+            unnorm.remove(**options)
+    result = unnorm.remove(resume=True, out=tmp_path / "run")
+    assert result["skipped_steps"] == RESTORE_AFTER and result["verified"]
+
+
+def test_a_stop_that_one_process_alone_heard_stops_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    interrupt = run.InterruptCallback(guarded(tmp_path)[0])
+    assert not interrupt.is_asked(torch.device("cpu"))
+    monkeypatch.setattr("unnorm.processes.total", lambda value: value + 1)
+    assert interrupt.is_asked(torch.device("cpu")) and interrupt.asked

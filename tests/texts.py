@@ -13,17 +13,22 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from backports import zstd
 from transformers import PreTrainedTokenizerFast
 
-from unnorm.data import Blocks, Documents, build_blocks
+from unnorm.data import Blocks, build_blocks
+from unnorm.data.documents import Documents
 from unnorm.data.files import COMPRESSIONS
 
 DOCUMENTS = [f'Document {i}: naïve\n  text,\twith "quotes" and {"words " * (i % 7)}' for i in range(120)]
 CONTEXT = 16
 
-COMPRESS: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
-if find_spec("zstandard"):
-    COMPRESS[".zst"] = lambda content: importlib.import_module("zstandard").compress(content)
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
+    ".zst": zstd.compress,
+}
 if find_spec("lz4"):
     COMPRESS[".lz4"] = lambda content: importlib.import_module("lz4.frame").compress(content)
 

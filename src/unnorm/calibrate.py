@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from unnorm.data import STDLIB, batches, build_blocks
 from unnorm.isolation import isolated
-from unnorm.models import blocks_at_once, evaluating, load_original
-from unnorm.norms import Estimator, TaperedNorm, estimate_log_constant, log_scale_of
+from unnorm.models import blocks_at_once, evaluating, load_original, model_name
+from unnorm.norms import Estimator, TaperedNorm, centered, estimate_log_constant, log_scale_of
 from unnorm.plan import choose_context, choose_device
 from unnorm.sites import NormSite, find_sites
 from unnorm.tracing import vocabulary_size
@@ -27,6 +27,9 @@ CALIBRATION_BLOCKS = 32
 @dataclass(frozen=True)
 class ScaleStatistics:
     """Distribution of one site's scale over tokens, position 0 apart from the rest.
+
+    The scale is what the norm divides a token x by: sqrt(var(x) + eps) for LayerNorm, sqrt(mean(x^2) + eps) for
+    RMSNorm, in the units of the residual stream.
 
     Attributes:
         site: the norm's path.
@@ -62,12 +65,24 @@ def stats(
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> list[tuple[NormSite, ScaleStatistics]]:
-    """Every norm site of a model with the distribution of its scale on a few blocks of text; `unnorm stats`.
+    """Every norm site of a model with the distribution of its scale on 32 blocks of text; `unnorm stats`.
+
+    Args:
+        model: as for `remove`.
+        data: text, as for `remove`, of which the first training blocks are read.
+        text_field: column that holds the text.
+        split: split that it comes from.
+        context: tokens in a block; by default all that the model takes, at most 1024.
+        device: `auto`, `cpu`, `cuda` or `mps`.
+        trust_remote_code: run modeling code that comes with the model.
+
+    Returns:
+        In the order in which a forward pass meets the sites.
 
     Raises:
         UnnormError: the model has no norms, or it or the data can't be used.
     """
-    original, tokenizer = load_original(str(model), trust_remote_code)
+    original, tokenizer = load_original(model_name(model), trust_remote_code)
     sites = find_sites(original, in_place=True)
     original.to(choose_device(device))
     context = choose_context(context, original)
@@ -105,8 +120,7 @@ def collect_log_scales(
     def keep(site: NormSite) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
             x = args[0].float()
-            x = x - x.mean(-1, keepdim=True) if site.centered else x
-            log_scale = log_scale_of(x, site.eps).squeeze(-1).cpu()
+            log_scale = log_scale_of(centered(x, site.centered), site.eps).squeeze(-1).cpu()
             if log_scale.ndim == 3 and log_scale.shape[1] == length:
                 log_scale = log_scale.transpose(1, 2)
             # Every head counts as a block of its own; OPT's norms see blocks and positions as one.

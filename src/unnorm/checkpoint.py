@@ -22,10 +22,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from unnorm.errors import UnnormError, short
+from unnorm.errors import UnnormError, first_few, short
 from unnorm.fold import FoldedWeights, empty_twin
 from unnorm.modeling import know_class_of
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
+from unnorm.models import lacking
 from unnorm.norm_behaviour import gain_offset
 from unnorm.norms import TaperedNorm
 from unnorm.run_directory import LIMITS, MODEL, SITES, UNFOLDED, write_text
@@ -47,14 +48,21 @@ _SAVED = TypeAdapter(list[_SavedSite])
 def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load an LN-free model from a run directory, from the `model/` in it, or from the hub, where `push` put it.
 
+    Args:
+        path: a directory, or `OWNER/NAME` on the hub.
+        dtype: of its weights, whatever they were saved in.
+
+    Returns:
+        A transformers model on the CPU, in evaluation mode.
+
     Raises:
         UnnormError: there is none, or its files are damaged.
     """
-    path = _fetched(Path(path).expanduser())
+    path = fetched(Path(path).expanduser())
     return _load(path / MODEL if (path / MODEL).is_dir() else path, dtype)
 
 
-def _fetched(path: Path) -> Path:
+def fetched(path: Path) -> Path:
     """The path itself where there is something; else the files of the hub model that is called so, as OWNER/NAME."""
     if path.exists() or path.is_absolute() or len(path.parts) != 2:
         return path
@@ -287,10 +295,8 @@ def _load(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         )
     except Exception as error:  # Whatever a damaged config makes transformers do.
         raise UnnormError(f"{damaged}: {short(error)} Do the run again, or copy it again.") from error
-    wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
-    if wrong:
+    if wrong := lacking(info):
         raise UnnormError(
-            f"{damaged}: it lacks {', '.join(wrong[:3])}, or has them in another shape. "
-            "Do the run again, or copy it again."
+            f"{damaged}: it lacks {first_few(wrong)}, or has them in another shape. Do the run again, or copy it again."
         )
     return model.eval()

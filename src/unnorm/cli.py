@@ -1,5 +1,6 @@
 """The command line: arguments to calls, errors to messages. No logic."""
 
+import io
 import os
 import signal
 import sys
@@ -252,15 +253,15 @@ def evaluate(
         typer.Option(
             metavar="[NAME=]SOURCE",
             help="A corpus, as for remove; or hellaswag=FILE, lambada=FILE, wikitext=FILE. May be repeated.",
-            show_default="the suite's; else stdlib, if no benchmark is named",
+            show_default="the suite's; else the run's or stdlib, if no benchmark is named",
         ),
     ] = None,
     tasks: Annotated[
         list[str] | None,
         typer.Option(help="lm-eval tasks besides the suite's, with commas; 'none': no benchmarks."),
     ] = None,
-    text_field: TextField = None,
-    split: Split = "train",
+    text_field: RunTextField = None,
+    split: RunSplit = None,
     tokens: Annotated[
         str | None, typer.Option(help="Held-out tokens of each corpus at most.", show_default="the suite's, else 50k")
     ] = None,
@@ -497,10 +498,13 @@ def main() -> None:
     # Read when tqdm is first imported; the bars of lm-eval and of GGUF files can't be turned off otherwise.
     os.environ.setdefault("TQDM_DISABLE", "1")
     signal.signal(signal.SIGTERM, _stop)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # What its encoding has no character for is escaped.
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except UnnormError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if not error.told_elsewhere:
             _say(str(error))
         sys.exit(error.exit_code)
     except SystemExit as leaving:
@@ -526,7 +530,9 @@ def _stop(*_: Any) -> None:
 
 
 def _say(message: str) -> None:
-    _progress.print(f"[bold red]unnorm:[/] {escape(message)}", highlight=False, soft_wrap=True)
+    rank = os.environ.get("RANK", "0")
+    speaker = "unnorm" if rank == "0" else f"unnorm, process {rank}"
+    _progress.print(f"[bold red]{speaker}:[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
 def _quiet() -> None:
@@ -554,4 +560,4 @@ def _print(values: dict[str, Any], as_json: bool, table: Any) -> None:
 
         print(json_text(values))
     else:
-        Console().print(table)
+        Console().print(table, crop=False)  # Of paths nothing is cut.

@@ -173,7 +173,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # A date that there is not is a ValueError.
         said = " ".join(str(error).split())
         raise UnnormError(f"Could not read the settings in '{path}': {said}. Give a YAML file.") from error
     if options is None:

@@ -10,6 +10,8 @@ class UnnormError(Exception):
     """
 
     exit_code = 2
+    told_elsewhere = False
+    """Whether another process of the run raises it too, and tells it."""
 
 
 class RunInterruptedError(UnnormError):

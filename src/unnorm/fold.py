@@ -84,7 +84,7 @@ class FoldedWeights(Mapping[str, Tensor]):
                 del self.plain[key]
             if site.folds_into == "in place":
                 self.maps[site.name] = stand_in
-            for name in {"readers": site.readers, "writer": site.writers, "in place": ()}[site.folds_into]:
+            for name in site.folded_into:
                 self.beside.setdefault(name, []).append((stand_in, site))
                 module = model.get_submodule(name)
                 if stand_in.bias is not None and not isinstance(module, nn.Embedding):

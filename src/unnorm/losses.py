@@ -28,13 +28,6 @@ def next_token_loss(
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), input_ids[:, 1:].flatten().long())
 
 
-def token_losses(
-    logits: Float[Tensor, "batch position vocab"], input_ids: Int[Tensor, "batch position"]
-) -> Float[Tensor, "batch predicted"]:
-    """Loss of each token after the first, in nats."""
-    return F.cross_entropy(logits[:, :-1].transpose(1, 2), input_ids[:, 1:], reduction="none")
-
-
 def distillation_losses(
     logits: Float[Tensor, "batch position vocab"],
     teacher_logits: Float[Tensor, "batch position vocab"],

@@ -32,7 +32,7 @@ from unnorm.calibrate import collect_log_scales, set_constants
 from unnorm.data import spread
 from unnorm.equalize import mean_kl
 from unnorm.models import evaluating
-from unnorm.norms import Estimator, TaperedNorm, linear_weight, log_scale_of
+from unnorm.norms import Estimator, TaperedNorm, centered, linear_weight, log_scale_of
 from unnorm.residual import recorded, stream_writers
 from unnorm.sites import NormSite
 
@@ -203,6 +203,6 @@ def _tokens(vectors: Float[Tensor, "token neuron"]) -> Int[Tensor, " token"]:
 
 def _normed(x: Float[Tensor, "token width"], site: NormSite) -> tuple[Tensor, Float[Tensor, "token 1"]]:
     """What the site's norm gives before its gain, x / s(x), and log s(x)."""
-    x = x - x.mean(-1, keepdim=True) if site.centered else x
+    x = centered(x, site.centered)
     log_scale = log_scale_of(x, site.eps)
     return x * torch.exp(-log_scale), log_scale

@@ -3,12 +3,13 @@
 import gc
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -33,6 +34,17 @@ DEMO = "demo"
 """Name of the bundled model: a small GPT-2 trained on the Python standard library's source."""
 
 LOGITS_AT_ONCE = 2**28
+
+
+def model_name(model: str | Path) -> str:
+    """What the user calls a model, as text.
+
+    Raises:
+        UnnormError: it is neither a name nor a path, such as a model in memory.
+    """
+    if not isinstance(model, str | Path):
+        raise UnnormError(f"Give the name or the directory of a model, not a {type(model).__name__}.")
+    return str(model)
 
 
 def model_path(model: str) -> str:
@@ -74,6 +86,16 @@ def load_original(model: str, trust_remote_code: bool = False) -> tuple[PreTrain
     return loaded, tokenizer
 
 
+def check_same_vocabulary(name: str, model: PreTrainedModel, other: str, its_model: PreTrainedModel) -> None:
+    """Raise an UnnormError where two models have embeddings of different numbers of tokens."""
+    ours, theirs = vocabulary_size(model), vocabulary_size(its_model)
+    if ours != theirs:
+        raise UnnormError(
+            f"'{name}' has {ours:,} token embeddings and '{other}' has {theirs:,}: their vocabularies differ. "
+            "Compare a twin with the original that it was made from, or with the control."
+        )
+
+
 def check_same_tokenizer(
     name: str, tokenizer: PreTrainedTokenizerBase, other: str, its_tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -93,6 +115,11 @@ def context_length(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
     names = ("max_position_embeddings", "seq_length", "max_seq_len")
     return int(next(filter(None, (getattr(config, name, None) for name in names)), 1024))
+
+
+def lacking(loading_info: Mapping[str, Any]) -> list[str]:
+    """Weights that a checkpoint lacks or has in another shape, by what `from_pretrained` says of its loading."""
+    return sorted([*loading_info["missing_keys"], *(key for key, *_ in loading_info["mismatched_keys"])])
 
 
 def blocks_at_once(model: PreTrainedModel, length: int, most: int) -> int:
@@ -240,8 +267,7 @@ def _load_weights(model: str, path: str, config: PretrainedConfig, trust_remote_
         raise UnnormError(
             f"Could not load '{model}' ({kind}) as a causal language model: {short(error)} {remedy}"
         ) from error
-    wrong = sorted([*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])])
-    if wrong:
+    if wrong := lacking(info):
         raise UnnormError(
             f"The checkpoint of '{model}' lacks weights of {type(loaded).__name__}, or has them in another shape: "
             f"{first_few(wrong)}. It is incomplete, or of another kind of "

@@ -11,7 +11,7 @@ from torch.utils.module_tracker import ModuleTracker
 from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError
-from unnorm.norms import is_linear
+from unnorm.norms import centered, is_linear
 
 if TYPE_CHECKING:
     from unnorm.sites import NormSite
@@ -135,8 +135,7 @@ def norm_operations(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) 
 
 
 def _norm(x: Float[Tensor, "*batch width"], site: "NormSite") -> Float[Tensor, "*batch width"]:
-    if site.centered:
-        x = x - x.mean(-1, keepdim=True)
+    x = centered(x, site.centered)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + site.eps)
 
 

@@ -42,6 +42,11 @@ def estimate_log_constant(
     return top + (weight * scale.square()).sum().log() - mean.log()
 
 
+def centered(x: Float[Tensor, "*token width"], removes_mean: bool) -> Float[Tensor, "*token width"]:
+    """What a norm divides: x less its mean for LayerNorm, x for RMSNorm."""
+    return x - x.mean(-1, keepdim=True) if removes_mean else x
+
+
 def log_scale_of(centered_x: Float[Tensor, "*token width"], eps: float) -> Float[Tensor, "*token 1"]:
     """Log of the scale, from x as it is divided (already centered for LayerNorm)."""
     return 0.5 * torch.log(centered_x.square().mean(-1, keepdim=True) + eps)
@@ -87,7 +92,6 @@ class TaperedNorm(nn.Module):
         centered: bool,
         paths: int = 1,
         token_mask: TokenMask | None = None,
-        estimator: Estimator = "geometric",
         interpolation: Interpolation = "log",
         fixed_gain: bool = False,
     ) -> None:
@@ -101,7 +105,6 @@ class TaperedNorm(nn.Module):
             centered: True for LayerNorm, False for RMSNorm.
             paths: how many alphas; see the class.
             token_mask: where special tokens are marked, if they have a constant of their own.
-            estimator: see `estimate_log_constant`.
             interpolation: of the divisor in log scale, or of its inverse; or a bound on how far tokens may go.
             fixed_gain: the norm has no weight, so there is none to train and nowhere to store one.
         """
@@ -114,7 +117,7 @@ class TaperedNorm(nn.Module):
         self.eps = eps
         self.centered = centered
         self.token_mask = token_mask or TokenMask()
-        self.estimator: Estimator = estimator
+        self.estimator: Estimator = "geometric"
         self.momentum = MOMENTUM  # Of one training pass; those that add up gradients take roots of it.
         self.interpolation: Interpolation = interpolation
         self.estimating = False
@@ -176,8 +179,7 @@ class TaperedNorm(nn.Module):
         return y.to(dtype)
 
     def _centered(self, x: Float[Tensor, "*token width"]) -> Float[Tensor, "*token width"]:
-        x = x.to(self.gain.dtype)
-        return x - x.mean(-1, keepdim=True) if self.centered else x
+        return centered(x.to(self.gain.dtype), self.centered)
 
     def _factor(
         self, log_scale: Float[Tensor, "batch position 1"], log_constant: Tensor, alpha: Float[Tensor, ""]

@@ -74,13 +74,19 @@ def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) 
     """Choose what the user left open.
 
     Raises:
-        UnnormError: the device is not there, or the context is longer than the model's.
+        UnnormError: the device is not there, the context is longer than the model's, or a step takes more tokens than
+            there are.
     """
     device = choose_device(config.device)
     context = choose_context(config.context, model)
     tokens = config.tokens if config.tokens is not None else (GPU_TOKENS if device == "cuda" else CPU_TOKENS)
     wanted = min(max(tokens // RECIPES[config.recipe].steps_wanted, LEAST_STEP_TOKENS), MOST_STEP_TOKENS)
     batch_size = config.batch_size or max(1, round(wanted / context))
+    if batch_size > processes and 0 < tokens < batch_size * context / 2:
+        raise UnnormError(
+            f"--tokens {tokens:,} are less than one step, which takes {batch_size:,} blocks of {context:,} tokens. "
+            "Give more tokens, or a smaller --batch-size or --context."
+        )
     batch_size = processes * max(1, round(batch_size / processes))
     micro_batch = _micro_batch(model, context, batch_size // processes, device) if tokens else 1
     return Plan(

@@ -50,10 +50,11 @@ def agree(make: Callable[[], T]) -> T:
         try:
             answer[0] = make()
         except UnnormError as error:
-            answer[1] = str(error)
+            answer[1] = error
     dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise UnnormError(answer[1])
+    if isinstance(answer[1], UnnormError):
+        answer[1].told_elsewhere = not is_main()
+        raise answer[1]
     return answer[0]
 
 

@@ -57,6 +57,14 @@ class Check:
 def verify(directory: str | Path) -> list[Check]:
     """Prove a run directory: norm-free, folded exactly, read linearly, and a plain sum.
 
+    Args:
+        directory: a finished run.
+
+    Returns:
+        One row for each check: two on what is left of norms (one, where some were kept with `--keep`), then the fold
+        in float64 and in float32, the reads, and the sum of contributions. A check that does not hold is a row whose
+        `passed` is False, not an error.
+
     Raises:
         UnnormError: it holds no finished run, or files of it are missing or damaged.
     """

@@ -14,7 +14,7 @@ from unnorm.fold import FoldedWeights, empty_twin, twin_class
 from unnorm.modeling.modeling_unnorm import PREFIX
 from unnorm.models import copy_model
 from unnorm.norm_behaviour import norm_operations
-from unnorm.norms import TaperedNorm
+from unnorm.norms import TaperedNorm, centered
 from unnorm.sites import NormSite
 from unnorm.stand_ins import install
 from unnorm.tracing import trace_inputs
@@ -94,8 +94,7 @@ def _random_constants(stand_ins: dict[str, TaperedNorm]) -> Iterator[None]:
 
     def remove(stand_in: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(stand_in, TaperedNorm)
-        x = args[0].double()
-        x = x - x.mean(-1, keepdim=True) if stand_in.centered else x
+        x = centered(args[0].double(), stand_in.centered)
         # Over all tokens, so that the longest, too, comes out not much longer than a norm would leave it.
         log_scale = 0.5 * torch.log(x.square().mean() + stand_in.eps)
         chosen[stand_in] = log_scale + 0.3 * torch.randn((), generator=generator, dtype=torch.float64)

@@ -52,6 +52,11 @@ class NormSite:
         """Whether the mean is removed before dividing."""
         return self.kind == "layernorm"
 
+    @property
+    def folded_into(self) -> tuple[str, ...]:
+        """Paths of the modules whose weights take the constant map up; none where it stays in place."""
+        return {"readers": self.readers, "writer": self.writers, "in place": ()}[self.folds_into]
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, as they stand in `sites.json`."""
         return {**asdict(self), "readers": list(self.readers), "writers": list(self.writers)}

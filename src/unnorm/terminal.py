@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from unnorm.sites import NormSite
 
 
+_DAY = 24 * 3600.0
+
+
 class Progress:
     """Shows a run as it goes: a live line on a terminal, a plain line now and then elsewhere."""
 
@@ -43,6 +46,7 @@ class Progress:
                 TimeRemainingColumn(elapsed_when_finished=True),
                 console=self.console,
                 transient=True,
+                speed_estimate_period=_DAY,  # A long run tells its tokens once in minutes.
             )
             self.live.start()
         return self
@@ -83,7 +87,7 @@ def _numbers(row: dict[str, Any]) -> str:
 
 def result_table(result: dict[str, Any]) -> RenderableType:
     """The summary at the end of a run."""
-    from unnorm.report.numbers import without_norms  # With torch, which `--help` does not wait for.
+    from unnorm.report.sentences import without_norms  # With torch, which `--help` does not wait for.
 
     table = Table(title=escape(without_norms(result, result["model"])), title_justify="left", show_header=False)
     table.add_column(style="bold")
@@ -92,8 +96,14 @@ def result_table(result: dict[str, Any]) -> RenderableType:
     for row in _result_rows(result):
         table.add_row(*row)
     where = result["directory"]
-    paths = Text(f"model   {where}/{MODEL}\nreport  {where}/{REPORT}\nproof   unnorm verify {quote(where)}")
-    return Group(table, paths)
+    return Group(
+        table, _whole(f"model   {where}/{MODEL}\nreport  {where}/{REPORT}\nproof   unnorm verify {quote(where)}")
+    )
+
+
+def _whole(lines: str) -> Text:
+    """Paths and commands, which are copied: however long, they are not broken into lines."""
+    return Text(lines, no_wrap=True, overflow="ignore")
 
 
 def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -142,7 +152,9 @@ def _limits(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def proof_table(checks: Sequence["Check"]) -> RenderableType:
     """The rows of `unnorm verify`."""
-    table = Table("proof", "", "measured", "limit", "what", title_justify="left")
+    table = Table()
+    for heading in ("proof", "", "measured", "limit", "what"):
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("", "measured", "limit"))
     for check in checks:
         verdict = "[green]passed[/]" if check.passed else "[bold red]FAILED[/]"
         numbers = (f"{number:.1e}" if number else "0" for number in (check.value, check.limit))
@@ -160,7 +172,7 @@ def evaluation_tables(results: "Results", out: Path | None = None) -> Renderable
     parts += [Text(_overflow_line(row)) for row in rows if row.overflowed_blocks]
     parts += [_score_table(results.scores)] if results.scores else []
     parts += [Text(line, style="dim") for line in _protocol_lines(results.protocol)]
-    parts += [Text(f"page  {out / 'evaluation.html'}")] if out is not None else []
+    parts += [_whole(f"page  {out / 'evaluation.html'}")] if out is not None else []
     return Group(*parts)
 
 
@@ -370,9 +382,7 @@ def sites_table(rows: Sequence[tuple["NormSite", "ScaleStatistics"]]) -> Rendera
     prefix = site_prefix([site.name for site, _ in rows])
     for site, row in rows:
         numbers = (row.position_0, row.mean, row.spread, row.smallest, row.largest)
-        into = {"readers": site.readers, "writer": site.writers, "in place": ("no weight: --in-place",)}[
-            site.folds_into
-        ]
+        into = site.folded_into or ("no weight: --in-place",)
         names = [name.removeprefix(prefix) for name in (site.name, *into)]
         table.add_row(names[0], site.kind, ", ".join(names[1:]), *(f"{number:.3g}" for number in numbers))
     return table
@@ -395,7 +405,7 @@ def export_table(exported: "Exported") -> RenderableType:
         table.add_column(heading, justify="right")
     for row in exported.errors:
         table.add_row(row.name, *(f"{number:.1e}" if number else "0" for number in (row.max_abs, row.relative, row.kl)))
-    return Group(table, Text(f"model  {exported.path}\nload   {exported.load}\nnote   {exported.note}"))
+    return Group(table, _whole(f"model  {exported.path}\nload   {exported.load}"), Text(f"note   {exported.note}"))
 
 
 def analysis_table(result: dict[str, Any]) -> RenderableType:
@@ -410,7 +420,7 @@ def analysis_table(result: dict[str, Any]) -> RenderableType:
             values = (_at(numbers, key.format(model)) for model in ("original", "twin"))
             table.add_row(name, what, *("-" if value is None else format(value, form) for value in values))
     skipped = [Text(f"{name} left out: {reason}") for name, reason in result["skipped"].items()]
-    return Group(table, *skipped, Text(f"page     {result['page']}\nnumbers  {result['numbers']}"))
+    return Group(table, *skipped, _whole(f"page     {result['page']}\nnumbers  {result['numbers']}"))
 
 
 _ANALYZED = (
@@ -432,6 +442,7 @@ _ANALYZED = (
 
 
 def _at(numbers: dict[str, Any], path: str) -> float | None:
+    value: Any = numbers
     for key in path.split("."):
-        numbers = numbers[key]
-    return numbers  # type: ignore[return-value]
+        value = value[key]
+    return None if value is None else float(value)

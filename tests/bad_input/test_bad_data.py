@@ -1,11 +1,13 @@
 """Text that is not there, empty, damaged or too little."""
 
 import lzma
+import random
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from backports import zstd
 
 from tests.conftest import VOCAB
 
@@ -65,6 +67,10 @@ class TestData:
             ("a.txt.xz", b"not compressed"),
             ("a.txt.xz", lzma.compress(b"words and words " * 2000)[:-30]),
             ("a.jsonl.xz", lzma.compress(b'{"text": "words"}\n' * 200)[:-30]),
+            ("a.txt.zst", zstd.compress(random.Random(0).randbytes(100_000).hex().encode())[:-30_000]),
+            ("a.csv", b"text\nWell, hello\nno comma\n"),
+            ("a.csv", b"title,text\na,Well, hello\nb,no comma\n"),
+            ("a.csv", b'text\n"he said \\"yes\\", and left"\n'),
         ],
     )
     def test_damaged_file(self, name: str, content: bytes, work: Path, on: Callable[..., str]) -> None:

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import GPT2LMHeadModel
 
+import unnorm
 from tests.conftest import Cli
 
 
@@ -124,3 +126,30 @@ class TestConfigFile:
 
     def test_missing(self, tiny_model_dir: Path, refused: Callable[..., str]) -> None:
         assert "'nothing.yaml'" in refused("remove", tiny_model_dir, "--config", "nothing.yaml")
+
+
+@pytest.mark.parametrize("line", ["out: 2024-13-45", "tokens: 0x_"])
+def test_values_that_yaml_itself_refuses(line: str, work: Path, refused: Callable[..., str]) -> None:
+    (work / "settings.yaml").write_text(line)
+    assert "Could not read the settings in 'settings.yaml'" in refused("remove", "--config", "settings.yaml")
+
+
+def test_a_step_of_more_tokens_than_there_are(
+    tiny_model_dir: Path, text_file: Path, refused: Callable[..., str]
+) -> None:
+    sizes = ["--tokens", "2k", "--batch-size", 2000, "--context", 64]
+    text = refused("remove", tiny_model_dir, "--data", text_file, "--out", "run", *sizes)
+    assert "--tokens 2,000 are less than one step, which takes 2,000 blocks of 64 tokens" in text
+
+
+def test_a_model_in_memory_is_no_name(tiny_model: GPT2LMHeadModel) -> None:
+    for ask in (unnorm.stats, unnorm.evaluate, lambda model: unnorm.evaluate([model])):
+        with pytest.raises(unnorm.UnnormError, match="not a GPT2LMHeadModel"):
+            ask(tiny_model)
+
+
+def test_a_process_that_is_not_the_first_says_what_it_alone_meets(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, work: Path
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert "unnorm, process 1: 'nothing' holds no finished run" in cli("verify", "nothing").err

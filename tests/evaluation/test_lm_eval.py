@@ -11,7 +11,7 @@ from tests.conftest import POSITIONS, Cli, stdlib_text
 from tests.evaluation.texts import named
 from unnorm.errors import UnnormError
 from unnorm.evaluation import Score, evaluate
-from unnorm.evaluation.harness import _language_model, against
+from unnorm.evaluation.harness import _language_model, with_difference
 from unnorm.evaluation.suites import choose
 from unnorm.report.evaluation_page import render_evaluation
 
@@ -107,9 +107,9 @@ class TestBenchmarks:
     def test_differences_are_of_the_same_items(self) -> None:
         score = Score("a", "t", "acc", 0.5, (0, 1), 4, 9, item_values={1: 1.0, 2: 0.0, 3: 1.0, 4: 0.0})
         other = replace(score, model="b", item_values={3: 0.0, 4: 0.0, 5: 1.0, 6: 1.0})
-        assert against(score, other).difference == 0.5
+        assert with_difference(score, other).difference == 0.5
         with pytest.raises(UnnormError, match="no item of 't' in common"):
-            against(score, replace(other, item_values={7: 1.0}))
+            with_difference(score, replace(other, item_values={7: 1.0}))
 
 
 class TestSuites:

@@ -186,3 +186,13 @@ def test_tokens_that_occur_are_read_from_token_files_too(tmp_path: Path, tiny_to
 
     np.array([1, 2, 7] * 100, dtype="<u2").tofile(tmp_path / "train.bin")
     assert tokens_in(str(tmp_path / "train.bin"), tiny_tokenizer, 300).nonzero()[0].tolist() == [1, 2, 7]
+
+
+def test_the_text_of_a_run_is_what_it_is_evaluated_on(
+    finished_run: Path, tiny_model_dir: Path, text_file: Path
+) -> None:
+    def sources(*models: Path, **options: Any) -> list[str]:
+        return [row["source"] for row in unnorm.evaluate(models, tokens=64, **options).protocol["corpora"]]
+
+    assert sources(tiny_model_dir, finished_run) == sources(finished_run, data=text_file) == [str(text_file)]
+    assert sources(tiny_model_dir) == sources(finished_run, data="stdlib") == ["stdlib"]

@@ -15,18 +15,18 @@ from unnorm.analysis.page import Skipped, render_analysis
 from unnorm.analysis.prompts import PromptPair, indirect_object_prompts, read_prompts
 from unnorm.checkpoint import load_sites
 from unnorm.config import read_count, run_settings
-from unnorm.data import STDLIB, spread
-from unnorm.data.packing import held_out_blocks
+from unnorm.data import spread
 from unnorm.errors import UnnormError, first_few
 from unnorm.evaluation import EVALUATION_SPREAD
 from unnorm.isolation import isolated
 from unnorm.json_text import finite, json_text
 from unnorm.modeling.modeling_unnorm import PREFIX
-from unnorm.models import check_same_tokenizer, load_original
+from unnorm.models import check_same_tokenizer, check_same_vocabulary, load_original, model_name
 from unnorm.plan import choose_context, choose_device
-from unnorm.progress import Watch
+from unnorm.progress import Watch, say, silent
 from unnorm.report.numbers import count, short_count
 from unnorm.run_directory import CONFIG_FILE, MODEL, check_can_be_made, write_text
+from unnorm.run_text import TextSource, choose_text
 from unnorm.sites import NormSite
 from unnorm.tracing import vocabulary_size
 
@@ -90,7 +90,7 @@ def analyze(
         UnnormError: there is no finished run, the original is no model that the twin can come from, the text or the
             prompts can't be used, an analysis is not known, or one that was named can't be made of these models.
     """
-    say: Watch = watch or (lambda _: None)
+    watch = watch or silent
     started = time.perf_counter()
     directory = Path(directory).expanduser()
     names = _chosen([what] if isinstance(what, str) else what)
@@ -100,25 +100,22 @@ def analyze(
     check_can_be_made(out)
     sites, constants = load_sites(directory)
     settings = run_settings(directory)
-    name = str(against or settings.get("model") or "")
+    name = model_name(against or settings.get("model") or "")
     if not name:
         raise UnnormError(f"'{directory / CONFIG_FILE}' does not name the original. Name it with --against.")
-    say({"kind": "phase", "text": f"loading {directory} and {name}"})
+    say(watch, f"loading {directory} and {name}")
     original, tokenizer = load_original(name, trust_remote_code)
     twin, its_tokenizer = load_original(str(directory / MODEL), trust_remote_code)
+    check_same_vocabulary(str(directory), twin, name, original)
     _check_pair(original, twin, sites, name)
     check_same_tokenizer(str(directory), its_tokenizer, name, tokenizer)
     pairs = _prompts(prompts, tokenizer, seed)
-    text = str(data or settings.get("data") or STDLIB)
-    blocks = _text(
-        (original, twin), tokenizer, text, tokens, context,
-        text_field if data or text_field else settings.get("text_field"),
-        split or ("train" if data else str(settings.get("split") or "train")),
-    )  # fmt: skip
+    text = choose_text(settings, data, text_field, split)
+    blocks = _blocks(text, (original, twin), tokenizer, tokens, context)
     material = Material(original.to(place), twin.to(place), tokenizer, blocks, pairs, sites, constants)
     findings, skipped = [], []
     for key in names:
-        say({"kind": "phase", "text": f"analyzing {key}"})
+        say(watch, f"analyzing {key}")
         try:
             findings.append(ANALYSES[key](material))
         except UnnormError as error:
@@ -128,7 +125,7 @@ def analyze(
     result = {
         "directory": str(directory),
         "original": name,
-        "data": text,
+        "data": text.data,
         "tokens": len(blocks) * len(blocks[0]["input_ids"]),
         "context": len(blocks[0]["input_ids"]),
         "prompts": str(prompts) if prompts else f"{len(pairs)} generated" if not isinstance(pairs, str) else "none",
@@ -152,12 +149,6 @@ def _chosen(what: Sequence[str] | None) -> list[str]:
 
 def _check_pair(original: PreTrainedModel, twin: PreTrainedModel, sites: Sequence[NormSite], name: str) -> None:
     """That the twin can have come from the original."""
-    vocabularies = [vocabulary_size(model) for model in (original, twin)]
-    if vocabularies[0] != vocabularies[1]:
-        raise UnnormError(
-            f"'{name}' has a vocabulary of {vocabularies[0]:,} tokens and the twin one of {vocabularies[1]:,}. "
-            "Name the model that the twin was made from with --against."
-        )
     kind = type(twin).__name__.removeprefix(PREFIX)
     if type(original).__name__ != kind:
         raise UnnormError(
@@ -189,22 +180,19 @@ def _prompts(path: str | Path | None, tokenizer: PreTrainedTokenizerBase, seed: 
         return str(error)
 
 
-def _text(
+def _blocks(
+    text: TextSource,
     models: tuple[PreTrainedModel, PreTrainedModel],
     tokenizer: PreTrainedTokenizerBase,
-    data: str,
     tokens: int,
     context: int | None,
-    text_field: str | None,
-    split: str,
 ) -> Dataset:
     if tokens < 2:
         raise UnnormError(f"--tokens {tokens}: there is nothing to predict in fewer than 2 tokens.")
     length = choose_context(context, *models)
     length = min(length, MOST_CONTEXT) if context is None else length
     blocks = max(1, math.ceil(tokens / length))
-    vocabulary = vocabulary_size(models[0])
-    found, _ = held_out_blocks(data, tokenizer, vocabulary, length, EVALUATION_SPREAD * blocks, text_field, split)
+    found = text.held_out(tokenizer, vocabulary_size(models[0]), length, EVALUATION_SPREAD * blocks)
     return spread(found, blocks)
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 from unnorm.errors import UnnormError
 from unnorm.modeling.modeling_unnorm import PREFIX
 from unnorm.norm_behaviour import affine_parameters
-from unnorm.norms import linear_weight
+from unnorm.norms import centered, linear_weight
 from unnorm.residual import Writer, layer_number, recorded, replaced_inputs, residual_writers
 from unnorm.sites import NormSite, find_sites, inside_attention, unembedding_name
 from unnorm.tracing import trace_inputs
@@ -128,7 +129,7 @@ class Readout:
 
     def centered(self, x: Float[Tensor, "*token width"]) -> Float[Tensor, "*token width"]:
         """A vector as the final norm sees it: less its mean, for LayerNorm."""
-        return x - x.mean(-1, keepdim=True) if self.norm is not None and self.norm.centered else x
+        return centered(x, self.norm is not None and self.norm.centered)
 
 
 @torch.no_grad()
@@ -225,3 +226,10 @@ def _named_by(model: PreTrainedModel, writer: Writer, behind: str | None) -> Wri
 def _layer_path(name: str) -> str:
     parts = name.split(".")
     return ".".join(parts[: 1 + next(i for i, part in enumerate(parts) if part.isdigit())])
+
+
+def token_losses(
+    logits: Float[Tensor, "batch position vocab"], input_ids: Int[Tensor, "batch position"]
+) -> Float[Tensor, "batch predicted"]:
+    """Loss of each token after the first, in nats."""
+    return F.cross_entropy(logits[:, :-1].transpose(1, 2), input_ids[:, 1:], reduction="none")

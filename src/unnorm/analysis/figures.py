@@ -6,8 +6,19 @@ from typing import Any
 
 from plotly.graph_objects import Figure
 
-from unnorm.report.drawing import ACCENT, INK, MOST_TICKS, PAPER, SOFT, finish, log_axis, name_panel, panels
-from unnorm.report.numbers import finite
+from unnorm.report.drawing import (
+    ACCENT,
+    INK,
+    MOST_TICKS,
+    PAPER,
+    SOFT,
+    finish,
+    log_axis,
+    name_panel,
+    panels,
+    position_axis,
+)
+from unnorm.report.numbers import finite_or_none
 
 COLOURS = {"original": SOFT, "twin": ACCENT}
 WRITTEN_CELLS = 120
@@ -60,7 +71,7 @@ def dot_rows(
     places = list(range(len(names)))
     for model, column in values.items():
         # A log axis has no place for zero.
-        shown = [v if not log or (finite(v) or 0) > 0 else None for v in column]
+        shown = [v if not log or (finite_or_none(v) or 0) > 0 else None for v in column]
         figure.add_scatter(
             x=places,
             y=shown,
@@ -190,8 +201,7 @@ def bundle(
         )
     longest = max((max(x) for x in at), default=1.0)
     if log_x:
-        ticks = [2**i for i in range(0, int(longest).bit_length(), 1 if longest <= 256 else 2)]
-        figure.update_xaxes(type="log", tickmode="array", tickvals=ticks, ticktext=[str(t) for t in ticks])
+        position_axis(figure, int(longest))
     log_axis(figure, 1, [v for *_, values in lines for v in values])
     name_panel(figure, 1, y_title)
     figure.update_layout(hovermode="closest")

@@ -69,7 +69,7 @@ def geometry(
     """
     beside: dict[str, list[NormSite]] = {}
     for site in sites:
-        for name in {"readers": site.readers, "writer": site.writers, "in place": ()}[site.folds_into]:
+        for name in site.folded_into:
             beside.setdefault(name, []).append(site)
     rows = []
     for name, its_sites in beside.items():

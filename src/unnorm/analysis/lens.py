@@ -14,9 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unnorm.analysis.anatomy import anatomy, logits_from, residual_stream
+from unnorm.analysis.anatomy import anatomy, logits_from, residual_stream, token_losses
 from unnorm.analysis.material import Finding, Material
-from unnorm.losses import token_losses
 from unnorm.report.numbers import fixed
 
 if TYPE_CHECKING:

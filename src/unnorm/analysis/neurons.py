@@ -22,10 +22,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unnorm.analysis.anatomy import Anatomy, Readout, anatomy, readout
+from unnorm.analysis.anatomy import Anatomy, Readout, anatomy, readout, token_losses
 from unnorm.analysis.material import Finding, Material
 from unnorm.errors import UnnormError
-from unnorm.losses import token_losses
 from unnorm.norms import linear_weight
 from unnorm.report.numbers import significant
 from unnorm.residual import Writer, recorded, replaced_inputs
@@ -104,13 +103,7 @@ def ablate(
     """
     parts, writer = anatomy(model), _last_mlp(model)
     texts = list(batches)
-    total, tokens = torch.zeros(()), 0
-    for ids in texts:
-        with recorded(model, [writer.name]) as record:
-            model(input_ids=ids, use_cache=False)
-        z = record[writer.name][0].flatten(0, -2)
-        total, tokens = total.to(z) + z.sum(0), tokens + len(z)
-    means = total / tokens
+    means = _mean_activations(model, writer, texts)
 
     def at_means(neurons: Tensor) -> Callable[[Tensor], Tensor]:
         def edit(z: Tensor) -> Tensor:
@@ -133,6 +126,16 @@ def ablate(
                     direct = changed if last.norm is None else _entropy_and_loss(model, ids)
             found.append((changed[0] - entropy, changed[1] - loss, direct[0] - entropy))
     return [Ablation(*(torch.cat(values) for values in zip(*found, strict=True))) for found in results]
+
+
+def _mean_activations(model: PreTrainedModel, writer: Writer, texts: Iterable[Tensor]) -> Float[Tensor, " neuron"]:
+    total, tokens = torch.zeros(()), 0
+    for ids in texts:
+        with recorded(model, [writer.name]) as record:
+            model(input_ids=ids, use_cache=False)
+        z = record[writer.name][0].flatten(0, -2)
+        total, tokens = total.to(z) + z.sum(0), tokens + len(z)
+    return total / tokens
 
 
 def find(material: Material) -> Finding:

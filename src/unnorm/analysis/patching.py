@@ -11,7 +11,7 @@ Patching*; Syed et al. 2023, arXiv 2310.10348). What norms do to it is what orig
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,7 +91,7 @@ def patch(
     unknown = without_heads(model, parts)
     if unknown is not None:
         raise unknown
-    found: list[tuple[Tensor, ...]] = []
+    found: list[Patching] = []
     for group, clean, corrupted in by_length(pairs, tokenizer):
         longest = context_length(model)
         if len(clean[0]) > longest:
@@ -102,7 +102,7 @@ def patch(
         ids = [torch.tensor(values, device=model.device) for values in (clean, corrupted)]
         for rows in torch.arange(len(group)).split(batch_size):
             found.append(_patch_batch(model, parts, ids[0][rows], ids[1][rows], answers[rows].to(model.device)))
-    return Patching(*(torch.cat(values) for values in zip(*found, strict=True)))
+    return Patching(*(torch.cat([getattr(part, field.name) for part in found]) for field in fields(Patching)))
 
 
 def find(material: Material) -> Finding:
@@ -148,7 +148,7 @@ def _patch_batch(
     clean: Int[Tensor, "prompt position"],
     corrupted: Int[Tensor, "prompt position"],
     answers: Int[Tensor, "prompt answer"],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> Patching:
     names = [writer.name for writer in parts.attentions]
 
     def metric(ids: Tensor) -> Float[Tensor, " prompt"]:
@@ -184,8 +184,8 @@ def _patch_batch(
             for head in range(heads):
                 with replaced_inputs(model, {name: _with_head(z_clean[name], head, heads)}):
                     activation[:, layer, head] = metric(corrupted) - after
-    result = (activation, torch.stack(attribution, 1), before, after)
-    return tuple(value.detach().cpu().double() for value in result)  # type: ignore[return-value]
+    measured = (activation, torch.stack(attribution, 1), before, after)
+    return Patching(*(value.detach().cpu().double() for value in measured))
 
 
 def _with_head(clean: Tensor, head: int, heads: int) -> Callable[[Tensor], Tensor]:

@@ -1,6 +1,6 @@
 """Text from any source, made into packed blocks of tokens."""
 
-from unnorm.data.documents import Documents, open_documents
+from unnorm.data.documents import open_documents
 from unnorm.data.files import OWN_TEXT, STDLIB
 from unnorm.data.packing import Blocks, as_dataset, batches, begin_of_blocks, build_blocks, spread
 from unnorm.data.sampling import own_text
@@ -10,7 +10,6 @@ __all__ = [
     "OWN_TEXT",
     "STDLIB",
     "Blocks",
-    "Documents",
     "as_dataset",
     "batches",
     "begin_of_blocks",

@@ -40,7 +40,6 @@ class Documents:
     it is printed in the report.
     """
 
-    name: str
     train: Callable[[], Iterator[str]]
     validation: Callable[[], Iterator[str]]
     held_out: str
@@ -93,7 +92,7 @@ def _stdlib() -> Documents:
                 yield path.read_text(encoding="utf-8", errors="replace")
 
     held_out = f"one file in {_STDLIB_HELD_OUT_ONE_IN}, by a hash of its name"
-    return Documents(STDLIB, lambda: read(False), lambda: read(True), held_out)
+    return Documents(lambda: read(False), lambda: read(True), held_out)
 
 
 def _of_splits(
@@ -105,11 +104,11 @@ def _of_splits(
         return _texts(source, splits[of], text_field)
 
     if "validation" in splits and split != "validation":
-        return Documents(source, lambda: texts(split), lambda: texts("validation"), f"the validation {parts}")
-    return _held_out_of(source, lambda: texts(split))
+        return Documents(lambda: texts(split), lambda: texts("validation"), f"the validation {parts}")
+    return _held_out_of(lambda: texts(split))
 
 
-def _held_out_of(name: str, texts: Callable[[], Iterator[str]]) -> Documents:
+def _held_out_of(texts: Callable[[], Iterator[str]]) -> Documents:
     """Hold out whole documents where there are many, else the end of each."""
     first = islice(texts(), _LOOKED_AT)
     enough = islice((text for text in first if _is_held_out(text, _HELD_OUT_ONE_IN)), _LEAST_HELD_OUT)
@@ -119,9 +118,8 @@ def _held_out_of(name: str, texts: Callable[[], Iterator[str]]) -> Documents:
             return (text for text in texts() if _is_held_out(text, _HELD_OUT_ONE_IN) is validation)
 
         held_out = f"one document in {_HELD_OUT_ONE_IN}, by a hash of its text"
-        return Documents(name, lambda: side(False), lambda: side(True), held_out)
+        return Documents(lambda: side(False), lambda: side(True), held_out)
     return Documents(
-        name,
         lambda: (text[: _last_tenth(text)] for text in texts()),
         lambda: (text[_last_tenth(text) :] for text in texts()),
         "the last tenth of each document",

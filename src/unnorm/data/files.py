@@ -7,12 +7,14 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import TextIO
 
 import fsspec  # type: ignore[import-untyped]
 import fsspec.compression  # type: ignore[import-untyped]
+from pandas.errors import EmptyDataError  # type: ignore[import-untyped]
+from pyarrow import parquet  # type: ignore[import-untyped]
 
 from unnorm.errors import UnnormError, short
 
@@ -37,7 +39,7 @@ FORMATS = {
 TOKEN_FILE = ".bin"
 
 _COMPRESS_THEMSELVES = (".parquet", TOKEN_FILE)
-_PACKAGES = {".zst": "zstandard", ".lz4": "lz4"}
+_PACKAGES = {".zst": "backports.zstd", ".lz4": "lz4"}
 # What lies beside the data in a copy of a hub repository, or in what `datasets` saves.
 _NO_DATA = {"README.md", "dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 _SPLIT_WORDS = {
@@ -152,12 +154,21 @@ def files_by_split(source: str, files: list[Path], unnamed: str = "") -> dict[st
 def _by_name(source: str, files: list[Path], unnamed: str = "") -> dict[str, list[Path]]:
     """Files by the split that the last part of their paths tells that tells one."""
     named: dict[str, list[Path]] = {}
-    root = Path(os.path.expanduser(source))  # noqa: PTH111
+    root = _root(source)
     for path in files:
-        parts = path.relative_to(root).parts if root.is_dir() else (path.name,)
+        parts = path.relative_to(root).parts
         told = (_split_in(part) for part in reversed(parts))
         named.setdefault(next((s for s in told if s), unnamed), []).append(path)
     return named
+
+
+def _root(source: str) -> Path:
+    """The directory that all files of a source are in: what a glob has before its first pattern."""
+    path = Path(os.path.expanduser(source))  # noqa: PTH111
+    if path.is_dir():
+        return path
+    fixed = list(takewhile(lambda part: not glob.has_magic(part), path.parent.parts))
+    return path.parent if path.is_file() else Path(*fixed)
 
 
 def _split_in(name: str) -> str | None:
@@ -234,12 +245,18 @@ def _table(suffix: str, path: Path) -> Iterator[Row]:
 
     # Its readers log an error, traceback and all, besides raising it.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
+    if suffix == ".parquet" and parquet.read_metadata(path).num_rows == 0:
+        return
     name = glob.escape(str(path))  # `datasets` takes every name for a pattern.
     try:
-        rows = datasets.load_dataset(FORMATS[suffix], data_files=name, split="train", streaming=True)
-    except StopIteration:  # How it meets a file without a row.
+        for row in datasets.load_dataset(FORMATS[suffix], data_files=name, split="train", streaming=True):
+            if suffix == ".csv" and any(str(column).startswith("__index_level_") for column in row):
+                raise ValueError(
+                    f"{path.name} has rows of more fields than its header: text with commas must be in quotes"
+                )
+            yield row
+    except (StopIteration, EmptyDataError):  # How it meets a file without a row, or without anything.
         return
-    yield from rows
 
 
 def readable(source: str, rows: Callable[[], Iterable[Row]]) -> Iterator[Row]:

@@ -22,6 +22,7 @@ from unnorm.errors import UnnormError
 
 _TEXTS_AT_ONCE = 64
 _CHARS_AT_ONCE = 1_000_000
+_NEAR = 2_000_000
 _SAYS_EVERY = 15.0  # seconds
 _SMALL_SOURCE = 1000
 """Blocks of which the last tenth is held out, where the text that was held out does not fill one block."""
@@ -30,7 +31,9 @@ _LEAST_HELD_OUT = 8
 """Tokens of held-out text that something is measured on at least."""
 
 # Between words and between lines tokenizers split in any case, so a long document may be tokenized in pieces.
-_SEAM = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=\S\n)(?=\S)")
+_SEAM = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=[^\W\d_])(?=\n)|(?<=\S\n)(?=\S)")
+# At the end of blank lines it costs a token or two: for text that has no other seam within `_NEAR` characters.
+_ROUGH_SEAM = re.compile(r"(?<=\n)(?=\S)")
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,6 @@ class Blocks:
     `held_out` says in words how validation was kept apart from training.
     """
 
-    name: str
     train: Dataset
     validation: Dataset
     held_out: str
@@ -81,7 +83,7 @@ def build_blocks(
         raise _too_little(source, context)
     for blocks in (train, validation):
         _check_ids(source, blocks, vocab_size)
-    return Blocks(source, as_dataset(train), as_dataset(validation), held_out)
+    return Blocks(as_dataset(train), as_dataset(validation), held_out)
 
 
 def _too_little(source: str, context: int) -> UnnormError:
@@ -183,10 +185,15 @@ def _batches(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
 def _pieces(text: str) -> Iterator[tuple[str, bool]]:
     """A document in pieces that can be tokenized one by one, each with whether it is the last."""
     start = 0
-    while seam := _SEAM.search(text, start + _CHARS_AT_ONCE):
+    while seam := _seam(text, start + _CHARS_AT_ONCE):
         yield text[start : seam.start()], False
         start = seam.start()
     yield text[start:], True
+
+
+def _seam(text: str, at: int) -> re.Match[str] | None:
+    near = at + _NEAR
+    return _SEAM.search(text, at, near) or _ROUGH_SEAM.search(text, at, near) or _SEAM.search(text, near)
 
 
 def _cut(

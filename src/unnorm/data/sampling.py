@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.data.files import OWN_TEXT
-from unnorm.data.packing import Blocks, as_dataset
+from unnorm.data.packing import Blocks, as_dataset, begin_of_blocks
 from unnorm.errors import UnnormError
 from unnorm.models import free_memory
 from unnorm.tracing import vocabulary_size
@@ -28,9 +28,9 @@ def own_text(
 ) -> Blocks:
     """Blocks that the model writes, at temperature 1, as many as are asked for; torch's seed decides what.
 
-    Each begins with end-of-text (or what the tokenizer has in its place), and where that comes again the next document
-    begins. Sampling makes the blocks follow the distribution that the model has over texts, which is where a twin
-    should agree with it.
+    Each begins with what the tokenizer puts before every text, else with end-of-text, and where that comes again the
+    next document begins. Sampling makes the blocks follow the distribution that the model has over texts, which is
+    where a twin should agree with it.
 
     Args:
         model: the original, on its device.
@@ -43,7 +43,8 @@ def own_text(
     Raises:
         UnnormError: the tokenizer has no token to begin with, or the model can't go on from its cache.
     """
-    start = next((id for id in (tokenizer.bos_token_id, tokenizer.eos_token_id) if id is not None), None)
+    begins = (begin_of_blocks(OWN_TEXT, tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id)
+    start = next((token for token in begins if token is not None), None)
     if start is None:
         raise UnnormError(
             f"--data {OWN_TEXT}: the tokenizer has neither a begin-of-text nor an end-of-text token for the model to "
@@ -57,7 +58,6 @@ def own_text(
         say(f"writing text: {min(done + at_once, wanted):,} of {wanted:,} blocks")
     written = torch.cat(blocks).int().numpy()
     return Blocks(
-        OWN_TEXT,
         as_dataset(written[:train_blocks]),
         as_dataset(written[train_blocks:]),
         "other samples of the original",

@@ -163,11 +163,10 @@ def tokens_in(
     source: str,
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
-    most: int = FILTER_TOKENS,
     text_field: str | None = None,
     split: str = "train",
 ) -> Bool[NDArray[np.bool_], " vocab"]:
-    """Which ids occur in the first `most` tokens of a source's training text.
+    """Which ids occur in the first `FILTER_TOKENS` tokens of a source's training text.
 
     Raises:
         UnnormError: the source can't be read.
@@ -178,7 +177,7 @@ def tokens_in(
     for ids in train_tokens():
         occurs[ids[ids < vocab_size]] = True
         seen += len(ids)
-        if seen >= most:
+        if seen >= FILTER_TOKENS:
             break
     begin = begin_of_blocks(source, tokenizer)
     if begin is not None and begin < vocab_size:

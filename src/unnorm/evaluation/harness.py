@@ -142,6 +142,11 @@ def run_benchmark(
         raise
     except Exception as error:
         raise UnnormError(f"lm-eval could not run '{benchmark.name}' on '{name}': {short(error)}") from error
+    return _scores(benchmark, results, name, lm.truncated)
+
+
+def _scores(benchmark: Benchmark, results: dict[str, Any], name: str, truncated: int) -> list[Score]:
+    """Each metric that lm-eval reports, with its interval."""
     task = benchmark.task.task_name
     found = results["results"][task]
     better = results.get("higher_is_better", {}).get(task, {})
@@ -164,14 +169,14 @@ def run_benchmark(
                 items=len(benchmark.items),
                 of=benchmark.of,
                 higher_is_better=better.get(metric),
-                truncated=lm.truncated,
+                truncated=truncated,
                 item_values=single,
             )
         )
     return scores
 
 
-def against(score: Score, original: Score) -> Score:
+def with_difference(score: Score, original: Score) -> Score:
     """The score with its difference from the original's on the same items.
 
     Raises:

@@ -1,7 +1,7 @@
 """What is measured at every token: loss, distance to the original, entropy, confidence."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -100,10 +100,11 @@ def measure_tokens(
                 total += float(joined[0]["loss"][:, :-1].double().sum())
                 predicted = seen // ids.shape[1] * (ids.shape[1] - 1)
                 watch({"kind": "progress", "tokens": seen, "loss": total / max(1, predicted)})
-    whole = [_to_numpy(side) for side in zip(*parts, strict=True)]
-    kinds: list[Any] = [ModelTokens, ModelTokens, Distances]
-    made = [kind(**{f.name: side[f.name] for f in fields(kind)}) for kind, side in zip(kinds, whole, strict=False)]
-    return (made[0], made[1], made[2]) if original is not None else (made[0], None, None)
+    ours, *beside = (_to_numpy(side) for side in zip(*parts, strict=True))
+    if not beside:
+        return ModelTokens(**ours), None, None
+    theirs, distances = beside
+    return ModelTokens(**ours), ModelTokens(**theirs), Distances(**distances)
 
 
 def _to_numpy(parts: tuple[dict[str, Tensor], ...]) -> dict[str, NDArray[Any]]:

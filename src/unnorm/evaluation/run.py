@@ -2,7 +2,8 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -14,11 +15,11 @@ from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unnorm.config import read_count
+from unnorm.config import read_count, run_settings
 from unnorm.errors import RunInterruptedError, UnnormError
 from unnorm.evaluation.comparison import compare_tokens
 from unnorm.evaluation.corpora import Corpus, count_bytes, open_corpus
-from unnorm.evaluation.harness import Benchmark, against, open_benchmarks, run_benchmark
+from unnorm.evaluation.harness import Benchmark, open_benchmarks, run_benchmark, with_difference
 from unnorm.evaluation.intervals import LEVEL, RESAMPLES, bootstrap_interval
 from unnorm.evaluation.metrics import Distances, ModelTokens, calibration, measure_tokens
 from unnorm.evaluation.record import Record
@@ -26,9 +27,11 @@ from unnorm.evaluation.results import Evaluation, Results, Score
 from unnorm.evaluation.suites import PILE_FILTERED, Choice, choose
 from unnorm.isolation import isolated
 from unnorm.json_text import digest
-from unnorm.models import check_same_tokenizer, load_original
+from unnorm.models import DEMO, check_same_tokenizer, load_original, model_name
 from unnorm.plan import choose_context, choose_device
-from unnorm.progress import Watch
+from unnorm.progress import Watch, say, silent
+from unnorm.run_directory import MODEL
+from unnorm.run_text import choose_text
 from unnorm.tracing import vocabulary_size
 
 
@@ -69,7 +72,7 @@ class _Session:
         return {"device": self.device, "torch": version("torch"), "unnorm": version("unnorm")}
 
     def say(self, text: str, tokens: int | None = None) -> None:
-        self.watch({"kind": "phase", "text": text, "tokens": tokens})
+        say(self.watch, text, tokens)
 
 
 @isolated
@@ -81,7 +84,7 @@ def evaluate(
     suite: str | None = None,
     tasks: str | Sequence[str] | None = None,
     text_field: str | None = None,
-    split: str = "train",
+    split: str | None = None,
     tokens: int | str | None = None,
     items: int | str | None = None,
     context: int | None = None,
@@ -98,11 +101,12 @@ def evaluate(
         models: run directories, model directories, hub ids or `demo`.
         against: the original that fidelity and differences are measured to; None leaves them out.
         data: corpora, each as for `remove` or `NAME=SOURCE`, of which the held-out part is used; `hellaswag=FILE`,
-            `lambada=FILE` and `wikitext=FILE` give a benchmark's items.
+            `lambada=FILE` and `wikitext=FILE` give a benchmark's items. By default the suite's; with neither suite nor
+            tasks the text of the first finished run among the models, or else the standard library.
         suite: `quick`, `full` or `paper`: a choice of corpora, benchmarks and their sizes.
         tasks: further lm-eval tasks; `none` leaves the suite's out.
-        text_field: column that holds the text.
-        split: split that the text comes from, where the source names no validation split.
+        text_field: column that holds the text; by default the run's, where its text is taken.
+        split: split that the text comes from, where the source names no validation split; likewise.
         tokens: how many of each corpus at most.
         items: items of each benchmark at most, drawn at random, or `all`.
         context: tokens in a block; by default the longest that all models take, at most 1024.
@@ -122,18 +126,22 @@ def evaluate(
         UnnormError: a model, a corpus or a benchmark can't be used, or the models' tokenizers differ.
         RunInterruptedError: it was stopped, and the same call goes on with what is in `out`.
     """
-    names = [str(models)] if isinstance(models, str | Path) else [str(model) for model in models]
-    against = None if against is None else str(against)
+    several = models if isinstance(models, Iterable) and not isinstance(models, str) else [models]
+    names = [model_name(model) for model in several]
+    against = None if against is None else model_name(against)
     place = choose_device(device)
     if batch_size < 1:
         raise UnnormError(f"--batch-size {batch_size}: a pass takes 1 block at least.")
-    sources = [str(data)] if isinstance(data, str | Path) else None if data is None else [str(each) for each in data]
+    sources = [str(data)] if isinstance(data, str | Path) else [str(each) for each in data or ()]
+    if not (sources or suite or tasks):
+        own = choose_text(next(filter(None, map(_settings_of, names)), {}), None, text_field, split)
+        sources, text_field, split = [own.data], own.text_field, own.split
     most = None if tokens is None else read_count(tokens)
     choice = choose(suite, sources, [tasks] if isinstance(tasks, str) else tasks, most, items, place)
-    say: Watch = watch or (lambda _: None)
+    watch = watch or silent
     record = Record.open(out)
-    entrants, original, tokenizer, vocab_size, longest = _enter(names, against, context, trust_remote_code, say)
-    opened = _open_corpora(choice, tokenizer, vocab_size, longest, text_field, split, say)
+    entrants, original, tokenizer, vocab_size, longest = _enter(names, against, context, trust_remote_code, watch)
+    opened = _open_corpora(choice, tokenizer, vocab_size, longest, text_field, split or "train", watch)
     session = _Session(
         entrants=entrants,
         original=original,
@@ -145,7 +153,7 @@ def evaluate(
         device=place,
         trust_remote_code=trust_remote_code,
         record=record,
-        watch=say,
+        watch=watch,
     )
     try:
         results = _measure(session, suite)
@@ -157,6 +165,12 @@ def evaluate(
         ) from stop
     record.conclude(results)
     return results
+
+
+def _settings_of(name: str) -> dict[str, Any]:
+    """Those of a finished run; none of another model."""
+    directory = Path(os.path.expanduser(name))  # noqa: PTH111 (pathlib's raises where there is no such user)
+    return run_settings(directory) if name != DEMO and (directory / MODEL).is_dir() else {}
 
 
 def evaluate_model(
@@ -188,14 +202,14 @@ def evaluate_model(
 
 
 def _enter(
-    names: Sequence[str], against: str | None, context: int | None, trust_remote_code: bool, say: Watch
+    names: Sequence[str], against: str | None, context: int | None, trust_remote_code: bool, watch: Watch
 ) -> tuple[tuple[_Entrant, ...], _Entrant | None, PreTrainedTokenizerBase, int, int]:
     """Load every model once, so that what can't be compared is refused before anything is measured."""
     if not names:
         raise UnnormError("Evaluate which models? Name one at least.")
     found: dict[str, tuple[_Entrant, PreTrainedTokenizerBase, int, int]] = {}
     for name in dict.fromkeys(([against] if against else []) + list(names)):
-        say({"kind": "phase", "text": f"loading {name}"})
+        say(watch, f"loading {name}")
         model, tokenizer = load_original(name, trust_remote_code)
         length = choose_context(context, model)
         entrant = _Entrant(name, _weights_digest(model), _config_digest(model))
@@ -234,11 +248,11 @@ def _open_corpora(
     context: int,
     text_field: str | None,
     split: str,
-    say: Watch,
+    watch: Watch,
 ) -> tuple[Corpus, ...]:
     opened = []
     for name, source in choice.corpora.items():
-        say({"kind": "phase", "text": f"reading {source}"})
+        say(watch, f"reading {source}")
         of = choice.corpora.get("openwebtext") if name == PILE_FILTERED else None
         opened.append(open_corpus(name, source, tokenizer, vocab_size, context, choice.tokens, text_field, split, of))
     return tuple(opened)
@@ -260,7 +274,7 @@ def _measure(session: _Session, suite: str | None) -> Results:
         same = original is not None and entrant == original.entrant
         for benchmark, found in (original_scores if same else _scores(session, model)).items():
             base = {} if same else {score.metric: score for score in original_scores.get(benchmark, [])}
-            scores += [against(score, base[score.metric]) if score.metric in base else score for score in found]
+            scores += [with_difference(score, base[score.metric]) if score.metric in base else score for score in found]
     if original is not None and original.entrant not in session.entrants:
         scores = [score for found in original_scores.values() for score in found] + scores
     return Results(tuple(evaluations), tuple(of_original.values()), tuple(scores), _protocol(session, suite))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from unnorm.checkpoint import load, load_sites
 from unnorm.errors import UnnormError, short
 from unnorm.exports import nanogpt, stock
-from unnorm.exports.measure import FormError, errors
+from unnorm.exports.measure import FormError, form_errors
 from unnorm.isolation import isolated
 from unnorm.models import load_tokenizer
 from unnorm.run_directory import MODEL
@@ -101,7 +101,7 @@ def export(
 def _write(directory: Path, folded: PreTrainedModel, to: Form, out: Path, trust_remote_code: bool) -> list[FormError]:
     if to == "transformers":
         shutil.copytree(directory / MODEL, out, dirs_exist_ok=True)
-        return errors(folded, lambda dtype: AutoModelForCausalLM.from_pretrained(out, dtype=dtype).eval())
+        return form_errors(folded, lambda dtype: AutoModelForCausalLM.from_pretrained(out, dtype=dtype).eval())
     rows = nanogpt.write_nanogpt(folded, out) if to == "nanogpt" else stock.write_stock(directory, folded, out)
     # nanoGPT's tokenizer goes by the same files.
     load_tokenizer(str(directory), directory / MODEL, trust_remote_code).save_pretrained(out)

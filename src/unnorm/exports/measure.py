@@ -66,7 +66,7 @@ def compare(name: str, reference: Logits, logits: Logits) -> FormError:
 
 
 @torch.no_grad()
-def errors(folded: PreTrainedModel, form: Callable[[torch.dtype], PreTrainedModel]) -> list[FormError]:
+def form_errors(folded: PreTrainedModel, form: Callable[[torch.dtype], PreTrainedModel]) -> list[FormError]:
     """Errors of a form that transformers loads, by precision; the last row is the folded model's own rounding.
 
     Args:

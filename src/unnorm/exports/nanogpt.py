@@ -22,7 +22,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 TOLERANCE = 1e-4
 NOTE = (
     "Without LayerNorms and with an untied unembedding that has a bias: in nanoGPT's class put nn.Identity for ln_1, "
-    "ln_2 and ln_f, and a new nn.Linear for lm_head."
+    'ln_2 and ln_f, a new nn.Linear for lm_head, and nn.GELU(approximate=config["gelu_approximate"]) in each MLP.'
 )
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 _ACTIVATIONS = {"gelu": "none", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}

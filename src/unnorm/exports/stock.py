@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from unnorm.checkpoint import load_sites, load_trained, with_weights
 from unnorm.errors import UnnormError
-from unnorm.exports.measure import FormError, errors, refuse_kept_norms
+from unnorm.exports.measure import FormError, form_errors, refuse_kept_norms
 from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.norm_behaviour import affine_parameters, gain_offset
 from unnorm.sites import NormSite
@@ -52,7 +52,7 @@ def write_stock(directory: Path, folded: PreTrainedModel, out: Path) -> list[For
     stock.save_pretrained(out)
     sites, _ = load_sites(directory)
     _check_epsilons(_load_stock(out, torch.float32), sites)
-    rows = errors(folded, lambda dtype: _load_stock(out, dtype))
+    rows = form_errors(folded, lambda dtype: _load_stock(out, dtype))
     if not rows[0].relative <= TOLERANCE:
         raise UnnormError(
             f"The stock form of {type(stock).__name__} differs from the folded model by {rows[0].relative:.1e} of the "

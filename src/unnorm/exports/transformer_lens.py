@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from unnorm.checkpoint import load
+from unnorm.checkpoint import fetched, load
 from unnorm.errors import UnnormError, short
 from unnorm.exports.measure import compare, probe_ids, refuse_kept_norms
 from unnorm.modeling.modeling_unnorm import PREFIX
@@ -39,10 +39,11 @@ def to_transformer_lens(
 
     The logits are the checkpoint's. `ln1`, `ln2` and `ln_final` are still there, as `hook_in` and `hook_out` around
     nothing; they have no `hook_scale` and no `hook_normalized`. The twin's unembedding has a bias where the norm
-    had one: add `b_U` when attributions are summed.
+    had one: add `b_U` when attributions are summed. The sum is what comes before a factor or a soft cap that the
+    family puts on its logits (Granite, Cohere, Gemma 2).
 
     Args:
-        directory: run directory, or the `model/` in it.
+        directory: run directory, the `model/` in it, or `OWNER/NAME` on the hub.
         dtype: of the weights.
         device: where they go.
         trust_remote_code: run code that comes with the tokenizer.
@@ -54,7 +55,7 @@ def to_transformer_lens(
     _import_transformer_lens()
     from transformer_lens.model_bridge import TransformerBridge
 
-    path = Path(directory).expanduser()
+    path = fetched(Path(directory).expanduser())
     path = path / MODEL if (path / MODEL).is_dir() else path
     twin = load(path, dtype).to(device)
     refuse_kept_norms(twin, "A bridge")

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from unnorm.errors import UnnormError
 from unnorm.evaluation import EVALUATION_SPREAD, EVALUATION_TOKENS
 from unnorm.models import DEMO
 from unnorm.plan import Plan
-from unnorm.progress import Watch
+from unnorm.progress import Watch, say
 from unnorm.removal.run import Run
 from unnorm.run_directory import CONFIG_FILE, DATA, HELD_OUT, write_text
 from unnorm.tracing import vocabulary_size
@@ -51,9 +52,46 @@ def write_blocks(
         UnnormError: the text can't be used, the disk is full, or as many processes can't take the run's steps.
     """
     note = directory / DATA / HELD_OUT
+    chosen = _as_chosen(config, plan)
+    if note.is_file():
+        _check_processes_share(config, plan, directory)
+        if read_config_file(directory / CONFIG_FILE).get("tokens") == plan.tokens:
+            chosen.save(directory / CONFIG_FILE)
+            return note.read_text(encoding="utf-8").strip()
     train_blocks = max(CALIBRATION_BLOCKS, math.ceil(plan.tokens / plan.context))
-    # As chosen: a resumed run must not choose again, by another timing or for more tokens.
-    chosen = config.model_copy(
+    blocks = _read_blocks(config, plan, model, tokenizer, train_blocks, watch)
+    train = _choose(blocks.train, train_blocks, config)
+    if times := _times_over(len(train), plan):
+        say(watch, times)
+    stress = stress_blocks(
+        np.asarray(train["input_ids"]),
+        tokenizer,
+        vocabulary_size(model),
+        round(config.stress_share * len(train)),
+        np.random.default_rng(config.seed),
+        begin_of_blocks(config.data, tokenizer),
+    )
+    parts = {
+        "train": train,
+        "validation": spread(blocks.validation, math.ceil(EVALUATION_TOKENS / plan.context)),
+        **({"stress": as_dataset(stress)} if len(stress) else {}),
+    }
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        note.unlink(missing_ok=True)  # First, so that data that are half gone or half written are not taken for whole.
+        shutil.rmtree(directory / DATA, ignore_errors=True)
+        chosen.save(directory / CONFIG_FILE)
+        for name, part in parts.items():
+            part.save_to_disk(str(directory / DATA / name))
+        write_text(note, blocks.held_out)
+    except OSError as error:
+        raise UnnormError(f"Could not write to '{directory}': {error}.") from error
+    return blocks.held_out
+
+
+def _as_chosen(config: RemoveConfig, plan: Plan) -> RemoveConfig:
+    """Settings with what the plan chose: a resumed run must not choose again, by another timing or for more tokens."""
+    return config.model_copy(
         update={
             "dtype": plan.dtype,
             "tokens": plan.tokens,
@@ -61,41 +99,15 @@ def write_blocks(
             "lr": plan.lr if plan.steps else None,
         }
     )
-    if note.is_file():
-        if config.batch_size is not None and config.batch_size != plan.batch_size and plan.steps:
-            raise UnnormError(
-                f"The run in '{directory}' takes {config.batch_size} blocks a step, which {plan.processes} processes "
-                "can't share evenly. Resume it with a number of them that divides that."
-            )
-        if read_config_file(directory / CONFIG_FILE).get("tokens") == plan.tokens:
-            chosen.save(directory / CONFIG_FILE)
-            return note.read_text(encoding="utf-8").strip()
-    blocks = _read_blocks(config, plan, model, tokenizer, train_blocks, watch)
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        note.unlink(missing_ok=True)  # First, so that data that are half gone or half written are not taken for whole.
-        shutil.rmtree(directory / DATA, ignore_errors=True)
-        chosen.save(directory / CONFIG_FILE)
-        train = _choose(blocks.train, train_blocks, config)
-        if times := _times_over(len(train), plan):
-            watch({"kind": "phase", "text": times})
-        train.save_to_disk(str(directory / DATA / "train"))
-        stress = stress_blocks(
-            np.asarray(train["input_ids"]),
-            tokenizer,
-            vocabulary_size(model),
-            round(config.stress_share * len(train)),
-            np.random.default_rng(config.seed),
-            begin_of_blocks(config.data, tokenizer),
+
+
+def _check_processes_share(config: RemoveConfig, plan: Plan, directory: Path) -> None:
+    """Raise an UnnormError where as many processes can't take the steps of the run that they resume."""
+    if config.batch_size is not None and config.batch_size != plan.batch_size and plan.steps:
+        raise UnnormError(
+            f"The run in '{directory}' takes {config.batch_size} blocks a step, which {plan.processes} processes "
+            "can't share evenly. Resume it with a number of them that divides that."
         )
-        if len(stress):
-            as_dataset(stress).save_to_disk(str(directory / DATA / "stress"))
-        validation = spread(blocks.validation, math.ceil(EVALUATION_TOKENS / plan.context))
-        validation.save_to_disk(str(directory / DATA / "validation"))
-        write_text(note, blocks.held_out)
-    except OSError as error:
-        raise UnnormError(f"Could not write to '{directory}': {error}.") from error
-    return blocks.held_out
 
 
 def _times_over(blocks: int, plan: Plan) -> str:
@@ -125,16 +137,15 @@ def _read_blocks(
     watch: Watch,
 ) -> Blocks:
     """Text from the source, more than is needed so that it can be spread over more of it; or the original's own."""
-
-    def say(text: str) -> None:
-        watch({"kind": "phase", "text": text})
-
     validation_blocks = math.ceil(EVALUATION_TOKENS / plan.context)
     if config.data == OWN_TEXT:
-        return own_text(model, tokenizer, plan.context, train_blocks, validation_blocks, say)
-    say(f"reading {config.data}")
+        return own_text(model, tokenizer, plan.context, train_blocks, validation_blocks, partial(say, watch))
+    say(watch, f"reading {config.data}")
     if config.data == STDLIB and config.model != DEMO and "data" not in config.model_fields_set:
-        say("no --data was named, so the text is Python's standard library; name text like what the model was made for")
+        say(
+            watch,
+            "no --data was named, so the text is Python's standard library; name text like what the model was made for",
+        )
     return build_blocks(
         config.data,
         tokenizer,
@@ -144,7 +155,7 @@ def _read_blocks(
         validation_blocks=EVALUATION_SPREAD * validation_blocks,
         text_field=config.text_field,
         split=config.split,
-        say=say,
+        say=partial(say, watch),
     )
 
 

@@ -9,22 +9,21 @@ from typing import Any
 
 import psutil
 import torch
-from datasets import Dataset
 from transformers import PreTrainedModel
 
 from unnorm.calibrate import CALIBRATION_BLOCKS, collect_log_scales, scale_statistics
 from unnorm.checkpoint import load, load_sites, load_unfolded
 from unnorm.data import spread
-from unnorm.evaluation import Evaluation, evaluate_model
+from unnorm.evaluation import Evaluation
 from unnorm.evaluation.intervals import Interval
 from unnorm.json_text import json_text
 from unnorm.limits import share_at_limit
 from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.proof import check_twin
-from unnorm.removal.run import Run
+from unnorm.removal.run import Run, evaluate_on_held_out
 from unnorm.removal.twin import history
 from unnorm.report import ReportData, render_card, render_report
-from unnorm.run_directory import CARD, CHECKPOINTS, CONTROL, DATA, LOGS, MODEL, REPORT, RESULT, write_text
+from unnorm.run_directory import CARD, CHECKPOINTS, CONTROL, DATA, HELD_OUT, LOGS, MODEL, REPORT, RESULT, write_text
 from unnorm.sites import norm_modules
 
 SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 4, 32, 48
@@ -35,9 +34,12 @@ def conclude(run: Run, before: dict[str, Any], control: PreTrainedModel | None, 
     run.say("evaluating")
     twin = load(run.directory).to(run.plan.device)
     sites, constants = load_sites(run.directory)
-    evaluations = {"original": evaluate(run, run.original, "original"), "lnfree": evaluate(run, twin, "LN-free")}
+    evaluations = {
+        "original": evaluate_on_held_out(run, run.original, "original"),
+        "lnfree": evaluate_on_held_out(run, twin, "LN-free"),
+    }
     if control is not None:
-        evaluations["control"] = evaluate(run, control, "control")
+        evaluations["control"] = evaluate_on_held_out(run, control, "control")
     run.say("verifying")
     checks = check_twin(twin.cpu(), load_unfolded(run.directory), sites)
     rows = history(run.directory)
@@ -60,6 +62,7 @@ def conclude(run: Run, before: dict[str, Any], control: PreTrainedModel | None, 
     write_text(run.directory / REPORT, render_report(data))
     write_text(run.directory / MODEL / CARD, render_card(result, sites, constants))
     write_text(run.directory / RESULT, json_text(result))
+    (run.directory / DATA / HELD_OUT).unlink(missing_ok=True)  # First: without it the rest counts as half gone.
     shutil.rmtree(run.directory / DATA, ignore_errors=True)
     for trained in (run.directory, run.directory / CONTROL):
         _keep_logs(trained)
@@ -72,20 +75,6 @@ def _keep_logs(directory: Path) -> None:
     for log in sorted((directory / CHECKPOINTS / LOGS).glob("*")):
         (directory / LOGS).mkdir(exist_ok=True)
         shutil.move(log, directory / LOGS / log.name)
-
-
-def evaluate(run: Run, model: PreTrainedModel, name: str, blocks: Dataset | None = None) -> Evaluation:
-    """A model on the held-out blocks, or on some of them, beside the original unless it is that."""
-    original = None if model is run.original else run.original
-    return evaluate_model(
-        model,
-        run.validation_blocks if blocks is None else blocks,
-        original,
-        name,
-        run.config.data,
-        run.plan.micro_batch,
-        tokenizer=run.tokenizer,
-    )
 
 
 def _log_scales(run: Run, model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -19,7 +19,7 @@ from unnorm.isolation import isolated
 from unnorm.models import copy_model, fuse_activations, load_original
 from unnorm.norms import TaperedNorm, TokenMask
 from unnorm.plan import Plan, choose_device, control_plan, healing_plan, make_plan
-from unnorm.progress import Watch
+from unnorm.progress import Watch, say, silent
 from unnorm.removal.blocks import with_stress, write_blocks
 from unnorm.removal.conclude import conclude
 from unnorm.removal.run import Run, check_disk, measured_before, open_directory, saved_options
@@ -73,7 +73,7 @@ def remove(
     directory = processes.agree(lambda: open_directory(config, resume))
     started -= spent_seconds(directory)
     try:
-        return _run(config, directory, watch if watch is not None and processes.is_main() else _ignore, started)
+        return _run(config, directory, watch if watch is not None and processes.is_main() else silent, started)
     except KeyboardInterrupt:
         if not (directory / CONFIG_FILE).is_file():
             raise
@@ -87,13 +87,9 @@ def _run(config: RemoveConfig, directory: Path, watch: Watch, started: float) ->
     return processes.agree(lambda: conclude(run, before, control, started))
 
 
-def _ignore(row: dict[str, Any], /) -> None:
-    pass
-
-
 def _prepare(config: RemoveConfig, directory: Path, watch: Watch) -> Run:
     """Load and check everything before anything is written or trained."""
-    watch({"kind": "phase", "text": f"loading {config.model}"})
+    say(watch, f"loading {config.model}")
     model, tokenizer = load_original(config.model, config.trust_remote_code)
     sites = find_sites(model, config.in_place, config.keep)
     prove_sites(model, sites)

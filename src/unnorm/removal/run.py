@@ -13,9 +13,10 @@ from unnorm.calibrate import CALIBRATION_BLOCKS
 from unnorm.config import RemoveConfig, read_config_file
 from unnorm.data import spread
 from unnorm.errors import UnnormError
+from unnorm.evaluation import Evaluation, evaluate_model
 from unnorm.limits import set_limits
 from unnorm.plan import Plan
-from unnorm.progress import Watch
+from unnorm.progress import Watch, say
 from unnorm.recipes import RECIPES, Recipe
 from unnorm.run_directory import CONFIG_FILE, RESULT, check_can_be_made, finished_result, nearest_existing
 from unnorm.sites import NormSite
@@ -49,7 +50,7 @@ class Run:
 
     def say(self, text: str, tokens: int | None = None) -> None:
         """Announce a stage, and the tokens it will take."""
-        self.watch({"kind": "phase", "text": text, "tokens": tokens})
+        say(self.watch, text, tokens)
 
 
 def limit(run: Run, student: PreTrainedModel) -> None:
@@ -57,6 +58,20 @@ def limit(run: Run, student: PreTrainedModel) -> None:
     calibration = spread(run.train_blocks, CALIBRATION_BLOCKS)
     if limited := set_limits(student, run.original, run.sites, calibration):
         run.say(f"neurons of {len(limited)} quadratic MLPs have limits now")
+
+
+def evaluate_on_held_out(run: Run, model: PreTrainedModel, name: str, blocks: Dataset | None = None) -> Evaluation:
+    """A model on the held-out blocks, or on some of them, beside the original unless it is that."""
+    original = None if model is run.original else run.original
+    return evaluate_model(
+        model,
+        run.validation_blocks if blocks is None else blocks,
+        original,
+        name,
+        run.config.data,
+        run.plan.micro_batch,
+        tokenizer=run.tokenizer,
+    )
 
 
 def saved_options(options: dict[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,7 @@ from unnorm.massive import MADE_GOOD, shrink_massive
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.models import copy_model
 from unnorm.norms import TaperedNorm, TokenMask, bound, removed
-from unnorm.removal.conclude import evaluate
-from unnorm.removal.run import Run, limit
+from unnorm.removal.run import Run, evaluate_on_held_out, limit
 from unnorm.run_directory import CHECKPOINTS, LAYOUT, write_text
 from unnorm.stand_ins import install
 from unnorm.training import last_checkpoint
@@ -89,9 +88,9 @@ def _naive_removal(run: Run, student: PreTrainedModel, stand_ins: dict[str, Tape
     run.say("measuring naive removal")
     head = run.validation_blocks.select(range(min(NAIVE_HEAD, len(run.validation_blocks))))
     with removed(stand_ins.values()):
-        measured = evaluate(run, student, "naive removal", head)
+        measured = evaluate_on_held_out(run, student, "naive removal", head)
         if math.isfinite(measured.loss):
-            measured = evaluate(run, student, "naive removal")
+            measured = evaluate_on_held_out(run, student, "naive removal")
     if not math.isfinite(measured.loss):
         run.say("without its norms and without training the model overflows: its loss is not a number")
     return {"naive_loss": measured.loss, "naive_kl": float(measured.kl or 0.0)}

@@ -8,19 +8,8 @@ from typing import Any
 
 import yaml
 
-from unnorm.report.numbers import (
-    count,
-    finite,
-    fixed,
-    healed,
-    interval,
-    limits,
-    massive_neurons,
-    overflowed,
-    percent,
-    shortest,
-    without_norms,
-)
+from unnorm.report.numbers import count, finite_or_none, fixed, interval, loss_increase, percent, shortest
+from unnorm.report.sentences import healed, limits, massive_neurons, overflowed, without_norms
 from unnorm.sites import NormSite
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -82,7 +71,7 @@ def front_matter(result: Mapping[str, Any]) -> dict[str, Any]:
     metrics = [
         {"type": kind, "name": words, "value": round(float(result[key]), 5)}
         for kind, words, key in measured
-        if finite(result.get(key)) is not None
+        if finite_or_none(result.get(key)) is not None
     ]
     entry = {
         "task": {"type": "text-generation", "name": "Language modelling"},
@@ -124,13 +113,13 @@ def _results(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ends = result.get(f"{key}_loss_ci")
         return fixed(result.get(f"{key}_loss")) + (f" ({interval(ends)})" if ends else "")
 
-    increase = [finite(result.get(key)) for key in ("lnfree_loss", "teacher_loss")]
+    increase = loss_increase(result)
     ends = result.get("loss_increase_ci")
     paired = f" ({fixed(ends[0], sign=True)} to {fixed(ends[1], sign=True)})" if ends else ""
     rows = [
         ("loss of the original", loss("teacher")),
         ("loss of this model", loss("lnfree")),
-        ("increase", "" if None in increase else fixed(increase[0] - increase[1], sign=True) + paired),  # type: ignore[operator]
+        ("increase", "" if increase is None else fixed(increase, sign=True) + paired),
         ("loss of the control (norms kept, same tokens)", loss("control")),
         ("loss with constants alone, before training", loss("naive") if result.get("tokens") else ""),
         ("KL(original, this model)", fixed(result.get("kl"))),
@@ -153,14 +142,8 @@ def _folds(sites: Sequence[NormSite], constants: Mapping[str, float]) -> list[di
     """One row for the same norm of all layers."""
     groups: dict[tuple[str, str, str], list[float]] = {}
     for site in sites:
-        into = {
-            "readers": site.readers,
-            "writer": site.writers,
-            "in place": ("nothing: its map stays as a module",),
-        }[site.folds_into]
-        words = ", ".join(
-            dict.fromkeys(f"`{_any_layer(name)}`" if site.folds_into != "in place" else name for name in into)
-        )
+        into = dict.fromkeys(f"`{_any_layer(name)}`" for name in site.folded_into)
+        words = ", ".join(into) or "nothing: its map stays as a module"
         groups.setdefault((_any_layer(site.name), site.kind, words), []).append(constants.get(site.name, float("nan")))
     return [
         {

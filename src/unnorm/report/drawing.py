@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from unnorm.report.numbers import finite
+from unnorm.report.numbers import finite_or_none
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -81,7 +81,7 @@ def name_panel(figure: "Figure", panel: int, title: str) -> None:
 
 def log_axis(figure: "Figure", panel: int, values: Iterable[float]) -> None:
     """Make a panel's axis logarithmic, with round ticks around the values."""
-    positive = [v for v in values if finite(v) is not None and v > 0]
+    positive = [v for v in values if finite_or_none(v) is not None and v > 0]
     if not positive:
         return
     low, high = min(positive) / 1.15, max(positive) * 1.15
@@ -94,6 +94,12 @@ def log_axis(figure: "Figure", panel: int, values: Iterable[float]) -> None:
         tickvals=ticks,
         ticktext=[f"{tick:g}" for tick in ticks],
     )
+
+
+def position_axis(figure: "Figure", longest: int) -> None:
+    """Make the axis of positions logarithmic, with powers of two for its ticks."""
+    ticks = [2**i for i in range(0, longest.bit_length(), 1 if longest <= 256 else 2)]
+    figure.update_xaxes(type="log", tickmode="array", tickvals=ticks, ticktext=[str(tick) for tick in ticks])
 
 
 def finish(figure: "Figure", height: int, x_title: str) -> "Figure":

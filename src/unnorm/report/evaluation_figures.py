@@ -20,6 +20,7 @@ from unnorm.report.drawing import (
     log_ticks,
     name_panel,
     panels,
+    position_axis,
 )
 from unnorm.report.figures import bin_positions
 
@@ -50,8 +51,7 @@ def position_figure(rows: Sequence[Evaluation], style: dict[str, tuple[str, str]
 
     figure = _by_corpus(rows, draw, "loss, nats per token", "position of the predicted token (log)")
     longest = max(len(row.position_loss) for row in rows)
-    ticks = [2**i for i in range(0, longest.bit_length(), 1 if longest <= 256 else 2)]
-    figure.update_xaxes(type="log", tickmode="array", tickvals=ticks, ticktext=[str(tick) for tick in ticks])
+    position_axis(figure, longest)
     return figure
 
 

@@ -6,7 +6,8 @@ from typing import Any
 from unnorm.evaluation.results import Evaluation, Results, Score
 from unnorm.report import evaluation_figures as figures
 from unnorm.report.comparison import make_pair
-from unnorm.report.numbers import MISSING, count, elsewhere, fixed, interval, percent, significant
+from unnorm.report.numbers import MISSING, count, fixed, interval, percent, significant
+from unnorm.report.sentences import elsewhere
 from unnorm.report.templates import render_page
 
 

@@ -16,9 +16,10 @@ from unnorm.report.drawing import (
     log_axis,
     name_panel,
     panels,
+    position_axis,
     short_names,
 )
-from unnorm.report.numbers import finite
+from unnorm.report.numbers import finite_or_none
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -80,7 +81,7 @@ def scale_figure(
     names = list(dict.fromkeys(row.site for row in (*before, *after)))
     index = {name: i for i, name in enumerate(names)}
     crowded = len(names) > 16
-    placed = [(index[site], value) for site, value in constants.items() if site in index and finite(value)]
+    placed = [(index[site], value) for site, value in constants.items() if site in index and finite_or_none(value)]
     figure = Figure()
     _draw_constants(figure, placed, names)
     for rows, name, colour, shift in ((before, "original", SOFT, -0.17), (after, "LN-free", ACCENT, 0.17)):
@@ -117,8 +118,7 @@ def position_figure(position_loss: dict[str, list[float]]) -> "Figure | None":
         figure.add_hline(y=0, row=2, col=1, line={"color": INK, "width": 1.2}, layer="below")
         name_panel(figure, 2, "LN-free less original")
     longest = max(len(losses) for losses in position_loss.values())
-    ticks = [2**i for i in range(0, longest.bit_length(), 1 if longest <= 256 else 2)]
-    figure.update_xaxes(type="log", tickmode="array", tickvals=ticks, ticktext=[str(t) for t in ticks])
+    position_axis(figure, longest)
     return finish(figure, 440, "position of the predicted token (log)")
 
 
@@ -139,7 +139,7 @@ def bin_positions(losses: Sequence[float], most: int = MOST_POSITION_BINS) -> tu
 def _points(rows: Rows, key: str, kind: str | None = None) -> tuple[list[float], list[float]]:
     """Tokens and values of the rows that have both, by tokens."""
     kept = [row for row in rows if kind is None or row.get("kind") == kind]
-    pairs = [(finite(row.get("tokens")), finite(row.get(key))) for row in kept]
+    pairs = [(finite_or_none(row.get("tokens")), finite_or_none(row.get(key))) for row in kept]
     points = sorted((t, v) for t, v in pairs if t is not None and v is not None)
     return [t for t, _ in points], [v for _, v in points]
 
@@ -192,7 +192,7 @@ def _draw_alpha(figure: "Figure", panel: int, rows: Rows) -> None:
 
 
 def _share(row: dict[str, Any]) -> float | None:
-    removed, sites = finite(row.get("sites_removed")), finite(row.get("sites"))
+    removed, sites = finite_or_none(row.get("sites_removed")), finite_or_none(row.get("sites"))
     return removed / sites if removed is not None and sites else None
 
 

@@ -12,19 +12,16 @@ from unnorm.report.numbers import (
     MISSING,
     count,
     duration,
-    finite,
+    finite_or_none,
     fixed,
-    healed,
     interval,
-    limits,
-    massive_neurons,
-    overflowed,
+    loss_increase,
     percent,
     short_count,
     shortest,
     significant,
-    without_norms,
 )
+from unnorm.report.sentences import healed, limits, massive_neurons, overflowed, without_norms
 from unnorm.report.templates import render_page
 
 if TYPE_CHECKING:
@@ -86,18 +83,18 @@ def render_report(data: ReportData) -> str:
 
 def headline(result: dict[str, Any]) -> str:
     """One plain sentence on what was reached; it claims no more than the numbers do."""
-    model, sites = result.get("model") or "the model", finite(result.get("sites"))
+    model, sites = result.get("model") or "the model", finite_or_none(result.get("sites"))
     norms = "All norms" if sites is None else "The only norm" if sites == 1 else f"All {count(sites)} norms"
     if result.get("norm_modules_left"):
         left = count(result["norm_modules_left"])
         return f"{left} norm {'module is' if left == '1' else 'modules are'} left in {model}"
-    tokens = finite(result.get("tokens"))
+    tokens = finite_or_none(result.get("tokens"))
     if tokens == 0:
         return f"{norms} of {model} replaced by constant scales, without training"
     sentence = f"{norms} of {model} removed"
     if tokens is not None:
         sentence += f" with {short_count(tokens)} tokens"
-    if finite(result.get("training_seconds")) is not None:
+    if finite_or_none(result.get("training_seconds")) is not None:
         sentence += f" in {duration(result['training_seconds'])} of training"
     return sentence
 
@@ -112,7 +109,7 @@ def _notes(data: ReportData) -> list[str]:
 
 
 def _has_control(data: ReportData) -> bool:
-    return bool(data.control_rows) or finite(data.result.get("control_loss")) is not None
+    return bool(data.control_rows) or finite_or_none(data.result.get("control_loss")) is not None
 
 
 def _figures(data: ReportData) -> "dict[str, Figure]":
@@ -126,29 +123,30 @@ def _figures(data: ReportData) -> "dict[str, Figure]":
 
 def _original_loss(data: ReportData) -> float | None:
     """On the few blocks that are evaluated along the run; the final evaluation is on other, more blocks."""
-    return next((finite(row["teacher_loss"]) for row in data.rows if "teacher_loss" in row), None)
+    return next((finite_or_none(row["teacher_loss"]) for row in data.rows if "teacher_loss" in row), None)
 
 
 def _tiles(result: dict[str, Any]) -> list[dict[str, str]]:
     """The big numbers, each with its name and one line on how to take it."""
     jsd = f"; Jensen\u2013Shannon {significant(result.get('jsd'))}"
-    sites, left = finite(result.get("sites")), finite(result.get("norm_modules_left"))
+    sites, left = finite_or_none(result.get("sites")), finite_or_none(result.get("norm_modules_left"))
     return [
         {
             "name": "KL to the original",
             "value": significant(result.get("kl")),
-            "note": overflowed(result) or "nats per token" + (jsd if finite(result.get("jsd")) is not None else ""),
+            "note": overflowed(result)
+            or "nats per token" + (jsd if finite_or_none(result.get("jsd")) is not None else ""),
         },
         {
             "name": "Loss increase",
-            "value": fixed(_increase(result), sign=True),
+            "value": fixed(loss_increase(result), sign=True),
             "note": f"from {fixed(result.get('teacher_loss'))} to {fixed(result.get('lnfree_loss'))}",
         },
         {
             "name": "Gap to the control",
             "value": fixed(result.get("gap"), sign=True),
             "note": f"control: {fixed(result['control_loss'])}"
-            if finite(result.get("control_loss")) is not None
+            if finite_or_none(result.get("control_loss")) is not None
             else "no control was trained",
         },
         {
@@ -169,11 +167,6 @@ def _tiles(result: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def _increase(result: dict[str, Any]) -> float | None:
-    teacher, lnfree = finite(result.get("teacher_loss")), finite(result.get("lnfree_loss"))
-    return None if teacher is None or lnfree is None else lnfree - teacher
-
-
 def _losses(result: dict[str, Any]) -> list[dict[str, str]]:
     """Rows of the table of models; those that were not made are left out."""
     models = (
@@ -184,7 +177,7 @@ def _losses(result: dict[str, Any]) -> list[dict[str, str]]:
     )
     rows = []
     for name, key, kl in models:
-        loss = finite(result.get(f"{key}_loss"))
+        loss = finite_or_none(result.get(f"{key}_loss"))
         if loss is None and key in ("naive", "control"):
             continue
         rows.append(
@@ -257,7 +250,7 @@ def _settings(result: dict[str, Any]) -> list[tuple[str, str]]:
         "training_seconds": duration,
         "seconds": duration,
         "tokens_per_second": count,
-        "peak_memory_mb": lambda mb: MISSING if finite(mb) is None else f"{count(mb)} MB",
+        "peak_memory_mb": lambda mb: MISSING if finite_or_none(mb) is None else f"{count(mb)} MB",
     }
     rows = [(words, shapes.get(key, _plain)(result.get(key))) for key, words in SETTINGS]
     if further := healed(result):

@@ -242,14 +242,23 @@ def _learned(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class InterruptCallback(TrainerCallback):
-    """On Ctrl-C or SIGTERM, finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once."""
+    """On Ctrl-C or SIGTERM, finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once.
 
-    def __init__(self) -> None:
+    While steps are refused the weights may be broken, so it waits until one is sound, or the guard gives the run up.
+    """
+
+    def __init__(self, guard: GuardCallback) -> None:
+        self.guard = guard
         self.asked = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if processes.total(torch.tensor(float(self.asked), device=args.device)) > 0:
-            self.asked = control.should_save = control.should_training_stop = True
+        if self.is_asked(args.device) and not self.guard.in_a_row:
+            control.should_save = control.should_training_stop = True
+
+    def is_asked(self, device: torch.device) -> bool:
+        """Whether any of the processes was told to stop; all of them must ask together."""
+        self.asked = bool(processes.total(torch.tensor(float(self.asked), device=device)) > 0)
+        return self.asked
 
     @contextmanager
     def listening(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
 from unnorm import processes
-from unnorm.errors import UnnormError
+from unnorm.errors import UnnormError, first_few
 from unnorm.losses import (
     RUNAWAY,
     distillation_losses,
@@ -173,7 +173,7 @@ class DistillationTrainer(Trainer):
         missing = set(load_result.missing_keys)
         found = {weights[name].data_ptr() for name in weights.keys() - missing}
         if lost := sorted(name for name in missing if weights[name].data_ptr() not in found):
-            raise UnnormError(f"The last checkpoint lacks {', '.join(lost[:3])}. It is damaged; do the run again.")
+            raise UnnormError(f"The last checkpoint lacks {first_few(lost)}. It is damaged; do the run again.")
 
     def _plain_model(self) -> PreTrainedModel:
         return cast(PreTrainedModel, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))

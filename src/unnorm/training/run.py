@@ -50,7 +50,6 @@ class Outcome:
     Attributes:
         steps: optimizer steps done, of interrupted parts too.
         tokens: training tokens they took.
-        seconds: their time.
         skipped_steps: steps that the guard did not let through.
         interrupted: stopped by Ctrl-C or SIGTERM, with a checkpoint to go on from.
         diverged: given up, because the guard refused too many steps in a row.
@@ -60,7 +59,6 @@ class Outcome:
 
     steps: int
     tokens: int
-    seconds: float
     skipped_steps: int
     interrupted: bool
     diverged: bool
@@ -101,22 +99,15 @@ def train(
         UnnormError: memory or disk ran out, or a tracker gave up.
     """
     checkpoints = directory / CHECKPOINTS
-    use_cache = vars(model.config).get("use_cache")  # The Trainer turns it off for good; some configs have none.
-    trainer = DistillationTrainer(
-        model=model,
+    trainer = _trainer(
+        model,
         args=_arguments(optimization, plan, checkpoints, seed, report_to),
         train_dataset=_as_many(train_blocks, plan.steps * plan.batch_size),
-        data_collator=_collate,
         teacher=teacher if removal is not None and optimization.distil else None,
         optimization=optimization,
         removal=removal,
+        plan=plan,
     )
-    if trainer.bounded:
-        batch_tokens = plan.micro_batch * plan.context
-        trainer.learn_first_tokens(FirstTokens(vocabulary_size(model), batch_tokens, trainer.args.device))
-    if plan.records_steps:
-        trainer.record_steps()
-    trainer.remove_callback(PrinterCallback)
     quick_blocks = spread(validation_blocks, QUICK_BLOCKS)
     metrics = MetricsCallback(
         directory / METRICS,
@@ -125,36 +116,70 @@ def train(
         lambda: quick_evaluation(model, teacher, quick_blocks, plan),
         removal,
     )
-    interrupt = InterruptCallback()
+    interrupt = InterruptCallback(trainer.guard)
     schedule = ScheduleCallback(removal, model) if removal is not None else None
-    callbacks: list[TrainerCallback | None] = [schedule, interrupt, metrics]
+    callbacks: list[TrainerCallback] = [*([schedule] if schedule else []), interrupt, metrics]
     for callback in callbacks:
-        if callback is not None:
-            trainer.add_callback(callback)
+        trainer.add_callback(callback)
     last = processes.agree(lambda: last_checkpoint(checkpoints))
     errors = _as_unnorm_errors(plan, checkpoints, report_to)
     clipping = clipping_tokens(model, model.get_output_embeddings()) if trainer.bounded else nullcontext()
     with interrupt.listening(), without_dropout(model), trainer.matching_reads(), clipping, errors:
         trainer.train(resume_from_checkpoint=last)
-    if use_cache is None:
-        vars(model.config).pop("use_cache", None)
-    else:
-        model.config.use_cache = use_cache
     steps = int(trainer.state.global_step)
+    interrupted = interrupt.is_asked(trainer.args.device) and not trainer.guard.diverged
     unfinished = {}
-    if schedule is not None and removal is not None and not interrupt.asked:
+    if schedule is not None and removal is not None and not interrupted:
         unfinished = {} if removal.controller is None or removal.controller.arrived else removal.alphas()
         schedule.finish()
     return Outcome(
         steps=steps,
         tokens=steps * plan.step_tokens,
-        seconds=metrics.seconds,
         skipped_steps=trainer.guard.skipped,
-        interrupted=interrupt.asked,
+        interrupted=interrupted,
         diverged=trainer.guard.diverged,
         unfinished=unfinished,
         rows=metrics.rows,
     )
+
+
+def _trainer(
+    model: PreTrainedModel,
+    args: TrainingArguments,
+    train_dataset: Dataset,
+    teacher: PreTrainedModel | None,
+    optimization: Optimization,
+    removal: Removal | None,
+    plan: Plan,
+) -> DistillationTrainer:
+    with _cache_setting_kept(model):
+        trainer = DistillationTrainer(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            data_collator=_collate,
+            teacher=teacher,
+            optimization=optimization,
+            removal=removal,
+        )
+    if trainer.bounded:
+        batch_tokens = plan.micro_batch * plan.context
+        trainer.learn_first_tokens(FirstTokens(vocabulary_size(model), batch_tokens, args.device))
+    if plan.records_steps:
+        trainer.record_steps()
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+@contextmanager
+def _cache_setting_kept(model: PreTrainedModel) -> Iterator[None]:
+    """A Trainer that is made turns `use_cache` off for good; some configs have none."""
+    use_cache = vars(model.config).get("use_cache")
+    yield
+    if use_cache is None:
+        vars(model.config).pop("use_cache", None)
+    else:
+        model.config.use_cache = use_cache
 
 
 def _as_many(blocks: Dataset, rows: int) -> Dataset:

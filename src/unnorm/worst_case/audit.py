@@ -15,14 +15,21 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.checkpoint import load_sites
 from unnorm.config import read_count, run_settings
-from unnorm.data import STDLIB
-from unnorm.data.packing import begin_of_blocks, held_out_blocks
+from unnorm.data.packing import begin_of_blocks
 from unnorm.errors import UnnormError
 from unnorm.isolation import isolated
-from unnorm.models import cast_as_loaded, check_same_tokenizer, context_length, load_original
+from unnorm.models import (
+    cast_as_loaded,
+    check_same_tokenizer,
+    check_same_vocabulary,
+    context_length,
+    load_original,
+    model_name,
+)
 from unnorm.plan import choose_context, choose_device
-from unnorm.progress import Watch
+from unnorm.progress import Watch, say, silent
 from unnorm.run_directory import CONFIG_FILE, CONTROL, MODEL, finished_result
+from unnorm.run_text import choose_text
 from unnorm.sites import NormSite
 from unnorm.tracing import vocabulary_size
 from unnorm.worst_case.inputs import InputClass, Inputs, Material, input_classes
@@ -88,29 +95,29 @@ def audit(
         UnnormError: there is no finished run, or the reference or the text can't be used.
     """
     directory = Path(directory).expanduser()
-    say: Watch = watch or (lambda _: None)
+    watch = watch or silent
     tokens = read_count(tokens)
     if tokens < 1:
         raise UnnormError(f"--tokens {tokens}: a class takes 1 token at least.")
     place = choose_device(device)
     sites, _ = load_sites(directory)
     settings = run_settings(directory)
-    name = str(against or _default_reference(directory, settings))
+    name = model_name(against or _default_reference(directory, settings))
     twin, tokenizer = load_original(str(directory / MODEL), trust_remote_code)
     reference, its_tokenizer = _load_reference(name, against is not None, trust_remote_code)
-    _check_same_vocabulary(twin, reference, name)
+    check_same_vocabulary(str(directory), twin, name, reference)
     check_same_tokenizer(str(directory), tokenizer, name, its_tokenizer)
     twin.to(place)
     reference.to(place)
-    say({"kind": "phase", "text": f"audit of {directory} against {name}"})
+    say(watch, f"audit of {directory} against {name}")
     length = min(context_length(twin), context_length(reference), MOST_AUDIT_CONTEXT) if context is None else context
     length = choose_context(length, twin, reference)
-    text, begin = _ordinary_text(
-        twin, tokenizer, length, tokens, settings, str(data) if data else None, text_field, split
-    )
+    text = choose_text(settings, data, text_field, split)
+    begin = begin_of_blocks(text.data, tokenizer)
+    blocks = text.held_out(tokenizer, vocabulary_size(twin), length, 1 + max(1, tokens // length))
     material = Material(
         tokenizer=tokenizer,
-        text=text,
+        text=torch.tensor(blocks["input_ids"])[:, 0 if begin is None else 1 :].flatten(),
         vocabulary=min(max(tokenizer.get_vocab().values()) + 1, vocabulary_size(twin)),
         context=length,
         trained=_trained_context(directory, settings),
@@ -119,7 +126,7 @@ def audit(
         begin=begin,
     )
     classes = list(input_classes(material, _takes_positions(twin) and _takes_positions(reference)))
-    rows = audit_models(twin, reference, classes, sites, tokenizer, say)
+    rows = audit_models(twin, reference, classes, sites, tokenizer, watch)
     return {
         "directory": str(directory),
         "reference": name,
@@ -139,19 +146,19 @@ def audit_models(
     classes: Sequence[InputClass],
     sites: Sequence[NormSite],
     tokenizer: PreTrainedTokenizerBase,
-    say: Watch,
+    watch: Watch,
 ) -> list[dict[str, Any]]:
     """The rows of `audit` for models in memory, both in float32 on one device."""
     measured = []
     for kind in classes:
-        say({"kind": "phase", "text": f"{kind.name}: {kind.what}"})
+        say(watch, f"{kind.name}: {kind.what}")
         measured.append((measure(twin, kind.inputs, sites), measure(reference, kind.inputs, sites)))
     inputs = {torch.bfloat16: [kind.inputs for kind in classes], torch.float16: _in_float16(twin, classes, measured)}
     finite: list[tuple[dict[str, bool], ...]] = [tuple({"float32": m.finite} for m in both) for both in measured]
     for dtype, of_class in inputs.items():
         name = str(dtype).removeprefix("torch.")
         tokens = sum(int(part.read.sum()) for some in of_class for part in some)
-        say({"kind": "phase", "text": f"{name}: {tokens:,} tokens of these"})
+        say(watch, f"{name}: {tokens:,} tokens of these")
         for side, model in enumerate((twin, reference)):
             copy = cast_as_loaded(deepcopy(model), dtype)
             for flags, some in zip(finite, of_class, strict=True):
@@ -287,47 +294,12 @@ def _load_reference(
         ) from error
 
 
-def _check_same_vocabulary(twin: PreTrainedModel, reference: PreTrainedModel, name: str) -> None:
-    sizes = [vocabulary_size(model) for model in (twin, reference)]
-    if sizes[0] != sizes[1]:
-        raise UnnormError(
-            f"The twin has {sizes[0]} token embeddings and '{name}' has {sizes[1]}: their vocabularies differ. "
-            "Compare with the original that the twin was made from."
-        )
-
-
 def _trained_context(directory: Path, settings: dict[str, Any]) -> int | None:
     """Tokens in a training block: as the plan had it, else as it was asked for."""
     try:
         return int(finished_result(directory)["plan"]["context"])
     except (UnnormError, ValueError, KeyError, TypeError):
         return settings.get("context")
-
-
-def _ordinary_text(
-    twin: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    context: int,
-    tokens: int,
-    settings: dict[str, Any],
-    data: str | None,
-    text_field: str | None,
-    split: str | None,
-) -> tuple[Int[Tensor, " token"], int | None]:
-    """The held-out part of the data, of the run's unless other data is named; and what its blocks begin with, if so."""
-    own = settings if data is None else {}
-    source = str(data or own.get("data", STDLIB))
-    rows = vocabulary_size(twin)
-    count = 1 + max(1, tokens // context)
-    field, part = text_field or own.get("text_field"), split or own.get("split", "train")
-    try:
-        blocks, _ = held_out_blocks(source, tokenizer, rows, context, count, field, part)
-    except UnnormError as error:
-        if data is not None:
-            raise
-        raise UnnormError(f"The run's own text can't be read. {error} Or name other text with --data.") from error
-    begin = begin_of_blocks(source, tokenizer)
-    return torch.tensor(blocks["input_ids"])[:, 0 if begin is None else 1 :].flatten(), begin
 
 
 def _takes_positions(model: PreTrainedModel) -> bool:

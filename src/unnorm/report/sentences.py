@@ -1,0 +1,55 @@
+"""What a result says in words; nothing where there is nothing to say."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from unnorm.report.numbers import MISSING, count, finite_or_none, fixed, shortest, significant
+
+
+def without_norms(result: Mapping[str, Any], name: str) -> str:
+    """What a twin is called: without norms, or without some of them where others were kept."""
+    kept, removed = result.get("norm_modules_left") or 0, result.get("sites") or 0
+    return f"{name} without {removed} of its {removed + kept} norms" if kept else f"{name} without norms"
+
+
+def overflowed(result: Mapping[str, Any]) -> str:
+    """How many held-out blocks overflow, and loss and KL in the others; nothing where none do."""
+    number = finite_or_none(result.get("overflowed_blocks"))
+    if not number:
+        return ""
+    words = f"it overflows in {count(number)} of {count(result.get('validation_blocks'))} held-out blocks"
+    return words + elsewhere(result.get("kl_elsewhere"), result.get("lnfree_loss_elsewhere"))
+
+
+def elsewhere(kl: Any, loss: Any) -> str:
+    """How the sentence on blocks that overflow ends: KL and loss in the others; nothing where they are missing."""
+    known = {"KL": significant(kl), "loss": fixed(loss)}
+    words = ", ".join(f"{name} {number}" for name, number in known.items() if number != MISSING)
+    return words and f"; in the others {words}"
+
+
+def healed(result: Mapping[str, Any]) -> str:
+    """How many of the training tokens a finished run's twin was trained on further; nothing where it was one run."""
+    if not result.get("twin"):
+        return ""
+    further = math.prod(result["plan"][key] for key in ("steps", "batch_size", "context"))
+    return f"{count(further)} of these tokens, on the twin of a finished run"
+
+
+def limits(result: Mapping[str, Any]) -> str:
+    """How many neurons have limits, and how often one is reached on text; nothing where none has."""
+    if not result.get("limited_neurons"):
+        return ""
+    share = result.get("share_at_limit")
+    reached = "" if share is None else f", reached by {shortest(100 * share, 2)}% of activations on held-out text"
+    return f"{count(result['limited_neurons'])} neurons of quadratic MLPs{reached}"
+
+
+def massive_neurons(neurons: Any) -> str:
+    """Each neuron that writes massive activations: where it is, how long its vector was, what it was multiplied by."""
+    return "; ".join(
+        f"{neuron.get('writer')} {neuron.get('index')} ({significant(neuron.get('length'))} times the usual scale, "
+        f"now times {significant(neuron.get('factor'), 2)})"
+        for neuron in neurons or []
+    )
