@@ -253,7 +253,7 @@ def evaluate(
         typer.Option(
             metavar="[NAME=]SOURCE",
             help="A corpus, as for remove; or hellaswag=FILE, lambada=FILE, wikitext=FILE. May be repeated.",
-            show_default="the suite's; else the run's or stdlib, if no benchmark is named",
+            show_default="the suite's, else the run's, else stdlib; none beside --tasks",
         ),
     ] = None,
     tasks: Annotated[

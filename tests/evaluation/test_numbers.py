@@ -195,4 +195,5 @@ def test_the_text_of_a_run_is_what_it_is_evaluated_on(
         return [row["source"] for row in unnorm.evaluate(models, tokens=64, **options).protocol["corpora"]]
 
     assert sources(tiny_model_dir, finished_run) == sources(finished_run, data=text_file) == [str(text_file)]
+    assert sources(finished_run, suite="quick", tasks="none") == [str(text_file)]
     assert sources(tiny_model_dir) == sources(finished_run, data="stdlib") == ["stdlib"]

@@ -101,8 +101,8 @@ def evaluate(
         models: run directories, model directories, hub ids or `demo`.
         against: the original that fidelity and differences are measured to; None leaves them out.
         data: corpora, each as for `remove` or `NAME=SOURCE`, of which the held-out part is used; `hellaswag=FILE`,
-            `lambada=FILE` and `wikitext=FILE` give a benchmark's items. By default the suite's; with neither suite nor
-            tasks the text of the first finished run among the models, or else the standard library.
+            `lambada=FILE` and `wikitext=FILE` give a benchmark's items. By default the suite's corpora; where it has
+            none the text of the first finished run among the models, else the standard library.
         suite: `quick`, `full` or `paper`: a choice of corpora, benchmarks and their sizes.
         tasks: further lm-eval tasks; `none` leaves the suite's out.
         text_field: column that holds the text; by default the run's, where its text is taken.
@@ -133,11 +133,11 @@ def evaluate(
     if batch_size < 1:
         raise UnnormError(f"--batch-size {batch_size}: a pass takes 1 block at least.")
     sources = [str(data)] if isinstance(data, str | Path) else [str(each) for each in data or ()]
-    if not (sources or suite or tasks):
-        own = choose_text(next(filter(None, map(_settings_of, names)), {}), None, text_field, split)
-        sources, text_field, split = [own.data], own.text_field, own.split
     most = None if tokens is None else read_count(tokens)
-    choice = choose(suite, sources, [tasks] if isinstance(tasks, str) else tasks, most, items, place)
+    own = choose_text(next(filter(None, map(_settings_of, names)), {}), None, text_field, split)
+    choice = choose(suite, sources, [tasks] if isinstance(tasks, str) else tasks, most, items, place, own.data)
+    if [*choice.corpora.values()] == [own.data]:
+        text_field, split = own.text_field, own.split
     watch = watch or silent
     record = Record.open(out)
     entrants, original, tokenizer, vocab_size, longest = _enter(names, against, context, trust_remote_code, watch)

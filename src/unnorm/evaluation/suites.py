@@ -19,7 +19,7 @@ class Suite:
     """A named choice of corpora and benchmarks.
 
     Attributes:
-        corpora: sources by name; none means what the user names, or the standard library.
+        corpora: sources by name; none means what the user names, or the default.
         tasks: lm-eval's names of benchmarks.
         tokens: predicted tokens of each corpus, about.
         gpu_tokens: the same on a GPU.
@@ -78,6 +78,7 @@ def choose(
     tokens: int | None,
     items: int | str | None,
     device: str,
+    default: str = STDLIB,
 ) -> Choice:
     """Put together what the user asked for.
 
@@ -88,6 +89,7 @@ def choose(
         tokens: predicted tokens of each corpus; by default the suite's.
         items: items of each benchmark, or `all`; by default the suite's.
         device: `cpu` or another.
+        default: source where neither the suite nor the user names any.
 
     Raises:
         UnnormError: there is no such suite, a name stands twice, or a number is wrong.
@@ -106,7 +108,7 @@ def choose(
     run += [name for name in (*named, *files) if name != "none"]
     only_benchmarks = suite is None and run and not corpora
     return Choice(
-        corpora=_corpora(chosen, corpora) if not only_benchmarks or chosen.corpora else {},
+        corpora=_corpora(chosen, corpora, default) if not only_benchmarks or chosen.corpora else {},
         tasks=tuple(dict.fromkeys(run)),
         files=files,
         tokens=tokens if tokens is not None else chosen.tokens if on_cpu else chosen.gpu_tokens,
@@ -131,10 +133,10 @@ def _named(given: str) -> tuple[str, str]:
     return ALIASES.get(match[1], match[1]), match[2]
 
 
-def _corpora(suite: Suite, named: dict[str, str]) -> dict[str, str]:
+def _corpora(suite: Suite, named: dict[str, str], default: str) -> dict[str, str]:
     """The suite's corpora, from where the user says; then the user's own."""
     if not suite.corpora:
-        return named or {STDLIB: STDLIB}
+        return named or {default: default}
     of_suite = {name: named.get(name, source) for name, source in suite.corpora.items()}
     if PILE_FILTERED in of_suite and PILE_FILTERED not in named:
         of_suite[PILE_FILTERED] = of_suite["pile"]
