@@ -173,6 +173,12 @@ def _train(run: Run, model: PreTrainedModel, removal: Removal | None, directory:
         report_to=run.config.report_to,
     )
     gc.collect()  # The Trainer and its callbacks hold each other, the optimizer's state, and the last good weights.
+    processes.agree(lambda: _check_ended(run, outcome, directory))
+    return outcome
+
+
+def _check_ended(run: Run, outcome: Outcome, directory: Path) -> None:
+    """Refuse to go on with a run that was stopped, diverged, or ran out of tokens, with what to do."""
     if outcome.interrupted:
         raise RunInterruptedError(
             f"Stopped at step {outcome.steps} of {run.plan.steps}; nothing is lost. Go on with: "
@@ -194,7 +200,6 @@ def _train(run: Run, model: PreTrainedModel, removal: Removal | None, directory:
             "Go on with more tokens, and with a larger --kl-budget if it mostly waited: "
             f"{resume_command(run.directory)} --tokens {2 * outcome.tokens}"
         )
-    return outcome
 
 
 def _fold_and_save(run: Run, student: PreTrainedModel, before: dict[str, Any]) -> None:
