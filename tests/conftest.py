@@ -4,10 +4,11 @@ import inspect
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -19,6 +20,7 @@ for forces_color in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIB
 # ruff: noqa: E402 (what follows reads the environment when it is imported)
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -37,6 +39,10 @@ class CliResult(NamedTuple):
 
 
 Cli = Callable[..., CliResult]
+Saved = Callable[[Any], Path]
+
+SETTINGS: dict[str, Any] = {"tokens": 20 * 512, "batch_size": 8, "context": 64, "device": "cpu", "dtype": "float32"}
+"""Of a run of 20 steps of the tiny model; with `model`, `data` and `out` it is complete."""
 
 
 def stdlib_text(*modules: str) -> str:
@@ -176,6 +182,50 @@ def runs(
             return self[family]
 
     return Runs()
+
+
+@pytest.fixture
+def saved(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Saved:
+    """Saves a model with the tiny tokenizer, in `tmp_path / "model"`."""
+
+    def save(model: Any) -> Path:
+        model.save_pretrained(tmp_path / "model")
+        tiny_tokenizer.save_pretrained(tmp_path / "model")
+        return tmp_path / "model"
+
+    return save
+
+
+@pytest.fixture
+def saved_family(saved: Saved, tiny_tokenizer: PreTrainedTokenizerFast) -> Saved:
+    """Saves a random model of a family, of which it gets a function that makes the config."""
+    from tests.test_families import random_model
+
+    def save(make: Callable[[], Any]) -> Path:
+        config = make()
+        config.vocab_size = len(tiny_tokenizer)
+        return saved(random_model(lambda: config))
+
+    return save
+
+
+def ctrl_c_at(step: int) -> Callable[[dict[str, Any]], None]:
+    """A watch that presses Ctrl-C once, when that training step is told of, or the first one after it."""
+    pressed: list[int] = []
+
+    def press(row: dict[str, Any]) -> None:
+        if row["kind"] == "train" and row["step"] >= step and not pressed:
+            pressed.append(row["step"])
+            os.kill(os.getpid(), signal.SIGINT)
+
+    return press
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    a, b = (load_file(path / "model" / "model.safetensors") for path in (first, second))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import unnorm
-from tests.conftest import VOCAB, Cli, randomize
+from tests.conftest import VOCAB, Cli, Saved, randomize
 from tests.test_families import GPT_LIKE, LLAMA_LIKE, random_model, removed_twin
 from unnorm.errors import UnnormError
 from unnorm.exports.nanogpt import forward
@@ -369,9 +369,7 @@ def test_interventions_through_nnsight(finished_run: Path) -> None:
     assert tokens.tolist() == twin.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0).tolist()
 
 
-def test_stock_form_where_the_language_model_is_a_part(
-    tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
-) -> None:
+def test_stock_form_where_the_language_model_is_a_part(saved: Saved, text_file: Path, tmp_path: Path) -> None:
     """Gemma 3 with its vision tower: the epsilon stands in the config of the text model."""
     vision = {"image_size": 28, "patch_size": 14, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes = {"hidden_size": 32, "intermediate_size": 48}
@@ -381,8 +379,7 @@ def test_stock_form_where_the_language_model_is_a_part(
         vision_config={**sizes, **vision}, mm_tokens_per_image=4,
         image_token_index=299, boi_token_index=298, eoi_token_index=297,
     )  # fmt: skip
-    randomize(hf.Gemma3ForConditionalGeneration(config)).save_pretrained(tmp_path / "model")  # type: ignore[operator]
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    saved(randomize(hf.Gemma3ForConditionalGeneration(config)))  # type: ignore[operator]
     unnorm.remove(tmp_path / "model", data=text_file, tokens=0, context=32, out=tmp_path / "run", device="cpu")
     exported = unnorm.export(tmp_path / "run", to="stock", out=tmp_path / "stock")
     assert exported.errors[0].relative < 1e-4

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 import unnorm
-from tests.conftest import Cli
+from tests.conftest import Cli, Saved
 from unnorm.analysis.material import float64_copy
 from unnorm.checkpoint import load_unfolded, save_sites, save_unfolded
 from unnorm.errors import UnnormError
@@ -355,13 +355,9 @@ END_TO_END = [
 
 @pytest.mark.parametrize("family", [*END_TO_END, "opt, post-norm, projected", "phimoe, not in our list"])
 @pytest.mark.parametrize("recipe", ["taper", "sequential"])
-def test_removed_end_to_end(
-    family: str, recipe: str, tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
-) -> None:
-    config = IN_PLACE[family]() if family in IN_PLACE else FAMILIES[family][0]()
-    config.vocab_size = len(tiny_tokenizer)
-    random_model(lambda: config).save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
+def test_removed_end_to_end(family: str, recipe: str, saved_family: Saved, text_file: Path, tmp_path: Path) -> None:
+    make = IN_PLACE[family] if family in IN_PLACE else FAMILIES[family][0]
+    saved_family(make)
     options: dict[str, Any] = {"context": 32, "batch_size": 8, "tokens": 60 * 256, "device": "cpu", "kl_budget": 100}
     options["in_place"] = family in IN_PLACE
     options["dtype"] = "float32"  # Else the processor decides, and 30 steps from random weights may not arrive.
@@ -369,7 +365,7 @@ def test_removed_end_to_end(
         model=str(tmp_path / "model"), data=str(text_file), out=tmp_path / "run", recipe=recipe, **options
     )
     assert (result["norm_modules_left"], result["verified"]) == (0, True)
-    assert unnorm.load(tmp_path / "run").config.model_type == f"unnorm_{config.model_type}"
+    assert unnorm.load(tmp_path / "run").config.model_type == f"unnorm_{make().model_type}"
 
 
 SUMS: dict[str, tuple[Make, bool]] = {
@@ -401,13 +397,10 @@ SUMS: dict[str, tuple[Make, bool]] = {
 
 @pytest.mark.parametrize("layout", SUMS)
 def test_contributions_are_summed_in_any_layout_or_said_to_be_no_sum(
-    layout: str, tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
+    layout: str, saved_family: Saved, text_file: Path, tmp_path: Path
 ) -> None:
     make, is_sum = SUMS[layout]
-    config = make()
-    config.vocab_size = len(tiny_tokenizer)
-    random_model(lambda: config).save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    saved_family(make)
     options: dict[str, Any] = {"context": 32, "tokens": 0, "device": "cpu", "in_place": True}
     unnorm.remove(model=str(tmp_path / "model"), data=str(text_file), out=tmp_path / "run", **options)
     checks = {check.name: check for check in unnorm.verify(tmp_path / "run")}
@@ -441,7 +434,7 @@ def test_what_folds_into_no_weight_is_refused_or_stays_as_an_affine_map(family: 
 
 
 def test_a_model_that_overflows_without_its_norms_says_so(
-    cli: Cli, tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
+    cli: Cli, saved: Saved, tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
 ) -> None:
     """Gated MLPs give the cube of what they get, and some tokens here are a million times longer than others."""
     config = FAMILIES["llama"][0]()
@@ -449,8 +442,7 @@ def test_a_model_that_overflows_without_its_norms_says_so(
     model = random_model(lambda: config)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(torch.logspace(-6, 6, len(tiny_tokenizer))[:, None])
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    saved(model)
     options = ["--data", text_file, "--tokens", 0, "--context", 32, "--device", "cpu", "--out", tmp_path / "run"]
     done = cli("remove", tmp_path / "model", *options, "--json")
     assert done.code == 0
@@ -471,13 +463,8 @@ def test_a_model_that_overflows_without_its_norms_says_so(
     assert any("without its norms the model overflows" in check["detail"] for check in failed)
 
 
-def test_kept_norms_stay_and_are_counted(
-    tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
-) -> None:
-    config = FAMILIES["qwen3"][0]()
-    config.vocab_size = len(tiny_tokenizer)
-    random_model(lambda: config).save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
+def test_kept_norms_stay_and_are_counted(saved_family: Saved, text_file: Path, tmp_path: Path) -> None:
+    saved_family(FAMILIES["qwen3"][0])
     options: dict[str, Any] = {"context": 32, "batch_size": 8, "tokens": 100 * 256, "device": "cpu", "kl_budget": 100}
     result = unnorm.remove(
         model=str(tmp_path / "model"), data=str(text_file), out=tmp_path / "run", keep="[qk]_norm", **options
@@ -529,13 +516,12 @@ def test_what_layers_share_is_saved_of_each_where_the_unembedding_is_untied(
 
 
 def test_a_config_without_use_cache_is_trained(
-    tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
+    saved: Saved, tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
 ) -> None:
     """As those of models with several parts; the Trainer writes one."""
     sizes = {"n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 4}
     model = random_model(lambda: hf.OpenAIGPTConfig(vocab_size=len(tiny_tokenizer), **sizes))
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    saved(model)
     options: dict[str, Any] = {"context": 32, "tokens": 1024, "in_place": True, "recipe": "tapernorm", "device": "cpu"}
     result = unnorm.remove(str(tmp_path / "model"), data=str(text_file), out=tmp_path / "run", **options)
     assert result["verified"]
@@ -622,12 +608,9 @@ def test_keep_that_can_not_be_followed(keep: str, message: str) -> None:
 
 
 def test_a_run_whose_norms_all_fold_into_writers_is_proved(
-    tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
+    saved_family: Saved, text_file: Path, tmp_path: Path
 ) -> None:
-    config = FAMILIES["qwen3"][0]()
-    config.vocab_size = len(tiny_tokenizer)
-    random_model(lambda: config).save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    saved_family(FAMILIES["qwen3"][0])
     options: dict[str, Any] = {"context": 32, "tokens": 0, "device": "cpu", "keep": r"layernorm$|model\.norm$"}
     result = unnorm.remove(str(tmp_path / "model"), data=str(text_file), out=tmp_path / "run", **options)
     assert result["verified"]

@@ -2,9 +2,7 @@
 
 import itertools
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 import unnorm
-from tests.conftest import Cli
+from tests.conftest import Cli, ctrl_c_at
 from unnorm.models import load_original
 from unnorm.plan import default_lr
 from unnorm.removal import blocks, remove
@@ -136,12 +134,8 @@ def test_interrupted_and_resumed_equals_unbroken(trained: Path, tmp_path: Path) 
     options = {**SETTINGS, "tokens": TOKENS, "control": False}
     unnorm.heal(trained, out=tmp_path / "unbroken", **options)
 
-    def press_ctrl_c(row: dict[str, Any]) -> None:
-        if row["kind"] == "train" and row["step"] == 15:
-            os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(unnorm.RunInterruptedError, match=r"--resume --out .*broken"):
-        unnorm.heal(trained, out=tmp_path / "broken", watch=press_ctrl_c, **options)
+        unnorm.heal(trained, out=tmp_path / "broken", watch=ctrl_c_at(15), **options)
     result = unnorm.remove(out=tmp_path / "broken", resume=True)
     assert result["tokens"] == 2 * TOKENS
     twins = [unnorm.load(tmp_path / name).state_dict() for name in ("unbroken", "broken")]
@@ -149,13 +143,9 @@ def test_interrupted_and_resumed_equals_unbroken(trained: Path, tmp_path: Path) 
 
 
 def test_a_resumed_run_keeps_its_learning_rate_with_more_tokens(trained: Path, tmp_path: Path) -> None:
-    def press_ctrl_c(row: dict[str, Any]) -> None:
-        if row["kind"] == "train" and row["step"] == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
     options = {**SETTINGS, "tokens": TOKENS // 4, "control": False}
     with pytest.raises(unnorm.RunInterruptedError):
-        unnorm.heal(trained, out=tmp_path / "run", watch=press_ctrl_c, **options)
+        unnorm.heal(trained, out=tmp_path / "run", watch=ctrl_c_at(3), **options)
     result = unnorm.remove(out=tmp_path / "run", resume=True, tokens=2 * TOKENS)
     used = max(row["lr"] for row in rows_of(tmp_path / "run", "train"))
     assert used <= result["plan"]["lr"] < 1.2 * used

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import unnorm
-from tests.test_remove import SETTINGS, assert_same_weights
+from tests.conftest import SETTINGS, assert_same_weights
 from unnorm.evaluation import evaluate
 from unnorm.training.distillation import DistillationTrainer
 

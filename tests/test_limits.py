@@ -1,10 +1,8 @@
 """Limits on neurons: which MLPs get them, what they hold, and that they travel with every form of the twin."""
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from io import StringIO
@@ -18,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import unnorm
-from tests.conftest import VOCAB, Cli, small_llama
+from tests.conftest import VOCAB, Cli, ctrl_c_at, small_llama
 from tests.test_families import FAMILIES, random_model
 from tests.test_massive import BLOCKS, GPT2, IDS, LLAMA, RARE, planted_files, read, with_massive
 from tests.test_modeling import WITHOUT_UNNORM
@@ -215,12 +213,8 @@ def test_a_twin_without_them_gets_them_when_it_is_healed_with(options: dict[str,
 def test_an_interrupted_run_has_them_again(limited: Path, options: dict[str, Any], tmp_path: Path) -> None:
     out = tmp_path / "run"
 
-    def stop(row: dict[str, Any]) -> None:
-        if row["kind"] == "train" and row["step"] == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(unnorm.UnnormError, match="--resume"):
-        unnorm.remove(out=out, watch=stop, **options)
+        unnorm.remove(out=out, watch=ctrl_c_at(2), **options)
     unnorm.remove(resume=True, out=out)
     once, again = unnorm.load(limited), unnorm.load(out)
     for (name, ours), (_, theirs) in zip(once.state_dict().items(), again.state_dict().items(), strict=True):

@@ -1,8 +1,6 @@
 """Massive activations: found by the neurons that write them, and scaled down while the norms hide it."""
 
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +11,7 @@ from torch import nn
 from transformers import GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import unnorm
-from tests.conftest import VOCAB, small_llama
+from tests.conftest import VOCAB, ctrl_c_at, small_llama
 from tests.test_families import FAMILIES, random_model
 from unnorm.calibrate import collect_log_scales, set_constants
 from unnorm.equalize import mean_kl, naive_kl
@@ -286,12 +284,8 @@ def test_a_resumed_run_is_laid_out_as_its_checkpoint_whatever_its_budget_and_tok
     out = tmp_path / "run"
     options: dict[str, Any] = {**planted_files(tmp_path, planted, tiny_tokenizer), "device": "cpu", "context": 32}
 
-    def press_ctrl_c(row: dict[str, Any]) -> None:
-        if row["kind"] == "train" and row["step"] >= 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(unnorm.RunInterruptedError):
-        unnorm.remove(tokens=2048, batch_size=8, out=out, kl_budget=first, watch=press_ctrl_c, **options)
+        unnorm.remove(tokens=2048, batch_size=8, out=out, kl_budget=first, watch=ctrl_c_at(2), **options)
     layout = json.loads((out / "checkpoints" / "layout.json").read_text())
     neurons = layout["before"]["massive_neurons"]
     assert bool(neurons) == (first > 1e-3)

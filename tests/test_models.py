@@ -7,9 +7,10 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel
 
 import unnorm
+from tests.conftest import Saved
 from tests.test_families import IDS, random_model
 from unnorm.checkpoint import load_unfolded
 from unnorm.errors import UnnormError
@@ -50,11 +51,9 @@ def test_no_family_has_dropout_while_it_is_off(family: str) -> None:
 
 
 @pytest.fixture
-def said_to_be_tied(tiny_model: GPT2LMHeadModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Path:
+def said_to_be_tied(tiny_model: GPT2LMHeadModel, saved: Saved, tmp_path: Path) -> Path:
     """A GPT-2 whose config says that its unembedding is its embedding, beside an unembedding of its own."""
-    directory = tmp_path / "model"
-    tiny_model.save_pretrained(directory)
-    tiny_tokenizer.save_pretrained(directory)
+    directory = saved(tiny_model)
     weights = load_file(directory / "model.safetensors")
     weights["lm_head.weight"] = 2 * weights["transformer.wte.weight"].flip(0).contiguous()
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})

@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 import unnorm
+from tests.conftest import Saved
 from tests.test_massive import GPT2, with_massive
 from unnorm import losses
 from unnorm.plan import Plan
@@ -139,7 +140,7 @@ def test_a_step_that_cannot_be_recorded_is_tried_once() -> None:
 @pytest.mark.parametrize("massive", [False, True])
 def test_a_run_is_the_same(
     tiny_model: PreTrainedModel,
-    tiny_tokenizer: PreTrainedTokenizerFast,
+    saved: Saved,
     text_file: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -147,8 +148,7 @@ def test_a_run_is_the_same(
 ) -> None:
     """From its first step until after its norms are gone; with massive activations first tokens are learned then."""
     model = with_massive(tiny_model, GPT2) if massive else tiny_model
-    model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    saved(model)
     monkeypatch.setattr(losses, "_parts", lambda logits, *more: losses._parts_unasked(*logits.shape, *more))
 
     def run(name: str) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import io
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import unnorm
-from tests.conftest import Cli
+from tests.conftest import SETTINGS, Cli, assert_same_weights, ctrl_c_at
 from unnorm.cli import app, main
 from unnorm.config import RemoveConfig
 from unnorm.losses import distillation_losses
@@ -27,7 +26,6 @@ from unnorm.run_directory import read_rows
 from unnorm.terminal import Progress
 from unnorm.training import distillation
 
-SETTINGS: dict[str, Any] = {"tokens": 20 * 512, "batch_size": 8, "context": 64, "device": "cpu", "dtype": "float32"}
 RESULT_KEYS = {
     "teacher_loss",
     "lnfree_loss",
@@ -134,12 +132,8 @@ def test_interrupted_and_resumed_equals_unbroken(
     options |= {"tokens": 60 * 512}
     unnorm.remove(out=tmp_path / "unbroken", **options)
 
-    def press_ctrl_c(row: dict[str, Any]) -> None:
-        if row["kind"] == "train" and row["step"] == 25:
-            os.kill(os.getpid(), signal.SIGINT)
-
     with pytest.raises(unnorm.RunInterruptedError, match=r"--resume --out .*broken"):
-        unnorm.remove(out=tmp_path / "broken", watch=press_ctrl_c, **options)
+        unnorm.remove(out=tmp_path / "broken", watch=ctrl_c_at(25), **options)
     assert not (tmp_path / "broken" / "result.json").exists()
     result = unnorm.remove(out=tmp_path / "broken", resume=True)
     assert result["tokens"] == options["tokens"]
@@ -270,13 +264,6 @@ def test_failing_proof_exits_with_1(cli: Cli, finished_run: Path, tmp_path: Path
     code, stdout, _ = cli("verify", broken)
     assert code == 1
     assert "FAILED" in stdout
-
-
-def assert_same_weights(first: Path, second: Path) -> None:
-    a, b = (load_file(path / "model" / "model.safetensors") for path in (first, second))
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 def test_time_left_is_shown_however_seldom_a_run_tells_how_far_it_is() -> None:

@@ -15,12 +15,11 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import unnorm
-from tests.conftest import Cli
-from tests.test_families import FAMILIES, random_model
-from tests.test_remove import SETTINGS, assert_same_weights
+from tests.conftest import SETTINGS, Cli, Saved, assert_same_weights
+from tests.test_families import FAMILIES
 from unnorm import processes
 from unnorm.config import read_config_file
 from unnorm.errors import RunInterruptedError
@@ -74,14 +73,11 @@ def test_all_weights_come_back_whatever_the_hub_calls_them(
     family: str,
     recipe: str,
     monkeypatch: pytest.MonkeyPatch,
-    tiny_tokenizer: PreTrainedTokenizerFast,
+    saved_family: Saved,
     text_file: Path,
     tmp_path: Path,
 ) -> None:
-    config = FAMILIES[family][0]()
-    config.vocab_size = len(tiny_tokenizer)
-    random_model(lambda: config).save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    saved_family(FAMILIES[family][0])
     options: dict[str, Any] = {**SETTINGS, "context": 32, "batch_size": 8, "tokens": 20 * 256, "kl_budget": 100}
     options |= {"model": str(tmp_path / "model"), "data": str(text_file), "control": True, "recipe": recipe}
     unnorm.remove(out=tmp_path / "unbroken", **options)

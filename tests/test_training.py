@@ -15,7 +15,6 @@ from torch import nn
 from transformers import (
     GPT2LMHeadModel,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -24,7 +23,7 @@ from transformers import (
 from transformers.integrations import integration_utils
 
 import unnorm
-from tests.conftest import VOCAB, stdlib_text
+from tests.conftest import VOCAB, Saved, stdlib_text
 from unnorm import config, losses
 from unnorm.errors import RunInterruptedError
 from unnorm.evaluation import evaluate_model
@@ -156,7 +155,7 @@ def test_nothing_is_saved_while_steps_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("broken_at", [9, 10, 12])
 def test_an_update_that_breaks_the_model_is_taken_back(
-    broken_at: int, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+    broken_at: int, tiny_model: PreTrainedModel, saved: Saved, tmp_path: Path
 ) -> None:
     """Whenever it comes: on steps at which weights are remembered or saved as well."""
 
@@ -169,8 +168,7 @@ def test_an_update_that_breaks_the_model_is_taken_back(
 
     text = stdlib_text("os")
     (tmp_path / "a.txt").write_text(text)
-    tiny_model.save_pretrained(tmp_path / "model")
-    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    saved(tiny_model)
     interrupt = run.InterruptCallback
 
     class Both(interrupt, Breaks):  # type: ignore[misc, valid-type]
