@@ -13,8 +13,6 @@ from typing import TextIO
 
 import fsspec  # type: ignore[import-untyped]
 import fsspec.compression  # type: ignore[import-untyped]
-from pandas.errors import EmptyDataError  # type: ignore[import-untyped]
-from pyarrow import parquet  # type: ignore[import-untyped]
 
 from unnorm.errors import UnnormError, short
 
@@ -242,6 +240,8 @@ def _objects(path: Path) -> Iterator[Row]:
 
 def _table(suffix: str, path: Path) -> Iterator[Row]:
     import datasets
+    from pandas.errors import EmptyDataError  # type: ignore[import-untyped]
+    from pyarrow import parquet  # type: ignore[import-untyped]
 
     # Its readers log an error, traceback and all, besides raising it.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
