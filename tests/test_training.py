@@ -153,29 +153,29 @@ def test_nothing_is_saved_while_steps_are_refused(tmp_path: Path) -> None:
         assert control.should_save is saved
 
 
+def breaking(step: int, broken: Path) -> Any:
+    """An interrupt callback that makes one update break the model, once; the file `broken` is there from then on."""
+
+    class Breaks(run.InterruptCallback):
+        def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **more: Any) -> None:
+            if state.global_step + 1 == step and not broken.exists():
+                broken.touch()
+                with torch.no_grad():
+                    more["model"].transformer.h[1].mlp.c_proj.weight *= 1e30
+
+    return Breaks
+
+
 @pytest.mark.parametrize("broken_at", [9, 10, 12])
 def test_an_update_that_breaks_the_model_is_taken_back(
     broken_at: int, tiny_model: PreTrainedModel, saved: Saved, tmp_path: Path
 ) -> None:
     """Whenever it comes: on steps at which weights are remembered or saved as well."""
-
-    class Breaks(TrainerCallback):
-        def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **more: Any) -> None:
-            if state.global_step + 1 == broken_at and not (tmp_path / "broken").exists():
-                (tmp_path / "broken").touch()
-                with torch.no_grad():
-                    more["model"].transformer.h[1].mlp.c_proj.weight *= 1e30
-
     text = stdlib_text("os")
     (tmp_path / "a.txt").write_text(text)
     saved(tiny_model)
-    interrupt = run.InterruptCallback
-
-    class Both(interrupt, Breaks):  # type: ignore[misc, valid-type]
-        pass
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "InterruptCallback", Both)
+        patch.setattr(run, "InterruptCallback", breaking(broken_at, tmp_path / "broken"))
         result = unnorm.remove(
             str(tmp_path / "model"), data=str(tmp_path / "a.txt"), tokens=30 * 64, batch_size=1, context=64,
             out=tmp_path / "run", kl_budget=100, device="cpu", dtype="float32", recipe="tapernorm",
@@ -600,17 +600,9 @@ def test_a_run_that_is_stopped_while_steps_are_refused_keeps_its_good_weights(
 ) -> None:
     """What stood in the weights at that moment would be all that a resumed run goes on from."""
 
-    class Breaks(run.InterruptCallback):
-        broken = False
-
-        def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **more: Any) -> None:
-            if state.global_step + 1 == 12 and not Breaks.broken:
-                Breaks.broken = True
-                with torch.no_grad():
-                    more["model"].transformer.h[1].mlp.c_proj.weight *= 1e30
-
+    class Stops(breaking(12, tmp_path / "broken")):  # type: ignore[misc]
         def on_step_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-            if Breaks.broken and not (tmp_path / "stopped").exists():
+            if (tmp_path / "broken").exists() and not (tmp_path / "stopped").exists():
                 (tmp_path / "stopped").touch()
                 signal.raise_signal(signal.SIGINT)
 
@@ -619,7 +611,7 @@ def test_a_run_that_is_stopped_while_steps_are_refused_keeps_its_good_weights(
         "out": tmp_path / "run", "device": "cpu", "dtype": "float32", "recipe": "tapernorm",
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "InterruptCallback", Breaks)
+        patch.setattr(run, "InterruptCallback", Stops)
         with pytest.raises(RunInterruptedError, match="nothing is lost"):
             unnorm.remove(**options)
     result = unnorm.remove(resume=True, out=tmp_path / "run")

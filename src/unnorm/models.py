@@ -2,7 +2,6 @@
 
 import gc
 import math
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
@@ -27,7 +26,7 @@ from transformers import (
 
 from unnorm.errors import UnnormError, first_few, short
 from unnorm.modeling import know_class_of
-from unnorm.run_directory import MODEL, SITES
+from unnorm.run_directory import MODEL, SITES, named_path
 from unnorm.tracing import trace_inputs, vocabulary_size
 
 DEMO = "demo"
@@ -54,7 +53,7 @@ def model_path(model: str) -> str:
     """
     if model == DEMO:
         return str(resources.files("unnorm") / "demo")
-    path = Path(os.path.expanduser(model))  # noqa: PTH111 (pathlib's raises where there is no such user)
+    path = named_path(model)
     if (path / SITES).is_file():
         return str(path / MODEL)
     return str(path) if path.exists() else model

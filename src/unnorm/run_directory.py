@@ -36,6 +36,11 @@ CONTROL_DONE = "control.txt"
 """In `DATA`, when the control is saved."""
 
 
+def named_path(source: str) -> Path:
+    """The path that a name would be, whether there is anything or not; `~` of an unknown user stays as it is."""
+    return Path(os.path.expanduser(source))  # noqa: PTH111 (pathlib's raises where there is no such user)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all: that it is there says that what it tells of is done.
 

@@ -3,7 +3,6 @@
 import glob
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -15,6 +14,7 @@ import fsspec  # type: ignore[import-untyped]
 import fsspec.compression  # type: ignore[import-untyped]
 
 from unnorm.errors import UnnormError, short
+from unnorm.run_directory import named_path
 
 Row = dict[str, object]
 
@@ -84,7 +84,7 @@ def find_files(source: str) -> list[Path]:
     """Data files that a path, a directory or a glob stands for, sorted; empty if there are none."""
     if not source or source in (STDLIB, OWN_TEXT):
         return []
-    path = Path(os.path.expanduser(source))  # noqa: PTH111 (pathlib's raises where there is no such user)
+    path = named_path(source)
     if path.is_file():
         return [path]
     if path.is_dir():
@@ -162,7 +162,7 @@ def _by_name(source: str, files: list[Path], unnamed: str = "") -> dict[str, lis
 
 def _root(source: str) -> Path:
     """The directory that all files of a source are in: what a glob has before its first pattern."""
-    path = Path(os.path.expanduser(source))  # noqa: PTH111
+    path = named_path(source)
     if path.is_dir():
         return path
     fixed = list(takewhile(lambda part: not glob.has_magic(part), path.parent.parts))

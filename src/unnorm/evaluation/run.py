@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -30,7 +29,7 @@ from unnorm.json_text import digest
 from unnorm.models import DEMO, check_same_tokenizer, load_original, model_name
 from unnorm.plan import choose_context, choose_device
 from unnorm.progress import Watch, say, silent
-from unnorm.run_directory import MODEL
+from unnorm.run_directory import MODEL, named_path
 from unnorm.run_text import choose_text
 from unnorm.tracing import vocabulary_size
 
@@ -169,7 +168,7 @@ def evaluate(
 
 def _settings_of(name: str) -> dict[str, Any]:
     """Those of a finished run; none of another model."""
-    directory = Path(os.path.expanduser(name))  # noqa: PTH111 (pathlib's raises where there is no such user)
+    directory = named_path(name)
     return run_settings(directory) if name != DEMO and (directory / MODEL).is_dir() else {}
 
 
