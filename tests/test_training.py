@@ -23,7 +23,7 @@ from transformers import (
 from transformers.integrations import integration_utils
 
 import unnorm
-from tests.conftest import VOCAB, Saved, stdlib_text
+from tests.conftest import SETTINGS, VOCAB, Saved, stdlib_text
 from unnorm import config, losses
 from unnorm.errors import RunInterruptedError
 from unnorm.evaluation import evaluate_model
@@ -141,6 +141,28 @@ def test_a_single_step_has_a_learning_rate(tiny_model_dir: Path, text_file: Path
     options: dict[str, Any] = {"tokens": 1024, "context": 64, "control": True, "device": "cpu"}
     result = unnorm.remove(str(tiny_model_dir), data=str(text_file), out=tmp_path / "run", **options)
     assert result["control_kl"] > 1e-6
+
+
+def test_logits_stay_in_the_precision_of_training(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Accelerate widens what a model gives: with a large vocabulary twice the memory of all else."""
+    seen: dict[str, set[torch.dtype]] = {}
+
+    def noted(name: str) -> Any:
+        loss = getattr(losses, name)
+
+        def note(logits: torch.Tensor, *more: Any) -> Any:
+            seen.setdefault(name, set()).add(logits.dtype)
+            return loss(logits, *more)
+
+        return note
+
+    for name in ("distillation_losses", "next_token_loss"):
+        monkeypatch.setattr(distillation, name, noted(name))
+    settings = SETTINGS | {"tokens": 2048, "dtype": "bfloat16", "control": True}
+    unnorm.remove(str(tiny_model_dir), data=str(text_file), out=tmp_path / "run", **settings)
+    assert seen == {"distillation_losses": {torch.bfloat16}, "next_token_loss": {torch.bfloat16}}
 
 
 def test_nothing_is_saved_while_steps_are_refused(tmp_path: Path) -> None:

@@ -97,7 +97,8 @@ class DistillationTrainer(Trainer):
         again.
         """
         ids, is_text = inputs["input_ids"], inputs["text"]
-        output = model(input_ids=ids, use_cache=False)
+        with self.accelerator.autocast():
+            output = model(input_ids=ids, use_cache=False)
         if self.teacher is None:
             loss = next_token_loss(output.logits, ids)
             shown = torch.stack([loss.detach(), torch.full_like(loss, math.nan), torch.ones_like(loss)])
@@ -125,8 +126,11 @@ class DistillationTrainer(Trainer):
         """Nothing where all steps are done: a run that was stopped after its last one would take one more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
+            return
+        # As prepared the model gives logits in float32: with a large vocabulary twice the memory of all else here. The
+        # losses widen them a few at a time.
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        super()._run_epoch(*args, **kwargs)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
