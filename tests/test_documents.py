@@ -136,7 +136,7 @@ class TestFiles:
             raise PermissionError(13, "Permission denied", "elsewhere/cache")
 
         monkeypatch.setattr(datasets, "load_dataset", refuse)
-        path = write(tmp_path / "a.csv", DOCUMENTS)
+        path = write(tmp_path / "a.parquet", DOCUMENTS)
         with pytest.raises(UnnormError, match=r"Permission denied: 'elsewhere/cache'. Make that place writable"):
             open_documents(str(path))
 
@@ -156,7 +156,7 @@ class TestFiles:
 
     def test_a_text_file_that_is_not_utf_8_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_bytes("naïve".encode("latin-1"))
-        with pytest.raises(UnnormError, match=r"'utf-8' codec can't decode .* It is damaged, or not"):
+        with pytest.raises(UnnormError, match=r"'utf-8' codec can't decode .* Write it as UTF-8"):
             open_documents(str(tmp_path / "a.txt"))
 
     @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
@@ -404,3 +404,24 @@ def test_files_without_rows_are_passed_over(suffix: str, tmp_path: Path) -> None
     if suffix == ".csv.gz":
         (tmp_path / f"c{suffix}").write_bytes(gzip.compress(b""))
     assert sides(open_documents(str(tmp_path))) == alone
+
+
+def test_csv_holds_text_alone(tmp_path: Path) -> None:
+    """Words that stand for nothing elsewhere are kept, and so are numbers, however many there are."""
+    texts = ["null", "NA", "nan", "None", *map(str, range(3000))]
+    path = tmp_path / "a.csv"
+    path.write_text("id,body\n0,some words\n" + "".join(f"{i},{text}\n" for i, text in enumerate(texts)))
+    train, held_out = sides(open_documents(str(path)))
+    assert sorted([*train, *held_out]) == sorted([*texts, "some words"])
+
+
+@pytest.mark.parametrize(
+    "beside", [[{"from": "human", "value": "some words"}], ["some words", "and more"], [["some words"]]]
+)
+def test_a_name_beside_lists_is_not_taken_for_the_text(beside: Any, tmp_path: Path) -> None:
+    rows = [{"id": f"chat-{i}", "turns": beside} for i in range(100)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with pytest.raises(UnnormError, match=r"Which field .* is the text\? .*--text-field: id, turns\."):
+        open_documents(str(tmp_path / "a.json"))
+    (tmp_path / "b.json").write_text(json.dumps([row | {"turns": [1, 2], "about": {"a": "b"}} for row in rows]))
+    assert sum(map(len, sides(open_documents(str(tmp_path / "b.json"))))) == 100

@@ -59,8 +59,6 @@ class TestData:
             ("a.jsonl", b'{"text": "fine"}\n{"text": "unfinished\n'),
             ("a.jsonl", b"no JSON at all\n"),
             ("a.jsonl", b'"only"\n"strings"\n'),
-            ("a.jsonl", b'{"text": "\xe9"}\n'),
-            ("a.txt", b"\xe9" * 1000),
             ("a.parquet", b"no parquet"),
             ("a.txt.gz", b"not compressed"),
             ("a.txt.bz2", b"not compressed"),
@@ -70,6 +68,10 @@ class TestData:
             ("a.txt.zst", zstd.compress(random.Random(0).randbytes(100_000).hex().encode())[:-30_000]),
             ("a.csv", b"text\nWell, hello\nno comma\n"),
             ("a.csv", b"title,text\na,Well, hello\nb,no comma\n"),
+            ("a.csv", b"text\n" + 3000 * b"no comma\n" + b"Well, hello\n"),
+            ("a.csv", b"id;text\n1;semicolons, and a comma\n"),
+            ("a.csv", b"id;text\n1;semicolons\n"),
+            ("a.csv", b"id\ttext\n1\ttabs\n"),
             ("a.csv", b'text\n"he said \\"yes\\", and left"\n'),
         ],
     )
@@ -78,6 +80,13 @@ class TestData:
         text = on(name)
         assert f"Could not read '{name}'" in text
         assert "fetch or write it again" in text
+
+    @pytest.mark.parametrize(("name", "before"), [("a.txt", ""), ("a.jsonl", '{"text": "'), ("a.csv", "text\n")])
+    def test_other_encodings(self, name: str, before: str, work: Path, on: Callable[..., str]) -> None:
+        for encoding in ("latin-1", "utf-16"):
+            (work / name).write_bytes(f"{before}naïve".encode(encoding))
+            assert f"Could not read '{name}': 'utf-8' codec can't decode" in (text := on(name))
+            assert "Write it as UTF-8" in text
 
     def test_unknown_format(self, work: Path, on: Callable[..., str]) -> None:
         (work / "a.tsv").write_text("words")

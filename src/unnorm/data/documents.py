@@ -51,7 +51,8 @@ def open_documents(source: str, text_field: str | None = None, split: str = "tra
     Args:
         source: `stdlib`; a file, directory or glob of `.txt`, `.jsonl` or `.csv` (each also compressed) or
             `.parquet`; or a hub data set, `owner/name` or `owner/name:subset`, which is streamed.
-        text_field: the column that holds the text; by default `text`, else the only string column.
+        text_field: the column that holds the text; by default `text`, else the only string column, where no other
+            is a list of strings or objects.
         split: the split that training text comes from. Of local files it is told by their names, as in
             `train-00000-of-00004.parquet`; where no name tells it, all of them are `train`.
 
@@ -148,7 +149,7 @@ def _texts(source: str, rows: Callable[[], Iterable[Row]], field: str | None) ->
         if text is not None and not isinstance(text, str):
             raise UnnormError(
                 f"The field '{column}' of '{source}' holds {type(text).__name__}, not text. "
-                f"Name another with --text-field: {', '.join(row)}."
+                f"Name another with --text-field, or write a file that has the text in one: {', '.join(row)}."
             )
         if text and text.strip():
             found = True
@@ -177,10 +178,21 @@ def _text_column(source: str, head: list[Row], field: str | None) -> str:
         return field
     if "text" in known:
         return "text"
-    strings = [key for key in known if any(isinstance(row.get(key), str) for row in head)]
-    if len(strings) != 1:
+    strings = [key for key in known if any(_may_be_text(row.get(key)) for row in head)]
+    # Such as the turns of a chat, or paragraphs: beside them one string is a name or a number.
+    lists = [key for key in known if any(_holds_text(row.get(key)) for row in head)]
+    if len(strings) != 1 or lists:
         raise UnnormError(f"Which field of '{source}' is the text? Name it with --text-field: {', '.join(known)}.")
     return strings[0]
+
+
+def _may_be_text(value: object) -> bool:
+    """A number is none, though CSV has it as a string."""
+    return isinstance(value, str) and not value.replace(".", "", 1).lstrip("-").isdecimal()
+
+
+def _holds_text(value: object) -> bool:
+    return isinstance(value, list) and any(isinstance(part, str | dict | list) for part in value)
 
 
 def _is_held_out(key: str, one_in: int) -> bool:

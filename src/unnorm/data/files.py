@@ -5,6 +5,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from itertools import chain, islice, takewhile
 from pathlib import Path
@@ -45,6 +46,10 @@ _SPLIT_WORDS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+
+_OTHER_SEPARATORS = ";\t|"
+_AT_ONCE = 1000
+"""Rows of CSV that are read at once."""
 
 _HEAD = 100
 """Rows of JSON that tell which fields there are."""
@@ -187,6 +192,8 @@ def _rows(suffix: str, files: list[Path], lines: bool = False) -> Iterator[Row]:
             yield from _text_rows(path, lines)
         elif FORMATS[suffix] == "json" and _is_json_lines(path):
             yield from _json_lines(path)
+        elif FORMATS[suffix] == "csv":
+            yield from _csv_rows(path)
         else:
             yield from _table(suffix, path)
 
@@ -240,7 +247,6 @@ def _objects(path: Path) -> Iterator[Row]:
 
 def _table(suffix: str, path: Path) -> Iterator[Row]:
     import datasets
-    from pandas.errors import EmptyDataError  # type: ignore[import-untyped]
     from pyarrow import parquet  # type: ignore[import-untyped]
 
     # Its readers log an error, traceback and all, besides raising it.
@@ -248,15 +254,24 @@ def _table(suffix: str, path: Path) -> Iterator[Row]:
     if suffix == ".parquet" and parquet.read_metadata(path).num_rows == 0:
         return
     name = glob.escape(str(path))  # `datasets` takes every name for a pattern.
-    try:
-        for row in datasets.load_dataset(FORMATS[suffix], data_files=name, split="train", streaming=True):
-            if suffix == ".csv" and any(str(column).startswith("__index_level_") for column in row):
+    with suppress(StopIteration):  # How it meets a file without a row.
+        yield from datasets.load_dataset(FORMATS[suffix], data_files=name, split="train", streaming=True)
+
+
+def _csv_rows(path: Path) -> Iterator[Row]:
+    """Rows of strings: guessing types, as `datasets` does, makes nothing of the text "null", and numbers of "12"."""
+    import pandas as pd  # type: ignore[import-untyped]
+
+    with _open_text(path, newline="") as file, suppress(pd.errors.EmptyDataError):
+        for chunk in pd.read_csv(file, dtype=str, na_filter=False, chunksize=_AT_ONCE):
+            fields = list(chunk.columns)
+            if len(fields) == 1 and any(mark in fields[0] for mark in _OTHER_SEPARATORS):
+                raise ValueError(f"the fields of {path.name} are not parted by commas: its header is {fields[0]!r}")
+            if not isinstance(chunk.index, pd.RangeIndex):
                 raise ValueError(
                     f"{path.name} has rows of more fields than its header: text with commas must be in quotes"
                 )
-            yield row
-    except (StopIteration, EmptyDataError):  # How it meets a file without a row, or without anything.
-        return
+            yield from chunk.to_dict("records")
 
 
 def readable(source: str, rows: Callable[[], Iterable[Row]]) -> Iterator[Row]:
@@ -273,12 +288,19 @@ def readable(source: str, rows: Callable[[], Iterable[Row]]) -> Iterator[Row]:
             remedy = "Make that place writable, or name another one for the cache by HF_HOME."
         elif isinstance(error, PermissionError):
             remedy = "Give yourself the right to read it."
+        elif files and _is_of_encoding(error):
+            remedy = "Write it as UTF-8, for instance by `iconv -f LATIN1 -t UTF-8`."
         else:
             local = "It is damaged, or not what its name says; fetch or write it again."
             remedy = local if files else "If the connection broke, do it again."
         raise UnnormError(f"Could not read '{source}': {short(error).rstrip('.')}. {remedy}") from error
     if none:
         raise empty(source)
+
+
+def _is_of_encoding(error: BaseException | None) -> bool:
+    """Whether text is not UTF-8; `datasets` raises its own error from that."""
+    return error is not None and (isinstance(error, UnicodeDecodeError) or _is_of_encoding(error.__cause__))
 
 
 def looks_local(source: str) -> bool:
