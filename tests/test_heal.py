@@ -80,6 +80,20 @@ def test_a_control_that_was_deleted_is_none(trained: Path, tmp_path: Path) -> No
     assert unnorm.heal(run, tokens=1024, out=tmp_path / "healed", **SETTINGS)["control_loss"] is None
 
 
+def test_what_a_stopped_run_would_lack_is_found_when_it_is_resumed(trained: Path, tmp_path: Path) -> None:
+    first = Path(shutil.copytree(trained, tmp_path / "first", ignore=shutil.ignore_patterns("control")))
+    with pytest.raises(unnorm.RunInterruptedError):
+        unnorm.heal(first, tokens=TOKENS, out=tmp_path / "healed", watch=ctrl_c_at(5), **SETTINGS)
+    resume: dict[str, Any] = {"out": tmp_path / "healed", "resume": True}
+    with pytest.raises(unnorm.UnnormError, match=r"no control to go on with.*--no-control"):
+        unnorm.remove(control=True, **resume)
+    first.rename(tmp_path / "elsewhere")
+    with pytest.raises(unnorm.UnnormError, match="which is no longer there"):
+        unnorm.remove(**resume)
+    (tmp_path / "elsewhere").rename(first)
+    assert unnorm.remove(**resume)["control_loss"] is None
+
+
 def test_goes_on_where_the_run_ended(trained: Path, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in trained.rglob("*")}
     earlier = json.loads((trained / "result.json").read_text())

@@ -413,6 +413,20 @@ def test_a_control_that_is_asked_for_afterwards_gets_what_the_twin_had(
         unnorm.remove(out=run, resume=True, control=True, **changed)
 
 
+def test_a_control_that_is_asked_for_afterwards_gets_the_same_text(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    text, run = tmp_path / "a.txt", tmp_path / "run"
+    text.write_text(text_file.read_text())
+    before = unnorm.remove(str(tiny_model_dir), out=run, data=str(text), **SETTINGS)
+    text.write_text(text_file.read_text().replace("self", "them"))
+    with pytest.raises(unnorm.UnnormError, match="has changed since the twin was trained"):
+        unnorm.remove(out=run, resume=True, control=True)
+    assert json.loads((run / "result.json").read_text()) == before
+    text.write_text(text_file.read_text())
+    assert unnorm.remove(out=run, resume=True, control=True)["text_sha256"] == before["text_sha256"]
+
+
 def test_a_control_that_is_in_the_way_may_be_let_go_of(
     monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """The blocks that one run trains on and is measured on: text, thinned evenly, and the stress blocks among it."""
 
+import hashlib
 import math
 import shutil
 from functools import partial
@@ -29,7 +30,7 @@ from unnorm.models import DEMO
 from unnorm.plan import Plan
 from unnorm.progress import Watch, say
 from unnorm.removal.run import Run
-from unnorm.run_directory import CONFIG_FILE, DATA, HELD_OUT, write_text
+from unnorm.run_directory import CONFIG_FILE, DATA, HELD_OUT, finished_result, write_text
 from unnorm.tracing import vocabulary_size
 
 TRAINING_SPREAD = 4
@@ -169,3 +170,23 @@ def with_stress(run: Run) -> Dataset:
     text = as_dataset(random_starts(np.asarray(kept["input_ids"]), run.tokenizer, vocab_size, generator))
     parts = ((text, False), (run.stress_blocks, True))
     return concatenate_datasets([part.add_column("stress", [is_stress] * len(part)) for part, is_stress in parts])
+
+
+def text_digest(run: Run) -> str:
+    """SHA-256 of the ids that a run trains on and of those that it is measured on, as little-endian 32-bit integers."""
+    sha256 = hashlib.sha256()
+    for blocks in (run.train_blocks, run.validation_blocks):
+        for part in blocks.with_format("numpy").iter(1000):
+            sha256.update(part["input_ids"].astype("<i4").tobytes())
+    return sha256.hexdigest()
+
+
+def check_same_text(run: Run) -> None:
+    """Raise an UnnormError where the text of a finished run, read again for its control, is no longer what it was."""
+    was = finished_result(run.directory).get("text_sha256")
+    if was is not None and was != text_digest(run):
+        shutil.rmtree(run.directory / DATA)
+        raise UnnormError(
+            f"The text in '{run.config.data}' has changed since the twin was trained, and a control must have the "
+            "same. Put it back as it was, or do the run again with --control."
+        )

@@ -20,6 +20,7 @@ from unnorm.json_text import json_text
 from unnorm.limits import share_at_limit
 from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.proof import check_twin
+from unnorm.removal.blocks import text_digest
 from unnorm.removal.run import Run, evaluate_on_held_out
 from unnorm.removal.twin import history
 from unnorm.report import ReportData, render_card, render_report
@@ -135,6 +136,7 @@ def _result(
         **before,
         "tokens": trained["tokens"],
         "text_tokens": len(run.train_blocks) * run.plan.context,
+        "text_sha256": text_digest(run),
         "training_seconds": trained["seconds"],
         "tokens_per_second": trained["tokens_per_second"],
         "waited_steps": trained.get("waited", 0),

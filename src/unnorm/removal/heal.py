@@ -8,8 +8,8 @@ from unnorm.config import read_config_file, read_count
 from unnorm.errors import UnnormError
 from unnorm.progress import Watch
 from unnorm.removal.remove import remove
-from unnorm.removal.run import measured_before
-from unnorm.run_directory import CONFIG_FILE, CONTROL, RESULT, finished_result
+from unnorm.removal.run import check_has_control, has_control, measured_before
+from unnorm.run_directory import CONFIG_FILE, CONTROL, RESULT
 
 _OF_ONE_RUN = ("tokens", "lr", "batch_size", "device", "dtype", "compile", "cuda_graph", "report_to", "out", "twin")
 """Settings that a run does not hand on to the one that goes on from its twin."""
@@ -42,15 +42,11 @@ def heal(directory: str | Path, *, watch: Watch | None = None, **options: Any) -
             )
     if options.get("tokens") is not None and read_count(options["tokens"]) == 0:
         raise UnnormError("--tokens 0 would leave the twin as it is. Say how many tokens it is to be trained on.")
-    has_control = finished_result(directory).get("control_loss") is not None and (directory / CONTROL).is_dir()
-    if options.get("control") and not has_control:
-        raise UnnormError(
-            f"The run in '{directory}' has no control to go on with. Leave --control out, or train "
-            "it first: unnorm remove --resume --control --out DIR"
-        )
+    if options.get("control"):
+        check_has_control(directory)
     left_out = {*_OF_ONE_RUN, *(_OF_THE_DATA if "data" in options else ())}
     saved = {key: value for key, value in read_config_file(directory / CONFIG_FILE).items() if key not in left_out}
-    anew = {"seed": saved.get("seed", 0) + 1, "control": has_control and saved.get("control", False)}
+    anew = {"seed": saved.get("seed", 0) + 1, "control": saved.get("control", False) and has_control(directory)}
     settings = {**saved, **anew, **options, "twin": directory}
     # What is damaged is found now, and not when a directory is made or the twin has been trained.
     measured_before(directory)

@@ -20,7 +20,7 @@ from unnorm.models import copy_model, fuse_activations, load_original
 from unnorm.norms import TaperedNorm, TokenMask
 from unnorm.plan import Plan, choose_device, control_plan, healing_plan, make_plan
 from unnorm.progress import Watch, say, silent
-from unnorm.removal.blocks import with_stress, write_blocks
+from unnorm.removal.blocks import check_same_text, with_stress, write_blocks
 from unnorm.removal.conclude import conclude
 from unnorm.removal.run import Run, check_disk, measured_before, open_directory, saved_options
 from unnorm.removal.start import start
@@ -128,6 +128,7 @@ def _plan(config: RemoveConfig, model: PreTrainedModel) -> Plan:
 def _train_removal(run: Run) -> dict[str, Any]:
     """Calibrate, measure naive removal, train, fold and save, as far as it is not done; what was found on the way."""
     if (run.directory / RESULT).is_file():  # Only the control is left to train.
+        processes.agree(lambda: check_same_text(run))
         return measured_before(run.directory)
     note = run.directory / DATA / BEFORE  # Written when all that is done.
     if note.is_file():

@@ -18,7 +18,7 @@ from unnorm.limits import set_limits
 from unnorm.plan import Plan
 from unnorm.progress import Watch, say
 from unnorm.recipes import RECIPES, Recipe
-from unnorm.run_directory import CONFIG_FILE, RESULT, check_can_be_made, finished_result, nearest_existing
+from unnorm.run_directory import CONFIG_FILE, CONTROL, RESULT, check_can_be_made, finished_result, nearest_existing
 from unnorm.sites import NormSite
 
 DISK_COPIES = 8
@@ -88,6 +88,8 @@ def saved_options(options: dict[str, Any]) -> dict[str, Any]:
     asked = RemoveConfig.create(**{**saved, **options}).to_saved()
     if asked["dtype"] == "auto":  # The precision that was chosen is what was saved.
         asked["dtype"] = saved.get("dtype")
+    if saved.get("twin") and not finished:
+        _check_healed(directory, Path(saved["twin"]), asked["control"])
     more = (asked["tokens"] or 0) > (saved.get("tokens") or math.inf)
     may_change = _MAY_CHANGE_ON_RESUME | ({"tokens"} if more else set())
     if finished:  # The control is to have what the twin had.
@@ -110,6 +112,31 @@ def _check_control_is_left(directory: Path, settings: dict[str, Any]) -> None:
         raise UnnormError(
             f"The twin in '{directory}' is that of another run, trained on, so a control would lack the first run's "
             "tokens. Leave --control out."
+        )
+
+
+def _check_healed(directory: Path, first: Path, control: bool) -> None:
+    """The run whose twin is trained on must still be there, with its control if that is to go on as well."""
+    if not first.is_dir():
+        raise UnnormError(
+            f"The run in '{directory}' heals the twin of the one in '{first}', which is no longer there. Put it back, "
+            "or start anew: unnorm heal DIR"
+        )
+    if control:
+        check_has_control(first)
+
+
+def has_control(directory: Path) -> bool:
+    """Whether a finished run has a control that `heal` can go on with."""
+    return finished_result(directory).get("control_loss") is not None and (directory / CONTROL).is_dir()
+
+
+def check_has_control(directory: Path) -> None:
+    """Raise an UnnormError where a finished run has no control to go on with."""
+    if not has_control(directory):
+        raise UnnormError(
+            f"The run in '{directory}' has no control to go on with. Go on without it (--no-control), or train "
+            "it first: unnorm remove --resume --control --out DIR"
         )
 
 
