@@ -64,23 +64,22 @@ def crash(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
             unnorm.remove(**SETTINGS, **options)
 
 
-@pytest.mark.parametrize(
-    ("family", "recipe"),
-    # Some of the last one's layers share their norms; they spike too often here for a taper that steps back.
-    [("gpt_neox, sequential", "taper"), ("mixtral", "taper"), ("zamba, not in our list", "tapernorm")],
-)
+# Some of the last one's layers share their norms.
+@pytest.mark.parametrize("family", ["gpt_neox, sequential", "mixtral", "zamba, not in our list"])
 def test_all_weights_come_back_whatever_the_hub_calls_them(
     family: str,
-    recipe: str,
     monkeypatch: pytest.MonkeyPatch,
     saved_family: Saved,
     text_file: Path,
     tmp_path: Path,
 ) -> None:
-    saved_family(FAMILIES[family][0])
+    weights = saved_family(FAMILIES[family][0]) / "model.safetensors"
+    # As random models come, a gradient is too large sooner or later, and a resumed run has other last good weights.
+    calm = {name: weight if weight.ndim == 1 else 0.1 * weight for name, weight in load_file(weights).items()}
+    save_file(calm, weights, {"format": "pt"})
     options: dict[str, Any] = {**SETTINGS, "context": 32, "batch_size": 8, "tokens": 20 * 256, "kl_budget": 100}
-    options |= {"model": str(tmp_path / "model"), "data": str(text_file), "control": True, "recipe": recipe}
-    unnorm.remove(out=tmp_path / "unbroken", **options)
+    options |= {"model": str(tmp_path / "model"), "data": str(text_file), "control": True}
+    assert unnorm.remove(out=tmp_path / "unbroken", **options)["skipped_steps"] == 0
     with monkeypatch.context() as patch:
         stop_at(14, patch)
         with pytest.raises(CrashError):
