@@ -210,10 +210,9 @@ def test_patching_agrees_with_transformer_lens_and_finite_differences(family: st
     tokenizer = AutoTokenizer.from_pretrained(runs[family] / "model")
     found = patch(twin, tokenizer, PAIRS)
     first = by_length(PAIRS, tokenizer)[0]
+    pairs = [PAIRS[number] for number in first[0]]
     clean, corrupted = torch.tensor(first[1]), torch.tensor(first[2])
-    answers = torch.tensor(
-        [[tokenizer(p.clean + t).input_ids[-1] for t in (p.answer, p.wrong_answer)] for p in first[0]]
-    )
+    answers = torch.tensor([[tokenizer(p.clean + t).input_ids[-1] for t in (p.answer, p.wrong_answer)] for p in pairs])
 
     def metric(output: torch.Tensor) -> torch.Tensor:
         right, wrong = output[:, -1].gather(1, answers).unbind(1)
@@ -232,12 +231,10 @@ def test_patching_agrees_with_transformer_lens_and_finite_differences(family: st
                 return heads.view(z.shape)
 
             effect = metric(bridge.run_with_hooks(corrupted, fwd_hooks=[(name, put)])) - before
-            torch.testing.assert_close(
-                found.activation[: len(effect), layer, head].float(), effect, rtol=1e-3, atol=1e-4
-            )
+            torch.testing.assert_close(found.activation[first[0], layer, head].float(), effect, rtol=1e-3, atol=1e-4)
     exact = float64_copy(twin)
     small = _patched_a_little(exact, clean, corrupted, answers, 1e-6)
-    estimate = patch(exact, tokenizer, first[0]).attribution
+    estimate = patch(exact, tokenizer, pairs).attribution
     torch.testing.assert_close(estimate, small, rtol=1e-4, atol=1e-6)
 
 
@@ -590,3 +587,20 @@ def test_a_kept_final_norm_is_not_said_to_be_gone(tiny_model_dir: Path, text_fil
     assert "which kept transformer.ln_f" in page and "norm-free" not in page
     for claim in ("each is what the logit loses", "none in the twin", "the same linear read at every depth"):
         assert claim not in page, claim
+
+
+def test_effects_of_patching_are_in_the_order_of_the_pairs(runs: dict[str, Path]) -> None:
+    twin, tokenizer = unnorm.load(runs["gpt2"]), AutoTokenizer.from_pretrained(runs["gpt2"] / "model")
+    pairs = sorted(PAIRS, key=lambda pair: -len(tokenizer(pair.clean).input_ids))
+    assert len(by_length(pairs, tokenizer)) > 1
+    found = patch(twin, tokenizer, pairs)
+    for number in (0, len(pairs) - 1):
+        alone = patch(twin, tokenizer, pairs[number : number + 1])
+        torch.testing.assert_close(found.activation[number], alone.activation[0], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found.clean[number], alone.clean[0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("measure", [attribute, lens, sinks])
+def test_ids_that_are_more_than_the_model_takes_are_refused(measure: Any, finished_run: Path) -> None:
+    with pytest.raises(UnnormError, match=r"A sequence has 65 tokens, and the model takes 64\."):
+        measure(unnorm.load(finished_run), torch.zeros(1, 65, dtype=torch.long))

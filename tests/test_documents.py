@@ -406,6 +406,14 @@ def test_files_without_rows_are_passed_over(suffix: str, tmp_path: Path) -> None
     assert sides(open_documents(str(tmp_path))) == alone
 
 
+def test_parquet_may_have_an_index_of_names(tmp_path: Path) -> None:
+    """As pandas writes it; in CSV such columns are fields too many."""
+    names = [f"row {number}" for number in range(len(DOCUMENTS))]
+    pd.DataFrame({"text": DOCUMENTS}, index=names).to_parquet(tmp_path / "a.parquet")
+    found = sides(open_documents(str(tmp_path / "a.parquet"), "text"))
+    assert found == sides(open_documents(str(write(tmp_path / "b.jsonl", DOCUMENTS))))
+
+
 def test_csv_holds_text_alone(tmp_path: Path) -> None:
     """Words that stand for nothing elsewhere are kept, and so are numbers, however many there are."""
     texts = ["null", "NA", "nan", "None", *map(str, range(3000))]

@@ -182,6 +182,29 @@ class TestPacking:
         assert len(pieces) > 4
         assert np.concatenate(pieces).tolist() == stream([text], tiny_tokenizer)
 
+    @pytest.mark.parametrize(
+        ("text", "least", "longest"),
+        [
+            ("\u6211\u5011\u8d70\u3002\n\n" * 100, 5, 100),  # Several ends of sentences at hand.
+            ("\u3002" * 300 + " word word", 2, 310),  # None until far on.
+            ("\u3002\n\n" * 100 + "a b", 2, 150),  # One at hand, a better one far on.
+        ],
+    )
+    def test_pieces_end_where_a_sentence_does(
+        self, text: str, least: int, longest: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(packing_module, "_CHARS_AT_ONCE", 50)
+        monkeypatch.setattr(packing_module, "_NEAR", 50)
+        pieces = [piece for piece, _ in packing_module._pieces(text)]
+        assert "".join(pieces) == text
+        assert len(pieces) >= least and max(map(len, pieces)) <= longest
+
+    def test_a_piece_begins_with_the_lines_between(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(packing_module, "_CHARS_AT_ONCE", 50)
+        monkeypatch.setattr(packing_module, "_NEAR", 50)
+        _, *later = [piece for piece, _ in packing_module._pieces("\u6a19\u984c\n\n" * 100)]
+        assert later and all(piece.startswith("\n") for piece in later)
+
     def test_no_more_is_read_than_asked_for(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
         read: list[int] = []
 

@@ -101,3 +101,6 @@ def test_own_text_begins_as_other_text_does(
     )
     blocks = own_text(tiny_model, tokenizer, 8, 4, 1, lambda _: None)
     assert {row[0] for row in blocks.train["input_ids"]} == {tokenizer.bos_token_id}
+    only_begin = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer, bos_token=END_OF_TEXT)
+    blocks = own_text(tiny_model, only_begin, 8, 4, 1, lambda _: None)
+    assert {row[0] for row in blocks.train["input_ids"]} == {only_begin.bos_token_id}

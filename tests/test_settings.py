@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import GPT2LMHeadModel
 
 import unnorm
 from unnorm import plan
@@ -118,3 +119,10 @@ def test_a_model_that_can_not_be_trained_here_is_refused_at_once(
         unnorm.remove(tiny_model_dir, out=tmp_path / "run", tokens="4k", **options)
     assert not (tmp_path / "run").exists()
     assert unnorm.remove(tiny_model_dir, out=tmp_path / "run", tokens=0, **options)["verified"]
+
+
+@pytest.mark.parametrize(("tokens", "batch_size"), [(64, 2), (100, 2), (20, 1)])
+def test_a_little_less_than_one_step_is_one(tokens: int, batch_size: int, tiny_model: GPT2LMHeadModel) -> None:
+    """Only what is not half of one is refused, and where the step could be smaller."""
+    config = RemoveConfig(tokens=tokens, batch_size=batch_size, context=64, device="cpu", dtype="float32")
+    assert plan.make_plan(config, tiny_model).steps == 1

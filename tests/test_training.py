@@ -23,7 +23,7 @@ from transformers import (
 from transformers.integrations import integration_utils
 
 import unnorm
-from tests.conftest import SETTINGS, VOCAB, Saved, stdlib_text
+from tests.conftest import SETTINGS, VOCAB, Saved, ctrl_c_at, stdlib_text
 from unnorm import config, losses
 from unnorm.errors import RunInterruptedError
 from unnorm.evaluation import evaluate_model
@@ -638,6 +638,19 @@ def test_a_run_that_is_stopped_while_steps_are_refused_keeps_its_good_weights(
             unnorm.remove(**options)
     result = unnorm.remove(resume=True, out=tmp_path / "run")
     assert result["skipped_steps"] == RESTORE_AFTER and result["verified"]
+
+
+def test_a_run_that_is_stopped_and_diverges_has_diverged(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    def broken(*arguments: Any) -> tuple[torch.Tensor, ...]:
+        minimized, *shown = distillation_losses(*arguments)
+        return minimized * math.nan, *shown
+
+    monkeypatch.setattr(distillation, "distillation_losses", broken)
+    options: dict[str, Any] = {**SETTINGS, "tokens": 30 * 512, "watch": ctrl_c_at(1)}
+    with pytest.raises(unnorm.UnnormError, match="The run diverged"):
+        unnorm.remove(str(tiny_model_dir), data=str(text_file), out=tmp_path / "run", **options)
 
 
 def test_a_stop_that_one_process_alone_heard_stops_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -116,6 +116,13 @@ def context_length(model: PreTrainedModel) -> int:
     return int(next(filter(None, (getattr(config, name, None) for name in names)), 1024))
 
 
+def check_fits(model: PreTrainedModel, tokens: int) -> None:
+    """Raise an UnnormError where a sequence has more tokens than the model takes."""
+    longest = context_length(model)
+    if tokens > longest:
+        raise UnnormError(f"A sequence has {tokens} tokens, and the model takes {longest}. Shorten it.")
+
+
 def lacking(loading_info: Mapping[str, Any]) -> list[str]:
     """Weights that a checkpoint lacks or has in another shape, by what `from_pretrained` says of its loading."""
     return sorted([*loading_info["missing_keys"], *(key for key, *_ in loading_info["mismatched_keys"])])

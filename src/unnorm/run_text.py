@@ -1,6 +1,7 @@
 """The text of a finished run, for what is measured on its twin afterwards."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -9,6 +10,17 @@ from transformers import PreTrainedTokenizerBase
 from unnorm.data import STDLIB
 from unnorm.data.packing import held_out_blocks
 from unnorm.errors import UnnormError
+
+
+@contextmanager
+def blaming_the_run(is_own: bool) -> Iterator[None]:
+    """Text that can't be read is said to be the run's, where it `is_own`: its user named none."""
+    try:
+        yield
+    except UnnormError as error:
+        if not is_own:
+            raise
+        raise UnnormError(f"The run's own text can't be read. {error} Or name other text with --data.") from error
 
 
 class TextSource(NamedTuple):
@@ -25,13 +37,9 @@ class TextSource(NamedTuple):
         Raises:
             UnnormError: the text can't be read, or it is not this vocabulary's.
         """
-        source = self.data, tokenizer, vocab_size, context, count, self.text_field, self.split
-        try:
+        with blaming_the_run(self.is_own):
+            source = self.data, tokenizer, vocab_size, context, count, self.text_field, self.split
             return held_out_blocks(*source)[0]
-        except UnnormError as error:
-            if not self.is_own:
-                raise
-            raise UnnormError(f"The run's own text can't be read. {error} Or name other text with --data.") from error
 
 
 def choose_text(

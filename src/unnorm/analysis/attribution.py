@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 
 from unnorm.analysis.anatomy import Anatomy, Readout, anatomy, readout
 from unnorm.analysis.material import Finding, Material, Subject
+from unnorm.models import check_fits
 from unnorm.norms import linear_weight
 from unnorm.report.numbers import percent, significant
 from unnorm.residual import Part, Writer, parts_of, recorded, split_output
@@ -79,8 +80,10 @@ def attribute(
             position is left out.
 
     Raises:
-        UnnormError: the model's residual stream is no plain sum that the unembedding reads.
+        UnnormError: the model's residual stream is no plain sum that the unembedding reads, or the ids are more than
+            it takes.
     """
+    check_fits(model, ids.shape[1])
     parts = anatomy(model)
     last = readout(model, parts)
     end = ids.shape[1] - (targets is None)

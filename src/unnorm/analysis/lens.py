@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from unnorm.analysis.anatomy import anatomy, logits_from, residual_stream, token_losses
 from unnorm.analysis.material import Finding, Material
+from unnorm.models import check_fits
 from unnorm.report.numbers import fixed
 
 if TYPE_CHECKING:
@@ -44,8 +45,10 @@ def lens(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Lens:
     """Read every depth of a model on a batch of sequences of at least 2 tokens.
 
     Raises:
-        UnnormError: the model's residual stream is no plain sum that a last norm reads.
+        UnnormError: the model's residual stream is no plain sum that a last norm reads, or the ids are more than it
+            takes.
     """
+    check_fits(model, ids.shape[1])
     parts = anatomy(model)
     stream, logits = residual_stream(model, parts, ids)
     final = logits[:, :-1].float().log_softmax(-1)

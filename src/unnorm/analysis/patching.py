@@ -23,7 +23,7 @@ from unnorm.analysis.anatomy import Anatomy, anatomy, without_heads
 from unnorm.analysis.material import Finding, Material
 from unnorm.analysis.prompts import PromptPair, answer_token, by_length, problem_with
 from unnorm.errors import UnnormError
-from unnorm.models import context_length
+from unnorm.models import check_fits
 from unnorm.report.numbers import fixed, percent
 from unnorm.residual import recorded, replaced_inputs
 
@@ -79,6 +79,9 @@ def patch(
 ) -> Patching:
     """Patch every head from clean prompts into corrupted ones, really and to first order.
 
+    Returns:
+        Effects in the order of the pairs.
+
     Raises:
         UnnormError: the model's heads can't be told apart, the two prompts of a pair differ in length or their answers
             begin alike, or they are longer than the model takes.
@@ -92,17 +95,19 @@ def patch(
     if unknown is not None:
         raise unknown
     found: list[Patching] = []
-    for group, clean, corrupted in by_length(pairs, tokenizer):
-        longest = context_length(model)
-        if len(clean[0]) > longest:
-            raise UnnormError(f"A prompt has {len(clean[0])} tokens, and the model takes {longest}. Shorten it.")
+    order: list[int] = []
+    for numbers, clean, corrupted in by_length(pairs, tokenizer):
+        check_fits(model, len(clean[0]))
+        order += numbers
+        group = [pairs[number] for number in numbers]
         answers = torch.tensor(
             [[answer_token(tokenizer, p.clean, a) for a in (p.answer, p.wrong_answer)] for p in group]
         )
         ids = [torch.tensor(values, device=model.device) for values in (clean, corrupted)]
         for rows in torch.arange(len(group)).split(batch_size):
             found.append(_patch_batch(model, parts, ids[0][rows], ids[1][rows], answers[rows].to(model.device)))
-    return Patching(*(torch.cat([getattr(part, field.name) for part in found]) for field in fields(Patching)))
+    as_given = torch.tensor(order).argsort()
+    return Patching(*(torch.cat([getattr(part, field.name) for part in found])[as_given] for field in fields(Patching)))
 
 
 def find(material: Material) -> Finding:

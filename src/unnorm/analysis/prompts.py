@@ -120,14 +120,15 @@ def answer_token(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -
 
 def by_length(
     pairs: Iterable[PromptPair], tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[list[PromptPair], list[list[int]], list[list[int]]]]:
-    """The pairs in groups of one number of tokens, with the ids of clean and corrupted prompts; nothing is padded."""
-    groups: dict[int, tuple[list[PromptPair], list[list[int]], list[list[int]]]] = {}
-    for pair in pairs:
+) -> list[tuple[list[int], list[list[int]], list[list[int]]]]:
+    """Groups of one number of tokens: which pairs, and the ids of their two prompts. So nothing is padded."""
+    groups: dict[int, tuple[list[int], list[list[int]], list[list[int]]]] = {}
+    for number, pair in enumerate(pairs):
         clean, corrupted = (tokenizer(text, verbose=False)["input_ids"] for text in (pair.clean, pair.corrupted))
-        group = groups.setdefault(len(clean), ([], [], []))
-        for kept, value in zip(group, (pair, clean, corrupted), strict=True):
-            kept.append(value)
+        of_length = groups.setdefault(len(clean), ([], [], []))
+        of_length[0].append(number)
+        of_length[1].append(clean)
+        of_length[2].append(corrupted)
     return [groups[length] for length in sorted(groups)]
 
 

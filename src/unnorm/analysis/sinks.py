@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from unnorm.analysis.anatomy import anatomy, attention_patterns, residual_stream
 from unnorm.analysis.material import Finding, Material
+from unnorm.models import check_fits
 from unnorm.report.numbers import percent, significant
 
 if TYPE_CHECKING:
@@ -50,8 +51,10 @@ def sinks(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Sinks:
     """Measure attention sinks on a batch of sequences of at least 2 tokens.
 
     Raises:
-        UnnormError: the family does not give attention weights, or its residual stream is no plain sum.
+        UnnormError: the family does not give attention weights, its residual stream is no plain sum, or the ids are
+            more than it takes.
     """
+    check_fits(model, ids.shape[1])
     parts = anatomy(model)
     share = attention_patterns(model, parts, ids)[..., 1:, 0].mean(-1)
     stream, _ = residual_stream(model, parts, ids)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.config import read_count, run_settings
+from unnorm.data import STDLIB
 from unnorm.errors import RunInterruptedError, UnnormError
 from unnorm.evaluation.comparison import compare_tokens
 from unnorm.evaluation.corpora import Corpus, count_bytes, open_corpus
@@ -30,7 +31,7 @@ from unnorm.models import DEMO, check_same_tokenizer, load_original, model_name
 from unnorm.plan import choose_context, choose_device
 from unnorm.progress import Watch, say, silent
 from unnorm.run_directory import MODEL, named_path
-from unnorm.run_text import choose_text
+from unnorm.run_text import blaming_the_run, choose_text
 from unnorm.tracing import vocabulary_size
 
 
@@ -133,14 +134,18 @@ def evaluate(
         raise UnnormError(f"--batch-size {batch_size}: a pass takes 1 block at least.")
     sources = [str(data)] if isinstance(data, str | Path) else [str(each) for each in data or ()]
     most = None if tokens is None else read_count(tokens)
-    own = choose_text(next(filter(None, map(_settings_of, names)), {}), None, text_field, split)
-    choice = choose(suite, sources, [tasks] if isinstance(tasks, str) else tasks, most, items, place, own.data)
-    if [*choice.corpora.values()] == [own.data]:
+    choice = choose(suite, sources, [tasks] if isinstance(tasks, str) else tasks, most, items, place)
+    settings = {}
+    if choice.corpora == {STDLIB: STDLIB} and STDLIB not in sources:  # No text was named.
+        settings = next(filter(None, map(_settings_of, names)), {})
+        own = choose_text(settings, None, text_field, split)
+        choice = replace(choice, corpora={own.data: own.data})
         text_field, split = own.text_field, own.split
     watch = watch or silent
     record = Record.open(out)
     entrants, original, tokenizer, vocab_size, longest = _enter(names, against, context, trust_remote_code, watch)
-    opened = _open_corpora(choice, tokenizer, vocab_size, longest, text_field, split or "train", watch)
+    with blaming_the_run(bool(settings)):
+        opened = _open_corpora(choice, tokenizer, vocab_size, longest, text_field, split or "train", watch)
     session = _Session(
         entrants=entrants,
         original=original,

@@ -78,7 +78,6 @@ def choose(
     tokens: int | None,
     items: int | str | None,
     device: str,
-    default: str = STDLIB,
 ) -> Choice:
     """Put together what the user asked for.
 
@@ -89,7 +88,6 @@ def choose(
         tokens: predicted tokens of each corpus; by default the suite's.
         items: items of each benchmark, or `all`; by default the suite's.
         device: `cpu` or another.
-        default: source where neither the suite nor the user names any.
 
     Raises:
         UnnormError: there is no such suite, a name stands twice, or a number is wrong.
@@ -108,7 +106,7 @@ def choose(
     run += [name for name in (*named, *files) if name != "none"]
     only_benchmarks = suite is None and run and not corpora
     return Choice(
-        corpora=_corpora(chosen, corpora, default) if not only_benchmarks or chosen.corpora else {},
+        corpora=_corpora(chosen, corpora) if not only_benchmarks or chosen.corpora else {},
         tasks=tuple(dict.fromkeys(run)),
         files=files,
         tokens=tokens if tokens is not None else chosen.tokens if on_cpu else chosen.gpu_tokens,
@@ -133,10 +131,10 @@ def _named(given: str) -> tuple[str, str]:
     return ALIASES.get(match[1], match[1]), match[2]
 
 
-def _corpora(suite: Suite, named: dict[str, str], default: str) -> dict[str, str]:
+def _corpora(suite: Suite, named: dict[str, str]) -> dict[str, str]:
     """The suite's corpora, from where the user says; then the user's own."""
     if not suite.corpora:
-        return named or {default: default}
+        return named or {STDLIB: STDLIB}
     of_suite = {name: named.get(name, source) for name, source in suite.corpora.items()}
     if PILE_FILTERED in of_suite and PILE_FILTERED not in named:
         of_suite[PILE_FILTERED] = of_suite["pile"]

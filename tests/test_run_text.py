@@ -1,0 +1,66 @@
+"""Which text is measured on afterwards: the one that was named, else the run's own."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import PreTrainedTokenizerFast
+
+import unnorm
+from tests.texts import DOCUMENTS
+from unnorm.errors import UnnormError
+from unnorm.run_text import TextSource, choose_text
+
+RUN = {"data": "a", "text_field": "body", "split": "validation"}
+
+
+def test_other_text_is_not_read_by_the_runs_field_and_split() -> None:
+    assert choose_text(RUN) == TextSource("a", "body", "validation", is_own=True)
+    assert choose_text(RUN, split="test") == TextSource("a", "body", "test", is_own=True)
+    assert choose_text(RUN, "b") == TextSource("b", None, "train", is_own=False)
+
+
+def test_text_that_was_named_is_not_said_to_be_the_runs(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UnnormError, match=r"^No data at"):
+        choose_text(RUN, "/gone.txt").held_out(tiny_tokenizer, 300, 16, 1)
+    with pytest.raises(UnnormError, match=r"^The run's own text can't be read\. No data at .* Or name other text"):
+        choose_text({"data": "/gone.txt"}).held_out(tiny_tokenizer, 300, 16, 1)
+
+
+@pytest.fixture
+def run(finished_run: Path, tmp_path: Path) -> Path:
+    """A run whose text is in the column `body`."""
+    rows = [{"text": "another column " * 40, "body": document * 3} for document in DOCUMENTS]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    copy = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    write_settings(copy, data=str(tmp_path / "a.jsonl"), text_field="body")
+    return copy
+
+
+def write_settings(run: Path, **changed: str) -> None:
+    path = run / "config.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | changed))
+
+
+def evaluated_text(run: Path, **options: Any) -> str:
+    results = unnorm.evaluate(run, tokens=64, device="cpu", **options)
+    return str(results.protocol["corpora"][0]["tokens_sha256"])
+
+
+def test_evaluation_is_on_the_runs_text_in_its_field(run: Path) -> None:
+    data = run.parent / "a.jsonl"
+    assert evaluated_text(run) == evaluated_text(run, data=data, text_field="body")
+    assert evaluated_text(run) != evaluated_text(run, data=data)
+
+
+def test_evaluation_asks_for_the_runs_settings_only_where_no_text_is_named(run: Path) -> None:
+    write_settings(run, data="/gone.txt")
+    with pytest.raises(UnnormError, match=r"^The run's own text can't be read\. No data at"):
+        evaluated_text(run)
+    (run / "config.yaml").write_text("a: [")
+    assert evaluated_text(run, data=run.parent / "a.jsonl")
+    with pytest.raises(UnnormError, match="Could not read the settings"):
+        evaluated_text(run)
