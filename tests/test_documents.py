@@ -156,7 +156,7 @@ class TestFiles:
 
     def test_a_text_file_that_is_not_utf_8_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "a.txt").write_bytes("naïve".encode("latin-1"))
-        with pytest.raises(UnnormError, match=r"'utf-8' codec can't decode .* Write it as UTF-8"):
+        with pytest.raises(UnnormError, match=r"'utf-8' codec can't decode .* or not UTF-8"):
             open_documents(str(tmp_path / "a.txt"))
 
     @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
@@ -433,3 +433,16 @@ def test_a_name_beside_lists_is_not_taken_for_the_text(beside: Any, tmp_path: Pa
         open_documents(str(tmp_path / "a.json"))
     (tmp_path / "b.json").write_text(json.dumps([row | {"turns": [1, 2], "about": {"a": "b"}} for row in rows]))
     assert sum(map(len, sides(open_documents(str(tmp_path / "b.json"))))) == 100
+
+
+@pytest.mark.parametrize("values", [["True", "False"], ["1.5e-07", "-2"], ["", "NaN"], ["", ""]])
+def test_what_is_no_text_in_csv_is_not_taken_for_it(values: list[str], tmp_path: Path) -> None:
+    rows = "".join(f"some words {i},{values[i % 2]}\n" for i in range(100))
+    (tmp_path / "a.csv").write_text("content,other\n" + rows)
+    assert sum(map(len, sides(open_documents(str(tmp_path / "a.csv"))))) == 100
+
+
+def test_lists_of_lists_of_numbers_are_no_text(tmp_path: Path) -> None:
+    rows = [{"content": f"some words {i}", "spans": [[0, 3], [4, 9]]} for i in range(100)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    assert sum(map(len, sides(open_documents(str(tmp_path / "a.json"))))) == 100

@@ -48,6 +48,8 @@ _SAVED = TypeAdapter(list[_SavedSite])
 def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load an LN-free model from a run directory, from the `model/` in it, or from the hub, where `push` put it.
 
+    A directory with another model, such as the `control/` of a run, gives that, with its norms.
+
     Args:
         path: a directory, or `OWNER/NAME` on the hub.
         dtype: of its weights, whatever they were saved in.

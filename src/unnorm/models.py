@@ -111,15 +111,19 @@ def check_same_tokenizer(
 
 def context_length(model: PreTrainedModel) -> int:
     """Most tokens that the model takes at once, or was trained on (BLOOM), or 1024 where its config does not say."""
+    return _told_context(model) or 1024
+
+
+def _told_context(model: PreTrainedModel) -> int | None:
     config = model.config.get_text_config()
     names = ("max_position_embeddings", "seq_length", "max_seq_len")
-    return int(next(filter(None, (getattr(config, name, None) for name in names)), 1024))
+    return next(filter(None, (getattr(config, name, None) for name in names)), None)
 
 
 def check_fits(model: PreTrainedModel, tokens: int) -> None:
     """Raise an UnnormError where a sequence has more tokens than the model takes."""
-    longest = context_length(model)
-    if tokens > longest:
+    longest = _told_context(model)
+    if longest is not None and tokens > longest:
         raise UnnormError(f"A sequence has {tokens} tokens, and the model takes {longest}. Shorten it.")
 
 

@@ -112,7 +112,7 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("top-1 agreement", f"{result['top1_agreement']:.1%}", "same most likely next token"),
         ("loss, original", f"{result['teacher_loss']:.4f}", f"{result['validation_tokens']:,} held-out tokens"),
         (
-            "loss, norms removed",
+            "loss, twin",
             f"{result['lnfree_loss']:.4f}",
             _elsewhere(result["lnfree_loss_elsewhere"]) or _increase(result),
         ),
@@ -122,8 +122,8 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append(("overflows in", overflowed, "held-out blocks: train it on with unnorm heal"))
     if result["control_loss"] is not None:
         rows += [
-            ("loss, control", f"{result['control_loss']:.4f}", "norms kept, same tokens"),
-            ("gap", f"{result['gap']:+.4f}", "norms removed less control"),
+            ("loss, control", f"{result['control_loss']:.4f}", "norms kept, as many tokens"),
+            ("gap", f"{result['gap']:+.4f}", "twin's loss less control's"),
         ]
     rows += [
         ("loss, naive removal", _loss_or_overflow(result["naive_loss"]), "constants without training"),
@@ -195,7 +195,7 @@ def _increase(result: dict[str, Any]) -> str:
     """The loss less the original's on the same tokens, with its interval."""
     increase = f"{result['lnfree_loss'] - result['teacher_loss']:+.4f}"
     ends = result["loss_increase_ci"]
-    return f"{increase}, 95% interval {ends[0]:+.4f} to {ends[1]:+.4f}" if ends else increase
+    return f"{increase}, 95% interval {ends[0]:+.4f} to {ends[1]:+.4f} over blocks" if ends else increase
 
 
 def _loss_or_overflow(loss: float | None) -> str:
@@ -361,6 +361,8 @@ def _shown(value: float | None, form: str) -> str:
 def _printable(text: str) -> str:
     """Text on one line; what a terminal can't show, or obeys, is escaped. The end, which is read last, is kept."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if shown.isspace():
+        shown = shown.replace(" ", "␣")
     return shown if len(shown) <= _MOST_SHOWN else "…" + shown[-_MOST_SHOWN:]
 
 

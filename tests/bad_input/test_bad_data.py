@@ -86,7 +86,7 @@ class TestData:
         for encoding in ("latin-1", "utf-16"):
             (work / name).write_bytes(f"{before}naïve".encode(encoding))
             assert f"Could not read '{name}': 'utf-8' codec can't decode" in (text := on(name))
-            assert "Write it as UTF-8" in text
+            assert "or not UTF-8" in text
 
     def test_unknown_format(self, work: Path, on: Callable[..., str]) -> None:
         (work / "a.tsv").write_text("words")

@@ -150,6 +150,7 @@ def scatter(
         low, high = min(ends, default=0.0), max(ends, default=1.0)
         line = {"color": INK, "width": 1.2}
         figure.add_scatter(x=[low, high], y=[low, high], mode="lines", line=line, hoverinfo="skip")
+    value = y_title.removesuffix(" (log)")
     for model, (x, y, names) in points.items():
         many = len(x) > 200
         chosen = (marked or {}).get(model, [])
@@ -160,7 +161,7 @@ def scatter(
             mode="markers",
             marker={"color": COLOURS[model], "size": sizes, "opacity": 0.6, "line": {"width": 0}},
             text=list(names),
-            hovertemplate=f"%{{text}}, {model}<br>{x_title} %{{x:.4g}}<br>{y_title} %{{y:.4g}}<extra></extra>",
+            hovertemplate=f"%{{text}}, {model}<br>{x_title} %{{x:.4g}}<br>{value} %{{y:.4g}}<extra></extra>",
         )
     if log_y:
         log_axis(figure, 1, [v for _, y, _ in points.values() for v in y])

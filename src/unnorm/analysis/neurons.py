@@ -263,7 +263,8 @@ def _weights_figure(weights: dict[str, OutputWeights], chosen: Tensor) -> "Figur
         x, y = of.norm.tolist(), of.logit_variance.tolist()
         points[name] = (x, y, [f"neuron {i}" for i in range(len(x))])
         marked[name] = chosen.tolist()
-    return scatter(points, "length of the output vector", "LogitVar (log)", log_y=True, marked=marked)
+    title = "variance of its effect on logits (log)"
+    return scatter(points, "length of the output vector", title, log_y=True, marked=marked)
 
 
 def _ablation_figure(rows: list[dict[str, Any]], effect: str) -> "Figure":

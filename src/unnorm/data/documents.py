@@ -187,12 +187,18 @@ def _text_column(source: str, head: list[Row], field: str | None) -> str:
 
 
 def _may_be_text(value: object) -> bool:
-    """A number is none, though CSV has it as a string."""
-    return isinstance(value, str) and not value.replace(".", "", 1).lstrip("-").isdecimal()
+    """Numbers, yes and no are none, though CSV has them as strings."""
+    if not isinstance(value, str) or not value.strip() or value.strip().lower() in ("true", "false"):
+        return False
+    try:
+        float(value)
+    except ValueError:
+        return True
+    return False
 
 
 def _holds_text(value: object) -> bool:
-    return isinstance(value, list) and any(isinstance(part, str | dict | list) for part in value)
+    return isinstance(value, list) and any(isinstance(part, str | dict) or _holds_text(part) for part in value)
 
 
 def _is_held_out(key: str, one_in: int) -> bool:

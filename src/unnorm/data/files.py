@@ -289,7 +289,7 @@ def readable(source: str, rows: Callable[[], Iterable[Row]]) -> Iterator[Row]:
         elif isinstance(error, PermissionError):
             remedy = "Give yourself the right to read it."
         elif files and _is_of_encoding(error):
-            remedy = "Write it as UTF-8, for instance by `iconv -f LATIN1 -t UTF-8`."
+            remedy = "It is damaged, not what its name says, or not UTF-8; other text is converted by iconv -t UTF-8."
         else:
             local = "It is damaged, or not what its name says; fetch or write it again."
             remedy = local if files else "If the connection broke, do it again."

@@ -186,7 +186,8 @@ def check_same_text(run: Run) -> None:
     was = finished_result(run.directory).get("text_sha256")
     if was is not None and was != text_digest(run):
         shutil.rmtree(run.directory / DATA)
+        remedy = "Do the run" if run.config.data == OWN_TEXT else "Put it back as it was, or do the run"
         raise UnnormError(
             f"The text in '{run.config.data}' has changed since the twin was trained, and a control must have the "
-            "same. Put it back as it was, or do the run again with --control."
+            f"same. {remedy} again with --control."
         )

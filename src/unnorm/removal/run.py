@@ -18,7 +18,16 @@ from unnorm.limits import set_limits
 from unnorm.plan import Plan
 from unnorm.progress import Watch, say
 from unnorm.recipes import RECIPES, Recipe
-from unnorm.run_directory import CONFIG_FILE, CONTROL, RESULT, check_can_be_made, finished_result, nearest_existing
+from unnorm.run_directory import (
+    BEFORE,
+    CONFIG_FILE,
+    CONTROL,
+    DATA,
+    RESULT,
+    check_can_be_made,
+    finished_result,
+    nearest_existing,
+)
 from unnorm.sites import NormSite
 
 DISK_COPIES = 8
@@ -88,7 +97,7 @@ def saved_options(options: dict[str, Any]) -> dict[str, Any]:
     asked = RemoveConfig.create(**{**saved, **options}).to_saved()
     if asked["dtype"] == "auto":  # The precision that was chosen is what was saved.
         asked["dtype"] = saved.get("dtype")
-    if saved.get("twin") and not finished:
+    if saved.get("twin") and not finished and not (directory / DATA / BEFORE).is_file():  # From then on it has its own.
         _check_healed(directory, Path(saved["twin"]), asked["control"])
     more = (asked["tokens"] or 0) > (saved.get("tokens") or math.inf)
     may_change = _MAY_CHANGE_ON_RESUME | ({"tokens"} if more else set())

@@ -121,7 +121,7 @@ def _results(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("loss of this model", loss("lnfree")),
         ("increase", "" if increase is None else fixed(increase, sign=True) + paired),
         ("loss of the control (norms kept, same tokens)", loss("control")),
-        ("loss with constants alone, before training", loss("naive") if result.get("tokens") else ""),
+        ("loss after naive removal (constants, no training)", loss("naive") if result.get("tokens") else ""),
         ("KL(original, this model)", fixed(result.get("kl"))),
         ("worst case on that text", overflowed(result)),
         ("Jensen-Shannon divergence", fixed(result.get("jsd"))),

@@ -14,6 +14,9 @@ from unnorm.report.numbers import fixed, percent, significant
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+SPACE = "␣"
+"""A space, where it would not be seen."""
+
 MOST_NATS = 2.0
 """What is this far or further apart has the strongest colour."""
 RAMP = (0.05, 0.2, 0.5, 1.0, 2.0)
@@ -80,7 +83,8 @@ def _context(context: Context) -> dict[str, Any]:
     parts = [
         f"block {context.block + 1}, positions {context.start} to {context.start + n - 1}",
         f"mean KL {significant(mean_kl)}",
-        f"loss {fixed(sum(context.original_loss) / n, 3)} to {fixed(sum(context.loss) / n, 3)}",
+        f"loss {fixed(sum(context.original_loss) / n, 3)} to {fixed(sum(context.loss) / n, 3)}, "
+        f"a token's by {fixed(mean_change, 3)} on average",
         _WHY[context.why],
     ]
     return {
@@ -129,4 +133,5 @@ def _visible(text: str) -> Markup:
 
 def _spelled(text: str) -> str:
     """A token's text on its own, with white space and control characters spelled out."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    spelled = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    return "".join(spelled).replace(" ", SPACE)

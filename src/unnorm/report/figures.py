@@ -84,7 +84,7 @@ def scale_figure(
     placed = [(index[site], value) for site, value in constants.items() if site in index and finite_or_none(value)]
     figure = Figure()
     _draw_constants(figure, placed, names)
-    for rows, name, colour, shift in ((before, "original", SOFT, -0.17), (after, "LN-free", ACCENT, 0.17)):
+    for rows, name, colour, shift in ((before, "original", SOFT, -0.17), (after, "twin", ACCENT, 0.17)):
         _draw_scales(figure, rows, name, colour, [index[row.site] + shift for row in rows], crowded)
     shown = range(0, len(names), math.ceil(len(names) / MOST_TICKS))
     labels = short_names(names)
@@ -116,13 +116,13 @@ def position_figure(position_loss: dict[str, list[float]]) -> "Figure | None":
         (x, original), (_, lnfree) = binned["original"], binned["lnfree"]
         draw_line(figure, 2, x, [b - a for a, b in zip(original, lnfree, strict=True)], "difference", ACCENT, "solid")
         figure.add_hline(y=0, row=2, col=1, line={"color": INK, "width": 1.2}, layer="below")
-        name_panel(figure, 2, "LN-free less original")
+        name_panel(figure, 2, "twin less original")
     longest = max(len(losses) for losses in position_loss.values())
     position_axis(figure, longest)
     return finish(figure, 440, "position of the predicted token (log)")
 
 
-LABELS = {"original": "original", "lnfree": "LN-free", "control": "control"}
+LABELS = {"original": "original", "lnfree": "twin", "control": "control"}
 
 
 def bin_positions(losses: Sequence[float], most: int = MOST_POSITION_BINS) -> tuple[list[float], list[float]]:
@@ -147,9 +147,9 @@ def _points(rows: Rows, key: str, kind: str | None = None) -> tuple[list[float],
 def _draw_metric(figure: "Figure", panel: int, key: str, rows: Rows, control_rows: Rows) -> None:
     drawn: list[float] = []
     parts = (
-        (rows, "train", "LN-free, training", ACCENT, {"width": 1}, 0.45),
+        (rows, "train", "twin, training", ACCENT, {"width": 1}, 0.45),
         (control_rows, "validation", "control", SOFT, {"width": 1.5, "dash": "dash"}, 1.0),
-        (rows, "validation", "LN-free, validation", ACCENT, {"width": 2}, 1.0),
+        (rows, "validation", "twin, validation", ACCENT, {"width": 2}, 1.0),
     )
     for source, kind, name, colour, line, opacity in parts:
         tokens, values = _points(source, key, kind)

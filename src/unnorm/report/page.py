@@ -171,8 +171,8 @@ def _losses(result: dict[str, Any]) -> list[dict[str, str]]:
     """Rows of the table of models; those that were not made are left out."""
     models = (
         ("original", "teacher", None),
-        ("constant scales, no training", "naive", "naive_kl"),
-        ("LN-free", "lnfree", "kl"),
+        ("naive removal", "naive", "naive_kl"),
+        ("twin", "lnfree", "kl"),
         ("control", "control", "control_kl"),
     )
     rows = []

@@ -1,5 +1,6 @@
 const values = {{ values }};
 const box = document.getElementById("tokens"), detail = document.getElementById("detail");
+const hint = detail.textContent;
 const shown = [...box.querySelectorAll(".group")];
 function order(by) {
   box.className = `tokens by-${by}`;
@@ -12,6 +13,8 @@ document.getElementById("pair")?.addEventListener("change", (event) => {
   shown.forEach((group, i) => { group.hidden = i !== Number(event.target.value); });
   Object.assign(specs, groups[event.target.value]);
   draw(prefersDark.matches);
+  box.querySelector(".t.on")?.classList.remove("on");
+  detail.textContent = hint;
 });
 // Numbers by group, context and token, taken down before the contexts are put in another order.
 shown.forEach((group, g) => [...group.children].forEach((context, c) =>

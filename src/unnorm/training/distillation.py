@@ -129,7 +129,8 @@ class DistillationTrainer(Trainer):
             return
         # As prepared the model gives logits in float32: with a large vocabulary twice the memory of all else here. The
         # losses widen them a few at a time.
-        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        plain = self._plain_model()
+        plain.forward = vars(plain).pop("_original_forward", plain.forward)
         super()._run_epoch(*args, **kwargs)
 
     def training_step(
