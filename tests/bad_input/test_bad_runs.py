@@ -111,7 +111,7 @@ class TestHeal:
         assert "tokens" in refused("heal", run_copy, "--tokens", tokens)
 
     def test_no_control_to_go_on_with(self, run_copy: Path, refused: Callable[..., str]) -> None:
-        assert "Leave --control out" in refused("heal", run_copy, "--control")
+        assert "Go on without it (--no-control)" in refused("heal", run_copy, "--control")
 
     @pytest.mark.parametrize(
         "edit",
