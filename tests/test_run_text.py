@@ -64,3 +64,7 @@ def test_evaluation_asks_for_the_runs_settings_only_where_no_text_is_named(run: 
     assert evaluated_text(run, data=run.parent / "a.jsonl")
     with pytest.raises(UnnormError, match="Could not read the settings"):
         evaluated_text(run)
+
+
+def test_text_may_be_named_twice_over(run: Path) -> None:
+    assert evaluated_text(run, data="stdlib=stdlib") == evaluated_text(run, data="stdlib") != evaluated_text(run)

@@ -396,13 +396,14 @@ def test_out_of_tokens_names_the_sites_that_are_still_norms(
     assert not (tmp_path / "model").exists()
 
 
+def always_nan(*arguments: Any) -> tuple[torch.Tensor, ...]:
+    minimized, *shown = distillation_losses(*arguments)
+    return minimized * math.nan, *shown
+
+
 def test_divergence_ends_the_run_with_a_message(
     monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    def always_nan(*args: Any) -> tuple[torch.Tensor, ...]:
-        kl, *shown = distillation_losses(*args)
-        return kl * math.nan, *shown
-
     monkeypatch.setattr(distillation, "distillation_losses", always_nan)
     with pytest.raises(unnorm.UnnormError, match="diverged"):
         unnorm.remove(
@@ -643,11 +644,7 @@ def test_a_run_that_is_stopped_while_steps_are_refused_keeps_its_good_weights(
 def test_a_run_that_is_stopped_and_diverges_has_diverged(
     monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    def broken(*arguments: Any) -> tuple[torch.Tensor, ...]:
-        minimized, *shown = distillation_losses(*arguments)
-        return minimized * math.nan, *shown
-
-    monkeypatch.setattr(distillation, "distillation_losses", broken)
+    monkeypatch.setattr(distillation, "distillation_losses", always_nan)
     options: dict[str, Any] = {**SETTINGS, "tokens": 30 * 512, "watch": ctrl_c_at(1)}
     with pytest.raises(unnorm.UnnormError, match="The run diverged"):
         unnorm.remove(str(tiny_model_dir), data=str(text_file), out=tmp_path / "run", **options)

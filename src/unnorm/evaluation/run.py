@@ -136,7 +136,8 @@ def evaluate(
     most = None if tokens is None else read_count(tokens)
     choice = choose(suite, sources, [tasks] if isinstance(tasks, str) else tasks, most, items, place)
     settings = {}
-    if choice.corpora == {STDLIB: STDLIB} and not any(STDLIB in source for source in sources):  # No text was named.
+    named = {source.rpartition("=")[2] for source in sources}
+    if choice.corpora == {STDLIB: STDLIB} and STDLIB not in named:  # No text was.
         settings = next(filter(None, map(_settings_of, names)), {})
         own = choose_text(settings, None, text_field, split)
         choice = replace(choice, corpora={own.data: own.data})
