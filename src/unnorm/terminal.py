@@ -195,7 +195,9 @@ def _increase(result: dict[str, Any]) -> str:
     """The loss less the original's on the same tokens, with its interval."""
     increase = f"{result['lnfree_loss'] - result['teacher_loss']:+.4f}"
     ends = result["loss_increase_ci"]
-    return f"{increase}, 95% by block {ends[0]:+.4f} to {ends[1]:+.4f}" if ends else increase
+    if not ends:
+        return increase
+    return f"{increase}, 95% over {result['interval_over']} {ends[0]:+.4f} to {ends[1]:+.4f}"
 
 
 def _loss_or_overflow(loss: float | None) -> str:

@@ -12,10 +12,12 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tests.conftest import POSITIONS, VOCAB, stdlib_text
 from tests.evaluation.texts import BLOCKS, held_out
+from unnorm import remove
 from unnorm.evaluation import evaluate, evaluate_model
 from unnorm.evaluation.corpora import open_corpus
 from unnorm.evaluation.harness import _interval
 from unnorm.evaluation.intervals import bootstrap_interval, paired_share_interval, share_interval
+from unnorm.run_directory import CARD, MODEL, REPORT
 
 
 class TestIntervals:
@@ -108,6 +110,19 @@ class TestIntervals:
         (row,) = evaluate(str(tiny_model_dir), data=str(path), tokens=10**6)
         assert (row.interval_over, row.units) == ("documents", units.max() + 1)
         assert sum(row.unit_tokens) == row.tokens
+
+    def test_a_run_has_those_that_evaluating_it_has(self, tmp_path: Path, tiny_model_dir: Path) -> None:
+        texts = stdlib_text("os", "inspect", "typing").split("\n\n")[:900]
+        path = tmp_path / "many.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        shared = {"data": str(path), "context": 16}
+        result = remove(model=str(tiny_model_dir), tokens=0, out=tmp_path / "run", **shared)
+        (row,) = evaluate(tmp_path / "run", str(tiny_model_dir), **shared)
+        assert result["interval_over"] == row.interval_over == "documents"
+        assert result["lnfree_loss_ci"] == pytest.approx(row.loss_ci)
+        assert result["loss_increase_ci"] == pytest.approx(row.difference_ci)
+        for page in (tmp_path / "run" / REPORT, tmp_path / "run" / MODEL / CARD):
+            assert "over documents" in page.read_text(encoding="utf-8")
         assert sum(row.unit_losses) == pytest.approx(row.loss * row.tokens)
 
     def test_protocol_names_the_very_tokens(self, tokens: Path, tiny_model_dir: Path) -> None:

@@ -1,6 +1,6 @@
 """Loss, fidelity and benchmarks: what an LN-free model costs and how far it is from the original."""
 
-from unnorm.evaluation.corpora import EVALUATION_SPREAD, EVALUATION_TOKENS
+from unnorm.evaluation.corpora import EVALUATION_SPREAD, EVALUATION_TOKENS, with_documents
 from unnorm.evaluation.results import Evaluation, Results, Score
 from unnorm.evaluation.run import evaluate, evaluate_model
 
@@ -12,4 +12,5 @@ __all__ = [
     "Score",
     "evaluate",
     "evaluate_model",
+    "with_documents",
 ]

@@ -129,7 +129,7 @@ def open_corpus(
     found, held_out = held_out_blocks(
         source, tokenizer, vocab_size, context, EVALUATION_SPREAD * count, text_field, split
     )
-    blocks = _with_documents(found, tokenizer)
+    blocks = with_documents(found, tokenizer)
     left_out = ""
     if filtered_by is not None:
         keep = tokens_in(filtered_by, tokenizer, vocab_size, text_field=text_field, split=split)
@@ -149,7 +149,7 @@ def open_corpus(
         name=name,
         source=source,
         blocks=blocks.select_columns("input_ids"),
-        documents=_column(blocks, "document") if "document" in blocks.column_names else None,
+        documents=documents_of(blocks),
         read=read,
         separator=_separator(tokenizer),
         held_out=held_out,
@@ -198,8 +198,8 @@ def count_bytes(ids: Int[NDArray[np.int32], "block position"], tokenizer: PreTra
     return total(ids) - total(ids[:, :1])
 
 
-def _with_documents(blocks: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Contiguous blocks with the number of each token's document, if the tokenizer has a token between documents.
+def with_documents(blocks: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Contiguous blocks with the number of each token's document as `document`, if a token ends documents.
 
     The separator belongs to the document before it.
     """
@@ -208,6 +208,11 @@ def _with_documents(blocks: Dataset, tokenizer: PreTrainedTokenizerBase) -> Data
     ends = _column(blocks, "input_ids").ravel() == int(tokenizer.eos_token_id)
     numbers = np.cumsum(ends) - ends
     return blocks.add_column("document", list(numbers.reshape(len(blocks), -1)))
+
+
+def documents_of(blocks: Dataset) -> Int[NDArray[np.int64], "block position"] | None:
+    """The number of each token's document, where `with_documents` has given it to these blocks."""
+    return _column(blocks, "document") if "document" in blocks.column_names else None
 
 
 def _column(blocks: Dataset, name: str) -> NDArray[Any]:

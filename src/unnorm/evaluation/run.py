@@ -18,7 +18,7 @@ from unnorm.config import read_count, run_settings
 from unnorm.data import STDLIB
 from unnorm.errors import RunInterruptedError, UnnormError
 from unnorm.evaluation.comparison import compare_tokens
-from unnorm.evaluation.corpora import Corpus, count_bytes, open_corpus
+from unnorm.evaluation.corpora import Corpus, count_bytes, documents_of, open_corpus
 from unnorm.evaluation.harness import Benchmark, open_benchmarks, run_benchmark, with_difference
 from unnorm.evaluation.intervals import LEVEL, RESAMPLES, bootstrap_interval
 from unnorm.evaluation.metrics import Distances, ModelTokens, calibration, measure_tokens
@@ -188,11 +188,12 @@ def evaluate_model(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Evaluation:
-    """Evaluate a model on packed blocks, in its own dtype, sums in float64; intervals are over blocks.
+    """Evaluate a model on packed blocks, in its own dtype, sums in float64.
 
     Args:
         model: any causal language model.
-        blocks: rows of `input_ids`, all of one length.
+        blocks: rows of `input_ids`, all of one length; where `document` says which document each token belongs to and
+            there are 30 of them, intervals are over documents, else over blocks.
         original: the model to compare with, on the same device.
         name: stands in the result.
         data: stands in the result.
@@ -201,7 +202,7 @@ def evaluate_model(
     """
     ids = np.asarray(blocks["input_ids"][:])
     text_bytes = 0 if tokenizer is None else count_bytes(ids, tokenizer)
-    corpus = Corpus(data, data, blocks, None, len(blocks), "", "", text_bytes, "")
+    corpus = Corpus(data, data, blocks, documents_of(blocks), len(blocks), "", "", text_bytes, "")
     ours, theirs, distances = measure_tokens(model, blocks, original, batch_size)
     return _summarize(name, corpus, ours, theirs, distances, tokenizer)
 

@@ -25,7 +25,7 @@ from unnorm.data import (
     stress_blocks,
 )
 from unnorm.errors import UnnormError
-from unnorm.evaluation import EVALUATION_SPREAD, EVALUATION_TOKENS
+from unnorm.evaluation import EVALUATION_SPREAD, EVALUATION_TOKENS, with_documents
 from unnorm.models import DEMO
 from unnorm.plan import Plan
 from unnorm.progress import Watch, say
@@ -72,9 +72,10 @@ def write_blocks(
         np.random.default_rng(config.seed),
         begin_of_blocks(config.data, tokenizer),
     )
+    validation = _numbered(blocks.validation, config, tokenizer)
     parts = {
         "train": train,
-        "validation": spread(blocks.validation, math.ceil(EVALUATION_TOKENS / plan.context)),
+        "validation": spread(validation, math.ceil(EVALUATION_TOKENS / plan.context)),
         **({"stress": as_dataset(stress)} if len(stress) else {}),
     }
     try:
@@ -158,6 +159,11 @@ def _read_blocks(
         split=config.split,
         say=partial(say, watch),
     )
+
+
+def _numbered(validation: Dataset, config: RemoveConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """With the documents that intervals are over; of the original's own text every block is one of its own."""
+    return validation if config.data == OWN_TEXT else with_documents(validation, tokenizer)
 
 
 def with_stress(run: Run) -> Dataset:

@@ -119,6 +119,7 @@ def _result(
         "lnfree_loss": lnfree.loss,
         "lnfree_loss_ci": _ends(lnfree.loss_ci),
         "loss_increase_ci": _ends(lnfree.difference_ci),
+        "interval_over": lnfree.interval_over,
         "control_loss": None if control is None else control.loss,
         "control_loss_ci": None if control is None else _ends(control.loss_ci),
         "gap": None if control is None else lnfree.loss - control.loss,

@@ -67,6 +67,7 @@ def render_report(data: ReportData) -> str:
         "trained": bool(data.result.get("tokens")),
         "tiles": _tiles(data.result),
         "losses": _losses(data.result),
+        "interval_over": data.result.get("interval_over", "blocks"),
         "has_control": _has_control(data),
         "has_line": _original_loss(data) is not None,
         "in_context": "control" in data.position_loss,
