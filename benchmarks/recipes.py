@@ -2,9 +2,11 @@
 
     python benchmarks/recipes.py > benchmarks/recipes.json
     python benchmarks/recipes.py --model openai-community/gpt2 --data Skylion007/openwebtext --tokens 1M 4M 16M 64M
+    python benchmarks/recipes.py --recipes sequential tapernorm --tokens 400k --lr 3e-4 1.5e-4  # Others' rates tuned.
 
-The control (the original fine-tuned with its norms kept) is trained once for each seed and number of tokens, with the
-optimizer of the published recipes beside `sequential`, and all gaps are measured from it.
+The control (the original fine-tuned with its norms kept) is trained for each seed and number of tokens, with the
+optimizer of the published recipes beside `sequential`, and all gaps are measured from it; with several learning rates,
+from the best of them.
 """
 
 import argparse
@@ -30,29 +32,37 @@ MEASURES = ("lnfree_loss", "gap", "kl", "jsd", "top1_agreement", "tokens_per_sec
 KL_TICKS = [factor * 10**power for power in range(-4, 2) for factor in (1, 2, 5)]
 
 
-def measure(recipe: str, tokens: int, seed: int, options: dict[str, Any], console: Console) -> dict[str, Any]:
+def measure(
+    recipe: str, tokens: int, seed: int, lr: float | None, options: dict[str, Any], console: Console
+) -> dict[str, Any]:
     """One run; its numbers, or why there are none."""
-    console.rule(f"{recipe}, {tokens:,} tokens, seed {seed}")
+    console.rule(f"{recipe}, {tokens:,} tokens, seed {seed}, lr {lr or 'its own'}")
     with tempfile.TemporaryDirectory() as directory, Progress(console) as progress:
         try:
             result = unnorm.remove(
                 recipe=recipe,
                 tokens=tokens,
                 seed=seed,
+                lr=lr,
                 out=Path(directory) / "run",
                 control=recipe == "sequential",
                 watch=progress,
                 **options,
             )
         except unnorm.UnnormError as error:
-            return {"recipe": recipe, "tokens": tokens, "seed": seed, "error": str(error)}
+            return {"recipe": recipe, "tokens": tokens, "seed": seed, "lr": lr, "error": str(error)}
     keys = (*MEASURES, "control_loss", "control_kl", "teacher_loss", "naive_kl", "skipped_steps", "plan")
-    return {"recipe": recipe, "tokens": tokens, "seed": seed, **{key: result[key] for key in keys}}
+    named = {"recipe": recipe, "tokens": tokens, "seed": seed, "lr": result["plan"]["lr"]}
+    return {**named, **{key: result[key] for key in keys}}
 
 
 def add_gaps(rows: list[dict[str, Any]]) -> None:
-    """Gaps of all recipes from the one control of their seed and tokens."""
-    controls = {(r["tokens"], r["seed"]): r["control_loss"] for r in rows if r.get("control_loss") is not None}
+    """Gaps of all recipes from the best control of their seed and tokens."""
+    controls: dict[tuple[int, int], float] = {}
+    for row in rows:
+        if row.get("control_loss") is not None:
+            key = row["tokens"], row["seed"]
+            controls[key] = min(row["control_loss"], controls.get(key, row["control_loss"]))
     for row in rows:
         control = controls.get((row["tokens"], row["seed"]))
         if "error" not in row and control is not None:
@@ -60,23 +70,23 @@ def add_gaps(rows: list[dict[str, Any]]) -> None:
 
 
 def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over seeds, for each recipe and number of tokens."""
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    """Mean and standard deviation over seeds, for each recipe, number of tokens and learning rate."""
+    groups: dict[tuple[str, int, float], list[dict[str, Any]]] = {}
     for row in rows:
         if "error" not in row:
-            groups.setdefault((row["recipe"], row["tokens"]), []).append(row)
+            groups.setdefault((row["recipe"], row["tokens"], row["lr"]), []).append(row)
     summary = []
-    for (recipe, tokens), group in groups.items():
+    for (recipe, tokens, lr), group in groups.items():
         values = {key: [row[key] for row in group] for key in MEASURES if all(row[key] is not None for row in group)}
         means = {key: statistics.mean(v) for key, v in values.items()}
         spread = {f"{key}_sd": statistics.stdev(v) for key, v in values.items() if len(v) > 1}
-        summary.append({"recipe": recipe, "tokens": tokens, "seeds": len(group), **means, **spread})
+        summary.append({"recipe": recipe, "tokens": tokens, "lr": lr, "seeds": len(group), **means, **spread})
     return summary
 
 
 def tokens_to_reach(summary: list[dict[str, Any]]) -> dict[str, int | None]:
-    """Fewest tokens of ours whose mean gap is no larger than each other recipe's at its most tokens."""
-    by_tokens = sorted((row for row in summary if "gap" in row), key=lambda row: row["tokens"])
+    """Fewest tokens of ours whose mean gap is no larger than each other recipe's at its most tokens and best rate."""
+    by_tokens = sorted((row for row in summary if "gap" in row), key=lambda row: (row["tokens"], -row["gap"]))
     ours = [row for row in by_tokens if row["recipe"] == "taper"]
     last = {row["recipe"]: row for row in by_tokens}
     return {
@@ -89,8 +99,8 @@ def tokens_to_reach(summary: list[dict[str, Any]]) -> dict[str, int | None]:
 def table(summary: list[dict[str, Any]]) -> str:
     """The summary in Markdown."""
     lines = [
-        "| recipe | tokens | loss | gap | KL | JSD | top-1 | tokens/s | peak MB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| recipe | tokens | rate | loss | gap | KL | JSD | top-1 | tokens/s | peak MB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
 
     def number(row: dict[str, Any], key: str, places: int) -> str:
@@ -100,11 +110,18 @@ def table(summary: list[dict[str, Any]]) -> str:
         return f"{row[key]:.{places}f}" + (f" ± {spread:.{places}f}" if spread is not None else "")
 
     for row in summary:
-        cells = [row["recipe"], f"{row['tokens']:,}", number(row, "lnfree_loss", 4), number(row, "gap", 4)]
+        cells = [row["recipe"], f"{row['tokens']:,}", f"{row['lr']:.2g}"]
+        cells += [number(row, "lnfree_loss", 4), number(row, "gap", 4)]
         cells += [number(row, "kl", 4), number(row, "jsd", 4), f"{row['top1_agreement']:.1%}"]
         cells += [f"{row['tokens_per_second']:,.0f}", f"{row['peak_memory_mb']:,.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def at_best_rate(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One recipe's row of least loss for each number of tokens."""
+    best = {row["tokens"]: row for row in sorted(rows, key=lambda row: -row["lnfree_loss"])}
+    return [best[tokens] for tokens in sorted(best)]
 
 
 def plot(summary: list[dict[str, Any]]) -> go.Figure:
@@ -112,7 +129,7 @@ def plot(summary: list[dict[str, Any]]) -> go.Figure:
     figure = make_subplots(rows=1, cols=2, subplot_titles=("gap to the control", "KL to the original"))
     colours = dict(zip(RECIPES, ("#0072B2", "#D55E00", "#E69F00", "#009E73"), strict=True))
     for recipe, colour in colours.items():
-        mine = sorted((row for row in summary if row["recipe"] == recipe), key=lambda row: row["tokens"])
+        mine = at_best_rate([row for row in summary if row["recipe"] == recipe])
         for column, key in ((1, "gap"), (2, "kl")):
             shown = [row for row in mine if key in row]
             figure.add_scatter(
@@ -141,20 +158,25 @@ def main() -> None:
     parser.add_argument("--data", default="stdlib")
     parser.add_argument("--tokens", nargs="+", type=parse_count, default=[40_000, 100_000, 400_000])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--lr", nargs="+", type=float, default=[None], help="learning rates; by default each recipe's")
+    parser.add_argument("--batch-size", type=int, help="blocks in a step; by default each recipe's")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--table", type=Path, help="Markdown file")
     parser.add_argument("--plot", type=Path, help="HTML file")
     args = parser.parse_args()
 
     logging.disable_progress_bar()
     console = Console(stderr=True)
-    options = {"model": args.model, "data": args.data, "device": args.device}
+    options = {"model": args.model, "data": args.data, "device": args.device, "dtype": args.dtype}
+    options["batch_size"] = args.batch_size
     rows = [
-        measure(recipe, tokens, seed, options, console)
+        measure(recipe, tokens, seed, lr, options, console)
         for seed in range(args.seeds)
         for tokens in args.tokens
         for recipe in args.recipes
+        for lr in args.lr
     ]
     add_gaps(rows)
     summary = summarize(rows)

@@ -28,7 +28,7 @@ from unnorm.analysis.scales import log_scales
 from unnorm.analysis.sinks import sinks
 from unnorm.checkpoint import load_sites
 from unnorm.errors import UnnormError
-from unnorm.models import cast_as_loaded, load_original
+from unnorm.models import cast_as_loaded, copy_model, load_original
 from unnorm.tracing import trace_inputs
 
 BRIDGED = ["gpt2", "gpt_neox, parallel", "llama", "qwen3"]
@@ -43,6 +43,14 @@ PAIRS = [
 
 def original_of(run: Path) -> PreTrainedModel:
     return load_original(str(run.parent / "model"))[0]
+
+
+def test_states_that_a_model_keeps_from_its_last_pass_are_copied_without_its_graph(tiny_model: PreTrainedModel) -> None:
+    """As RecurrentGemma keeps some."""
+    model = copy_model(tiny_model)
+    model.transformer.state = model.lm_head.weight * 2  # type: ignore[union-attr]
+    copy = float64_copy(model)
+    assert copy.dtype == torch.float64 and copy.transformer.state.grad_fn is None  # type: ignore[union-attr]
 
 
 def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ import unnorm
 from tests.conftest import POSITIONS, VOCAB, Cli, randomize, with_other_tokens
 from unnorm.checkpoint import load, load_sites
 from unnorm.errors import UnnormError
-from unnorm.worst_case.audit import summarize, verdict
+from unnorm.worst_case.audit import _worst, summarize, verdict
 from unnorm.worst_case.inputs import Inputs, Material, input_classes
 from unnorm.worst_case.measure import Measured, largest_residuals, measure
 
@@ -229,6 +229,22 @@ class TestClasses:
         (late,) = [kind for kind in input_classes(material, True) if kind.name == "late positions"]
         assert late.inputs[0].read.nonzero()[:, 1].unique().tolist() == list(range(48, POSITIONS))
 
+    def test_late_positions_are_those_after_the_context_that_a_run_chose(self, healthy: Path, tmp_path: Path) -> None:
+        run = shutil.copytree(healthy, tmp_path / "run")
+        result = json.loads((run / "result.json").read_text())
+        result["plan"]["context"] = 32
+        (run / "result.json").write_text(json.dumps(result))
+        result = unnorm.audit(run, tokens=128)
+        assert result["trained_context"] == 32 and "late positions" in by_name(result)
+
+    def test_hold_what_they_are_named_for(self, material: Material) -> None:
+        kinds = {kind.name: kind.inputs[0] for kind in input_classes(material, True)}
+        assert (kinds["end-of-text first"].ids.cumsum(1) == 0).sum(1).tolist() == [1, 2, 3, 4] * 4
+        assert (kinds["end-of-text inside"].ids == 0).any(1).all()
+        padding = kinds["left padding"].attention_mask
+        assert padding is not None and len(set((padding == 0).sum(1).tolist())) > 4
+        assert torch.equal(kinds["ordinary text"].ids[:, 0], material.text[:: len(material.text) // 16])
+
     def test_positions_count_from_the_first_real_token(self, material: Material) -> None:
         (part,) = next(kind for kind in input_classes(material, True) if kind.name == "left padding").inputs
         assert part.attention_mask is not None and part.position_ids is not None
@@ -259,10 +275,16 @@ class TestVerdict:
     def test_the_largest_residuals_are_taken(self) -> None:
         ids = torch.arange(24).view(2, 3, 4)
         parts = [Inputs(part, torch.ones(3, 4, dtype=torch.long)) for part in ids]
-        norm = torch.ones(24)
-        norm[21] = 50  # the last sequence of the second part
-        taken = largest_residuals(parts, [norm, torch.ones(24)], 4)
-        assert [part.ids.tolist() for part in taken] == [[[20, 21, 22, 23]]]
+        for place, sequence in ((21, [20, 21, 22, 23]), (5, [4, 5, 6, 7])):
+            norm = torch.ones(24)
+            norm[place] = 50
+            for norms in ([norm, torch.ones(24)], [torch.ones(24), norm]):
+                assert [part.ids.tolist() for part in largest_residuals(parts, norms, 4)] == [[sequence]]
+
+    def test_the_worst_are_those_where_the_twin_is_worse(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+        ids = torch.tensor([[1, 2, 3]])
+        ours, theirs = self.measured(9, 5, 3), self.measured(9, 1, 3)
+        assert _worst([Inputs(ids, ids)], ours, theirs, tiny_tokenizer)[0]["position"] == 1
 
 
 class TestCommand:

@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from unnorm.calibrate import collect_log_scales, set_constants
-from unnorm.equalize import equalize_embedding, naive_kl, token_log_scales
+from unnorm.equalize import equalize_embedding, mean_kl, naive_kl, token_log_scales
 from unnorm.models import copy_model
 from unnorm.sites import find_sites
 from unnorm.stand_ins import install
@@ -25,6 +25,16 @@ def uneven(model: GPT2LMHeadModel, spread: float) -> GPT2LMHeadModel:
         rows *= torch.exp(spread * torch.randn(len(rows), 1, generator=torch.Generator().manual_seed(0)))
         model.transformer.wpe.weight.zero_()
     return model
+
+
+def test_mean_kl_is_per_token_and_from_the_original(tiny_model: GPT2LMHeadModel) -> None:
+    student = copy_model(tiny_model)
+    student.transformer.ln_f.weight.data *= 1.5
+    with torch.no_grad():
+        ids = torch.tensor(BLOCKS["input_ids"])
+        q, p = (model(input_ids=ids).logits.log_softmax(-1) for model in (student, tiny_model))
+    expected = float((p.exp() * (p - q)).sum(-1).mean())
+    assert mean_kl(student, tiny_model, BLOCKS) == pytest.approx(expected, rel=1e-4)
 
 
 def test_token_scales_are_those_of_the_first_norm(tiny_model: GPT2LMHeadModel) -> None:

@@ -19,6 +19,7 @@ import unnorm
 from tests.conftest import VOCAB, Cli, Saved, randomize
 from tests.test_families import GPT_LIKE, LLAMA_LIKE, random_model, removed_twin
 from unnorm.errors import UnnormError
+from unnorm.exports.measure import compare
 from unnorm.exports.nanogpt import forward
 from unnorm.exports.stock import EPS
 from unnorm.exports.transformer_lens import register_adapter
@@ -103,9 +104,18 @@ def test_nanogpt_form(runs: dict[str, Path], tmp_path: Path) -> None:
     assert config["model_args"] == {
         "block_size": 64, "vocab_size": 300, "n_layer": 2, "n_head": 4, "n_embd": 32, "dropout": 0.0, "bias": True,
     }  # fmt: skip
+    assert config["lm_head_bias"] is True
     twin = unnorm.load(runs["gpt2"])
     ids = trace_inputs(twin, 2, 20)
     assert_alike(forward(weights, config, ids), logits(twin, ids), 1e-5)
+
+
+def test_errors_of_a_form_are_those_of_their_definitions() -> None:
+    a, b = -torch.rand(2, 5, 7).double() - 1, -torch.rand(2, 5, 7).double() - 1
+    p, q = a.log_softmax(-1), b.log_softmax(-1)
+    row = compare("x", a, b)
+    assert row.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()))
+    assert row.relative == pytest.approx(float((a - b).abs().max() / a.abs().max()))
 
 
 def test_nanogpt_form_is_for_gpt2_only(runs: dict[str, Path], tmp_path: Path) -> None:

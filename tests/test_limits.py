@@ -63,6 +63,14 @@ def test_nothing_changes_where_no_limit_is_reached() -> None:
     assert share_at_limit(original, BLOCKS) is None
 
 
+def test_the_share_at_the_limit_counts_both_signs() -> None:
+    model = small_llama()
+    neurons = read(model, WRITERS[0])
+    limit_neurons(model, WRITERS[:1])
+    limits_of(model)[WRITERS[0]].fill_(float(neurons.abs().median()))
+    assert share_at_limit(model, BLOCKS) == pytest.approx(0.5, abs=0.01)
+
+
 def test_no_neuron_writes_more_than_its_limit_and_its_gradient_stops_there() -> None:
     model = small_llama()
     limit_neurons(model, WRITERS[:1])

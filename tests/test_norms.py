@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from unnorm.calibrate import set_constants
+from unnorm.calibrate import scale_statistics, set_constants
 from unnorm.norms import CEILING, Estimator, Interpolation, PathReader, TaperedNorm, TokenMask, estimate_log_constant
 
 
@@ -84,6 +84,13 @@ def test_estimators(estimator: Estimator, expected: float) -> None:
     log_scale = torch.tensor([1.0, 2.0, 4.0]).double().log()
     constant = estimate_log_constant(log_scale, torch.ones(3).double(), estimator).exp()
     assert float(constant) == pytest.approx(expected)
+
+
+def test_statistics_keep_the_first_position_apart() -> None:
+    (row,) = scale_statistics({"norm": torch.tensor([[50.0, 1, 2, 4], [70.0, 1, 2, 4]]).log()})
+    assert (row.position_0, row.mean, row.geometric_mean) == pytest.approx((60, 7 / 3, 2))
+    assert (row.smallest, row.largest) == pytest.approx((1, 4))
+    assert row.spread == pytest.approx(float(torch.tensor([1.0, 2, 4] * 2).log().std()))
 
 
 def test_least_squares_minimizes_the_readers_input_error() -> None:

@@ -124,6 +124,13 @@ def test_what_the_hub_may_answer(hub: Hub, run: Path, error: Exception, expected
     assert expected in refusal(run, "me/twin")
 
 
+def test_a_run_without_weights_is_not_published(hub: Hub, run: Path) -> None:
+    """It would put away those that are on the hub."""
+    (run / "model/model.safetensors").unlink()
+    assert "lacks the weights" in refusal(run, "me/twin")
+    assert hub.calls == []
+
+
 def test_only_finished_and_proved_runs(hub: Hub, run: Path, tmp_path: Path) -> None:
     assert "can't be a repository's name" in refusal(run, "a/b/c")
     result = json.loads((run / "result.json").read_text())

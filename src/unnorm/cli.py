@@ -45,8 +45,8 @@ Model = Annotated[str, typer.Argument(help="'demo' (bundled), a local directory,
 Data = Annotated[
     str,
     typer.Option(
-        help="'stdlib' (Python's own library, for the demo); a .txt, .jsonl, .parquet or .csv file, directory or glob; "
-        "a hub data set, OWNER/NAME[:SUBSET]."
+        help="'stdlib' (Python's own library, for the demo); a .txt, .jsonl, .parquet, .csv or .bin file, directory or "
+        "glob; a hub data set, OWNER/NAME[:SUBSET]."
     ),
 ]
 TextField = Annotated[

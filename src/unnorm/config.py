@@ -23,7 +23,7 @@ from unnorm.schedule import KL_BUDGET
 class RemoveConfig(BaseModel):
     """Every option of `unnorm remove`; None means: chosen from the model, the recipe and the machine."""
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid")
 
     model: str = Field(DEMO, description="'demo' (bundled), a local directory, a GGUF file or a hub id")
     twin: Path | None = Field(None, description="finished run whose twin is healed further; norms go at once")
@@ -153,7 +153,7 @@ def parse_count(text: str) -> int:
     return round(count)
 
 
-def read_count(tokens: int | str, name: str = "--tokens") -> int:
+def read_count(tokens: int | str) -> int:
     """A number of tokens, also written as `parse_count` reads it.
 
     Raises:
@@ -162,7 +162,7 @@ def read_count(tokens: int | str, name: str = "--tokens") -> int:
     try:
         return parse_count(tokens) if isinstance(tokens, str) else int(tokens)
     except ValueError as error:
-        raise UnnormError(f"{name}: {error}.") from error
+        raise UnnormError(f"--tokens: {error}.") from error
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def fold(model: PreTrainedModel, sites: Sequence[NormSite]) -> PreTrainedModel:
         A new model of the family's LN-free class, in `model`'s dtype.
 
     Raises:
-        UnnormError: the family has no LN-free class yet.
+        UnnormError: the model's class is not one of transformers' own, or it is a twin that kept norms.
     """
     weights = FoldedWeights(model, sites)
     twin = empty_twin(model, sites, weights)
@@ -175,7 +175,7 @@ def twin_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     """The LN-free class of a model's family.
 
     Raises:
-        UnnormError: the model's class is not one of transformers' own.
+        UnnormError: the model's class is not one of transformers' own, or it is a twin that kept norms.
     """
     if kept := getattr(model.config, "kept_norms", None):
         raise UnnormError(
@@ -229,12 +229,13 @@ def fold_reader(
 ) -> tuple[Float[Tensor, "out in"], Float[Tensor, " out"] | None]:
     """One reader's new weight and bias (None where neither had one), in the reader's dtype."""
     w = weight.double()
-    folded = w * norm.gain.double() * torch.exp(-norm.log_constant[0].double())
+    gain, shift = affine_map(norm)
+    folded = w * gain
     if norm.centered:
         folded = folded - folded.mean(1, keepdim=True)
     new_bias = None if bias is None else bias.double()
-    if norm.bias is not None:
-        added = w @ norm.bias.double()
+    if shift is not None:
+        added = w @ shift
         new_bias = added if new_bias is None else new_bias + added
     return folded.to(weight.dtype), None if new_bias is None else new_bias.to(weight.dtype)
 
@@ -250,11 +251,11 @@ def fold_writer(
     def mapped(rows: Tensor) -> Tensor:
         blocks = rows.double().view(heads, width, -1)
         blocks = blocks - blocks.mean(1, keepdim=True) if norm.centered else blocks
-        return (blocks * gain.double().view(-1, width, 1)).view(rows.shape)
+        return (blocks * gain.view(-1, width, 1)).view(rows.shape)
 
     new_bias = None if bias is None else mapped(bias)
     if shift is not None:
-        added = shift.double().repeat(heads)
+        added = shift.repeat(heads)
         new_bias = added if new_bias is None else new_bias + added
     return mapped(weight).to(weight.dtype), None if new_bias is None else new_bias.to(weight.dtype)
 

@@ -27,7 +27,7 @@ def estimate_log_constant(
     - `geometric` (default): exp(E[log s]), the constant nearest to all scales in log space, where the taper
       interpolates. A massive activation moves it least.
     - `mean`: E[s], the papers' "average std" (arXiv 2409.13710).
-    - `least-squares`: E[s^2] / E[s], which minimizes E|x/s - x/c|^2 relative to |x/c|: the reader's input error,
+    - `least-squares`: E[s^2] / E[s], which minimizes E|x/s - x/c|^2: the reader's input error,
       ruled by the longest vectors.
     """
     weight = weight / weight.sum()

@@ -67,7 +67,7 @@ class Plan(BaseModel):
     @property
     def accumulation(self) -> int:
         """Micro-batches that each process adds up for one optimizer step."""
-        return max(1, self.batch_size // (self.micro_batch * self.processes))
+        return self.batch_size // (self.micro_batch * self.processes)
 
 
 def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) -> Plan:
@@ -107,8 +107,8 @@ def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) 
 def control_plan(plan: Plan) -> Plan:
     """The same tokens in larger steps, where steps are small: labels are noisier than a teacher's logits.
 
-    With 1.6 million tokens the bundled model's control ends at 3.143 nats with 4,096 tokens a step and at 3.150 with
-    1,024 (the original: 3.175); with 512 it ended above the original. A weaker control would flatter the twin.
+    With 1.6 million tokens the bundled model's control ends at 3.070 nats with 4,096 tokens a step (original: 3.099,
+    `benchmarks/demo.json`); with 512 it ended above the original. A weaker control would flatter the twin.
     """
     factor = max(1, round(CONTROL_STEP_TOKENS / plan.step_tokens))
     batch_size = plan.batch_size * factor
@@ -178,7 +178,7 @@ def _micro_batch(model: PreTrainedModel, context: int, most: int, device: str) -
             "machine; --tokens 0 needs far less."
         )
     fit = max(1, int((free * MEMORY_SHARE - states) / (4 * numbers)))
-    return max(size for size in range(1, most + 1) if most % size == 0 and size <= max(1, fit))
+    return max(size for size in range(1, most + 1) if most % size == 0 and size <= fit)
 
 
 def _fast_bfloat16(device: str) -> bool:

@@ -30,7 +30,7 @@ class Optimization:
             activations, once scaled down, to the constant scale.
         even_weight: weight of `unevenness`, averaged over all bounded sites, times alpha^4: while much is still held
             down it would only stand in the way. Once all are removed KL says the same of ordinary tokens, and those
-            alone count that are beyond `RUNAWAY`, first tokens among them (`first_token_losses`).
+            alone count that are beyond `RUNAWAY`, first tokens among them (`FirstTokens`).
     """
 
     least_lr: float

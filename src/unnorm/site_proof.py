@@ -34,8 +34,8 @@ def prove_sites(model: PreTrainedModel, sites: Sequence[NormSite]) -> float:
         The largest absolute difference of logits between folded and unfolded.
 
     Raises:
-        UnnormError: they don't agree (the message names the first site that can't be folded), or the family has
-            no LN-free class yet.
+        UnnormError: they don't agree (the message names the first site that can't be folded), the model's class is not
+            one of transformers' own, or it is a twin that kept norms.
     """
     twin_class(model)
     ids = trace_inputs(model, batch=2, length=16)

@@ -131,7 +131,7 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         *_limits(result),
         ("fold error", f"{result['fold_max_abs_error']:.1e}", "largest difference of logits, float64"),
         ("proof", "passed" if result["verified"] else "FAILED", "unnorm verify"),
-        ("training", f"{result['tokens']:,}", _training(result)),
+        *([("training", f"{result['tokens']:,}", _training(result))] if result["tokens"] else []),
         ("time", f"{result['seconds']:.0f} s", f"peak memory {result['peak_memory_mb']:,.0f} MB"),
     ]
     return rows
@@ -273,11 +273,13 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def _protocol_lines(protocol: dict[str, Any]) -> list[str]:
+    from unnorm.report.sentences import intervals_over  # With torch, which `--help` does not wait for.
+
     lines = [
         f"{row['corpus']}: {row['blocks']:,} blocks of {row['context']} tokens, stride {row['stride']}, evenly out of "
         f"{row['blocks_read']:,}; {row['predicted_tokens']:,} predicted tokens; held out: {row['held_out']}; "
         f"separator: {row['separator']}; first token {row['first_token']}; "
-        f"intervals over {row['units']:,} {row['interval_over']}{row['filter'] and '; filtered: ' + row['filter']}"
+        f"intervals over {intervals_over(row)}{row['filter'] and '; filtered: ' + row['filter']}"
         for row in protocol["corpora"]
     ]
     lines += [
@@ -441,6 +443,7 @@ _ANALYZED = (
     ("{}.entropy_neurons.mean_abs_entropy_through_norm", "neurons", "the part of it through the final norm", ".2e"),
     ("{}.entropy_neurons.mean_loss", "neurons", "entropy neurons ablated: loss, nats", "+.2e"),
     ("{}.random_neurons.mean_abs_entropy", "neurons", "random neurons ablated: entropy, nats", ".2e"),
+    ("{}.random_neurons.mean_abs_entropy_through_norm", "neurons", "the part of it through the final norm", ".2e"),
     ("{}.mean_forms_at", "lens", "depth at which predictions form, mean", ".2f"),
 )
 

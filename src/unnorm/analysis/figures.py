@@ -195,7 +195,8 @@ def bundle(
             x=list(x),
             y=[v if v > 0 else None for v in values],
             mode="lines",
-            line={"color": COLOURS[model], "width": 0.8 + 2 * weight},
+            # The original's under the twin's and wider, so that it is seen where they are the same.
+            line={"color": COLOURS[model], "width": (0.8 + 2 * weight) * (2.5 if model == "original" else 1)},
             opacity=0.5 + 0.5 * weight,
             name=name,
             hovertemplate=f"{name}: %{{y:.4g}} at %{{x}}<extra></extra>",

@@ -1,7 +1,6 @@
 """What every analysis gets, and what it gives back."""
 
 from collections.abc import Iterator, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unnorm.analysis.anatomy import Anatomy, anatomy
 from unnorm.analysis.prompts import PromptPair
 from unnorm.data import batches
+from unnorm.models import copy_model
 from unnorm.sites import NormSite
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Material:
 
 def float64_copy(model: PreTrainedModel) -> PreTrainedModel:
     """An independent copy that computes in float64."""
-    copy = deepcopy(model).double()
+    copy = copy_model(model).double()
     copy.config._experts_implementation = "eager"  # The fused experts know no float64.
     return copy
 

@@ -158,6 +158,7 @@ def find(material: Material) -> Finding:
     for name in results:
         numbers[name] = {"entropy_neurons": _effect(results[name][-2]), "random_neurons": _effect(results[name][-1])}
     before, after = (numbers[n]["entropy_neurons"]["mean_abs_entropy_through_norm"] for n in ("original", "twin"))
+    by_random = significant(numbers["original"]["random_neurons"]["mean_abs_entropy_through_norm"], 2)
     total = [significant(numbers[n]["entropy_neurons"]["mean_abs_entropy"], 2) for n in ("original", "twin")]
     return Finding(
         key="neurons",
@@ -190,8 +191,8 @@ def find(material: Material) -> Finding:
         headline=(
             "Entropy neurons' effect",
             f"{significant(before, 2)} → {significant(after, 2)}",
-            "nats of entropy through the final norm when they are ablated (mean absolute); "
-            f"in all {total[0]} → {total[1]}",
+            "nats of entropy through the final norm when they are ablated (mean absolute; of random neurons in the "
+            f"original {by_random}); in all {total[0]} → {total[1]}",
         ),
     )
 

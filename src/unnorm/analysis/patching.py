@@ -126,7 +126,9 @@ def find(material: Material) -> Finding:
             "Each head's output on a clean prompt is put into the run on a corrupted one (activation patching), and "
             "the effect on the logit difference of the two answers is set beside what the gradient predicts for all "
             f"heads at once (attribution patching). {len(material.prompts)} pairs of prompts, such as "
-            f"“{material.prompts[0].clean}” → “{material.prompts[0].answer.strip()}”."
+            f"“{material.prompts[0].clean}” → “{material.prompts[0].answer.strip()}”. On clean ones the right "
+            f"answer is the likelier of the two in {_right(original):.0%} for the original and in {_right(twin):.0%} "
+            "for the twin."
         ),
         numbers={name: _numbers(value) for name, value in measured.items()}
         | {"prompts": len(material.prompts), "example": material.prompts[0].clean},
@@ -209,12 +211,17 @@ def _numbers(found: Patching) -> dict[str, Any]:
         "error": found.error,
         "clean_metric": float(found.clean.mean()),
         "corrupted_metric": float(found.corrupted.mean()),
-        "right_answers": float((found.clean > 0).double().mean()),
+        "right_answers": _right(found),
         "activation": found.activation.mean(0).tolist(),
         "attribution": found.attribution.mean(0).tolist(),
         "head_error": found.head_error.tolist(),
         "head_correlation": [[None if v != v else v for v in row] for row in found.head_correlation.tolist()],
     }
+
+
+def _right(found: Patching) -> float:
+    """Share of clean prompts on which the right answer has the higher logit of the two."""
+    return float((found.clean > 0).double().mean())
 
 
 def _scatter(measured: dict[str, Patching]) -> "Figure":

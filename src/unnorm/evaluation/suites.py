@@ -23,7 +23,7 @@ class Suite:
         tasks: lm-eval's names of benchmarks.
         tokens: predicted tokens of each corpus, about.
         gpu_tokens: the same on a GPU.
-        items: items of each benchmark on a CPU, drawn at random; on a GPU all.
+        items: items of each benchmark on a CPU, drawn at random.
         gpu_items: items on a GPU; None means all.
     """
 

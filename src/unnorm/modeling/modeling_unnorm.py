@@ -18,7 +18,7 @@ from torch import Tensor, full, inf, nn, ones, zeros
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-if int(transformers.__version__.partition(".")[0]) < 5:  # It would read no rotary angles in the config, and go on.
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 10):  # 4 would miss rotary angles, and go on.
     raise ImportError("A checkpoint of unnorm needs transformers 5.10 or later: pip install 'transformers>=5.10'.")
 
 PREFIX = "Unnorm"

@@ -149,7 +149,7 @@ def _result(
         "seed": run.config.seed,
         "twin": None if run.config.twin is None else str(run.config.twin),
         "directory": str(run.directory),
-        "plan": run.plan.model_dump(),
+        "plan": run.plan.model_dump() | {"cuda_graph": run.plan.records_steps},
         "versions": {name: version(name) for name in ("unnorm", "torch", "transformers", "datasets")}
         | {"python": sys.version.split()[0]},
     }

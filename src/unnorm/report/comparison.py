@@ -83,8 +83,8 @@ def _context(context: Context) -> dict[str, Any]:
     parts = [
         f"block {context.block + 1}, positions {context.start} to {context.start + n - 1}",
         f"mean KL {significant(mean_kl)}",
-        f"loss {fixed(sum(context.original_loss) / n, 3)} to {fixed(sum(context.loss) / n, 3)}, "
-        f"a token's by {fixed(mean_change, 3)} on average",
+        f"loss {fixed(sum(context.original_loss) / n, 3)} → {fixed(sum(context.loss) / n, 3)}, "
+        f"mean change of a token's {fixed(mean_change, 3)} either way",
         _WHY[context.why],
     ]
     return {

@@ -109,7 +109,7 @@ def finish(figure: "Figure", height: int, x_title: str) -> "Figure":
         template="none",
         height=height,
         showlegend=False,
-        margin={"l": 48, "r": 8, "t": 28, "b": 44},
+        margin={"l": 48, "r": 20, "t": 28, "b": 44},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor=PAPER,  # From which plotly takes what names under the pointer are written on.
         font={"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12, "color": SOFT},
@@ -117,7 +117,14 @@ def finish(figure: "Figure", height: int, x_title: str) -> "Figure":
         dragmode=False,
     )
     figure.update_xaxes(
-        showgrid=False, zeroline=False, linecolor=RULE, showline=True, tickcolor=RULE, ticks="outside", automargin=True
+        showgrid=False,
+        zeroline=False,
+        linecolor=RULE,
+        showline=True,
+        tickcolor=RULE,
+        ticks="outside",
+        ticklabeloverflow="allow",
+        automargin=True,
     )
     figure.update_yaxes(gridcolor=RULE, zeroline=False, automargin=True)
     last = max(axis for axis in figure.layout if axis.startswith("xaxis"))

@@ -7,7 +7,7 @@ from unnorm.evaluation.results import Evaluation, Results, Score
 from unnorm.report import evaluation_figures as figures
 from unnorm.report.comparison import make_pair
 from unnorm.report.numbers import MISSING, count, fixed, interval, percent, significant
-from unnorm.report.sentences import elsewhere
+from unnorm.report.sentences import elsewhere, intervals_over
 from unnorm.report.templates import render_page
 
 
@@ -99,7 +99,7 @@ def _protocol(protocol: dict[str, Any]) -> list[tuple[str, str]]:
                 f"{count(corpus['context'])} tokens, stride {count(corpus['stride'])}, evenly out of "
                 f"{count(corpus['blocks_read'])}: {count(corpus['predicted_tokens'])} predicted tokens, "
                 f"{count(corpus['bytes'])} bytes of text. Separator: {corpus['separator']}. The first token "
-                f"{corpus['first_token']}. Intervals are over {count(corpus['units'])} {corpus['interval_over']}. "
+                f"{corpus['first_token']}. Intervals are over {intervals_over(corpus)}. "
                 f"SHA-256 of the token ids: {corpus['tokens_sha256']}."
                 f"{corpus['filter'] and ' Filtered: ' + corpus['filter'] + '.'}",
             )

@@ -29,6 +29,15 @@ def elsewhere(kl: Any, loss: Any) -> str:
     return words and f"; in the others {words}"
 
 
+def intervals_over(corpus: Mapping[str, Any]) -> str:
+    """How many documents or blocks intervals are over; of few documents, that they say nothing of others."""
+    words = f"{count(corpus['units'])} {corpus['interval_over']}"
+    documents = corpus.get("documents")
+    if corpus["interval_over"] == "documents" or documents is None:
+        return words
+    return f"{words} of {f'{count(documents)} documents' if documents > 1 else 'one document'}, and speak of no others"
+
+
 def healed(result: Mapping[str, Any]) -> str:
     """How many of the training tokens a finished run's twin was trained on further; nothing where it was one run."""
     if not result.get("twin"):

@@ -25,7 +25,7 @@ function tell(token) {
   token.classList.add("on");
   const v = token.at;
   const bold = element("b", "");
-  bold.append(element("code", v.token), ` at position ${v.position}: loss ${v.loss[0]} to ${v.loss[1]} (${v.change}), KL ${v.kl}`);
+  bold.append(element("code", v.token), ` at position ${v.position}: loss ${v.loss[0]} → ${v.loss[1]} (${v.change}), KL ${v.kl}`);
   detail.replaceChildren(bold, element("br", ""), "the original expects ", element("code", v.guess[0]),
     ` (${v.confidence[0]}, entropy ${v.entropy[0]}); the model `, element("code", v.guess[1]),
     ` (${v.confidence[1]}, entropy ${v.entropy[1]})`);
