@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import unnorm
-from tests.conftest import SETTINGS, Cli, Saved, assert_same_weights
+from tests.conftest import SETTINGS, Cli, Saved, assert_same_weights, ctrl_c_at
 from tests.test_families import FAMILIES
 from unnorm import processes
 from unnorm.config import read_config_file
@@ -356,6 +356,35 @@ def test_ctrl_c_at_any_time_says_how_to_go_on(
     assert stopped.code == 130
     assert f"unnorm remove --resume --out {out}" in stopped.err
     assert unnorm.remove(out=out, resume=True)["verified"]
+
+
+def test_what_is_not_saved_yet_is_in_the_command(
+    monkeypatch: pytest.MonkeyPatch, cli: Cli, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    run = ("--out", tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(removal, "conclude", interrupt)
+        cli("remove", tiny_model_dir, "--data", text_file, "--tokens", "4k", "--context", 32, *run)
+    for anew in (["--tokens", "8000", "--kl-budget", "3.0"], ["--control"]):
+        with monkeypatch.context() as patch:
+            patch.setattr(removal, "load_original", interrupt)
+            stopped = cli("remove", "--resume", *run, *anew)
+        command = stopped.err.split("unnorm remove ")[-1].split()
+        assert command == ["--resume", *map(str, run), *anew]
+        assert cli("remove", *command).code == 0
+
+
+def test_options_that_leave_the_choice_open_do_not_contradict_what_was_chosen(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file), "out": tmp_path / "run"}
+    options |= {"batch_size": None, "lr": None}
+    with pytest.raises(RunInterruptedError):
+        unnorm.remove(**options, watch=ctrl_c_at(3))
+    assert unnorm.remove(**options, resume=True)["verified"]
 
 
 def test_ctrl_c_before_anything_is_written_says_so(

@@ -121,6 +121,16 @@ def test_a_model_that_can_not_be_trained_here_is_refused_at_once(
     assert unnorm.remove(tiny_model_dir, out=tmp_path / "run", tokens=0, **options)["verified"]
 
 
+@pytest.mark.parametrize(("steps", "control_steps"), [(1, 1), (4, 4), (20, 10), (79, 11), (3125, 391)])
+def test_the_controls_larger_steps_are_as_many_tokens(
+    steps: int, control_steps: int, tiny_model: GPT2LMHeadModel
+) -> None:
+    config = RemoveConfig(tokens=512 * steps, batch_size=8, context=64, device="cpu", dtype="float32")
+    control = plan.control_plan(plan.make_plan(config, tiny_model))
+    assert control.steps == control_steps
+    assert control.training_tokens == pytest.approx(512 * steps, rel=0.03)
+
+
 @pytest.mark.parametrize(("tokens", "batch_size"), [(64, 2), (100, 2), (20, 1)])
 def test_a_little_less_than_one_step_is_one(tokens: int, batch_size: int, tiny_model: GPT2LMHeadModel) -> None:
     """Only what is not half of one is refused, and where the step could be smaller."""

@@ -110,10 +110,10 @@ def control_plan(plan: Plan) -> Plan:
     With 1.6 million tokens the bundled model's control ends at 3.070 nats with 4,096 tokens a step (original: 3.099,
     `benchmarks/demo.json`); with 512 it ended above the original. A weaker control would flatter the twin.
     """
-    factor = max(1, round(CONTROL_STEP_TOKENS / plan.step_tokens))
-    batch_size = plan.batch_size * factor
-    steps = max(1, round(plan.tokens / (batch_size * plan.context)))
-    return plan.model_copy(update={"batch_size": batch_size, "steps": steps})
+    wanted = max(1, min(round(CONTROL_STEP_TOKENS / plan.step_tokens), plan.steps // 10))
+    # In a short run smaller ones: ten of them, where the twin takes as many, and its tokens to a few hundredths.
+    factor = next(n for n in range(wanted, 0, -1) if abs(round(plan.steps / n) * n - plan.steps) <= 0.03 * plan.steps)
+    return plan.model_copy(update={"batch_size": plan.batch_size * factor, "steps": round(plan.steps / factor)})
 
 
 def healing_plan(plan: Plan, spent: int) -> Plan:

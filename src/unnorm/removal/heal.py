@@ -46,7 +46,10 @@ def heal(directory: str | Path, *, watch: Watch | None = None, **options: Any) -
         check_has_control(directory)
     left_out = {*_OF_ONE_RUN, *(_OF_THE_DATA if "data" in options else ())}
     saved = {key: value for key, value in read_config_file(directory / CONFIG_FILE).items() if key not in left_out}
-    anew = {"seed": saved.get("seed", 0) + 1, "control": saved.get("control", False) and has_control(directory)}
+    anew = {
+        "seed": (saved.get("seed", 0) + 1) % 2**32,
+        "control": saved.get("control", False) and has_control(directory),
+    }
     settings = {**saved, **anew, **options, "twin": directory}
     # What is damaged is found now, and not when a directory is made or the twin has been trained.
     measured_before(directory)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, set_seed
 
 from unnorm import processes
 from unnorm.checkpoint import load, save_folded, save_model, save_sites, save_unfolded
-from unnorm.config import RemoveConfig
+from unnorm.config import RemoveConfig, read_config_file
 from unnorm.errors import RunInterruptedError, UnnormError
 from unnorm.isolation import isolated
 from unnorm.models import copy_model, fuse_activations, load_original
@@ -77,7 +77,21 @@ def remove(
     except KeyboardInterrupt:
         if not (directory / CONFIG_FILE).is_file():
             raise
-        raise RunInterruptedError(f"Stopped; what was saved is kept. Go on with: {resume_command(directory)}") from None
+        command = resume_command(directory) + _not_saved(config, directory)
+        raise RunInterruptedError(f"Stopped; what was saved is kept. Go on with: {command}") from None
+
+
+def _not_saved(config: RemoveConfig, directory: Path) -> str:
+    """What a resumed run was given anew, where it was stopped before it saved that, as its command has it."""
+    saved = read_config_file(directory / CONFIG_FILE)
+    words = ""
+    if config.tokens is not None and config.tokens != saved.get("tokens"):
+        words += f" --tokens {config.tokens}"
+    if config.kl_budget != saved.get("kl_budget"):
+        words += f" --kl-budget {config.kl_budget}"
+    if config.control != saved.get("control"):
+        words += " --control" if config.control else " --no-control"
+    return words
 
 
 def _run(config: RemoveConfig, directory: Path, watch: Watch, started: float) -> dict[str, Any]:

@@ -95,7 +95,9 @@ def saved_options(options: dict[str, Any]) -> dict[str, Any]:
     if finished:
         _check_control_is_left(directory, {**saved, **options})
     asked = RemoveConfig.create(**{**saved, **options}).to_saved()
-    if asked["dtype"] == "auto":  # The precision that was chosen is what was saved.
+    # What was left to be chosen is saved as it was chosen.
+    asked |= {key: saved.get(key) for key in ("tokens", "batch_size", "lr") if asked[key] is None}
+    if asked["dtype"] == "auto":
         asked["dtype"] = saved.get("dtype")
     if saved.get("twin") and not finished and not (directory / DATA / BEFORE).is_file():  # From then on it has its own.
         _check_healed(directory, Path(saved["twin"]), asked["control"])
