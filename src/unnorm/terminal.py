@@ -197,7 +197,8 @@ def _increase(result: dict[str, Any]) -> str:
     ends = result["loss_increase_ci"]
     if not ends:
         return increase
-    return f"{increase}, 95% over {result['interval_over']} {ends[0]:+.4f} to {ends[1]:+.4f}"
+    unit = result["interval_over"].removesuffix("s")  # So that it fits a line.
+    return f"{increase}, 95% by {unit} {ends[0]:+.4f} to {ends[1]:+.4f}"
 
 
 def _loss_or_overflow(loss: float | None) -> str:

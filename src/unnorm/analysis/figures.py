@@ -34,7 +34,8 @@ def heat_map(grid: Grid, columns: Sequence[str], rows: Sequence[str], form: str,
 
 def heat_maps(grids: Mapping[str, Grid], columns: Sequence[str], rows: Sequence[str], form: str, what: str) -> Figure:
     """Several of them below one another, on one scale of colours."""
-    figure = panels([1 / len(grids)] * len(grids))
+    height = len(grids) * (70 + 26 * min(len(rows), 18)) + 50
+    figure = panels([1 / len(grids)] * len(grids), min(44 / height, 0.9 / len(grids)))  # Room for a panel's name.
     values = [v for grid in grids.values() for row in grid for v in row if v is not None]
     written = len(columns) * len(rows) <= WRITTEN_CELLS
     for panel, (name, grid) in enumerate(grids.items(), start=1):
@@ -55,7 +56,6 @@ def heat_maps(grids: Mapping[str, Grid], columns: Sequence[str], rows: Sequence[
         )
         if name:
             name_panel(figure, panel, name)
-    height = len(grids) * (70 + 26 * min(len(rows), 18)) + 50
     finish(figure, height, "")
     figure.update_yaxes(autorange="reversed", showgrid=False, **_thinned(rows))
     figure.update_xaxes(showline=False, ticks="", tickangle=0 if len(columns) <= 8 else -90, **_thinned(columns))

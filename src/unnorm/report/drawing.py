@@ -50,13 +50,12 @@ def draw_line(
     figure.add_scatter(x=list(x), y=y, name=name, mode="lines", line=line, hovertemplate="%{y:.4f}", row=panel, col=1)
 
 
-def panels(heights: list[float]) -> "Figure":
-    """Panels below each other on one axis, their heights as shares of 1."""
+def panels(heights: list[float], spacing: float | None = None) -> "Figure":
+    """Panels below each other on one axis, their heights and the space between them as shares of 1."""
     from plotly.subplots import make_subplots
 
-    figure = make_subplots(
-        rows=len(heights), cols=1, shared_xaxes=True, row_heights=heights, vertical_spacing=0.2 / (1 + len(heights))
-    )
+    spacing = spacing or 0.2 / (1 + len(heights))
+    figure = make_subplots(rows=len(heights), cols=1, shared_xaxes=True, row_heights=heights, vertical_spacing=spacing)
     figure.update_layout(hovermode="x")
     return figure
 
