@@ -377,6 +377,19 @@ def test_what_is_not_saved_yet_is_in_the_command(
         assert cli("remove", *command).code == 0
 
 
+def test_as_many_blocks_at_once_whatever_memory_is_free_by_then(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file), "out": tmp_path / "run"}
+    with pytest.raises(RunInterruptedError):
+        unnorm.remove(**options, watch=ctrl_c_at(3))
+    enough_for_the_states = 20 * sum(p.numel() for p in load_original(str(tiny_model_dir))[0].parameters()) + 1
+    monkeypatch.setattr("unnorm.plan.free_memory", lambda _: enough_for_the_states)
+    assert unnorm.remove(out=tmp_path / "run", resume=True)["plan"]["micro_batch"] == 8
+    options |= {"out": tmp_path / "fresh", "tokens": 512}
+    assert unnorm.remove(**options)["plan"]["micro_batch"] == 1
+
+
 def test_options_that_leave_the_choice_open_do_not_contradict_what_was_chosen(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -59,6 +59,9 @@ Device = Annotated[str, typer.Option(help="auto (cuda or else cpu), cpu, cuda or
 RunSplit = Annotated[str | None, typer.Option(help="Split that the text comes from.", show_default="the run's")]
 RunDirectory = Annotated[Path | None, typer.Option(help="Run directory.", show_default="a new one")]
 StepBlocks = Annotated[int | None, typer.Option(help="Blocks for each optimizer step.", show_default="by tokens")]
+MicroBatch = Annotated[
+    int | None, typer.Option(help="Of these at once at most, on each device.", show_default="by memory")
+]
 Precision = Annotated[str, typer.Option(help="Precision of the training passes: auto, float32 or bfloat16.")]
 Compile = Annotated[
     bool, typer.Option("--compile/--no-compile", help="torch.compile the passes: minutes of work before the first.")
@@ -109,6 +112,7 @@ def remove(
         ),
     ] = None,
     batch_size: StepBlocks = None,
+    micro_batch: MicroBatch = None,
     context: Context = None,
     lr: Annotated[
         float | None,
@@ -183,6 +187,7 @@ def heal(
     split: RunSplit = None,
     out: RunDirectory = None,
     batch_size: StepBlocks = None,
+    micro_batch: MicroBatch = None,
     lr: Annotated[
         float | None, typer.Option(help="Peak learning rate.", show_default="by width and share of all tokens")
     ] = None,
@@ -523,7 +528,10 @@ def main() -> None:
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        _say("The device is out of memory. Use a smaller --batch-size or --context, or --device cpu.")
+        _say(
+            "The device is out of memory. Use a smaller --batch-size (--micro-batch in training) or --context, "
+            "or --device cpu."
+        )
         sys.exit(2)
 
 

@@ -36,6 +36,7 @@ class RemoveConfig(BaseModel):
     recipe: RecipeName = Field("taper", description="'taper', 'sequential', 'sequential-aux' or 'tapernorm'")
     tokens: int | None = Field(None, ge=0, description="training tokens (2M, 150M); 0 only calibrates and folds")
     batch_size: int | None = Field(None, ge=1, description="blocks for each optimizer step, over all processes")
+    micro_batch: int | None = Field(None, ge=1, description="of these at once at most on each device; by memory")
     context: int | None = Field(None, ge=2, description="tokens in a block")
     lr: float | None = Field(None, gt=0, allow_inf_nan=False, description="peak learning rate")
     seed: int = Field(0, ge=0, lt=2**32, description="seed of everything random")

@@ -88,7 +88,7 @@ def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) 
             "Give more tokens, or a smaller --batch-size or --context."
         )
     batch_size = processes * max(1, round(batch_size / processes))
-    micro_batch = _micro_batch(model, context, batch_size // processes, device) if tokens else 1
+    micro_batch = _micro_batch(model, context, batch_size // processes, device, config.micro_batch) if tokens else 1
     return Plan(
         device=device,
         bfloat16=config.dtype == "bfloat16" or (config.dtype == "auto" and _fast_bfloat16(device)),
@@ -161,8 +161,8 @@ def choose_device(device: str) -> str:
     return device
 
 
-def _micro_batch(model: PreTrainedModel, context: int, most: int, device: str) -> int:
-    """Blocks that fit in memory at once: the largest divisor of `most` whose activations do.
+def _micro_batch(model: PreTrainedModel, context: int, most: int, device: str, asked: int | None) -> int:
+    """Blocks at once: the largest divisor of `most` that is not more than was asked for, else whose activations fit.
 
     Activations of a block's pass, in float32: some 40 widths a layer and token, and the logits and their softmax,
     of student and teacher, 6 times over.
@@ -177,7 +177,7 @@ def _micro_batch(model: PreTrainedModel, context: int, most: int, device: str) -
             f"alone, and {free / 1e9:.1f} GB are free. Take a smaller model or a larger "
             "machine; --tokens 0 needs far less."
         )
-    fit = max(1, int((free * MEMORY_SHARE - states) / (4 * numbers)))
+    fit = asked or max(1, int((free * MEMORY_SHARE - states) / (4 * numbers)))
     return max(size for size in range(1, most + 1) if most % size == 0 and size <= fit)
 
 

@@ -98,6 +98,7 @@ def _as_chosen(config: RemoveConfig, plan: Plan) -> RemoveConfig:
             "dtype": plan.dtype,
             "tokens": plan.tokens,
             "batch_size": plan.batch_size if plan.steps else None,
+            "micro_batch": plan.micro_batch if plan.steps else None,
             "lr": plan.lr if plan.steps else None,
         }
     )

@@ -11,7 +11,10 @@ from unnorm.removal.remove import remove
 from unnorm.removal.run import check_has_control, has_control, measured_before
 from unnorm.run_directory import CONFIG_FILE, CONTROL, RESULT
 
-_OF_ONE_RUN = ("tokens", "lr", "batch_size", "device", "dtype", "compile", "cuda_graph", "report_to", "out", "twin")
+_OF_ONE_RUN = (
+    *("tokens", "lr", "batch_size", "micro_batch", "device", "dtype", "compile", "cuda_graph"),
+    *("report_to", "out", "twin"),
+)
 """Settings that a run does not hand on to the one that goes on from its twin."""
 _OF_THE_DATA = ("text_field", "split")
 

@@ -33,7 +33,7 @@ from unnorm.sites import NormSite
 DISK_COPIES = 8
 """Sizes of the model in float32 that a run may write: a checkpoint with optimizer state, the models it leaves."""
 
-_MAY_CHANGE_ON_RESUME = {"device", "compile", "cuda_graph", "report_to", "out", "kl_budget", "control"}
+_MAY_CHANGE_ON_RESUME = {"device", "compile", "cuda_graph", "micro_batch", "report_to", "out", "kl_budget", "control"}
 
 
 @dataclass(frozen=True)

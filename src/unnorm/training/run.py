@@ -195,7 +195,7 @@ def _as_unnorm_errors(plan: Plan, checkpoints: Path, report_to: Sequence[str]) -
     except torch.OutOfMemoryError as error:
         raise UnnormError(
             f"Out of memory with {plan.micro_batch} blocks of {plan.context} tokens at once. "
-            "Use a smaller --batch-size or --context."
+            "Use a smaller --micro-batch or --context."
         ) from error
     except (OSError, SafetensorError) as error:
         raise UnnormError(
