@@ -110,6 +110,20 @@ class TestHeal:
     def test_tokens(self, tokens: str, run_copy: Path, refused: Callable[..., str]) -> None:
         assert "tokens" in refused("heal", run_copy, "--tokens", tokens)
 
+    def test_original_that_was_moved(
+        self, run_copy: Path, unfinished_run: Path, tmp_path: Path, refused: Callable[..., str]
+    ) -> None:
+        for run, arguments, remedy in (
+            (run_copy, ("heal", run_copy, "--tokens", "1k"), f"'{run_copy / 'config.yaml'}' (model: …)"),
+            (unfinished_run, ("remove", "--resume", "--out", unfinished_run), f"'{unfinished_run / 'config.yaml'}'"),
+            (run_copy, ("analyze", run_copy), "Or name it with --against."),
+        ):
+            settings = run / "config.yaml"
+            lines = [line for line in settings.read_text().splitlines() if not line.startswith("model:")]
+            settings.write_text("\n".join([f"model: {tmp_path / 'gone'}", *lines]))
+            said = refused(*arguments)
+            assert "No model" in said and remedy in said
+
     def test_no_control_to_go_on_with(self, run_copy: Path, refused: Callable[..., str]) -> None:
         assert "Go on without it (--no-control)" in refused("heal", run_copy, "--control")
 

@@ -104,7 +104,12 @@ def analyze(
     if not name:
         raise UnnormError(f"'{directory / CONFIG_FILE}' does not name the original. Name it with --against.")
     say(watch, f"loading {directory} and {name}")
-    original, tokenizer = load_original(name, trust_remote_code)
+    try:
+        original, tokenizer = load_original(name, trust_remote_code)
+    except UnnormError as error:
+        if against is not None:
+            raise
+        raise UnnormError(f"The run's own original can't be used. {error} Or name it with --against.") from error
     twin, its_tokenizer = load_original(str(directory / MODEL), trust_remote_code)
     check_same_vocabulary(str(directory), twin, name, original)
     _check_pair(original, twin, sites, name)

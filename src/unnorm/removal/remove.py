@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from datasets import load_from_disk
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from unnorm import processes
 from unnorm.checkpoint import load, save_folded, save_model, save_sites, save_unfolded
@@ -104,7 +104,7 @@ def _run(config: RemoveConfig, directory: Path, watch: Watch, started: float) ->
 def _prepare(config: RemoveConfig, directory: Path, watch: Watch) -> Run:
     """Load and check everything before anything is written or trained."""
     say(watch, f"loading {config.model}")
-    model, tokenizer = load_original(config.model, config.trust_remote_code)
+    model, tokenizer = _load_original(config, directory)
     sites = find_sites(model, config.in_place, config.keep)
     prove_sites(model, sites)
     plan = processes.agree(lambda: _plan(config, model))
@@ -130,6 +130,17 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watch) -> Run:
         held_out,
         watch,
     )
+
+
+def _load_original(config: RemoveConfig, directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The original; where it is named in the settings of an earlier run, what can't be loaded may have been moved."""
+    try:
+        return load_original(config.model, config.trust_remote_code)
+    except UnnormError as error:
+        for run in filter(None, (directory, config.twin)):
+            if (run / CONFIG_FILE).is_file():
+                raise UnnormError(f"{error} Where it is stands in '{run / CONFIG_FILE}' (model: …).") from error
+        raise
 
 
 def _plan(config: RemoveConfig, model: PreTrainedModel) -> Plan:
