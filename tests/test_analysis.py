@@ -16,13 +16,15 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import unnorm
 from tests.conftest import Cli, randomize, with_other_tokens
+from unnorm.analysis import attribution, neurons
 from unnorm.analysis.anatomy import anatomy
 from unnorm.analysis.attribution import attribute, frozen_scale_error
+from unnorm.analysis.geometry import find as find_geometry
 from unnorm.analysis.geometry import geometry
 from unnorm.analysis.lens import lens
 from unnorm.analysis.material import Material, float64_copy
 from unnorm.analysis.neurons import ablate, output_weights
-from unnorm.analysis.patching import patch
+from unnorm.analysis.patching import Patching, patch
 from unnorm.analysis.prompts import PromptPair, by_length, indirect_object_prompts, read_prompts
 from unnorm.analysis.scales import log_scales
 from unnorm.analysis.sinks import sinks
@@ -612,3 +614,48 @@ def test_effects_of_patching_are_in_the_order_of_the_pairs(runs: dict[str, Path]
 def test_ids_that_are_more_than_the_model_takes_are_refused(measure: Any, finished_run: Path) -> None:
     with pytest.raises(UnnormError, match=r"A sequence has 65 tokens, and the model takes 64\."):
         measure(unnorm.load(finished_run), torch.zeros(1, 65, dtype=torch.long))
+
+
+def test_attributions_do_not_depend_on_how_many_batches_there_are(runs: dict[str, Path]) -> None:
+    material = material_of(runs["gpt2"])
+    one, several = (attribution.find(replace(material, batch_size=size)).numbers["twin"] for size in (3, 1))
+    for key in ("mean_abs", "mean", "mean_abs_direct_effect"):
+        found, expected = ([row[key] for row in numbers["parts"][:-1]] for numbers in (several, one))
+        assert found == pytest.approx(expected, rel=1e-6)
+    assert several["tokens"] == one["tokens"] == 3 * 19
+    assert [row["mean_abs"] for row in several["neurons"]] == pytest.approx([r["mean_abs"] for r in one["neurons"]])
+
+
+def test_neurons_are_put_at_their_means_over_all_batches(runs: dict[str, Path]) -> None:
+    material = material_of(runs["gpt2"])
+    one, several = (neurons.find(replace(material, batch_size=size)).numbers for size in (3, 1))
+    for name in ("original", "twin"):
+        assert several[name]["entropy_neurons"] == pytest.approx(one[name]["entropy_neurons"], rel=1e-2, abs=1e-5)
+
+
+def test_metrics_are_of_the_clean_and_of_the_corrupted_prompt(runs: dict[str, Path]) -> None:
+    twin, tokenizer = unnorm.load(runs["gpt2"]), AutoTokenizer.from_pretrained(runs["gpt2"] / "model")
+
+    def metric(prompt: str, pair: Any) -> float:
+        with torch.no_grad():
+            logits = twin(input_ids=torch.tensor([tokenizer(prompt).input_ids])).logits[0, -1]
+        right, wrong = (tokenizer(prompt + answer).input_ids[-1] for answer in (pair.answer, pair.wrong_answer))
+        return float(logits[right] - logits[wrong])
+
+    found = patch(twin, tokenizer, PAIRS)
+    assert found.clean.tolist() == pytest.approx([metric(p.clean, p) for p in PAIRS], rel=1e-3, abs=1e-5)
+    assert found.corrupted.tolist() == pytest.approx([metric(p.corrupted, p) for p in PAIRS], rel=1e-3, abs=1e-5)
+
+
+def test_correlation_of_a_head_is_pearsons() -> None:
+    a, b = torch.randn(2, 6, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 2
+    found = Patching(a, b, a[:, 0, 0], a[:, 0, 0]).head_correlation
+    assert float(found[1, 2]) == pytest.approx(np.corrcoef(a[:, 1, 2], b[:, 1, 2])[0, 1])
+
+
+def test_stable_rank_is_of_squares(runs: dict[str, Path]) -> None:
+    material = material_of(runs["gpt2"])
+    rows = geometry(material.original, material.twin, material.sites, material.constants)
+    for row, numbers in zip(rows, find_geometry(material).numbers["weights"], strict=True):
+        squares = row.singular_values[0].square()
+        assert numbers["original"]["stable_rank"] == pytest.approx(float(squares.sum() / squares.max()))

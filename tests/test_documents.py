@@ -446,3 +446,10 @@ def test_lists_of_lists_of_numbers_are_no_text(tmp_path: Path) -> None:
     rows = [{"content": f"some words {i}", "spans": [[0, 3], [4, 9]]} for i in range(100)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
     assert sum(map(len, sides(open_documents(str(tmp_path / "a.json"))))) == 100
+
+
+def test_of_a_single_line_a_tenth_is_held_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("some words " * 500 + "\n")
+    documents = open_documents(str(tmp_path / "a.txt"))
+    (train,), (validation,) = list(documents.train()), list(documents.validation())
+    assert 0.09 < len(validation) / len(train + validation) < 0.11

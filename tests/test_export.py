@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -393,3 +394,12 @@ def test_stock_form_where_the_language_model_is_a_part(saved: Saved, text_file: 
     unnorm.remove(tmp_path / "model", data=text_file, tokens=0, context=32, out=tmp_path / "run", device="cpu")
     exported = unnorm.export(tmp_path / "run", to="stock", out=tmp_path / "stock")
     assert exported.errors[0].relative < 1e-4
+
+
+def test_a_bridge_may_be_off_by_rounding_alone(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformer_lens")
+    off = SimpleNamespace(relative=0.01)
+    monkeypatch.setattr("unnorm.exports.transformer_lens.compare", lambda *_: off)
+    unnorm.to_transformer_lens(finished_run, torch.bfloat16)
+    with pytest.raises(UnnormError, match="computes other logits"):
+        unnorm.to_transformer_lens(finished_run)

@@ -225,3 +225,16 @@ def test_the_bundled_model_generates_from_its_cache() -> None:
     ids = tokenizer("import", return_tensors="pt")["input_ids"]
     found = model.generate(ids, max_new_tokens=2, return_dict_in_generate=True, pad_token_id=0)
     assert found.past_key_values is not None
+
+
+def test_verify_finds_a_norm_that_came_back_beside_those_kept(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    unnorm.remove(str(tiny_model_dir), data=str(text_file), out=run, tokens=0, keep="ln_f", device="cpu")
+    sites, name = load_sites(run)[0], "norms left are those kept"
+    for place, module in (("transformer.h.0.ln_1", torch.nn.LayerNorm(32)), ("transformer.ln_f", torch.nn.Identity())):
+        twin = unnorm.load(run)
+        assert {check.name: check.passed for check in check_twin(twin, load_unfolded(run), sites)}[name]
+        twin.set_submodule(place, module)
+        assert not {check.name: check.passed for check in check_twin(twin, load_unfolded(run), sites)}[name], place

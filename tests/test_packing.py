@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import VOCAB
 from tests.texts import CONTEXT, DOCUMENTS, ids_of, pack, sides, stream, write, write_ids
-from unnorm.data import build_blocks, open_documents
+from unnorm.data import as_dataset, build_blocks, open_documents, spread, token_files
 from unnorm.data import packing as packing_module
 from unnorm.data.packing import begin_of_blocks, held_out_blocks, token_stream
 from unnorm.errors import UnnormError
@@ -290,3 +290,18 @@ def test_slow_reading_says_how_far_it_is(
     build_blocks(str(write(tmp_path / "a.jsonl", DOCUMENTS)), tiny_tokenizer, 300, CONTEXT, 50, 5, say=said.append)
     assert said
     assert all(line.startswith("read ") and line.endswith(" of 800 tokens at most") for line in said)
+
+
+def test_a_file_of_more_tokens_than_are_read_at_once(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_files, "_IDS_AT_ONCE", 100)
+    train, validation = ids_of(pack(write_ids(tmp_path / "a.bin", np.arange(3200)), tiny_tokenizer))
+    assert train.ravel().tolist() == list(range(2880))
+    assert validation.ravel().tolist() == list(range(2880, 3200))
+
+
+def test_blocks_are_thinned_evenly() -> None:
+    blocks = as_dataset(np.repeat(np.arange(20, dtype=np.int32)[:, None], 2, axis=1))
+    assert [row[0] for row in spread(blocks, 4)["input_ids"]] == [0, 5, 10, 15]
+    assert [row[0] for row in spread(blocks, 30)["input_ids"]] == list(range(20))

@@ -200,3 +200,13 @@ class TestCard:
         assert values["datasets"] == ["Skylion007/openwebtext"]
         assert "fine-tuning run of 2\u202f000\u202f000 tokens" in text
         assert "base_model" not in yaml.safe_load(render_card(result).split("---\n")[1])
+
+
+def test_losses_on_the_card_are_each_models_own(finished_run: Path) -> None:
+    result = json.loads((finished_run / "result.json").read_text())
+    losses = {"teacher_loss": 3.125, "lnfree_loss": 3.25, "control_loss": 3.1875, "naive_loss": 7.5, "tokens": 10}
+    text = render_card(result | losses, *load_sites(finished_run))
+    for words, loss in (("of the original", "3.1250"), ("of this model", "3.2500"), ("after naive removal", "7.5000")):
+        (line,) = (line for line in text.splitlines() if line.startswith(f"| loss {words}"))
+        assert line.split(" | ")[1].startswith(loss), line
+    assert "| increase | +0.1250" in text

@@ -13,7 +13,7 @@ import pytest
 from unnorm.calibrate import ScaleStatistics
 from unnorm.report import ReportData, render_report
 from unnorm.report.drawing import ACCENT, log_ticks, short_names
-from unnorm.report.figures import bin_positions, removal_stretch, run_figure
+from unnorm.report.figures import bin_positions, position_figure, removal_stretch, run_figure
 from unnorm.report.numbers import MISSING, count, duration, fixed, interval, percent, short_count, shortest, significant
 from unnorm.report.page import headline
 
@@ -318,3 +318,10 @@ def test_a_local_path_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not _on_hub("models/gpt") and _published("models/gpt") == "gpt"
     assert not _on_hub("./gpt") and not _on_hub("~/gpt")
     assert _on_hub("openai-community/gpt2") and _on_hub("Salesforce/wikitext:wikitext-2-raw-v1")
+
+
+def test_difference_by_position_is_the_twins_less_the_originals() -> None:
+    figure = position_figure({"original": [2.0, 2.0], "lnfree": [2.0, 3.0]})
+    assert figure is not None
+    (line,) = (trace for trace in figure.data if trace.name == "difference")
+    assert list(line.y) == [0.0, 1.0]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import Dataset
 
 from unnorm.errors import UnnormError
 from unnorm.evaluation.benchmarks import hellaswag, lambada_openai, wikitext
@@ -56,3 +57,18 @@ def test_articles_of_wikitext_are_found_by_their_titles_or_come_one_by_one(tmp_p
         assert [row["page"] for row in wikitext(source)["test"]] == pages
     with pytest.raises(UnnormError, match=r"no field 'text' or 'page'\. It has: content"):
         wikitext(write_rows(tmp_path / "other.jsonl", [{"content": page} for page in pages]))
+
+
+def test_raw_items_of_hellaswag_are_prepared_as_lm_eval_does(tmp_path: Path) -> None:
+    utils = pytest.importorskip("lm_eval.tasks.hellaswag.utils")
+    row: dict[str, Any] = {
+        "activity_label": "Sitting",
+        "ctx_a": "A man sits.",
+        "ctx_b": "he [title] then",
+        "label": "1",
+    }
+    row |= {"ctx": "A man sits. he [title] then", "endings": ["stands  up [step] slowly.", "sits."]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    (found,) = hellaswag(str(tmp_path / "a.jsonl"))["test"]
+    (expected,) = utils.process_docs(Dataset.from_list([row]))
+    assert found == {"query": expected["query"], "endings": expected["choices"], "label": expected["gold"]}
