@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ from torch import Tensor
 
 import unnorm
 from tests.conftest import SETTINGS, Cli, assert_same_weights, ctrl_c_at
+from unnorm.checkpoint import load_sites
 from unnorm.cli import app, main
 from unnorm.config import RemoveConfig
 from unnorm.losses import distillation_losses
 from unnorm.norms import TaperedNorm
+from unnorm.removal import conclude
 from unnorm.run_directory import read_rows
 from unnorm.terminal import Progress
 from unnorm.training import distillation
@@ -300,3 +303,36 @@ def test_what_an_encoding_lacks_is_escaped(finished_run: Path, tmp_path: Path, m
         main()
     assert not exit_.value.code
     assert f"model  {tmp_path}/na\\xefve" in stdout.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
+
+
+def test_constants_are_estimated_as_asked_for(
+    finished_run: Path, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """An arithmetic mean is larger than the geometric one."""
+    unnorm.remove(tiny_model_dir, data=text_file, tokens=0, estimator="mean", out=tmp_path / "run", device="cpu")
+    geometric, mean = (load_sites(directory)[1] for directory in (finished_run, tmp_path / "run"))
+    assert all(mean[name] > 1.0001 * geometric[name] for name in geometric)
+
+
+def test_the_report_has_the_twins_scales(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(conclude, "render_report", lambda data: seen.append(data) or "<html>")
+    unnorm.remove(tiny_model_dir, data=text_file, tokens=0, out=tmp_path / "run", device="cpu")
+    assert [row.site for row in seen[0].scales_before] == [row.site for row in seen[0].scales_after]
+    assert seen[0].scales_before[1:] != seen[0].scales_after[1:]
+
+
+def test_a_run_of_which_one_check_fails_is_not_verified(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_twin = conclude.check_twin
+
+    def one_fails(*given: Any) -> list[Any]:
+        first, *others = check_twin(*given)
+        return [replace(first, passed=False), *others]
+
+    monkeypatch.setattr(conclude, "check_twin", one_fails)
+    options: dict[str, Any] = {"data": text_file, "tokens": 0, "device": "cpu"}
+    assert not unnorm.remove(tiny_model_dir, out=tmp_path / "run", **options)["verified"]

@@ -3,15 +3,18 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from datasets import Dataset
 from transformers import PreTrainedTokenizerFast
 
 import unnorm
 from tests.texts import DOCUMENTS
 from unnorm.errors import UnnormError
+from unnorm.removal.blocks import text_digest
 from unnorm.run_text import TextSource, choose_text
 
 RUN = {"data": "a", "text_field": "body", "split": "validation"}
@@ -68,3 +71,12 @@ def test_evaluation_asks_for_the_runs_settings_only_where_no_text_is_named(run: 
 
 def test_text_may_be_named_twice_over(run: Path) -> None:
     assert evaluated_text(run, data="stdlib=stdlib") == evaluated_text(run, data="stdlib") != evaluated_text(run)
+
+
+def test_the_digest_is_of_held_out_text_too() -> None:
+    def digest(train: int, validation: int) -> str:
+        of_train, held_out = (Dataset.from_dict({"input_ids": [[number, 2, 3]]}) for number in (train, validation))
+        run: Any = SimpleNamespace(train_blocks=of_train, validation_blocks=held_out)
+        return text_digest(run)
+
+    assert len({digest(1, 1), digest(1, 2), digest(2, 1)}) == 3

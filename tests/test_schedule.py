@@ -1,6 +1,7 @@
 """Recipes as pure functions of the share of the run that is done."""
 
 import math
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -199,3 +200,15 @@ def test_whatever_happens_the_controller_stays_within_bounds(steps: list[tuple[f
         assert 0 <= controller.position <= 1
         assert controller.SLOWEST <= controller.speed <= 1
         assert controller.running_kl is None or math.isfinite(controller.running_kl)
+
+
+def test_sequential_removes_sites_of_every_role() -> None:
+    sites = [NormSite(role, "layernorm", 1e-5, 8, role, ("reader",), ()) for role in get_args(Role)]
+    assert {removal.site for removal in sequential(sites, []).removals} == set(get_args(Role))
+
+
+def test_going_back_starts_the_wait_for_gains_anew() -> None:
+    controller = FidelityController(end=0.4, position=0.9, running_kl=0.05, best_kl=0.05, stale=90)
+    for _ in range(controller.BAD_AFTER_END):
+        controller.advance(math.nan, refused=True, steps=100)
+    assert (controller.set_back, controller.best_kl, controller.stale) == (1, math.inf, 0)

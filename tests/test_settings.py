@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -11,6 +11,8 @@ from transformers import GPT2LMHeadModel
 import unnorm
 from unnorm import plan
 from unnorm.config import RemoveConfig, parse_count
+from unnorm.models import copy_model
+from unnorm.recipes import RECIPES, RecipeName
 
 
 @pytest.mark.parametrize(
@@ -136,3 +138,28 @@ def test_a_little_less_than_one_step_is_one(tokens: int, batch_size: int, tiny_m
     """Only what is not half of one is refused, and where the step could be smaller."""
     config = RemoveConfig(tokens=tokens, batch_size=batch_size, context=64, device="cpu", dtype="float32")
     assert plan.make_plan(config, tiny_model).steps == 1
+
+
+@pytest.mark.parametrize(("micro_batch", "processes", "records"), [(8, 1, True), (4, 1, False), (4, 2, False)])
+def test_steps_that_add_up_gradients_are_not_recorded(micro_batch: int, processes: int, records: bool) -> None:
+    sizes: dict[str, Any] = {"tokens": 4096, "context": 64, "batch_size": 8, "steps": 8, "lr": 1e-3}
+    fast: dict[str, Any] = {"bfloat16": False, "compile": False, "cuda_graph": True, "device": "cuda"}
+    made = plan.Plan(micro_batch=micro_batch, processes=processes, **sizes, **fast)
+    assert made.records_steps is records
+
+
+@pytest.mark.parametrize(("width", "share"), [(768, 1.0), (3072, 0.5)])
+@pytest.mark.parametrize("name", get_args(RecipeName))
+def test_wider_models_learn_more_slowly(
+    name: RecipeName, width: int, share: float, tiny_model: GPT2LMHeadModel
+) -> None:
+    model = copy_model(tiny_model)
+    model.config.n_embd = width
+    assert plan.default_lr(model, name) == pytest.approx(share * RECIPES[name].lr_at_768)
+    model.config.n_embd = 1
+    assert plan.default_lr(model, name) == plan.MOST_LR
+
+
+def test_no_step_takes_more_tokens_than_the_most(tiny_model: GPT2LMHeadModel) -> None:
+    made = plan.make_plan(RemoveConfig(tokens=10**9, recipe="sequential", context=64, device="cpu"), tiny_model)
+    assert made.step_tokens == plan.MOST_STEP_TOKENS

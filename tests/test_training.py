@@ -6,7 +6,7 @@ import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ from unnorm.losses import distillation_losses, next_token_loss, scale_penalty
 from unnorm.models import copy_model, without_dropout
 from unnorm.norms import TokenMask, log_scale_of
 from unnorm.plan import Plan
-from unnorm.recipes import SEQUENTIAL_AUX, TAPER, TAPERNORM, Recipe
+from unnorm.recipes import RECIPES, SEQUENTIAL_AUX, TAPER, TAPERNORM, Recipe, RecipeName
 from unnorm.removal import start
 from unnorm.residual import recorded
 from unnorm.schedule import FidelityController, sequential, taper
@@ -49,6 +49,11 @@ from unnorm.training.callbacks import (
 )
 from unnorm.training.distillation import DistillationTrainer
 from unnorm.training.first_tokens import LEARNED, FirstTokens
+
+PLAN = Plan(
+    device="cpu", bfloat16=False, compile=False, cuda_graph=False, processes=1, lr=1e-3,
+    tokens=48, context=16, batch_size=2, micro_batch=2, steps=1,
+)  # fmt: skip
 
 
 def step(guard: GuardCallback, model: nn.Linear, gradient: float, tmp_path: Path) -> TrainerControl:
@@ -345,9 +350,7 @@ def test_a_quick_evaluation_is_an_evaluation_of_few_blocks(
     with torch.no_grad():
         student.get_output_embeddings().weight *= 1.5
     blocks = Dataset.from_dict({"input_ids": [*batch["input_ids"].tolist(), [3] * 16]})
-    sizes: dict[str, Any] = {"tokens": 48, "context": 16, "batch_size": 2, "micro_batch": 2, "steps": 1}
-    fast: dict[str, Any] = {"bfloat16": False, "compile": False, "cuda_graph": False, "processes": 1}
-    found = run.quick_evaluation(student, tiny_model, blocks, Plan(device="cpu", lr=1e-3, **sizes, **fast))
+    found = run.quick_evaluation(student, tiny_model, blocks, PLAN)
     expected = evaluate_model(student, blocks, tiny_model)
     assert found["kl"] == pytest.approx(expected.kl, rel=1e-4)
     assert found["loss"] == pytest.approx(expected.loss, rel=1e-5)
@@ -655,3 +658,41 @@ def test_a_stop_that_one_process_alone_heard_stops_all(monkeypatch: pytest.Monke
     assert not interrupt.is_asked(torch.device("cpu"))
     monkeypatch.setattr("unnorm.processes.total", lambda value: value + 1)
     assert interrupt.is_asked(torch.device("cpu")) and interrupt.asked
+
+
+def test_the_label_weight_of_the_recipe_is_in_force(
+    batch: dict[str, torch.Tensor], tiny_model: PreTrainedModel, tmp_path: Path
+) -> None:
+    """With its norms on the model is its teacher: KL is 0, and what is minimized the next-token loss alone."""
+    with torch.no_grad():
+        loss = next_token_loss(tiny_model(input_ids=batch["input_ids"]).logits, batch["input_ids"])
+    found = minimized(trainer_of(tiny_model, TAPER, tmp_path), batch)
+    assert found == pytest.approx(TAPER.optimization.label_weight * float(loss), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", get_args(RecipeName))
+def test_the_optimizer_is_set_as_the_recipe_says(name: RecipeName, tmp_path: Path) -> None:
+    plan, recipe = PLAN.model_copy(update={"steps": 100}), RECIPES[name].optimization
+    arguments: TrainingArguments = run._arguments(recipe, plan, tmp_path, 0, [])
+    assert (arguments.adam_beta1, arguments.adam_beta2) == recipe.betas
+    assert (arguments.weight_decay, arguments.learning_rate) == (recipe.weight_decay, plan.lr)
+    assert (arguments.lr_scheduler_kwargs or {}).get("min_lr_rate", 0.0) == recipe.least_lr
+    assert arguments.warmup_steps == math.ceil(recipe.warmup * plan.steps)
+
+
+def test_signals_are_handled_as_before_once_a_run_ends(tmp_path: Path) -> None:
+    interrupt = run.InterruptCallback(guarded(tmp_path)[0])
+    before = signal.getsignal(signal.SIGINT)
+    with interrupt.listening():
+        assert signal.getsignal(signal.SIGINT) is not before
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):  # The second one stops at once.
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_the_mean_that_scales_are_drawn_to_has_no_gradient() -> None:
+    scale = torch.tensor([[10.0, 1.0, 3.0]])
+    log_scale = scale.log().requires_grad_()
+    scale_penalty(log_scale, torch.tensor([[True, False, False]]), torch.zeros(()), "spread").backward()
+    torch.testing.assert_close(log_scale.grad, 2 / 3 * (scale - 2) * scale)
