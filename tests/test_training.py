@@ -598,7 +598,7 @@ def test_after_a_step_all_processes_have_the_mean_of_their_constants(
     ("fault", "message"),
     [
         (OSError("No space left on device"), "No space left.*--resume"),
-        (torch.OutOfMemoryError(), "--batch-size"),
+        (torch.OutOfMemoryError(), "--micro-batch"),
         (
             RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
             "Free some space.*--resume",
