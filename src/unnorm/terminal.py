@@ -195,10 +195,7 @@ def _increase(result: dict[str, Any]) -> str:
     """The loss less the original's on the same tokens, with its interval."""
     increase = f"{result['lnfree_loss'] - result['teacher_loss']:+.4f}"
     ends = result["loss_increase_ci"]
-    if not ends:
-        return increase
-    unit = result["interval_over"].removesuffix("s")  # So that it fits a line.
-    return f"{increase}, 95% by {unit} {ends[0]:+.4f} to {ends[1]:+.4f}"
+    return f"{increase}, 95% interval {ends[0]:+.4f} to {ends[1]:+.4f}" if ends else increase
 
 
 def _loss_or_overflow(loss: float | None) -> str:
