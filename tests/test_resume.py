@@ -368,7 +368,10 @@ def test_what_is_not_saved_yet_is_in_the_command(
     with monkeypatch.context() as patch:
         patch.setattr(removal, "conclude", interrupt)
         cli("remove", tiny_model_dir, "--data", text_file, "--tokens", "4k", "--context", 32, *run)
-    for anew in (["--tokens", "8000", "--kl-budget", "3.0"], ["--control"]):
+    for anew in (
+        ["--tokens", "8000", "--micro-batch", "1", "--device", "cpu", "--kl-budget", "3.0"],
+        ["--control"],
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(removal, "load_original", interrupt)
             stopped = cli("remove", "--resume", *run, *anew)

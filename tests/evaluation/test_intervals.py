@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from tests.conftest import POSITIONS, VOCAB, stdlib_text
@@ -110,6 +111,7 @@ class TestIntervals:
         (row,) = evaluate(str(tiny_model_dir), data=str(path), tokens=10**6)
         assert (row.interval_over, row.units) == ("documents", units.max() + 1)
         assert sum(row.unit_tokens) == row.tokens
+        assert sum(row.unit_losses) == pytest.approx(row.loss * row.tokens)
 
     def test_a_run_has_those_that_evaluating_it_has(self, tmp_path: Path, tiny_model_dir: Path) -> None:
         texts = stdlib_text("os", "inspect", "typing").split("\n\n")[:900]
@@ -123,7 +125,10 @@ class TestIntervals:
         assert result["loss_increase_ci"] == pytest.approx(row.difference_ci)
         for page in (tmp_path / "run" / REPORT, tmp_path / "run" / MODEL / CARD):
             assert "over documents" in page.read_text(encoding="utf-8")
-        assert sum(row.unit_losses) == pytest.approx(row.loss * row.tokens)
+
+    def test_a_column_of_that_name_that_numbers_no_tokens_is_left_alone(self, tiny_model: GPT2LMHeadModel) -> None:
+        blocks = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 4, "document": ["a", "b", "c", "d"]})
+        assert evaluate_model(tiny_model, blocks).interval_over == "blocks"
 
     def test_protocol_names_the_very_tokens(self, tokens: Path, tiny_model_dir: Path) -> None:
         import hashlib

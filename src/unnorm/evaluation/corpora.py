@@ -212,7 +212,10 @@ def with_documents(blocks: Dataset, tokenizer: PreTrainedTokenizerBase) -> Datas
 
 def documents_of(blocks: Dataset) -> Int[NDArray[np.int64], "block position"] | None:
     """The number of each token's document, where `with_documents` has given it to these blocks."""
-    return _column(blocks, "document") if "document" in blocks.column_names else None
+    if "document" not in blocks.column_names:
+        return None
+    numbers = _column(blocks, "document")
+    return numbers if numbers.shape == _column(blocks, "input_ids").shape else None
 
 
 def _column(blocks: Dataset, name: str) -> NDArray[Any]:

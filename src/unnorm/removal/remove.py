@@ -85,12 +85,11 @@ def _not_saved(config: RemoveConfig, directory: Path) -> str:
     """What a resumed run was given anew, where it was stopped before it saved that, as its command has it."""
     saved = read_config_file(directory / CONFIG_FILE)
     words = ""
-    if config.tokens is not None and config.tokens != saved.get("tokens"):
-        words += f" --tokens {config.tokens}"
-    if config.kl_budget != saved.get("kl_budget"):
-        words += f" --kl-budget {config.kl_budget}"
-    if config.control != saved.get("control"):
-        words += " --control" if config.control else " --no-control"
+    for key in ("tokens", "micro_batch", "device", "kl_budget", "compile", "cuda_graph", "control"):
+        value, option = getattr(config, key), key.replace("_", "-")
+        if value is None or value == saved.get(key):
+            continue
+        words += f" --{'' if value else 'no-'}{option}" if isinstance(value, bool) else f" --{option} {value}"
     return words
 
 
