@@ -342,13 +342,15 @@ def test_out_of_tokens_goes_on_with_more(tiny_model_dir: Path, text_file: Path, 
     assert (saved["tokens"], saved["kl_budget"]) == (40960, 100)
 
 
+def interrupt(*_: object) -> None:
+    """Stands in for a stage at which Ctrl-C is pressed."""
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("stage", ["start", "conclude"])
 def test_ctrl_c_at_any_time_says_how_to_go_on(
     stage: str, monkeypatch: pytest.MonkeyPatch, cli: Cli, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
     out = tmp_path / "run"
     with monkeypatch.context() as patch:
         patch.setattr(removal, stage, interrupt)
@@ -361,9 +363,6 @@ def test_ctrl_c_at_any_time_says_how_to_go_on(
 def test_what_is_not_saved_yet_is_in_the_command(
     monkeypatch: pytest.MonkeyPatch, cli: Cli, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
     run = ("--out", tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(removal, "conclude", interrupt)
@@ -406,9 +405,6 @@ def test_options_that_leave_the_choice_open_do_not_contradict_what_was_chosen(
 def test_ctrl_c_before_anything_is_written_says_so(
     monkeypatch: pytest.MonkeyPatch, cli: Cli, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(removal, "write_blocks", interrupt)
     stopped = cli("remove", tiny_model_dir, "--data", text_file, "--out", tmp_path / "run")
     assert stopped.code == 130

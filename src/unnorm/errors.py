@@ -1,6 +1,7 @@
 """The one exception that users see, and what it quotes of others."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class UnnormError(Exception):
@@ -18,6 +19,17 @@ class RunInterruptedError(UnnormError):
     """A run or an evaluation was stopped and can be gone on with; the message says how."""
 
     exit_code = 130
+
+
+@contextmanager
+def explained(applies: bool, before: str, after: str) -> Iterator[None]:
+    """Where it `applies`, an UnnormError's message is put between these sentences: whose fault it is, and a remedy."""
+    try:
+        yield
+    except UnnormError as error:
+        if not applies:
+            raise
+        raise UnnormError(f"{before} {error} {after}".strip()) from error
 
 
 def first_few(names: Sequence[str]) -> str:

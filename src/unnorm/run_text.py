@@ -1,7 +1,7 @@
 """The text of a finished run, for what is measured on its twin afterwards."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -9,18 +9,12 @@ from transformers import PreTrainedTokenizerBase
 
 from unnorm.data import STDLIB
 from unnorm.data.packing import held_out_blocks
-from unnorm.errors import UnnormError
+from unnorm.errors import explained
 
 
-@contextmanager
-def blaming_the_run(is_own: bool) -> Iterator[None]:
+def blaming_the_run(is_own: bool) -> AbstractContextManager[None]:
     """Text that can't be read is said to be the run's, where it `is_own`: its user named none."""
-    try:
-        yield
-    except UnnormError as error:
-        if not is_own:
-            raise
-        raise UnnormError(f"The run's own text can't be read. {error} Or name other text with --data.") from error
+    return explained(is_own, "The run's own text can't be read.", "Or name other text with --data.")
 
 
 class TextSource(NamedTuple):

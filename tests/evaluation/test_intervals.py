@@ -96,28 +96,30 @@ class TestIntervals:
         assert np.quantile(apart, 0.025) < 0 < np.quantile(apart, 0.975)
         assert row.loss_ci[0] < original.loss_ci[1]
 
-    def test_over_documents_where_there_are_enough(
-        self, tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: PreTrainedTokenizerFast
-    ) -> None:
+    @pytest.fixture
+    def many(self, tmp_path: Path) -> str:
+        """A file of 900 short documents."""
         texts = stdlib_text("os", "inspect", "typing").split("\n\n")[:900]
         path = tmp_path / "many.jsonl"
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        corpus = open_corpus("many", str(path), tiny_tokenizer, VOCAB, POSITIONS, 10**6)
+        return str(path)
+
+    def test_over_documents_where_there_are_enough(
+        self, many: str, tiny_model_dir: Path, tiny_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        corpus = open_corpus("many", many, tiny_tokenizer, VOCAB, POSITIONS, 10**6)
         kind, units = corpus.units()
         flat = np.asarray(corpus.blocks["input_ids"][:]).ravel()
         # A unit ends with the separator, and only there.
         numbers = corpus.documents.ravel()  # type: ignore[union-attr]
         assert kind == "documents" and np.array_equal(np.diff(numbers) > 0, flat[:-1] == 0)
-        (row,) = evaluate(str(tiny_model_dir), data=str(path), tokens=10**6)
+        (row,) = evaluate(str(tiny_model_dir), data=many, tokens=10**6)
         assert (row.interval_over, row.units) == ("documents", units.max() + 1)
         assert sum(row.unit_tokens) == row.tokens
         assert sum(row.unit_losses) == pytest.approx(row.loss * row.tokens)
 
-    def test_a_run_has_those_that_evaluating_it_has(self, tmp_path: Path, tiny_model_dir: Path) -> None:
-        texts = stdlib_text("os", "inspect", "typing").split("\n\n")[:900]
-        path = tmp_path / "many.jsonl"
-        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        shared = {"data": str(path), "context": 16}
+    def test_a_run_has_those_that_evaluating_it_has(self, many: str, tmp_path: Path, tiny_model_dir: Path) -> None:
+        shared = {"data": many, "context": 16}
         result = remove(model=str(tiny_model_dir), tokens=0, out=tmp_path / "run", **shared)
         (row,) = evaluate(tmp_path / "run", str(tiny_model_dir), **shared)
         assert result["interval_over"] == row.interval_over == "documents"

@@ -16,7 +16,7 @@ from unnorm.analysis.prompts import PromptPair, indirect_object_prompts, read_pr
 from unnorm.checkpoint import load_sites
 from unnorm.config import read_count, run_settings
 from unnorm.data import spread
-from unnorm.errors import UnnormError, first_few
+from unnorm.errors import UnnormError, explained, first_few
 from unnorm.evaluation import EVALUATION_SPREAD
 from unnorm.isolation import isolated
 from unnorm.json_text import finite, json_text
@@ -104,12 +104,8 @@ def analyze(
     if not name:
         raise UnnormError(f"'{directory / CONFIG_FILE}' does not name the original. Name it with --against.")
     say(watch, f"loading {directory} and {name}")
-    try:
+    with explained(against is None, "The run's own original can't be used.", "Or name it with --against."):
         original, tokenizer = load_original(name, trust_remote_code)
-    except UnnormError as error:
-        if against is not None:
-            raise
-        raise UnnormError(f"The run's own original can't be used. {error} Or name it with --against.") from error
     twin, its_tokenizer = load_original(str(directory / MODEL), trust_remote_code)
     check_same_vocabulary(str(directory), twin, name, original)
     _check_pair(original, twin, sites, name)

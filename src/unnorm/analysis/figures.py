@@ -35,7 +35,7 @@ def heat_map(grid: Grid, columns: Sequence[str], rows: Sequence[str], form: str,
 def heat_maps(grids: Mapping[str, Grid], columns: Sequence[str], rows: Sequence[str], form: str, what: str) -> Figure:
     """Several of them below one another, on one scale of colours."""
     height = len(grids) * (70 + 26 * min(len(rows), 18)) + 50
-    figure = panels([1 / len(grids)] * len(grids), min(44 / height, 0.9 / len(grids)))  # Room for a panel's name.
+    figure = panels([1 / len(grids)] * len(grids), 44 / height)  # Room for a panel's name.
     values = [v for grid in grids.values() for row in grid for v in row if v is not None]
     written = len(columns) * len(rows) <= WRITTEN_CELLS
     for panel, (name, grid) in enumerate(grids.items(), start=1):

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from unnorm import processes
 from unnorm.checkpoint import load, save_folded, save_model, save_sites, save_unfolded
-from unnorm.config import RemoveConfig, read_config_file
-from unnorm.errors import RunInterruptedError, UnnormError
+from unnorm.config import RemoveConfig
+from unnorm.errors import RunInterruptedError, UnnormError, explained
 from unnorm.isolation import isolated
 from unnorm.models import copy_model, fuse_activations, load_original
 from unnorm.norms import TaperedNorm, TokenMask
@@ -22,7 +22,7 @@ from unnorm.plan import Plan, choose_device, control_plan, healing_plan, make_pl
 from unnorm.progress import Watch, say, silent
 from unnorm.removal.blocks import check_same_text, with_stress, write_blocks
 from unnorm.removal.conclude import conclude
-from unnorm.removal.run import Run, check_disk, measured_before, open_directory, saved_options
+from unnorm.removal.run import Run, check_disk, measured_before, not_saved, open_directory, saved_options
 from unnorm.removal.start import start
 from unnorm.removal.twin import spent_seconds, spent_tokens, take_up_control, take_up_twin
 from unnorm.run_directory import (
@@ -77,20 +77,8 @@ def remove(
     except KeyboardInterrupt:
         if not (directory / CONFIG_FILE).is_file():
             raise
-        command = resume_command(directory) + _not_saved(config, directory)
+        command = resume_command(directory) + not_saved(config, directory)
         raise RunInterruptedError(f"Stopped; what was saved is kept. Go on with: {command}") from None
-
-
-def _not_saved(config: RemoveConfig, directory: Path) -> str:
-    """What a resumed run was given anew, where it was stopped before it saved that, as its command has it."""
-    saved = read_config_file(directory / CONFIG_FILE)
-    words = ""
-    for key in ("tokens", "micro_batch", "device", "kl_budget", "compile", "cuda_graph", "control"):
-        value, option = getattr(config, key), key.replace("_", "-")
-        if value is None or value == saved.get(key):
-            continue
-        words += f" --{'' if value else 'no-'}{option}" if isinstance(value, bool) else f" --{option} {value}"
-    return words
 
 
 def _run(config: RemoveConfig, directory: Path, watch: Watch, started: float) -> dict[str, Any]:
@@ -133,13 +121,10 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watch) -> Run:
 
 def _load_original(config: RemoveConfig, directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The original; where it is named in the settings of an earlier run, what can't be loaded may have been moved."""
-    try:
+    settings = (run / CONFIG_FILE for run in (directory, config.twin) if run is not None)
+    found = next(filter(Path.is_file, settings), None)
+    with explained(found is not None, "", f"Where it is stands in '{found}' (model: …)."):
         return load_original(config.model, config.trust_remote_code)
-    except UnnormError as error:
-        for run in filter(None, (directory, config.twin)):
-            if (run / CONFIG_FILE).is_file():
-                raise UnnormError(f"{error} Where it is stands in '{run / CONFIG_FILE}' (model: …).") from error
-        raise
 
 
 def _plan(config: RemoveConfig, model: PreTrainedModel) -> Plan:

@@ -112,6 +112,19 @@ def saved_options(options: dict[str, Any]) -> dict[str, Any]:
     return {**saved, **{key: options[key] for key in options if key in may_change}}
 
 
+def not_saved(config: RemoveConfig, directory: Path) -> str:
+    """What a resumed run was given anew, where it was stopped before it saved that, as its command has it."""
+    saved = read_config_file(directory / CONFIG_FILE)
+    may_be_new = {"tokens", *_MAY_CHANGE_ON_RESUME} - {"out", "report_to"}
+    words = ""
+    for key in filter(may_be_new.__contains__, RemoveConfig.model_fields):
+        value, option = getattr(config, key), key.replace("_", "-")
+        if value is None or value == saved.get(key):
+            continue
+        words += f" --{'' if value else 'no-'}{option}" if isinstance(value, bool) else f" --{option} {value}"
+    return words
+
+
 def _check_control_is_left(directory: Path, settings: dict[str, Any]) -> None:
     """Of a finished run only a control that it has not got may be asked for."""
     if not settings.get("control") or finished_result(directory).get("control_loss") is not None:

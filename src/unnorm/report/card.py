@@ -42,7 +42,7 @@ def render_card(
         "trained": bool(result.get("tokens")),
         "context": result["plan"]["context"],
         "results": _results(result),
-        "interval_over": result.get("interval_over", "blocks"),
+        "interval_over": result["interval_over"],
         "proof": _proof(result),
         "folds": _folds(sites, constants or {}),
         "settings": _settings(result),

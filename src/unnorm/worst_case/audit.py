@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unnorm.checkpoint import load_sites
 from unnorm.config import read_count, run_settings
 from unnorm.data.packing import begin_of_blocks
-from unnorm.errors import UnnormError
+from unnorm.errors import UnnormError, explained
 from unnorm.isolation import isolated
 from unnorm.models import (
     cast_as_loaded,
@@ -104,7 +104,8 @@ def audit(
     settings = run_settings(directory)
     name = model_name(against or _default_reference(directory, settings))
     twin, tokenizer = load_original(str(directory / MODEL), trust_remote_code)
-    reference, its_tokenizer = _load_reference(name, against is not None, trust_remote_code)
+    with explained(against is None, "The reference of this run can't be used.", "Or name another with --against."):
+        reference, its_tokenizer = load_original(name, trust_remote_code)
     check_same_vocabulary(str(directory), twin, name, reference)
     check_same_tokenizer(str(directory), tokenizer, name, its_tokenizer)
     twin.to(place)
@@ -279,19 +280,6 @@ def _default_reference(directory: Path, settings: dict[str, Any]) -> str:
         f"'{directory / CONFIG_FILE}' is missing or names no model, and no control was saved: there is nothing to "
         "compare with. Name the original with --against."
     )
-
-
-def _load_reference(
-    name: str, was_named: bool, trust_remote_code: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    try:
-        return load_original(name, trust_remote_code)
-    except UnnormError as error:
-        if was_named:
-            raise
-        raise UnnormError(
-            f"The reference of this run can't be used. {error} Or name another with --against."
-        ) from error
 
 
 def _trained_context(directory: Path, settings: dict[str, Any]) -> int | None:
