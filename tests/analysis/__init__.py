@@ -1,0 +1,1 @@
+"""Analyses of a twin beside its original, each next to an independent computation on the same model."""

@@ -1,0 +1,1 @@
+"""Training: the guard, the losses, and the loop around them."""
