@@ -27,8 +27,9 @@ import unnorm
 from unnorm.config import parse_count
 from unnorm.data import build_blocks
 from unnorm.losses import distillation_losses
-from unnorm.models import copy_model, load_original
+from unnorm.models import load_original
 from unnorm.residual import recorded
+from unnorm.running import copy_model
 from unnorm.terminal import Progress
 
 LENGTH = 60.0

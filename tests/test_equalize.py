@@ -7,7 +7,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from unnorm.calibrate import collect_log_scales, set_constants
 from unnorm.equalize import equalize_embedding, mean_kl, naive_kl, token_log_scales
-from unnorm.models import copy_model
+from unnorm.running import copy_model
 from unnorm.sites import find_sites
 from unnorm.stand_ins import install
 

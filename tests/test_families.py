@@ -22,9 +22,9 @@ from unnorm.analysis.material import float64_copy
 from unnorm.checkpoint import load_unfolded, save_sites, save_unfolded
 from unnorm.errors import UnnormError
 from unnorm.fold import fold
-from unnorm.models import copy_model
 from unnorm.proof import check_twin
 from unnorm.residual import residual_writers
+from unnorm.running import copy_model
 from unnorm.site_proof import prove_sites
 from unnorm.sites import NormSite, find_sites, norm_modules, value_features
 from unnorm.stand_ins import install

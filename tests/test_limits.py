@@ -23,8 +23,8 @@ from tests.test_modeling import WITHOUT_UNNORM
 from unnorm.checkpoint import load_unfolded, save_limits
 from unnorm.limits import COMMON, ROOM, measure_limits, quadratic_writers, set_limits, share_at_limit
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
-from unnorm.models import copy_model
 from unnorm.run_directory import LIMITS
+from unnorm.running import copy_model
 from unnorm.sites import find_sites, norm_modules
 from unnorm.stand_ins import install
 from unnorm.terminal import result_table

@@ -17,12 +17,11 @@ from unnorm.calibrate import collect_log_scales, set_constants
 from unnorm.equalize import mean_kl, naive_kl
 from unnorm.losses import RUNAWAY, massive_unevenness, read_mismatch, unevenness
 from unnorm.massive import Neuron, shrink_massive
-from unnorm.models import copy_model
 from unnorm.norms import linear_weight
 from unnorm.residual import recorded
+from unnorm.running import copy_model, vocabulary_size
 from unnorm.sites import find_sites
 from unnorm.stand_ins import install
-from unnorm.tracing import vocabulary_size
 from unnorm.training.token_clip import clip_tokens
 
 WIDTH = 32

@@ -11,8 +11,8 @@ from transformers import GPT2LMHeadModel
 import unnorm
 from unnorm import plan
 from unnorm.config import RemoveConfig, parse_count
-from unnorm.models import copy_model
 from unnorm.recipes import RECIPES, RecipeName
+from unnorm.running import copy_model
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from tests.test_families import FAMILIES, IN_PLACE, random_model, removed_twin
 from unnorm.analysis.material import float64_copy
 from unnorm.blockwise import float64_logits
 from unnorm.fold import FoldedWeights, empty_twin, fold
-from unnorm.models import copy_model
+from unnorm.running import copy_model
 from unnorm.sites import find_sites
 from unnorm.stand_ins import install
 from unnorm.tracing import trace_inputs

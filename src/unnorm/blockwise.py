@@ -9,6 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from unnorm.hooks import hooked
+
 
 @contextmanager
 def in_float64(model: PreTrainedModel, weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
@@ -50,11 +52,10 @@ def in_float64(model: PreTrainedModel, weights: Mapping[str, Tensor] | None = No
     take(model, others)
     model.config._experts_implementation = "eager"  # The fused experts know no float64.
     try:
-        yield
+        with hooked(handles):
+            yield
     finally:
         model.config._experts_implementation = experts
-        for handle in handles:
-            handle.remove()
         for top in list(taken):
             give_back(top)
 

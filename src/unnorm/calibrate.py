@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unnorm.data import STDLIB, batches, build_blocks
+from unnorm.hooks import hooked
 from unnorm.isolation import isolated
-from unnorm.models import blocks_at_once, evaluating, load_original, model_name
+from unnorm.models import load_original, model_name
 from unnorm.norms import Estimator, TaperedNorm, centered, estimate_log_constant, log_scale_of
 from unnorm.plan import choose_context, choose_device
+from unnorm.running import blocks_at_once, evaluating, vocabulary_size
 from unnorm.sites import NormSite, find_sites
-from unnorm.tracing import vocabulary_size
 
 CALIBRATION_BLOCKS = 32
 """Blocks of training data that the first constants are measured on."""
@@ -131,14 +132,10 @@ def collect_log_scales(
         return hook
 
     handles = [model.get_submodule(site.name).register_forward_pre_hook(keep(site)) for site in sites]
-    try:
-        with evaluating(model):
-            for batch in batches(blocks, blocks_at_once(model, length, batch_size), model.device):
-                with suppress(_AllReachedError):
-                    model(input_ids=batch, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), evaluating(model):
+        for batch in batches(blocks, blocks_at_once(model, length, batch_size), model.device):
+            with suppress(_AllReachedError):
+                model(input_ids=batch, use_cache=False)
     return {name: torch.cat(parts) for name, parts in found.items()}
 
 

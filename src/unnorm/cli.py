@@ -42,13 +42,11 @@ BY_DEVICE = "1.6M on a CPU, 20M on a GPU"
 
 Json = Annotated[bool, typer.Option("--json", help="Results as JSON on standard output, all else on standard error.")]
 Model = Annotated[str, typer.Argument(help="'demo' (bundled), a local directory, a GGUF file or a hub id.")]
-Data = Annotated[
-    str,
-    typer.Option(
-        help="'stdlib' (Python's own library, for the demo); a .txt, .jsonl, .parquet, .csv or .bin file, directory or "
-        "glob; a hub data set, OWNER/NAME[:SUBSET]."
-    ),
-]
+TEXT = (
+    "'stdlib' (Python's own library, for the demo); a .txt, .jsonl, .parquet, .csv or .bin file, directory or glob; "
+    "a hub data set, OWNER/NAME[:SUBSET]"
+)
+Data = Annotated[str, typer.Option(help=f"{TEXT}.")]
 TextField = Annotated[
     str | None, typer.Option(help="Column that holds the text.", show_default="text, else the only one of text")
 ]
@@ -85,15 +83,7 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modeling c
 def remove(
     ctx: typer.Context,
     model: Model = "demo",
-    data: Annotated[
-        str,
-        typer.Option(
-            help="'stdlib' (Python's own library, for the demo); a .txt, .jsonl, .parquet, .csv or .bin file, "
-            "directory or glob; a hub data set, "
-            "OWNER/NAME[:SUBSET]; 'self': "
-            "text that the model writes."
-        ),
-    ] = "stdlib",
+    data: Annotated[str, typer.Option(help=f"{TEXT}; 'self': text that the model writes.")] = "stdlib",
     text_field: TextField = None,
     split: Split = "train",
     out: RunDirectory = None,
@@ -123,7 +113,7 @@ def remove(
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     device: Device = "auto",
     dtype: Precision = "auto",
-    compile_: Compile = False,
+    compile: Compile = False,
     cuda_graph: CudaGraph = None,
     control: Annotated[
         bool,
@@ -170,7 +160,7 @@ def remove(
 
     _quiet()
     options = read_config_file(config) if config is not None else {}
-    options |= _given(ctx, renamed={"compile_": "compile"}, left_out={"config", "resume", "json_"})
+    options |= _given(ctx, left_out={"config", "resume"})
     _train(lambda progress: run(resume=resume, watch=progress, **options), json_)
 
 
@@ -194,7 +184,7 @@ def heal(
     seed: Annotated[int | None, typer.Option(help="Seed of everything random.", show_default="the next one")] = None,
     device: Device = "auto",
     dtype: Precision = "auto",
-    compile_: Compile = False,
+    compile: Compile = False,
     cuda_graph: CudaGraph = None,
     control: Annotated[
         bool | None,
@@ -210,7 +200,7 @@ def heal(
     from unnorm.removal.heal import heal as run
 
     _quiet()
-    options = _given(ctx, renamed={"compile_": "compile"}, left_out={"directory", "json_"})
+    options = _given(ctx, left_out={"directory"})
     _train(lambda progress: run(directory, watch=progress, **options), json_)
 
 
@@ -246,6 +236,7 @@ def verify(
 
 @app.command()
 def evaluate(
+    ctx: typer.Context,
     models: Annotated[
         list[str], typer.Argument(metavar="MODEL...", help="Run directories, model directories, hub ids, 'demo'.")
     ],
@@ -294,29 +285,13 @@ def evaluate(
 
     _quiet()
     with Progress(_progress) as progress:
-        results = run(
-            models,
-            against,
-            data,
-            suite=suite,
-            tasks=tasks,
-            text_field=text_field,
-            split=split,
-            tokens=tokens,
-            items=items,
-            context=context,
-            batch_size=batch_size,
-            device=device,
-            seed=seed,
-            out=out,
-            trust_remote_code=trust_remote_code,
-            watch=progress,
-        )
+        results = run(**_options(ctx), watch=progress)
     _print(results.to_json(), json_, evaluation_tables(results, out))
 
 
 @app.command()
 def audit(
+    ctx: typer.Context,
     directory: Annotated[Path, typer.Argument(help="Run directory.")],
     against: Annotated[
         str | None,
@@ -342,19 +317,7 @@ def audit(
 
     _quiet()
     with Progress(_progress) as progress:
-        result = run(
-            directory,
-            against,
-            tokens=tokens,
-            context=context,
-            data=data,
-            text_field=text_field,
-            split=split,
-            device=device,
-            seed=seed,
-            trust_remote_code=trust_remote_code,
-            watch=progress,
-        )
+        result = run(**_options(ctx), watch=progress)
     _print(result, json_, audit_tables(result))
     if not result["passed"]:
         raise typer.Exit(1)
@@ -362,6 +325,7 @@ def audit(
 
 @app.command()
 def analyze(
+    ctx: typer.Context,
     directory: Annotated[Path, typer.Argument(help="Run directory.")],
     against: Annotated[str | None, typer.Option(help="Model with norms.", show_default="the run's original")] = None,
     what: Annotated[
@@ -398,27 +362,13 @@ def analyze(
 
     _quiet()
     with Progress(_progress) as progress:
-        result = run(
-            directory,
-            against,
-            what=what,
-            data=data,
-            prompts=prompts,
-            out=out,
-            tokens=tokens,
-            context=context,
-            text_field=text_field,
-            split=split,
-            device=device,
-            seed=seed,
-            trust_remote_code=trust_remote_code,
-            watch=progress,
-        )
+        result = run(**_options(ctx), watch=progress)
     _print(result, json_, analysis_table(result))
 
 
 @app.command()
 def stats(
+    ctx: typer.Context,
     model: Model = "demo",
     data: Data = "stdlib",
     text_field: TextField = None,
@@ -435,15 +385,7 @@ def stats(
     from unnorm.calibrate import stats as run
 
     _quiet()
-    rows = run(
-        model,
-        data,
-        text_field=text_field,
-        split=split,
-        context=context,
-        device=device,
-        trust_remote_code=trust_remote_code,
-    )
+    rows = run(**_options(ctx))
     _print({"sites": [site.to_json() | row.to_json() for site, row in rows]}, json_, sites_table(rows))
 
 
@@ -516,7 +458,7 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as leaving:
         if leaving.code == STOPPED:  # typer says nothing.
-            _progress.print("Stopped; nothing was written that could be gone on with.")
+            _progress.print("Stopped; nothing was saved that a run could go on from.")
         raise
     except OSError as error:
         if error.filename is None or error.strerror is None:
@@ -554,14 +496,18 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _given(ctx: typer.Context, renamed: dict[str, str], left_out: set[str]) -> dict[str, Any]:
+def _options(ctx: typer.Context) -> dict[str, Any]:
+    """What a command was called with, defaults included, by the names that the function of the same name has."""
+    return {key: value for key, value in ctx.params.items() if key != "json_"}
+
+
+def _given(ctx: typer.Context, left_out: set[str]) -> dict[str, Any]:
     """The options that were really named on the command line, so that a settings file can hold the others."""
-    named = {
+    return {
         key: value
-        for key, value in ctx.params.items()
+        for key, value in _options(ctx).items()
         if key not in left_out and getattr(ctx.get_parameter_source(key), "name", "") == "COMMANDLINE"
     }
-    return {renamed.get(key, key): value for key, value in named.items()}
 
 
 def _print(values: dict[str, Any], as_json: bool, table: Any) -> None:

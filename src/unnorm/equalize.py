@@ -19,11 +19,10 @@ from transformers import PreTrainedModel
 
 from unnorm.calibrate import collect_log_scales, set_constants
 from unnorm.data import batches
-from unnorm.models import blocks_at_once, context_length, evaluating
 from unnorm.norms import Estimator, TaperedNorm, removed
 from unnorm.plan import MOST_CONTEXT
+from unnorm.running import blocks_at_once, context_length, evaluating, vocabulary_size
 from unnorm.sites import NormSite
-from unnorm.tracing import vocabulary_size
 
 STRENGTH = 0.5
 """How far rows go towards equal scales, in log scale. Naive KL of removing the demo's first norm: 0.065 at 0, 0.049 at

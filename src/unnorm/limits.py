@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unnorm.data import batches
+from unnorm.hooks import hooked
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
-from unnorm.models import evaluating
 from unnorm.residual import recorded, stream_writers
+from unnorm.running import evaluating
 from unnorm.sites import NormSite
 from unnorm.tracing import trace_inputs
 
@@ -99,14 +100,9 @@ def _largest(
 @contextmanager
 def _norms_times(model: PreTrainedModel, sites: Sequence[NormSite], factor: float) -> Iterator[None]:
     """For a while every norm puts out that many times as much."""
-    handles = [
-        model.get_submodule(site.name).register_forward_hook(lambda _, args, output: factor * output) for site in sites
-    ]
-    try:
+    norms = [model.get_submodule(site.name) for site in sites]
+    with hooked(norm.register_forward_hook(lambda _, args, output: factor * output) for norm in norms):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()

@@ -31,9 +31,9 @@ from transformers import PreTrainedModel
 from unnorm.calibrate import collect_log_scales, set_constants
 from unnorm.data import spread
 from unnorm.equalize import mean_kl
-from unnorm.models import evaluating
 from unnorm.norms import Estimator, TaperedNorm, centered, linear_weight, log_scale_of
 from unnorm.residual import recorded, stream_writers
+from unnorm.running import evaluating
 from unnorm.sites import NormSite
 
 MASSIVE = 10.0

@@ -1,19 +1,14 @@
 """Loading a model and its tokenizer, and refusing early what can't work."""
 
-import gc
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from copy import deepcopy
+from collections.abc import Mapping
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,12 +22,11 @@ from transformers import (
 from unnorm.errors import UnnormError, first_few, short
 from unnorm.modeling import know_class_of
 from unnorm.run_directory import MODEL, SITES, named_path
-from unnorm.tracing import trace_inputs, vocabulary_size
+from unnorm.running import vocabulary_size
+from unnorm.tracing import trace_inputs
 
 DEMO = "demo"
 """Name of the bundled model: a small GPT-2 trained on the Python standard library's source."""
-
-LOGITS_AT_ONCE = 2**28
 
 
 def model_name(model: str | Path) -> str:
@@ -109,115 +103,9 @@ def check_same_tokenizer(
         )
 
 
-def context_length(model: PreTrainedModel) -> int:
-    """Most tokens that the model takes at once, or was trained on (BLOOM), or 1024 where its config does not say."""
-    return _told_context(model) or 1024
-
-
-def _told_context(model: PreTrainedModel) -> int | None:
-    config = model.config.get_text_config()
-    names = ("max_position_embeddings", "seq_length", "max_seq_len")
-    return next(filter(None, (getattr(config, name, None) for name in names)), None)
-
-
-def check_fits(model: PreTrainedModel, tokens: int) -> None:
-    """Raise an UnnormError where a sequence has more tokens than the model takes."""
-    longest = _told_context(model)
-    if longest is not None and tokens > longest:
-        raise UnnormError(f"A sequence has {tokens} tokens, and the model takes {longest}. Shorten it.")
-
-
 def lacking(loading_info: Mapping[str, Any]) -> list[str]:
     """Weights that a checkpoint lacks or has in another shape, by what `from_pretrained` says of its loading."""
     return sorted([*loading_info["missing_keys"], *(key for key, *_ in loading_info["mismatched_keys"])])
-
-
-def blocks_at_once(model: PreTrainedModel, length: int, most: int) -> int:
-    """How many blocks to run together, so that their logits take no more than a gigabyte in float32."""
-    return max(1, min(most, LOGITS_AT_ONCE // (length * vocabulary_size(model))))
-
-
-def free_memory(device: str) -> int:
-    """Bytes of memory that are free on the device, with what earlier work left in it given back."""
-    gc.collect()  # A Trainer and its callbacks hold each other.
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
-        return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available)
-
-
-def cast_as_loaded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Put a model into another dtype as loading it in that one does.
-
-    Buffers that no file holds keep their precision: rotary frequencies in bfloat16 turn late positions by wrong angles.
-    """
-    computed = [(module, key, module._buffers[key]) for module in model.modules() for key in _computed_buffers(module)]
-    model.to(dtype)
-    for module, key, buffer in computed:
-        module._buffers[key] = buffer
-    return model
-
-
-def _computed_buffers(module: nn.Module) -> set[str]:
-    return module._non_persistent_buffers_set & module._buffers.keys()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and back as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-@contextmanager
-def without_dropout(model: PreTrainedModel) -> Iterator[None]:
-    """No dropout while this lasts: distillation wants the teacher's function, not a noisy one.
-
-    Families keep its probability in a `nn.Dropout`, as a number of their own modules, or read it from the config.
-    """
-    before = [(module, "p", module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
-    for holder in (model.config, model.config.get_text_config(), *model.modules()):
-        before += [(holder, key, value) for key, value in vars(holder).items() if "drop" in key and _is_share(value)]
-    try:
-        for holder, key, _ in before:
-            setattr(holder, key, 0.0)
-        yield
-    finally:
-        for holder, key, value in before:
-            setattr(holder, key, value)
-
-
-def _is_share(value: object) -> bool:
-    return isinstance(value, float) and 0 < value < 1
-
-
-def fuse_activations(model: PreTrainedModel) -> None:
-    """GPT-2's GELU as torch's one operation in place of transformers' eight: same function, a tenth of a CPU step."""
-    for name, module in list(model.named_modules()):
-        if type(module).__name__ == "NewGELUActivation":
-            model.set_submodule(name, nn.GELU(approximate="tanh"))
-
-
-def copy_model(model: PreTrainedModel, share: bool = False) -> PreTrainedModel:
-    """An independent copy in the same dtype and on the same device.
-
-    With `share` only the modules are copied: its parameters are new ones over the same memory.
-    """
-    # What stands here is taken instead of a copy.
-    taken: dict[int, torch.Tensor] = {}
-    if share:
-        taken = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
-    for module in model.modules():  # States that some families keep from the last pass can't be copied with its graph.
-        kept = (value for value in vars(module).values() if isinstance(value, torch.Tensor) and value.grad_fn)
-        taken |= {id(value): value.detach() for value in kept}
-    copy = deepcopy(model, taken)
-    # Not in a config's own copy, since it hangs on the machine.
-    copy.config._experts_implementation = model.config._experts_implementation
-    return copy.eval()
 
 
 def _load_config(model: str, path: str, trust_remote_code: bool) -> PretrainedConfig:

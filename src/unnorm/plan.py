@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from unnorm.config import RemoveConfig
 from unnorm.errors import UnnormError
-from unnorm.models import context_length, free_memory
 from unnorm.recipes import RECIPES, RecipeName
+from unnorm.running import context_length, free_memory
 
 CPU_TOKENS = 1_600_000
 GPU_TOKENS = 20_000_000

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from unnorm.hooks import hooked
 from unnorm.norms import linear_weight
 from unnorm.sites import NormSite, inside_attention
 from unnorm.tracing import residual_sources, stream_sources
@@ -139,12 +140,8 @@ def recorded(model: nn.Module, names: Sequence[str], copies: bool = False) -> It
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True) for name in names]
-    try:
+    with hooked(model.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True) for name in names):
         yield record
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -154,12 +151,8 @@ def replaced_inputs(model: nn.Module, edits: dict[str, Callable[[Tensor], Tensor
     def put(edit: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
         return lambda module, args: (edit(args[0]), *args[1:])
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(put(edit)) for name, edit in edits.items()]
-    try:
+    with hooked(model.get_submodule(name).register_forward_pre_hook(put(edit)) for name, edit in edits.items()):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _writer(model: PreTrainedModel, name: str, factor: float) -> Writer:

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 from unnorm.blockwise import float64_logits, in_float64
 from unnorm.errors import UnnormError, short
 from unnorm.fold import FoldedWeights, empty_twin, twin_class
+from unnorm.hooks import hooked
 from unnorm.modeling.modeling_unnorm import PREFIX
-from unnorm.models import copy_model
 from unnorm.norm_behaviour import norm_operations
 from unnorm.norms import TaperedNorm, centered
+from unnorm.running import copy_model
 from unnorm.sites import NormSite
 from unnorm.stand_ins import install
 from unnorm.tracing import trace_inputs
@@ -64,7 +65,8 @@ def prove_sites(model: PreTrainedModel, sites: Sequence[NormSite]) -> float:
 
 
 def _refuse_norms_left(model: PreTrainedModel, left: list[tuple[str, str]]) -> None:
-    for operation, place in left:
+    if left:
+        operation, place = left[0]
         raise UnnormError(
             f"{type(model).__name__} normalizes outside of its norm modules ({operation} runs in '{place}'), and that "
             "would stay. It needs modeling code in which every norm is a module of its own; with --keep, which leaves "
@@ -101,12 +103,10 @@ def _random_constants(stand_ins: dict[str, TaperedNorm]) -> Iterator[None]:
         stand_in.log_constant.fill_(chosen[stand_in])
         stand_in.removed = True
 
-    handles = [stand_in.register_forward_pre_hook(remove) for stand_in in stand_ins.values()]
     try:
-        yield
+        with hooked(stand_in.register_forward_pre_hook(remove) for stand_in in stand_ins.values()):
+            yield
     finally:
-        for handle in handles:
-            handle.remove()
         for stand_in, log_constant in chosen.items():  # What the hook wrote to may be gone with its block.
             stand_in.log_constant.fill_(log_constant)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ from torch.autograd.graph import Node
 from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError
+from unnorm.hooks import hooked
 from unnorm.reading import is_experts
+from unnorm.running import evaluating, vocabulary_size
 
 # Autograd nodes that hand a tensor on unchanged but for its shape or dtype.
 HANDS_ON: tuple[str, ...] = (
@@ -53,20 +55,15 @@ class Trace:
         hidden: leaf modules that were called where no gradient flows, with the width of what went in.
     """
 
-    inputs: dict[str, Tensor]
-    outputs: dict[str, Tensor]
-    made_by: dict[Node, str]
-    used_by: dict[Node, list[Node]]
-    blocks: dict[Node, str]
-    gated: set[str]
-    hidden: dict[str, int]
-    ends: dict[str, list[Node]]
-    begins: dict[str, set[Node]]
-
-
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """Rows of the token embedding: ids are below it, and the tokenizer may have fewer."""
-    return int(model.get_input_embeddings().weight.shape[0])
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    made_by: dict[Node, str] = field(default_factory=dict)
+    used_by: dict[Node, list[Node]] = field(default_factory=dict)
+    blocks: dict[Node, str] = field(default_factory=dict)
+    gated: set[str] = field(default_factory=set)
+    hidden: dict[str, int] = field(default_factory=dict)
+    ends: dict[str, list[Node]] = field(default_factory=dict)
+    begins: dict[str, set[Node]] = field(default_factory=dict)
 
 
 def trace_inputs(model: PreTrainedModel, batch: int = 1, length: int = _TRACE_TOKENS) -> Int[Tensor, "batch length"]:
@@ -82,11 +79,9 @@ def traced(model: PreTrainedModel) -> Trace:
     Raises:
         UnnormError: it can't run on token ids alone.
     """
-    trace = Trace({}, {}, {}, {}, {}, set(), {}, {}, {})
-    was_training = model.training
+    trace = Trace()
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
-    model.eval()
-    with _recording(model, trace), torch.enable_grad():
+    with evaluating(model), _recording(model, trace), torch.enable_grad():
         for parameter in frozen:  # Without a gradient there is no graph to walk.
             parameter.requires_grad_(True)
         try:
@@ -96,7 +91,6 @@ def traced(model: PreTrainedModel) -> Trace:
         finally:
             for parameter in frozen:
                 parameter.requires_grad_(False)
-    model.train(was_training)
     trace.used_by = _users(logits.grad_fn)
     return trace
 
@@ -156,11 +150,8 @@ def _recording(model: nn.Module, trace: Trace) -> Iterator[None]:
     blocks = {name: m for name, m in model.named_modules() if name and name not in leaves}
     handles = [m.register_forward_hook(record(name), with_kwargs=True) for name, m in leaves.items()]
     handles += [m.register_forward_hook(record_block(name)) for name, m in blocks.items()]
-    try:
+    with hooked(handles):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def residual_sources(model: PreTrainedModel, reader: str) -> dict[str, float] | None:

@@ -19,7 +19,7 @@ from unnorm.analysis.neurons import ablate, output_weights
 from unnorm.analysis.patching import patch
 from unnorm.analysis.sinks import sinks
 from unnorm.errors import UnnormError
-from unnorm.models import copy_model
+from unnorm.running import copy_model
 from unnorm.tracing import trace_inputs
 
 

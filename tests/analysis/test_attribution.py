@@ -13,7 +13,7 @@ from unnorm.analysis import attribution
 from unnorm.analysis.anatomy import anatomy
 from unnorm.analysis.attribution import attribute, frozen_scale_error
 from unnorm.analysis.material import float64_copy
-from unnorm.models import cast_as_loaded
+from unnorm.running import cast_as_loaded
 from unnorm.tracing import trace_inputs
 
 

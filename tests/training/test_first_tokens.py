@@ -23,9 +23,9 @@ from tests.test_remove import assert_same_weights
 from tests.test_resume import CrashError, stop_at
 from unnorm import processes
 from unnorm.calibrate import set_constants
-from unnorm.models import copy_model
 from unnorm.norms import TaperedNorm
 from unnorm.residual import recorded
+from unnorm.running import copy_model
 from unnorm.sites import find_sites
 from unnorm.stand_ins import install
 from unnorm.training.first_tokens import DRAWN, LEARNED, FirstTokens

@@ -20,8 +20,8 @@ import unnorm
 from tests.conftest import SETTINGS, Saved, ctrl_c_at, stdlib_text
 from unnorm.errors import RunInterruptedError
 from unnorm.losses import distillation_losses
-from unnorm.models import copy_model
 from unnorm.removal import start
+from unnorm.running import copy_model
 from unnorm.schedule import FidelityController
 from unnorm.training import distillation, run
 from unnorm.training.callbacks import (

@@ -24,10 +24,10 @@ from tests.conftest import stdlib_text
 from unnorm import config
 from unnorm.evaluation import evaluate_model
 from unnorm.losses import distillation_losses
-from unnorm.models import copy_model
 from unnorm.norms import TokenMask
 from unnorm.plan import Plan
 from unnorm.recipes import RECIPES, RecipeName
+from unnorm.running import copy_model
 from unnorm.schedule import sequential, taper
 from unnorm.sites import find_sites
 from unnorm.stand_ins import install

@@ -15,10 +15,10 @@ import unnorm
 from tests.conftest import SETTINGS, VOCAB
 from unnorm import losses
 from unnorm.losses import distillation_losses, next_token_loss, scale_penalty
-from unnorm.models import copy_model, without_dropout
 from unnorm.norms import TokenMask, log_scale_of
 from unnorm.recipes import SEQUENTIAL_AUX, TAPER, TAPERNORM, Recipe
 from unnorm.residual import recorded
+from unnorm.running import copy_model, without_dropout
 from unnorm.schedule import taper
 from unnorm.sites import find_sites
 from unnorm.stand_ins import install

@@ -27,8 +27,8 @@ from unnorm.progress import Watch, say, silent
 from unnorm.report.numbers import count, short_count
 from unnorm.run_directory import CONFIG_FILE, MODEL, check_can_be_made, write_text
 from unnorm.run_text import TextSource, choose_text
+from unnorm.running import vocabulary_size
 from unnorm.sites import NormSite
-from unnorm.tracing import vocabulary_size
 
 ANALYSES: dict[str, Callable[[Material], Finding]] = {
     "attribution": attribution.find,

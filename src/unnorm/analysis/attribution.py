@@ -14,23 +14,22 @@ et al. 2025, arXiv 2507.02559, for its error against the direct effect.)
 
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from plotly.graph_objects import Figure
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from unnorm.analysis.anatomy import Anatomy, Readout, anatomy, readout
+from unnorm.analysis.figures import dot_rows, heat_map
 from unnorm.analysis.material import Finding, Material, Subject
-from unnorm.models import check_fits
 from unnorm.norms import linear_weight
 from unnorm.report.numbers import percent, significant
 from unnorm.residual import Part, Writer, parts_of, recorded, split_output
+from unnorm.running import check_fits
 from unnorm.sites import unembedding_name
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 TOP_NEURONS = 20
 
@@ -254,9 +253,7 @@ def _numbers(
     }
 
 
-def _error_figure(original: dict[str, Any]) -> "Figure":
-    from unnorm.analysis.figures import heat_map
-
+def _error_figure(original: dict[str, Any]) -> Figure:
     columns = [f"head {head}" for head in range(original["heads"])] or ["attention"]
     columns.append("MLP")
     cells: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
@@ -272,9 +269,7 @@ def _error_figure(original: dict[str, Any]) -> "Figure":
     return heat_map(grid, columns, [f"layer {layer}" for layer in range(len(grid))], ".1%", "error")
 
 
-def _parts_figure(original: dict[str, Any], twin: dict[str, Any]) -> "Figure":
-    from unnorm.analysis.figures import dot_rows
-
+def _parts_figure(original: dict[str, Any], twin: dict[str, Any]) -> Figure:
     names = [row["part"] for row in twin["parts"] if row["kind"] != "bias" or row["layer"] is None]
     of = {name: {row["part"]: row["mean_abs"] for row in rows} for name, rows in
           (("original", original["parts"]), ("twin", twin["parts"]))}  # fmt: skip

@@ -16,22 +16,22 @@ factor c; where a layer took no other norm up, gains are of rows in place of col
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
+from plotly.graph_objects import Figure
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from unnorm.analysis.figures import bundle, range_rows
 from unnorm.analysis.material import Finding, Material
 from unnorm.errors import UnnormError
 from unnorm.norm_behaviour import affine_parameters
 from unnorm.norms import linear_weight
+from unnorm.report.drawing import short_names
 from unnorm.report.numbers import percent
 from unnorm.sites import NormSite
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 SHOWN_VALUES = 48
 
@@ -166,10 +166,7 @@ def _thinned(values: Tensor) -> tuple[list[int], list[float]]:
     return places, [float(values[place - 1]) for place in places]
 
 
-def _singular_figure(found: list[Geometry]) -> "Figure":
-    from unnorm.analysis.figures import bundle
-    from unnorm.report.drawing import short_names
-
+def _singular_figure(found: list[Geometry]) -> Figure:
     labels = short_names([row.weight for row in found])
     lines, places = [], []
     for place, name in enumerate(("original", "twin")):
@@ -182,10 +179,7 @@ def _singular_figure(found: list[Geometry]) -> "Figure":
     return bundle(lines, "place (log)", "singular value (log)", log_x=True, places=places)
 
 
-def _gain_figure(rows: list[dict[str, Any]]) -> "Figure":
-    from unnorm.analysis.figures import range_rows
-    from unnorm.report.drawing import short_names
-
+def _gain_figure(rows: list[dict[str, Any]]) -> Figure:
     names = short_names([row["weight"] for row in rows])
     ranges: dict[str, list[list[float | None]]] = {
         name: [[*row[name]["gain"], None] for row in rows] for name in ("original", "twin")

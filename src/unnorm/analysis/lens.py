@@ -6,21 +6,20 @@ have changed; in a twin the lens is the last residual vector's linear read with 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from plotly.graph_objects import Figure
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from unnorm.analysis.anatomy import anatomy, logits_from, residual_stream, token_losses
+from unnorm.analysis.figures import line_panels
 from unnorm.analysis.material import Finding, Material
-from unnorm.models import check_fits
 from unnorm.report.numbers import fixed
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
+from unnorm.running import check_fits
 
 
 @dataclass(frozen=True)
@@ -108,9 +107,7 @@ def _numbers(found: Lens, depths: int) -> dict[str, Any]:
     }
 
 
-def _figure(numbers: dict[str, dict[str, Any]], depths: int) -> "Figure":
-    from unnorm.analysis.figures import line_panels
-
+def _figure(numbers: dict[str, dict[str, Any]], depths: int) -> Figure:
     names = [str(depth) for depth in range(depths - 1)] + ["output"]
     panels = {
         "KL from the output, nats per token": {name: values["kl"] for name, values in numbers.items()},

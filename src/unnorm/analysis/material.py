@@ -7,18 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Int
+from plotly.graph_objects import Figure
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.analysis.anatomy import Anatomy, anatomy
 from unnorm.analysis.prompts import PromptPair
 from unnorm.data import batches
-from unnorm.models import copy_model
+from unnorm.running import copy_model
 from unnorm.sites import NormSite
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from plotly.graph_objects import Figure
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Material:
     original: PreTrainedModel
     twin: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    blocks: "Dataset"
+    blocks: Dataset
     prompts: Sequence[PromptPair] | str
     sites: Sequence[NormSite]
     constants: dict[str, float]
@@ -107,7 +107,7 @@ class Finding:
     title: str
     text: str
     numbers: dict[str, Any]
-    figures: "dict[str, Figure]"
+    figures: dict[str, Figure]
     captions: dict[str, str]
     headline: tuple[str, str, str]
     legends: dict[str, list[tuple[str, str, str]]] = field(default_factory=dict)

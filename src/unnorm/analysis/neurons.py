@@ -15,22 +15,21 @@ Without a norm to act through, it should do nothing (Baroni et al. 2025, arXiv 2
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from plotly.graph_objects import Figure
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unnorm.analysis.anatomy import Anatomy, Readout, anatomy, readout, token_losses
+from unnorm.analysis.figures import dot_rows, scatter
 from unnorm.analysis.material import Finding, Material
 from unnorm.errors import UnnormError
 from unnorm.norms import linear_weight
 from unnorm.report.numbers import significant
 from unnorm.residual import Writer, recorded, replaced_inputs
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 FOUND = 8
 LONGEST_SHARE = 0.25
@@ -229,11 +228,8 @@ def _held_scale(model: PreTrainedModel, parts: Anatomy, last: Readout, scale: Te
     if last.norm is None:
         yield
         return
-    handle = model.get_submodule(parts.final).register_forward_hook(hold)
-    try:
+    with model.get_submodule(parts.final).register_forward_hook(hold):
         yield
-    finally:
-        handle.remove()
 
 
 def _entropy_and_loss(model: PreTrainedModel, ids: Tensor) -> tuple[Float[Tensor, " token"], Float[Tensor, " token"]]:
@@ -256,9 +252,7 @@ def _weight(weights: OutputWeights, neuron: int) -> dict[str, float]:
     return {"norm": float(weights.norm[neuron]), "logit_variance": float(weights.logit_variance[neuron])}
 
 
-def _weights_figure(weights: dict[str, OutputWeights], chosen: Tensor) -> "Figure":
-    from unnorm.analysis.figures import scatter
-
+def _weights_figure(weights: dict[str, OutputWeights], chosen: Tensor) -> Figure:
     points, marked = {}, {}
     for name, of in weights.items():
         x, y = of.norm.tolist(), of.logit_variance.tolist()
@@ -268,9 +262,7 @@ def _weights_figure(weights: dict[str, OutputWeights], chosen: Tensor) -> "Figur
     return scatter(points, "length of the output vector", title, log_y=True, marked=marked)
 
 
-def _ablation_figure(rows: list[dict[str, Any]], effect: str) -> "Figure":
-    from unnorm.analysis.figures import dot_rows
-
+def _ablation_figure(rows: list[dict[str, Any]], effect: str) -> Figure:
     names = [f"{row['kind']} {row['neuron']}" for row in rows]
     values = {name: [row[name][effect] for row in rows] for name in ("original", "twin")}
     return dot_rows(names, values, "nats (log)", True)

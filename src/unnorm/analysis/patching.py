@@ -12,23 +12,22 @@ Patching*; Syed et al. 2023, arXiv 2310.10348). What norms do to it is what orig
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from plotly.graph_objects import Figure
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.analysis.anatomy import Anatomy, anatomy, without_heads
+from unnorm.analysis.figures import dot_rows, scatter
 from unnorm.analysis.material import Finding, Material
 from unnorm.analysis.prompts import PromptPair, answer_token, by_length, problem_with
 from unnorm.errors import UnnormError
-from unnorm.models import check_fits
 from unnorm.report.numbers import fixed, percent
 from unnorm.residual import recorded, replaced_inputs
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
+from unnorm.running import check_fits
 
 
 @dataclass(frozen=True)
@@ -224,9 +223,7 @@ def _right(found: Patching) -> float:
     return float((found.clean > 0).double().mean())
 
 
-def _scatter(measured: dict[str, Patching]) -> "Figure":
-    from unnorm.analysis.figures import scatter
-
+def _scatter(measured: dict[str, Patching]) -> Figure:
     points = {}
     for name, found in measured.items():
         layers, heads = found.activation.shape[1:]
@@ -236,9 +233,7 @@ def _scatter(measured: dict[str, Patching]) -> "Figure":
     return scatter(points, "activation patching", "attribution patching, nats", diagonal=True)
 
 
-def _error_figure(measured: dict[str, Patching]) -> "Figure":
-    from unnorm.analysis.figures import dot_rows
-
+def _error_figure(measured: dict[str, Patching]) -> Figure:
     layers, heads = measured["twin"].activation.shape[1:]
     names = [f"head {layer}.{head}" for layer in range(layers) for head in range(heads)]
     return dot_rows(

@@ -5,19 +5,19 @@ spread is the standard deviation of its log over tokens: 0 would mean that the n
 apart.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
+from plotly.graph_objects import Figure
 from torch import Tensor
 
+from unnorm.analysis.figures import range_rows
 from unnorm.analysis.material import Finding, Material
 from unnorm.calibrate import collect_log_scales, scale_statistics
 from unnorm.errors import UnnormError
+from unnorm.report.drawing import short_names
 from unnorm.report.numbers import fixed
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
 
@@ -75,10 +75,7 @@ def _numbers(of_model: dict[str, Tensor], constants: dict[str, float]) -> list[d
     return rows
 
 
-def _figure(numbers: dict[str, list[dict[str, Any]]]) -> "Figure":
-    from unnorm.analysis.figures import range_rows
-    from unnorm.report.drawing import short_names
-
+def _figure(numbers: dict[str, list[dict[str, Any]]]) -> Figure:
     names = short_names([row["site"] for row in numbers["twin"]])
     ranges = {}
     for name, rows in numbers.items():

@@ -11,20 +11,19 @@ query 0 too). Residual vectors at position 0 tens of times longer than the rest 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from plotly.graph_objects import Figure
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from unnorm.analysis.anatomy import anatomy, attention_patterns, residual_stream
+from unnorm.analysis.figures import bundle, heat_maps
 from unnorm.analysis.material import Finding, Material
-from unnorm.models import check_fits
 from unnorm.report.numbers import percent, significant
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
+from unnorm.running import check_fits
 
 THRESHOLD = 0.3
 
@@ -107,9 +106,7 @@ def _numbers(found: Sinks) -> dict[str, Any]:
     }
 
 
-def _share_figure(measured: dict[str, Sinks]) -> "Figure":
-    from unnorm.analysis.figures import heat_maps
-
+def _share_figure(measured: dict[str, Sinks]) -> Figure:
     grids = {name: found.share.mean(0).tolist() for name, found in measured.items()}
     layers, heads = len(grids["twin"]), len(grids["twin"][0])
     return heat_maps(
@@ -117,9 +114,7 @@ def _share_figure(measured: dict[str, Sinks]) -> "Figure":
     )
 
 
-def _norm_figure(measured: dict[str, Sinks]) -> "Figure":
-    from unnorm.analysis.figures import bundle
-
+def _norm_figure(measured: dict[str, Sinks]) -> Figure:
     lines = []
     for name, found in measured.items():
         norms = found.norm.mean(0)

@@ -11,8 +11,11 @@ from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import TextIO
 
+import datasets
 import fsspec  # type: ignore[import-untyped]
 import fsspec.compression  # type: ignore[import-untyped]
+import pandas as pd  # type: ignore[import-untyped]
+from pyarrow import parquet  # type: ignore[import-untyped]
 
 from unnorm.errors import UnnormError, short
 from unnorm.run_directory import named_path
@@ -246,9 +249,6 @@ def _objects(path: Path) -> Iterator[Row]:
 
 
 def _table(suffix: str, path: Path) -> Iterator[Row]:
-    import datasets
-    from pyarrow import parquet  # type: ignore[import-untyped]
-
     # Its readers log an error, traceback and all, besides raising it.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     if suffix == ".parquet" and parquet.read_metadata(path).num_rows == 0:
@@ -260,8 +260,6 @@ def _table(suffix: str, path: Path) -> Iterator[Row]:
 
 def _csv_rows(path: Path) -> Iterator[Row]:
     """Rows of strings: guessing types, as `datasets` does, makes nothing of the text "null", and numbers of "12"."""
-    import pandas as pd  # type: ignore[import-untyped]
-
     with _open_text(path, newline="") as file, suppress(pd.errors.EmptyDataError):
         for chunk in pd.read_csv(file, dtype=str, na_filter=False, chunksize=_AT_ONCE):
             fields = list(chunk.columns)

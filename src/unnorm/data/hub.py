@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable, Iterable
 from functools import partial
 
+import datasets
+
 from unnorm.data.files import Row
 from unnorm.errors import UnnormError, short
 
@@ -22,8 +24,6 @@ def hub_rows_by_split(source: str) -> dict[str, Callable[[], Iterable[Row]]]:
     Raises:
         UnnormError: there is no such data set or subset, or the hub can't be reached.
     """
-    import datasets
-
     name, _, subset = source.partition(":")
     try:
         splits, options = _splits_and_options(name, subset or None)
@@ -43,8 +43,6 @@ def hub_rows_by_split(source: str) -> dict[str, Callable[[], Iterable[Row]]]:
 
 def _splits_and_options(name: str, subset: str | None) -> tuple[list[str], dict[str, str | None]]:
     """A hub data set's splits, and what `load_dataset` is to be told besides its name."""
-    import datasets
-
     try:
         return datasets.get_dataset_split_names(name, subset), {"name": subset}
     except RuntimeError as error:

@@ -10,8 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unnorm.data.files import OWN_TEXT
 from unnorm.data.packing import Blocks, as_dataset, begin_of_blocks
 from unnorm.errors import UnnormError
-from unnorm.models import free_memory
-from unnorm.tracing import vocabulary_size
+from unnorm.running import free_memory, vocabulary_size
 
 _LOGITS_AT_ONCE, _GPU_LOGITS_AT_ONCE = 2**20, 2**26
 _CACHE_SHARE = 0.5

@@ -32,7 +32,7 @@ from unnorm.plan import choose_context, choose_device
 from unnorm.progress import Watch, say, silent
 from unnorm.run_directory import MODEL, named_path
 from unnorm.run_text import blaming_the_run, choose_text
-from unnorm.tracing import vocabulary_size
+from unnorm.running import vocabulary_size
 
 
 @dataclass(frozen=True)

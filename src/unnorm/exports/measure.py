@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError, first_few
-from unnorm.models import cast_as_loaded, context_length, copy_model
+from unnorm.running import cast_as_loaded, context_length, copy_model
 from unnorm.tracing import trace_inputs
 
 Logits = Float[Tensor, "batch position vocab"]

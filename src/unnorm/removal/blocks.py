@@ -31,7 +31,7 @@ from unnorm.plan import Plan
 from unnorm.progress import Watch, say
 from unnorm.removal.run import Run
 from unnorm.run_directory import CONFIG_FILE, DATA, HELD_OUT, finished_result, write_text
-from unnorm.tracing import vocabulary_size
+from unnorm.running import vocabulary_size
 
 TRAINING_SPREAD = 4
 """Times as much training text is read, and thinned evenly: neighbouring blocks come from one document and say less."""

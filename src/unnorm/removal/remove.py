@@ -16,7 +16,7 @@ from unnorm.checkpoint import load, save_folded, save_model, save_sites, save_un
 from unnorm.config import RemoveConfig
 from unnorm.errors import RunInterruptedError, UnnormError, explained
 from unnorm.isolation import isolated
-from unnorm.models import copy_model, fuse_activations, load_original
+from unnorm.models import load_original
 from unnorm.norms import TaperedNorm, TokenMask
 from unnorm.plan import Plan, choose_device, control_plan, healing_plan, make_plan
 from unnorm.progress import Watch, say, silent
@@ -38,6 +38,7 @@ from unnorm.run_directory import (
     resume_command,
     write_text,
 )
+from unnorm.running import copy_model, fuse_activations
 from unnorm.schedule import FidelityController, Schedule, healing
 from unnorm.site_proof import prove_sites
 from unnorm.sites import find_sites

@@ -15,10 +15,10 @@ from unnorm.data import spread
 from unnorm.equalize import equalize_embedding, untie
 from unnorm.massive import MADE_GOOD, shrink_massive
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
-from unnorm.models import copy_model
 from unnorm.norms import TaperedNorm, TokenMask, bound, removed
 from unnorm.removal.run import Run, evaluate_on_held_out, limit
 from unnorm.run_directory import CHECKPOINTS, LAYOUT, write_text
+from unnorm.running import copy_model
 from unnorm.stand_ins import install
 from unnorm.training import last_checkpoint
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jinja2 import Environment, StrictUndefined
 
 from unnorm.report.numbers import count, finite_or_none, fixed, interval, loss_increase, percent, shortest
 from unnorm.report.sentences import healed, limits, massive_neurons, overflowed, without_norms
@@ -25,8 +26,6 @@ def render_card(
         sites: the former norms.
         constants: the constant scale of each, as folded.
     """
-    from jinja2 import Environment, StrictUndefined
-
     in_place = sum(site.folds_into == "in place" for site in sites)
     values = {
         **{key: result[key] for key in ("sites", "recipe", "held_out", "norm_modules_left")},

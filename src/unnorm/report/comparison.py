@@ -3,16 +3,14 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from markupsafe import Markup, escape
+from plotly.graph_objects import Figure
 
 from unnorm.evaluation.comparison import Comparison, Context
 from unnorm.report.evaluation_figures import density_figure, entropy_figure, kl_figure
 from unnorm.report.numbers import fixed, percent, significant
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 SPACE = "␣"
 """A space, where it would not be seen."""
@@ -38,7 +36,7 @@ class Pair:
     name: str
     contexts: list[dict[str, Any]]
     values: list[list[dict[str, Any]]]
-    figures: "dict[str, Figure]"
+    figures: dict[str, Figure]
 
 
 def make_pair(name: str, comparison: Comparison) -> Pair:

@@ -2,12 +2,11 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+
+from plotly.graph_objects import Figure
+from plotly.subplots import make_subplots
 
 from unnorm.report.numbers import finite_or_none
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 # Light colour -> dark colour. The page replaces these exact strings, so figures use no others.
 ACCENT, INK, SOFT, RULE, PAPER = "#0a6c74", "#24292e", "#6f777e", "#dfe2e4", "#fdfdfc"
@@ -43,24 +42,22 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def draw_line(
-    figure: "Figure", panel: int, x: Iterable[float], y: list[float], name: str, colour: str, dash: str
+    figure: Figure, panel: int, x: Iterable[float], y: list[float], name: str, colour: str, dash: str
 ) -> None:
     """Add a line to a panel."""
     line = {"color": colour, "width": 1.8, "dash": dash}
     figure.add_scatter(x=list(x), y=y, name=name, mode="lines", line=line, hovertemplate="%{y:.4f}", row=panel, col=1)
 
 
-def panels(heights: list[float], spacing: float | None = None) -> "Figure":
+def panels(heights: list[float], spacing: float | None = None) -> Figure:
     """Panels below each other on one axis, their heights and the space between them as shares of 1."""
-    from plotly.subplots import make_subplots
-
     spacing = spacing or 0.2 / (1 + len(heights))
     figure = make_subplots(rows=len(heights), cols=1, shared_xaxes=True, row_heights=heights, vertical_spacing=spacing)
     figure.update_layout(hovermode="x")
     return figure
 
 
-def name_panel(figure: "Figure", panel: int, title: str) -> None:
+def name_panel(figure: Figure, panel: int, title: str) -> None:
     """A title over a panel."""
     # Above the panel and not along the axis: that is read without turning one's head and leaves phones their width.
     axis = "" if panel == 1 else str(panel)
@@ -78,7 +75,7 @@ def name_panel(figure: "Figure", panel: int, title: str) -> None:
     )
 
 
-def log_axis(figure: "Figure", panel: int, values: Iterable[float]) -> None:
+def log_axis(figure: Figure, panel: int, values: Iterable[float]) -> None:
     """Make a panel's axis logarithmic, with round ticks around the values."""
     positive = [v for v in values if finite_or_none(v) is not None and v > 0]
     if not positive:
@@ -95,13 +92,13 @@ def log_axis(figure: "Figure", panel: int, values: Iterable[float]) -> None:
     )
 
 
-def position_axis(figure: "Figure", longest: int) -> None:
+def position_axis(figure: Figure, longest: int) -> None:
     """Make the axis of positions logarithmic, with powers of two for its ticks."""
     ticks = [2**i for i in range(0, longest.bit_length(), 1 if longest <= 256 else 2)]
     figure.update_xaxes(type="log", tickmode="array", tickvals=ticks, ticktext=[str(tick) for tick in ticks])
 
 
-def finish(figure: "Figure", height: int, x_title: str) -> "Figure":
+def finish(figure: Figure, height: int, x_title: str) -> Figure:
     """The look that all figures share; the page draws the legend, so that it wraps like text."""
     # Of plotly's own template nothing is wanted: empty, it also leaves the page smaller.
     figure.update_layout(

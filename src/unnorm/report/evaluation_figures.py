@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING
+
+from plotly.graph_objects import Figure
 
 from unnorm.evaluation.comparison import Comparison, Histogram
 from unnorm.evaluation.results import Evaluation
@@ -24,9 +25,6 @@ from unnorm.report.drawing import (
 )
 from unnorm.report.figures import bin_positions
 
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
 PANEL_HEIGHT = 220
 
 _STYLES = tuple((colour, dash) for dash in ("solid", "dash", "dot") for colour in (ACCENT, RUST, PLUM, OLIVE, SOFT))
@@ -40,13 +38,13 @@ def styles(models: Sequence[str], original: str | None) -> dict[str, tuple[str, 
     return found if original is None else {original: (INK, "solid"), **found}
 
 
-def position_figure(rows: Sequence[Evaluation], style: dict[str, tuple[str, str]]) -> "Figure | None":
+def position_figure(rows: Sequence[Evaluation], style: dict[str, tuple[str, str]]) -> Figure | None:
     """Loss by position in the context, one panel for each corpus; None without positions."""
     rows = [row for row in rows if row.position_loss]
     if not rows:
         return None
 
-    def draw(figure: "Figure", panel: int, row: Evaluation) -> None:
+    def draw(figure: Figure, panel: int, row: Evaluation) -> None:
         draw_line(figure, panel, *bin_positions(row.position_loss), row.model, *style[row.model])
 
     figure = _by_corpus(rows, draw, "loss, nats per token", "position of the predicted token (log)")
@@ -55,13 +53,13 @@ def position_figure(rows: Sequence[Evaluation], style: dict[str, tuple[str, str]
     return figure
 
 
-def calibration_figure(rows: Sequence[Evaluation], style: dict[str, tuple[str, str]]) -> "Figure | None":
+def calibration_figure(rows: Sequence[Evaluation], style: dict[str, tuple[str, str]]) -> Figure | None:
     """How often the most likely token was right, less how likely it was thought; one panel for each corpus."""
     rows = [row for row in rows if row.calibration]
     if not rows:
         return None
 
-    def draw(figure: "Figure", panel: int, row: Evaluation) -> None:
+    def draw(figure: Figure, panel: int, row: Evaluation) -> None:
         _draw_calibration(figure, panel, row, *style[row.model])
 
     figure = _by_corpus(rows, draw, "accuracy less confidence", "confidence: probability of the likeliest token")
@@ -72,8 +70,8 @@ def calibration_figure(rows: Sequence[Evaluation], style: dict[str, tuple[str, s
 
 
 def _by_corpus(
-    rows: Sequence[Evaluation], draw: "Callable[[Figure, int, Evaluation], None]", what: str, x_title: str
-) -> "Figure":
+    rows: Sequence[Evaluation], draw: Callable[[Figure, int, Evaluation], None], what: str, x_title: str
+) -> Figure:
     corpora = list(dict.fromkeys(row.data for row in rows))
     figure = panels([1 / len(corpora)] * len(corpora))
     for panel, corpus in enumerate(corpora, start=1):
@@ -84,7 +82,7 @@ def _by_corpus(
     return finish(figure, PANEL_HEIGHT * len(corpora) + 80, x_title)
 
 
-def _draw_calibration(figure: "Figure", panel: int, row: Evaluation, colour: str, dash: str) -> None:
+def _draw_calibration(figure: Figure, panel: int, row: Evaluation, colour: str, dash: str) -> None:
     bins = row.calibration
     # Two standard errors of the share that was right, as if tokens were independent.
     errors = [2 * math.sqrt(max(b.accuracy * (1 - b.accuracy), 1 / (4 * b.tokens)) / b.tokens) for b in bins]
@@ -103,10 +101,8 @@ def _draw_calibration(figure: "Figure", panel: int, row: Evaluation, colour: str
     )
 
 
-def density_figure(comparison: Comparison) -> "Figure":
+def density_figure(comparison: Comparison) -> Figure:
     """The model's loss against the original's, tokens as counts on a log scale."""
-    from plotly.graph_objects import Figure
-
     middles = _middles(comparison.loss_edges)
     counts = [list(column) for column in zip(*comparison.loss_density, strict=True)]
     figure = Figure()
@@ -128,10 +124,8 @@ def density_figure(comparison: Comparison) -> "Figure":
     return finish(figure, 290, "loss of the original, nats")
 
 
-def kl_figure(histogram: Histogram) -> "Figure":
+def kl_figure(histogram: Histogram) -> Figure:
     """Tokens by KL, on a log axis."""
-    from plotly.graph_objects import Figure
-
     edges = [math.log10(edge) for edge in histogram.edges]
     figure = Figure()
     _bars(figure, edges, histogram.counts, [f"{edge:.2g}" for edge in histogram.edges], ACCENT)
@@ -143,10 +137,8 @@ def kl_figure(histogram: Histogram) -> "Figure":
     return finish(figure, 290, "KL, nats (log)")
 
 
-def entropy_figure(histogram: Histogram) -> "Figure":
+def entropy_figure(histogram: Histogram) -> Figure:
     """Tokens by the model's entropy less the original's."""
-    from plotly.graph_objects import Figure
-
     figure = Figure()
     _bars(figure, histogram.edges, histogram.counts, [f"{edge:+.3g}" for edge in histogram.edges], ACCENT)
     figure.add_vline(x=0, line={"color": INK, "width": 1})
@@ -154,7 +146,7 @@ def entropy_figure(histogram: Histogram) -> "Figure":
     return finish(figure, 290, "entropy less the original's, nats")
 
 
-def _bars(figure: "Figure", edges: Sequence[float], counts: Sequence[int], words: Sequence[str], colour: str) -> None:
+def _bars(figure: Figure, edges: Sequence[float], counts: Sequence[int], words: Sequence[str], colour: str) -> None:
     figure.add_bar(
         x=_middles(edges),
         y=list(counts),

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from plotly.graph_objects import Figure
 
 from unnorm.calibrate import ScaleStatistics
 from unnorm.report.drawing import (
@@ -21,15 +23,12 @@ from unnorm.report.drawing import (
 )
 from unnorm.report.numbers import finite_or_none
 
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
-
 MOST_POSITION_BINS = 48
 
 Rows = Sequence[dict[str, Any]]
 
 
-def run_figure(rows: Rows, control_rows: Rows, original_loss: float | None) -> "Figure | None":
+def run_figure(rows: Rows, control_rows: Rows, original_loss: float | None) -> Figure | None:
     """Loss, KL (log) and alpha over the tokens of a run, one panel each; None if there was no run.
 
     Args:
@@ -72,12 +71,10 @@ def removal_stretch(rows: Rows) -> tuple[float, float] | None:
 
 def scale_figure(
     before: Sequence[ScaleStatistics], after: Sequence[ScaleStatistics], constants: dict[str, float]
-) -> "Figure | None":
+) -> Figure | None:
     """Scale of each norm site before and after the removal, on a log axis; None without sites."""
     if not before and not after:
         return None
-    from plotly.graph_objects import Figure
-
     names = list(dict.fromkeys(row.site for row in (*before, *after)))
     index = {name: i for i, name in enumerate(names)}
     crowded = len(names) > 16
@@ -101,7 +98,7 @@ def scale_figure(
     return finish(figure, 440, "")
 
 
-def position_figure(position_loss: dict[str, list[float]]) -> "Figure | None":
+def position_figure(position_loss: dict[str, list[float]]) -> Figure | None:
     """Loss by position in the context, and what LN-free loses against the original; None without positions."""
     binned = {name: bin_positions(losses) for name, losses in position_loss.items() if losses}
     if not binned:
@@ -144,7 +141,7 @@ def _points(rows: Rows, key: str, kind: str | None = None) -> tuple[list[float],
     return [t for t, _ in points], [v for _, v in points]
 
 
-def _draw_metric(figure: "Figure", panel: int, key: str, rows: Rows, control_rows: Rows) -> None:
+def _draw_metric(figure: Figure, panel: int, key: str, rows: Rows, control_rows: Rows) -> None:
     drawn: list[float] = []
     parts = (
         (rows, "train", "twin, training", ACCENT, {"width": 1}, 0.45),
@@ -176,7 +173,7 @@ LEAST_KL = 1e-6
 """Smaller ones are rounding: a model compared with itself."""
 
 
-def _draw_alpha(figure: "Figure", panel: int, rows: Rows) -> None:
+def _draw_alpha(figure: Figure, panel: int, rows: Rows) -> None:
     shares = [{**row, "share": _share(row)} for row in rows]
     parts = (
         (rows, "alpha", "mean alpha", ACCENT, {"width": 1.5}, "%{y:.2f}"),
@@ -196,7 +193,7 @@ def _share(row: dict[str, Any]) -> float | None:
     return removed / sites if removed is not None and sites else None
 
 
-def _draw_constants(figure: "Figure", placed: Sequence[tuple[int, float]], names: Sequence[str]) -> None:
+def _draw_constants(figure: Figure, placed: Sequence[tuple[int, float]], names: Sequence[str]) -> None:
     figure.add_scatter(
         x=[x for place, _ in placed for x in (place - 0.38, place, place + 0.38, None)],
         y=[y for _, value in placed for y in (value, value, value, None)],
@@ -208,7 +205,7 @@ def _draw_constants(figure: "Figure", placed: Sequence[tuple[int, float]], names
 
 
 def _draw_scales(
-    figure: "Figure", rows: Sequence[ScaleStatistics], name: str, colour: str, x: list[float], crowded: bool
+    figure: Figure, rows: Sequence[ScaleStatistics], name: str, colour: str, x: list[float], crowded: bool
 ) -> None:
     # One broken line for all ranges: a trace for each site would be slow with a hundred of them.
     figure.add_scatter(

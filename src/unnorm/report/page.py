@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from plotly.graph_objects import Figure
 
 from unnorm.calibrate import ScaleStatistics
 from unnorm.evaluation.comparison import Comparison
@@ -23,9 +25,6 @@ from unnorm.report.numbers import (
 )
 from unnorm.report.sentences import healed, limits, massive_neurons, overflowed, without_norms
 from unnorm.report.templates import render_page
-
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ def _has_control(data: ReportData) -> bool:
     return bool(data.control_rows) or finite_or_none(data.result.get("control_loss")) is not None
 
 
-def _figures(data: ReportData) -> "dict[str, Figure]":
+def _figures(data: ReportData) -> dict[str, Figure]:
     drawn = {
         "run": figures.run_figure(data.rows, data.control_rows, _original_loss(data)),
         "scales": figures.scale_figure(data.scales_before, data.scales_after, data.constants),

@@ -2,18 +2,18 @@
 
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.graph_objects import Figure
+from plotly.offline import get_plotlyjs
 
 from unnorm.report.comparison import Pair, pair_variables, script_json
 from unnorm.report.drawing import DARK_COLOURS
 
-if TYPE_CHECKING:
-    from plotly.graph_objects import Figure
 
-
-def render_page(template: str, values: dict[str, Any], figures: "dict[str, Figure]", pairs: Sequence[Pair] = ()) -> str:
+def render_page(template: str, values: dict[str, Any], figures: dict[str, Figure], pairs: Sequence[Pair] = ()) -> str:
     """A whole HTML page, with scripts and styles in it.
 
     Args:
@@ -22,9 +22,6 @@ def render_page(template: str, values: dict[str, Any], figures: "dict[str, Figur
         figures: by the id of the element that each is drawn in.
         pairs: models that are compared token by token.
     """
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
     environment = Environment(
         loader=PackageLoader("unnorm", "report"),
         autoescape=True,

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, Trainer
 
 from unnorm import processes
 from unnorm.errors import UnnormError, first_few
+from unnorm.hooks import hooked
 from unnorm.losses import (
     RUNAWAY,
     distillation_losses,
@@ -208,10 +209,9 @@ class DistillationTrainer(Trainer):
         for stand_in in self.bounded:
             stand_in.keep_log_scale = True
         try:
-            yield
+            with hooked(handles):
+                yield
         finally:
-            for handle in handles:
-                handle.remove()
             for stand_in in self.stand_ins.values():
                 stand_in.keep_output, stand_in.kept_output = False, None
             for stand_in in self.bounded:

@@ -21,12 +21,11 @@ from unnorm import processes
 from unnorm.data import batches, spread
 from unnorm.errors import UnnormError
 from unnorm.losses import distillation_losses, next_token_loss
-from unnorm.models import evaluating, without_dropout
 from unnorm.plan import Plan
 from unnorm.progress import Watch
 from unnorm.recipes import Optimization
 from unnorm.run_directory import CHECKPOINTS, METRICS
-from unnorm.tracing import vocabulary_size
+from unnorm.running import evaluating, vocabulary_size, without_dropout
 from unnorm.training.callbacks import (
     InterruptCallback,
     MetricsCallback,

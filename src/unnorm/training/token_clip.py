@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from unnorm.hooks import hooked
 from unnorm.norms import is_linear
 
 TOKEN_CLIP = 20.0
@@ -53,9 +53,5 @@ def clipping_tokens(model: nn.Module, unembedding: nn.Module | None) -> Iterator
         return clipped
 
     linears = [module for module in model.modules() if is_linear(module) and module is not unembedding]
-    handles: list[RemovableHandle] = [module.register_forward_hook(clip) for module in linears]
-    try:
+    with hooked(module.register_forward_hook(clip) for module in linears):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -18,20 +18,13 @@ from unnorm.config import read_count, run_settings
 from unnorm.data.packing import begin_of_blocks
 from unnorm.errors import UnnormError, explained
 from unnorm.isolation import isolated
-from unnorm.models import (
-    cast_as_loaded,
-    check_same_tokenizer,
-    check_same_vocabulary,
-    context_length,
-    load_original,
-    model_name,
-)
+from unnorm.models import check_same_tokenizer, check_same_vocabulary, load_original, model_name
 from unnorm.plan import choose_context, choose_device
 from unnorm.progress import Watch, say, silent
 from unnorm.run_directory import CONFIG_FILE, CONTROL, MODEL, finished_result
 from unnorm.run_text import choose_text
+from unnorm.running import cast_as_loaded, context_length, vocabulary_size
 from unnorm.sites import NormSite
-from unnorm.tracing import vocabulary_size
 from unnorm.worst_case.inputs import InputClass, Inputs, Material, input_classes
 from unnorm.worst_case.measure import Measured, is_finite, largest_residuals, measure
 

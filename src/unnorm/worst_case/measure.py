@@ -11,9 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unnorm.models import evaluating
+from unnorm.running import evaluating, vocabulary_size
 from unnorm.sites import NormSite
-from unnorm.tracing import vocabulary_size
 from unnorm.worst_case.inputs import Inputs
 
 _LOGITS_AT_ONCE = 2**24
@@ -110,11 +109,8 @@ def _residuals(model: PreTrainedModel, sites: Sequence[NormSite]) -> Iterator[li
     final = next((site.name for site in sites if site.role == "final"), None)
     modules: dict[str, nn.Module] = dict(model.named_modules())
     module = modules[final] if final in modules else model.get_output_embeddings()
-    handle = module.register_forward_pre_hook(lambda _, args: found.append(args[0].detach()))
-    try:
+    with module.register_forward_pre_hook(lambda _, args: found.append(args[0].detach())):
         yield found
-    finally:
-        handle.remove()
 
 
 def _unflatten(values: Float[Tensor, " read"], inputs: Sequence[Inputs]) -> list[Float[Tensor, "sequence position"]]:
