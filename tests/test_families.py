@@ -409,6 +409,32 @@ def test_contributions_are_summed_in_any_layout_or_said_to_be_no_sum(
     assert (check.passed, "not a plain sum" in check.detail) == (is_sum, not is_sum)
 
 
+@pytest.mark.parametrize("family", ["opt, post-norm", "opt, projected", "opt, post-norm, projected"])
+def test_contributions_go_through_the_linear_maps_that_follow_them(family: str, runs: dict[str, Path]) -> None:
+    (check,) = [check for check in unnorm.verify(runs[family]) if check.name.startswith("contributions")]
+    # Two embeddings, four heads, an MLP and biases of each layer, at least.
+    assert check.passed and int(check.detail.split()[1]) >= 2 + 2 * (4 + 1 + 2), check
+
+
+def test_contributions_add_up_to_what_a_kept_final_norm_reads(runs: dict[str, Path], tmp_path: Path) -> None:
+    original = str(runs["llama"].parent / "model")
+    unnorm.remove(original, tokens=0, context=32, out=tmp_path / "run", keep=r"^model\.norm$", device="cpu")
+    (check,) = [check for check in unnorm.verify(tmp_path / "run") if check.name.startswith("contributions")]
+    assert check.name == "contributions add up to what model.norm reads" and check.passed
+    assert check.detail.endswith(" contributions") and int(check.detail.split()[1]) >= 1 + 2 * (4 + 1)
+
+
+def test_a_lone_module_that_writes_all_is_no_sum(saved_family: Saved, text_file: Path, tmp_path: Path) -> None:
+    """A BLOOM whose layers add in what they were given out of sight: every check but the one on sums says yes."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "slow_but_exact": True, "pretraining_tp": 2}
+    saved_family(lambda: hf.BloomConfig(vocab_size=64, **sizes, **IDS))
+    unnorm.remove(str(tmp_path / "model"), data=text_file, tokens=0, context=32, out=tmp_path / "run", device="cpu")
+    (failed,) = [check for check in unnorm.verify(tmp_path / "run") if not check.passed]
+    assert failed.detail == "what 'lm_head' reads is not a plain sum"
+    with pytest.raises(UnnormError, match="no plain sum that a last norm reads"):
+        unnorm.analyze(tmp_path / "run", what=["attribution"], tokens=64, device="cpu")
+
+
 def test_buffers_that_no_checkpoint_has_are_computed_when_a_twin_loads(tmp_path: Path) -> None:
     """Falcon-H1's multipliers are such: its stock class works them out from the config after loading."""
     sizes = {"num_key_value_heads": 2, "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8}

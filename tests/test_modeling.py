@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 import unnorm
+from tests.conftest import VOCAB
 from unnorm import fold, proof
 from unnorm.checkpoint import load_sites, load_unfolded
 from unnorm.fold import fold_reader
@@ -28,9 +30,8 @@ from unnorm.modeling import modeling_unnorm
 from unnorm.models import load_original
 from unnorm.norms import TaperedNorm
 from unnorm.proof import check_twin
-from unnorm.residual import Writer, residual_writers
 from unnorm.sites import norm_modules
-from unnorm.tracing import trace_inputs
+from unnorm.tracing import stream_sources, trace_inputs
 
 WITHOUT_UNNORM = """
 import json, sys
@@ -156,7 +157,53 @@ def test_verify_passes_then_fails_on_a_changed_weight(finished_run: Path, tmp_pa
     with torch.no_grad():
         model.transformer.h[1].attn.c_attn.weight[0, 0] += 0.05
     model.save_pretrained(broken / "model")
-    assert [check.name for check in unnorm.verify(broken) if not check.passed] == ["checkpoint = unfolded, float32"]
+    failed = [check.name for check in unnorm.verify(broken) if not check.passed]
+    assert failed == ["weights = those of the fold", "checkpoint = unfolded, float32"]
+
+
+@pytest.mark.parametrize("weight", ["transformer.wte.weight", "transformer.wpe.weight"])
+def test_verify_looks_at_weights_that_few_tokens_read(weight: str, finished_run: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(finished_run, broken)
+    model = unnorm.load(broken)
+    unread = next(i for i in range(VOCAB) if i not in trace_inputs(model, 2, 16)) if "wte" in weight else -1
+    with torch.no_grad():
+        model.get_parameter(weight)[unread] *= 1.0001
+    model.save_pretrained(broken / "model")
+    (failed,) = [check for check in unnorm.verify(broken) if not check.passed]
+    assert failed.name == "weights = those of the fold" and failed.detail.endswith(weight)
+    assert failed.value > failed.limit
+
+
+def test_verify_wants_every_weight_of_the_fold_and_no_other(finished_run: Path) -> None:
+    twin = unnorm.load(finished_run)
+    del twin.lm_head._parameters["bias"]
+    twin.lm_head.register_parameter("bias", None)
+    checks = {check.name: check for check in check_twin(twin, load_unfolded(finished_run), load_sites(finished_run)[0])}
+    failed = checks["weights = those of the fold"]
+    assert failed.value == math.inf and failed.detail.endswith("lm_head.bias")
+
+
+def test_verify_knows_what_code_a_checkpoint_brings_along(finished_run: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(finished_run, broken)
+
+    def failed() -> list[str]:
+        return [check.detail for check in unnorm.verify(broken) if not check.passed]
+
+    with (broken / "model" / "modeling_unnorm.py").open("a") as file:
+        file.write("\n# Edited.\n")
+    assert failed() == [
+        "modeling_unnorm.py is not this version's; `unnorm.load(DIR).save_pretrained(DIR/model)` writes that"
+    ]
+    unnorm.load(broken).save_pretrained(broken / "model")
+    assert failed() == []
+    (broken / "model" / "modeling_unnorm.py").unlink()
+    assert failed() == ["there is no modeling_unnorm.py"]
+    config = json.loads((broken / "model" / "config.json").read_text())
+    config["auto_map"]["AutoModelForCausalLM"] = "other.Model"
+    (broken / "model" / "config.json").write_text(json.dumps(config))
+    assert failed() == ["there is no modeling_unnorm.py; config.json names other classes to load"]
 
 
 def failed_checks(run: Path, twin: PreTrainedModel) -> list[str]:
@@ -180,17 +227,18 @@ def test_verify_finds_a_fold_that_is_not_exact(fault: str, finished_run: Path, m
 
     twin = unnorm.load(finished_run)
     monkeypatch.setattr(fold, "fold_reader", inexact)
-    assert failed_checks(finished_run, twin) == ["folded = unfolded, float64"]
+    assert failed_checks(finished_run, twin) == ["folded = unfolded, float64", "weights = those of the fold"]
 
 
 @pytest.mark.parametrize("left_out", ["transformer.h.0.mlp.c_proj", "transformer.h.1.attn.c_proj", "transformer.wpe"])
 def test_verify_finds_a_writer_that_was_left_out(
     left_out: str, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def others(*arguments: Any) -> list[Writer]:
-        return [writer for writer in residual_writers(*arguments) or [] if writer.name != left_out]
+    def others(*arguments: Any) -> dict[str, dict[str, float]]:
+        found = stream_sources(*arguments).items()
+        return {reader: {name: 1.0 for name in sources if name != left_out} for reader, sources in found}
 
-    monkeypatch.setattr(proof, "residual_writers", others)
+    monkeypatch.setattr(proof, "stream_sources", others)
     assert failed_checks(finished_run, unnorm.load(finished_run)) == ["contributions add up to the logits"]
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,9 +17,10 @@ import typer
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
-from tests.conftest import SETTINGS, Cli, assert_same_weights, ctrl_c_at
+from tests.conftest import SETTINGS, VOCAB, Cli, assert_same_weights, ctrl_c_at
 from unnorm.checkpoint import load_sites
 from unnorm.cli import app, main
 from unnorm.config import RemoveConfig
@@ -312,6 +314,47 @@ def test_constants_are_estimated_as_asked_for(
     unnorm.remove(tiny_model_dir, data=text_file, tokens=0, estimator="mean", out=tmp_path / "run", device="cpu")
     geometric, mean = (load_sites(directory)[1] for directory in (finished_run, tmp_path / "run"))
     assert all(mean[name] > 1.0001 * geometric[name] for name in geometric)
+
+
+GENERATION: dict[str, dict[str, Any]] = {
+    "beams": {"num_beams": 3, "num_return_sequences": 3},
+    "returns": {"return_dict_in_generate": True, "output_attentions": True},
+    "strings": {"stop_strings": ["def"]},
+    "sampling": {"do_sample": True, "temperature": 0.5, "repetition_penalty": 9.0},
+    "lookup": {"prompt_lookup_num_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("settings", GENERATION)
+def test_samples_are_greedy_whatever_generation_the_model_is_set_to(
+    settings: str, finished_run: Path, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    path = tmp_path / "model" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | GENERATION[settings]))
+    unnorm.remove(tmp_path / "model", data=text_file, tokens=0, out=tmp_path / "run", device="cpu")
+    kept = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
+    assert GENERATION[settings].items() <= kept.items()
+
+
+def test_what_a_model_returns_by_default_does_not_matter(
+    finished_run: Path, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model_dir, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    odd = {"output_hidden_states": True, "return_dict": False, "use_cache": False}
+    path.write_text(json.dumps(json.loads(path.read_text()) | odd))
+    result = unnorm.remove(tmp_path / "model", data=text_file, tokens=0, out=tmp_path / "run", device="cpu")
+    assert result["kl"] == json.loads((finished_run / "result.json").read_text())["kl"] and result["verified"]
+
+
+def test_a_model_may_take_fewer_tokens_than_it_is_proved_with(
+    tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path, tmp_path: Path
+) -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=5, n_embd=8, n_layer=1, n_head=2))
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer.save_pretrained(tmp_path / "model")
+    assert unnorm.remove(tmp_path / "model", data=text_file, tokens=0, out=tmp_path / "run", device="cpu")["verified"]
 
 
 def test_the_report_has_the_twins_scales(

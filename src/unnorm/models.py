@@ -71,6 +71,7 @@ def load_original(model: str, trust_remote_code: bool = False) -> tuple[PreTrain
         config = _load_config(model, path, trust_remote_code)
         loaded = _load_weights(model, path, config, trust_remote_code)
         tokenizer = load_tokenizer(model, path, trust_remote_code)
+    loaded.config.return_dict = True
     # Some configs say tied beside an unembedding of its own, which transformers then loads.
     loaded.config.tie_word_embeddings = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     _check_finite(model, loaded)

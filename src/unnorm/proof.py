@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unnorm.blockwise import float64_logits, in_float64
@@ -15,15 +15,20 @@ from unnorm.checkpoint import load, load_sites, load_unfolded
 from unnorm.errors import first_few
 from unnorm.fold import FoldedWeights, empty_twin
 from unnorm.isolation import isolated
+from unnorm.modeling import modeling_unnorm
+from unnorm.modeling.modeling_unnorm import AffineMap
 from unnorm.norm_behaviour import norm_operations
-from unnorm.norms import linear_weight
+from unnorm.norms import centered, is_linear, linear_weight
 from unnorm.reading import read_weight
-from unnorm.residual import recorded, replaced_inputs, residual_writers, split_output
+from unnorm.residual import recorded, replaced_inputs, split_output, writer_of
+from unnorm.run_directory import MODEL
 from unnorm.sites import NormSite, norm_modules, unembedding_name
-from unnorm.tracing import trace_inputs
+from unnorm.tracing import stream_sources, trace_inputs
 
 FLOAT64_LIMIT = 1e-10
 FLOAT32_LIMIT = 1e-4
+WEIGHT_LIMIT = 1e-6
+"""Of weights in float32, whose rounding alone is 6e-8 of each."""
 _PARTS_AT_ONCE = 64
 
 _PROBE_SHAPE = (2, 16)
@@ -55,15 +60,16 @@ class Check:
 
 @isolated
 def verify(directory: str | Path) -> list[Check]:
-    """Prove a run directory: norm-free, folded exactly, read linearly, and a plain sum.
+    """Prove a run directory: norm-free, folded exactly, read linearly, a plain sum, and nothing else when loaded.
 
     Args:
         directory: a finished run.
 
     Returns:
         One row for each check: two on what is left of norms (one, where some were kept with `--keep`), then the fold
-        in float64 and in float32, the reads, and the sum of contributions. A check that does not hold is a row whose
-        `passed` is False, not an error.
+        in float64, every weight of the checkpoint, its logits, the reads, the sum of contributions, and the modeling
+        file that the checkpoint brings along. A check that does not hold is a row whose `passed` is False, not an
+        error.
 
     Raises:
         UnnormError: it holds no finished run, or files of it are missing or damaged.
@@ -72,7 +78,7 @@ def verify(directory: str | Path) -> list[Check]:
     sites, _ = load_sites(directory)
     twin = load(directory)
     unfolded = load_unfolded(directory)
-    return check_twin(twin, unfolded, sites)
+    return [*check_twin(twin, unfolded, sites), _modeling_file(directory / MODEL, twin)]
 
 
 def check_twin(twin: PreTrainedModel, unfolded: PreTrainedModel, sites: Sequence[NormSite]) -> list[Check]:
@@ -82,6 +88,7 @@ def check_twin(twin: PreTrainedModel, unfolded: PreTrainedModel, sites: Sequence
     return [
         *([_only_kept_norms(twin, ids)] if twin.config.kept_norms else norm_free),
         _fold_float64(unfolded, sites, ids),
+        _weights(twin, unfolded, sites),
         _fold_float32(twin, unfolded, ids),
         _reads_affine(twin, sites, ids),
         _contributions_add_up(twin, ids),
@@ -122,6 +129,30 @@ def _fold_float64(unfolded: PreTrainedModel, sites: Sequence[NormSite], ids: Int
     detail = "largest difference of logits" if expected.isfinite().all() else _OVERFLOWS
     limit = FLOAT64_LIMIT * max(1.0, float(expected.abs().nan_to_num().max()))  # As in the proof at load.
     return _row("folded = unfolded, float64", _number(error), limit, detail)
+
+
+@torch.no_grad()
+def _weights(twin: PreTrainedModel, unfolded: PreTrainedModel, sites: Sequence[NormSite]) -> Check:
+    """Every tensor of the checkpoint beside the unfolded model's, folded anew in float64: logits see few of them."""
+    name = "weights = those of the fold"
+    stored, folded = twin.state_dict(), FoldedWeights(unfolded, sites, torch.float64)
+    if odd := sorted(stored.keys() ^ folded.keys() | {key for key in stored if _unlike(stored[key], folded.get(key))}):
+        detail = f"on one side alone, or shaped otherwise: {first_few(odd)}"
+        return Check(name, False, float("inf"), WEIGHT_LIMIT, detail)
+    errors = {key: _relative_error(stored[key], value) for key, value in folded.items()}
+    worst = max(errors, key=lambda key: errors[key])
+    return _row(name, errors[worst], WEIGHT_LIMIT, f"relative; worst of {len(errors)}: {worst}")
+
+
+def _unlike(stored: Tensor, folded: Tensor | None) -> bool:
+    return folded is not None and stored.shape != folded.shape
+
+
+def _relative_error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest finite entry; limits on neurons are infinite where there is none."""
+    found, expected = found.double(), expected.double()
+    largest = expected.abs().where(expected.isfinite(), 0).amax().clamp_min(torch.finfo(torch.float64).tiny)
+    return _number(((found - expected).abs() / largest).where(found != expected, 0).amax())
 
 
 @torch.no_grad()
@@ -200,34 +231,105 @@ def _looked_at(twin: PreTrainedModel, site: NormSite) -> Iterator[str]:
 
 @torch.no_grad()
 def _contributions_add_up(twin: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Check:
-    """Embeddings, heads, MLPs and biases, each through the unembedding alone, sum to what the unembedding gives."""
-    name = "contributions add up to the logits"
-    not_a_sum = Check(name, False, float("inf"), FLOAT64_LIMIT, "what the unembedding reads is not a plain sum")
+    """Embeddings, heads, MLPs and biases, each through the unembedding alone, sum to what the unembedding gives.
+
+    Between them and the unembedding there may be linear maps: those that stayed in place of a post-norm model's norms,
+    or OPT's projection of what it unembeds. Where the final norm was kept, they sum to what that norm reads.
+    """
     last = unembedding_name(twin)
-    writers = residual_writers(twin, last)
-    if writers is None:
+    sources, reader = _linear_sources(twin, last)
+    name = "contributions add up to " + ("the logits" if reader == last else f"what {reader} reads")
+    not_a_sum = Check(name, False, float("inf"), FLOAT64_LIMIT, f"what '{reader}' reads is not a plain sum")
+    if not _is_sum(sources, reader):
         return not_a_sum
-    with in_float64(twin), recorded(twin, [*(writer.name for writer in writers), last], copies=True) as record:
+    written = {name for found in sources.values() for name in found}
+    with in_float64(twin), recorded(twin, [*written, reader], copies=True) as record:
         twin(input_ids=ids, use_cache=False)
-    logits, unembedding = record[last][1], twin.get_submodule(last)
-    if logits.shape[:-1] != ids.shape:
+    read, output = record[reader]
+    expected = output if reader == last else _with_batch(read, *ids.shape)
+    if expected.shape[:-1] != ids.shape:
         return not_a_sum  # ProphetNet unembeds several streams at once.
-    parts = []
-    for writer in writers:
-        z, output = record[writer.name]
-        parts += split_output(twin, writer, z, _first(output))
-    parts = [_with_batch(part, *ids.shape) for part in parts]
+    parts = _contributions(twin, sources, reader, record, ids)
     # Large models have a thousand parts, and each goes through the whole unembedding: at the ends of sequences only.
     ends, batch = [0, ids.shape[1] - 1], ids.shape[0]
     rows = [(part if part.ndim < 3 else part[:, ends]).expand(batch, len(ends), -1) for part in parts]
-    logits, weight = logits[:, ends], linear_weight(unembedding).double()
     together = (torch.stack(rows[at : at + _PARTS_AT_ONCE]) for at in range(0, len(rows), _PARTS_AT_ONCE))
-    total: Any = sum((some @ weight.T).sum(0) for some in together)
-    total = total if unembedding.bias is None else total + unembedding.bias
-    if total.shape != logits.shape:
+    unembedding = twin.get_submodule(last)
+    total: Any = sum((_linear(unembedding, some) if reader == last else some).sum(0) for some in together)
+    bias = unembedding.bias if reader == last else None
+    total = total if bias is None else total + bias
+    expected = expected[:, ends]
+    if total.shape != expected.shape:
         return not_a_sum
-    error = _number((total - logits).abs().max() / logits.abs().max())
-    return _row(name, error, FLOAT64_LIMIT, f"relative; {len(parts)} contributions and the unembedding's bias")
+    error = _number((total - expected).abs().max() / expected.abs().max())
+    bias_too = "" if bias is None else " and the unembedding's bias"
+    return _row(name, error, FLOAT64_LIMIT, f"relative; {len(parts)} contributions{bias_too}")
+
+
+def _linear_sources(twin: PreTrainedModel, last: str) -> tuple[dict[str, dict[str, float]], str]:
+    """What the unembedding and every linear map read, as `stream_sources`; and who reads the stream last.
+
+    That is the unembedding, or a final norm that was kept.
+    """
+    maps = [name for name, module in twin.named_modules() if is_linear(module) or isinstance(module, AffineMap)]
+    sources = stream_sources(twin, [last, *maps, *twin.config.kept_norms])
+    kept = {name: sources.pop(name) for name in twin.config.kept_norms if name in sources}
+    for name in sources.get(last, ()):
+        if name in kept and len(sources[last]) == 1:
+            return sources | {name: kept[name]}, name
+    return sources, last
+
+
+def _is_sum(sources: dict[str, dict[str, float]], reader: str) -> bool:
+    """Whether what a module reads is a sum, be it one that a linear map lies over."""
+    found = sources.get(reader, {})
+    return len(found) > 1 or any(_is_sum(sources, name) for name in found)
+
+
+def _contributions(
+    twin: PreTrainedModel,
+    sources: dict[str, dict[str, float]],
+    reader: str,
+    record: dict[str, tuple[Tensor, Any]],
+    ids: Int[Tensor, "batch position"],
+) -> list[Float[Tensor, "..."]]:
+    """What adds up to what a module reads; a map of a whole sum is a map of each of its terms, and a bias."""
+    parts: list[Tensor] = []
+    for name, factor in sources[reader].items():
+        if _is_sum(sources, name):
+            module = twin.get_submodule(name)
+            mapped = [_linear(module, part) for part in _contributions(twin, sources, name, record, ids)]
+            parts += [factor * part for part in (*mapped, *([] if module.bias is None else [module.bias.double()]))]
+        else:
+            z, output = record[name]
+            written = split_output(twin, writer_of(twin, name, factor), z, _first(output))
+            parts += [_with_batch(part, *ids.shape) for part in written]
+    return parts
+
+
+def _linear(module: nn.Module, x: Float[Tensor, "*token in"]) -> Float[Tensor, "*token out"]:
+    """A linear layer or an affine map without its bias."""
+    if isinstance(module, AffineMap):
+        return centered(x, module.centered) * module.weight.double()
+    return x @ linear_weight(module).double().T
+
+
+def _modeling_file(checkpoint: Path, twin: PreTrainedModel) -> Check:
+    """Whoever loads the checkpoint with `trust_remote_code=True` runs the file in it, and not this package's."""
+    name, own = "its modeling file is unnorm's", Path(modeling_unnorm.__file__)
+    module = own.stem
+    expected = {
+        "AutoConfig": f"{module}.{type(twin.config).__name__}",
+        "AutoModelForCausalLM": f"{module}.{type(twin).__name__}",
+    }
+    wrong = []
+    if not (checkpoint / own.name).is_file():
+        wrong.append(f"there is no {own.name}")
+    elif (checkpoint / own.name).read_text(encoding="utf-8", errors="replace") != own.read_text(encoding="utf-8"):
+        wrong.append(f"{own.name} is not this version's; `unnorm.load(DIR).save_pretrained(DIR/model)` writes that")
+    if getattr(twin.config, "auto_map", None) != expected:
+        wrong.append("config.json names other classes to load")
+    return _row(name, len(wrong), 0, "; ".join(wrong) or "what trust_remote_code=True runs")
 
 
 def _with_batch(part: Float[Tensor, "..."], batch: int, length: int) -> Float[Tensor, "..."]:

@@ -73,7 +73,7 @@ def residual_writers(model: PreTrainedModel, reader: str) -> list[Writer] | None
     factors = residual_sources(model, reader)
     if factors is None:
         return None
-    return [_writer(model, name, factor) for name, factor in factors.items()]
+    return [writer_of(model, name, factor) for name, factor in factors.items()]
 
 
 def stream_writers(model: PreTrainedModel, sites: Sequence[NormSite]) -> tuple[list[Writer], dict[str, set[str]]]:
@@ -81,7 +81,7 @@ def stream_writers(model: PreTrainedModel, sites: Sequence[NormSite]) -> tuple[l
     sources = stream_sources(model, [site.name for site in sites])
     factors = max(sources.values(), key=len, default={})
     before = {name: set(found) for name, found in sources.items() if found.keys() <= factors.keys()}
-    return [_writer(model, name, factor) for name, factor in factors.items()], before
+    return [writer_of(model, name, factor) for name, factor in factors.items()], before
 
 
 def layer_number(name: str) -> int | None:
@@ -124,9 +124,10 @@ def split_output(
 
 @contextmanager
 def recorded(model: nn.Module, names: Sequence[str], copies: bool = False) -> Iterator[dict[str, tuple[Tensor, Any]]]:
-    """Input and output of each named module in the pass that follows; `copies`, where a family goes on in place.
+    """Input and output of each named module in the pass that follows.
 
-    The output stands for the input of a module that is given no tensor.
+    With `copies` they are cloned, for families that go on to change them in place. The output stands for the input of
+    a module that is given no tensor.
     """
     record: dict[str, tuple[Tensor, Any]] = {}
 
@@ -155,7 +156,8 @@ def replaced_inputs(model: nn.Module, edits: dict[str, Callable[[Tensor], Tensor
         yield
 
 
-def _writer(model: PreTrainedModel, name: str, factor: float) -> Writer:
+def writer_of(model: PreTrainedModel, name: str, factor: float) -> Writer:
+    """A module as a writer to the residual stream, whose output counts `factor` times."""
     module, layer = model.get_submodule(name), layer_number(name)
     weight = getattr(module, "weight", torch.empty(0))
     linear = weight.ndim == 2 and not isinstance(module, nn.Embedding)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from unnorm.errors import UnnormError
 from unnorm.hooks import hooked
 from unnorm.reading import is_experts
-from unnorm.running import evaluating, vocabulary_size
+from unnorm.running import context_length, evaluating, vocabulary_size
 
 # Autograd nodes that hand a tensor on unchanged but for its shape or dtype.
 HANDS_ON: tuple[str, ...] = (
@@ -67,8 +67,9 @@ class Trace:
 
 
 def trace_inputs(model: PreTrainedModel, batch: int = 1, length: int = _TRACE_TOKENS) -> Int[Tensor, "batch length"]:
-    """Token ids that any causal model takes: seeded, random, within the vocabulary."""
+    """Token ids that any causal model takes: seeded, random, within the vocabulary, no longer than its context."""
     vocab = vocabulary_size(model)
+    length = min(length, context_length(model))
     generator = torch.Generator().manual_seed(0)
     return torch.randint(vocab, (batch, length), generator=generator, device="cpu").to(model.device)
 
@@ -165,7 +166,7 @@ def residual_sources(model: PreTrainedModel, reader: str) -> dict[str, float] | 
 def stream_sources(model: PreTrainedModel, readers: Sequence[str]) -> dict[str, dict[str, float]]:
     """`residual_sources` of several modules, from one pass; those that read no such sum are left out."""
     trace = traced(model)
-    sources = {name: _summands(trace, trace.inputs[name].grad_fn) for name in readers}
+    sources = {name: _summands(trace, trace.inputs[name].grad_fn) for name in readers if name in trace.inputs}
     return {name: factors for name, factors in sources.items() if factors is not None}
 
 

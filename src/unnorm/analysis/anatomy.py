@@ -212,7 +212,7 @@ def _last_reader(model: PreTrainedModel, former: Sequence[str]) -> tuple[str | N
     """The (former) norm outside the layers that reads what the layers add up to, and what writes that."""
     for name in reversed([name for name in former if layer_number(name) is None]):
         writers = residual_writers(model, name) or []
-        if any(writer.kind == "mlp" for writer in writers):
+        if len(writers) > 1 and any(writer.kind == "mlp" for writer in writers):
             return name, writers
     return None, []
 

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from datasets import Dataset
 from jaxtyping import Int
 from plotly.graph_objects import Figure
 from torch import Tensor
@@ -16,9 +17,6 @@ from unnorm.analysis.prompts import PromptPair
 from unnorm.data import batches
 from unnorm.running import copy_model
 from unnorm.sites import NormSite
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 @dataclass(frozen=True)

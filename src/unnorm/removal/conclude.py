@@ -3,13 +3,15 @@
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from unnorm.calibrate import CALIBRATION_BLOCKS, collect_log_scales, scale_statistics
 from unnorm.checkpoint import load, load_sites, load_unfolded
@@ -88,15 +90,29 @@ def _samples(run: Run, twin: PreTrainedModel) -> list[dict[str, str]]:
     prompts = torch.tensor(spread(run.validation_blocks, SAMPLES)["input_ids"])[:, :length]
     texts = {"prompt": run.tokenizer.batch_decode(prompts)}
     for name, model in (("original", run.original.cpu()), ("lnfree", twin)):
-        out = model.generate(
-            prompts,
-            attention_mask=torch.ones_like(prompts),
-            max_new_tokens=min(SAMPLE_TOKENS, run.plan.context - length),
-            do_sample=False,
-            pad_token_id=run.tokenizer.eos_token_id,
-        )
+        with _generating_plainly(model):
+            out = model.generate(
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=min(SAMPLE_TOKENS, run.plan.context - length),
+                do_sample=False,
+                pad_token_id=run.tokenizer.eos_token_id,
+                output_attentions=False,
+                output_hidden_states=False,
+            )
         texts[name] = run.tokenizer.batch_decode(out[:, length:])
     return [dict(zip(texts, values, strict=True)) for values in zip(*texts.values(), strict=True)]
+
+
+@contextmanager
+def _generating_plainly(model: PreTrainedModel) -> Iterator[None]:
+    """None of the model's own settings of generation, which may ask for beams, several answers or other returns."""
+    own = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def _result(
