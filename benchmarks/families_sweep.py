@@ -240,12 +240,13 @@ def sweep(model_type: str) -> dict[str, Any]:
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), metavar="MODEL_TYPE")
+    families = sorted(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if not name.startswith("unnorm_"))
+    parser.add_argument("--only", nargs="+", choices=families, metavar="MODEL_TYPE")
     parser.add_argument("--jobs", type=int, default=1, help="families at a time")
     args = parser.parse_args()
     rows = []
     with ThreadPoolExecutor(args.jobs) as pool:
-        for row in pool.map(sweep, args.only or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)):
+        for row in pool.map(sweep, args.only or families):
             rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)
     counts = dict(Counter(row["outcome"] for row in rows))

@@ -123,6 +123,10 @@ def test_tokens_and_seconds_of_all_runs_add_up(trained: Path, tmp_path: Path) ->
     for key in ("training_seconds", "seconds"):
         assert 0 < results[0][key] < results[1][key] < results[2][key]
     assert [result.get("earlier_seconds") for result in results[1:]] == [result["seconds"] for result in results[:-1]]
+    assert results[0]["text_tokens"] < results[1]["text_tokens"] < results[2]["text_tokens"]
+    last = [json.loads((run / "metrics.jsonl").read_text().splitlines()[-1]) for run in runs]
+    steps = sum(row["tokens"] / row["tokens_per_second"] for row in last)
+    assert result["tokens_per_second"] == pytest.approx(result["tokens"] / steps)
     assert result["control_loss"] is None
 
 

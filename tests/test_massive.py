@@ -309,3 +309,24 @@ def test_a_model_without_any_is_not_bound(
         monkeypatch.setattr(f"unnorm.training.distillation.{loss}", lambda *_: pytest.fail("nothing is uneven here"))
     monkeypatch.setattr("unnorm.training.token_clip.clip_tokens", lambda _: pytest.fail("no token stands out"))
     unnorm.remove(model=str(tiny_model_dir), data=str(text_file), tokens=2048, out=tmp_path / "run", device="cpu")
+
+
+def test_a_neuron_that_fires_below_zero_is_found() -> None:
+    original = with_massive(small_llama(), LLAMA)
+    mlp: Any = original.model.layers[1].mlp
+    with torch.no_grad():
+        for weight in (mlp.up_proj.weight, mlp.down_proj.weight.T):
+            weight[PLANTED] *= -1
+    assert [(neuron.writer, neuron.index) for neuron in shrink(original).neurons] == [(LLAMA.outgoing, PLANTED)]
+
+
+def test_constants_are_those_of_the_model_that_was_scaled_down() -> None:
+    original = with_massive(small_llama(), LLAMA)
+    student = copy_model(original)
+    sites = find_sites(student)
+    stand_ins = install(student, sites)
+    set_constants(stand_ins, collect_log_scales(student, sites, BLOCKS), "geometric")
+    assert shrink_massive(student, original, sites, stand_ins, BLOCKS, "geometric", BUDGET)
+    found = [stand_in.log_constant.clone() for stand_in in stand_ins.values()]
+    set_constants(stand_ins, collect_log_scales(student, sites, BLOCKS), "geometric")
+    torch.testing.assert_close(found, [stand_in.log_constant for stand_in in stand_ins.values()])

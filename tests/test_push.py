@@ -210,3 +210,16 @@ def test_losses_on_the_card_are_each_models_own(finished_run: Path) -> None:
         (line,) = (line for line in text.splitlines() if line.startswith(f"| loss {words}"))
         assert line.split(" | ")[1].startswith(loss), line
     assert "| increase | +0.1250" in text
+
+
+def test_every_number_on_the_card_is_the_one_it_says(finished_run: Path) -> None:
+    result = json.loads((finished_run / "result.json").read_text())
+    sites, _ = load_sites(finished_run)
+    intervals = {"teacher_loss_ci": [1, 2], "lnfree_loss_ci": [3.0, 3.5], "loss_increase_ci": [0.0625, 0.5]}
+    numbers = {"control_loss": 3.1875, "kl": 0.25, "jsd": 0.125, **intervals}
+    text = render_card(result | numbers, sites, {site.name: 2.0 + place for place, site in enumerate(sites)})
+    for said in ("same tokens) | 3.1875", "(+0.0625 to +0.5000)", "(3.0000 to 3.5000)", "| 2 to 4 |"):
+        assert said in text, said
+    entry = yaml.safe_load(text.split("---")[1])["model-index"][0]["results"][0]
+    found = {metric["type"]: metric["value"] for metric in entry["metrics"]}
+    assert found == {"loss": pytest.approx(result["lnfree_loss"], abs=1e-5), "kl": 0.25}

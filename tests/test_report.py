@@ -13,7 +13,7 @@ import pytest
 from unnorm.calibrate import ScaleStatistics
 from unnorm.report import ReportData, render_report
 from unnorm.report.drawing import ACCENT, log_ticks, short_names
-from unnorm.report.figures import bin_positions, position_figure, removal_stretch, run_figure
+from unnorm.report.figures import bin_positions, position_figure, removal_stretch, run_figure, scale_figure
 from unnorm.report.numbers import MISSING, count, duration, fixed, interval, percent, short_count, shortest, significant
 from unnorm.report.page import headline
 
@@ -325,3 +325,22 @@ def test_difference_by_position_is_the_twins_less_the_originals() -> None:
     assert figure is not None
     (line,) = (trace for trace in figure.data if trace.name == "difference")
     assert list(line.y) == [0.0, 1.0]
+
+
+def test_rows_of_models_and_of_the_proof_have_their_own_numbers(data: ReportData) -> None:
+    check = {"name": "c", "passed": True, "value": 2e-7, "limit": 3e-4}
+    page = render_report(replace(data, checks=[check]))
+    numbers = (fixed(data.result["lnfree_loss"]), interval(data.result["lnfree_loss_ci"]), "0.0153")
+    assert "twin</th>" + "".join(f'<td class="n">{number}</td>' for number in numbers) in page
+    assert 'data-label="value">2e-7<' in page and 'data-label="limit">0.0003<' in page
+
+
+def test_curves_and_bars_are_of_whom_they_say(data: ReportData) -> None:
+    after = [replace(row, mean=2.5) for row in data.scales_before]
+    traces = scale_figure(data.scales_before, after, data.constants).data
+    dots = {t.text[0].split("<br>")[1].partition(":")[0]: t for t in traces if t.marker.symbol == "circle"}
+    assert {name: dot.y[0] for name, dot in dots.items()} == {"original": data.scales_before[0].mean, "twin": 2.5}
+    assert dots["twin"].marker.color == ACCENT != dots["original"].marker.color
+    rows = [row | {"loss": 9.0} for row in data.control_rows]
+    control = next(trace for trace in run_figure(data.rows, rows, None).data if trace.name == "control")
+    assert set(control.y) == {9.0}

@@ -104,3 +104,11 @@ def test_own_text_begins_as_other_text_does(
     only_begin = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer, bos_token=END_OF_TEXT)
     blocks = own_text(tiny_model, only_begin, 8, 4, 1, lambda _: None)
     assert {row[0] for row in blocks.train["input_ids"]} == {only_begin.bos_token_id}
+
+
+def test_no_block_is_trained_on_and_held_out(
+    tiny_model: GPT2LMHeadModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    blocks = own_text(tiny_model, tiny_tokenizer, 24, 20, 5, lambda _: None)
+    train, held_out = ({tuple(row) for row in side["input_ids"]} for side in (blocks.train, blocks.validation))
+    assert len(train) == 20 and len(held_out) == 5 and not train & held_out

@@ -153,3 +153,12 @@ def test_reads_are_matched_while_training_and_let_go_of_after_it(
     assert max(shares[:sites]) < 1e-10  # Stand-ins start as the norms themselves.
     assert max(shares) > 1e-4
     assert not hooks
+
+
+def test_each_kind_of_block_is_what_it_says(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    text = np.full((4, 64), 7, np.int32)
+    blocks = stress_blocks(text, tiny_tokenizer, VOCAB, 500, np.random.default_rng(0))[:, 1:]
+    characters, broken, cycles = blocks[1::5], blocks[2::5], blocks[4::5]
+    assert 0.3 < np.mean([tiny_tokenizer.decode(block).isascii() for block in characters]) < 0.75
+    assert 0.6 < (broken == 7).mean() < 1
+    assert all(any((block[period:] == block[:-period]).all() for period in range(1, 17)) for block in cycles)

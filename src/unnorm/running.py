@@ -29,7 +29,8 @@ def context_length(model: PreTrainedModel) -> int:
 def _told_context(model: PreTrainedModel) -> int | None:
     config = model.config.get_text_config()
     names = ("max_position_embeddings", "seq_length", "max_seq_len")
-    return next(filter(None, (getattr(config, name, None) for name in names)), None)
+    told = (getattr(config, name, None) for name in names)
+    return next((length for length in told if length is not None and length > 0), None)  # XLNet says -1.
 
 
 def check_fits(model: PreTrainedModel, tokens: int) -> None:

@@ -138,7 +138,7 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _training(result: dict[str, Any]) -> str:
-    tokens, text = result["plan"]["tokens"], result.get("text_tokens") or math.inf
+    tokens, text = result["tokens"], result.get("text_tokens") or math.inf
     over = f", {tokens / text:.1f} times over the text" if tokens > 1.05 * text else ""
     return f"tokens, {result['tokens_per_second']:,.0f} a second{over}"
 
@@ -235,6 +235,8 @@ def _fidelity_table(rows: Sequence["Evaluation"]) -> Table:
 def _score_table(scores: Sequence["Score"]) -> Table:
     numbers = ("value", "less original's", "items")
     table = _side_by_side("Benchmarks through lm-eval, 95% intervals", "benchmark", "metric", numbers=numbers)
+    for column in table.columns[1:3]:
+        column.no_wrap = True
     for score in scores:
         interval = "" if score.ci is None else f"\n{_number(score.ci[0])} to {_number(score.ci[1])}"
         table.add_row(
@@ -243,7 +245,7 @@ def _score_table(scores: Sequence["Score"]) -> Table:
             score.metric,
             _number(score.value) + interval,
             _with_interval(_or_dash(score.difference, "+.4g"), score.difference_ci, "+.4f"),
-            f"{score.items:,}\nof {score.of:,}",
+            f"{score.items:,}",
         )
     return table
 
@@ -443,11 +445,13 @@ _ANALYZED = (
     ("{}.random_neurons.mean_abs_entropy", "neurons", "random neurons ablated: entropy, nats", ".2e"),
     ("{}.random_neurons.mean_abs_entropy_through_norm", "neurons", "the part of it through the final norm", ".2e"),
     ("{}.mean_forms_at", "lens", "depth at which predictions form, mean", ".2f"),
+    ("mean_spread.{}", "scales", "deviation of log scale, mean of sites", ".3f"),
+    ("mean_change.{}", "geometry", "change of weights, of their size, mean", ".1%"),
 )
 
 
 def _at(numbers: dict[str, Any], path: str) -> float | None:
     value: Any = numbers
     for key in path.split("."):
-        value = value[key]
+        value = value.get(key)
     return None if value is None else float(value)

@@ -141,8 +141,9 @@ def _recording(model: nn.Module, trace: Trace) -> Iterator[None]:
 
     def record_block(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if isinstance(output, Tensor) and output.grad_fn is not None:
-                trace.blocks.setdefault(output.grad_fn, name)
+            first = output[0] if isinstance(output, tuple) and output else output  # Experts give router's logits too.
+            if isinstance(first, Tensor) and first.grad_fn is not None:
+                trace.blocks.setdefault(first.grad_fn, name)
 
         return hook
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, JetMoeConfig, PreTrainedModel
 
 import unnorm
 from tests.analysis.models import PAIRS, logits, original_of
-from tests.conftest import Cli, with_other_tokens
+from tests.conftest import Cli, Saved, with_other_tokens
 from unnorm.analysis.attribution import attribute
 from unnorm.analysis.lens import lens
 from unnorm.analysis.material import float64_copy
@@ -138,6 +138,22 @@ def test_models_are_left_as_they_were(finished_run: Path) -> None:
 
 def hooks_of(model: PreTrainedModel) -> list[list[int]]:
     return [[*module._forward_hooks, *module._forward_pre_hooks] for module in model.modules()]
+
+
+def test_experts_of_any_kind_are_parts_of_the_sum(saved_family: Saved, text_file: Path, tmp_path: Path) -> None:
+    """JetMoE's attention is experts too, and both give their router's logits besides."""
+    config = JetMoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_key_value_heads=2,
+        kv_channels=8, num_local_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
+    )  # fmt: skip
+    saved_family(lambda: config)
+    options: dict[str, Any] = {"data": text_file, "context": 32, "device": "cpu"}
+    run = tmp_path / "run"
+    assert unnorm.remove(tmp_path / "model", tokens=0, in_place=True, out=run, **options)["verified"]
+    (check,) = [check for check in unnorm.verify(run) if check.name.startswith("contributions")]
+    assert check.passed and check.detail.startswith("relative; 5 contributions")
+    result = unnorm.analyze(run, tokens=128, **options)
+    assert result["findings"]["attribution"]["twin"]["sum_error"] < 1e-10 and "geometry" in result["findings"]
 
 
 def test_stacked_experts_are_no_reason_to_lose_the_other_analyses(runs: dict[str, Path], text_file: Path) -> None:

@@ -13,7 +13,9 @@ from unnorm.analysis import attribution
 from unnorm.analysis.anatomy import anatomy
 from unnorm.analysis.attribution import attribute, frozen_scale_error
 from unnorm.analysis.material import float64_copy
+from unnorm.residual import parts_of, stream_writers
 from unnorm.running import cast_as_loaded
+from unnorm.sites import find_sites
 from unnorm.tracing import trace_inputs
 
 
@@ -117,3 +119,10 @@ def test_attributions_do_not_depend_on_how_many_batches_there_are(runs: dict[str
         assert found == pytest.approx(expected, rel=1e-6)
     assert several["tokens"] == one["tokens"] == 3 * 19
     assert [row["mean_abs"] for row in several["neurons"]] == pytest.approx([r["mean_abs"] for r in one["neurons"]])
+
+
+def test_a_head_is_named_by_its_layer_and_then_its_number(runs: dict[str, Path]) -> None:
+    original = original_of(runs["gpt2"])
+    writers, _ = stream_writers(original, find_sites(original))
+    (second,) = (writer for writer in writers if (writer.kind, writer.layer) == ("attention", 1))
+    assert [part.name for part in parts_of(original, second)][:4] == [f"head 1.{head}" for head in range(4)]

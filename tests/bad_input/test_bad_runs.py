@@ -79,7 +79,8 @@ class TestRunDirectories:
             assert f"'{out}' holds no run to resume" in refused("remove", "--resume", "--out", out)
 
     def test_resume_of_a_finished_run(self, run_copy: Path, refused: Callable[..., str]) -> None:
-        assert "is finished: there is nothing to resume" in refused("remove", "--resume", "--out", run_copy)
+        message = refused("remove", "--resume", "--out", run_copy)
+        assert "is finished: there is nothing to resume" in message and "trains the missing control." in message
 
     @pytest.mark.parametrize("changed", [["--seed", 1], ["--lr", 0.1], ["--tokens", "5k"], ["--recipe", "sequential"]])
     def test_resume_with_another_setting(

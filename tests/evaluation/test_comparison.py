@@ -1,11 +1,16 @@
 """Original and twin token by token: each number is that of the model it is said to be of."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
+from unnorm.evaluation import evaluate
 from unnorm.evaluation.comparison import Comparison, compare_tokens
-from unnorm.evaluation.metrics import Distances, ModelTokens
+from unnorm.evaluation.metrics import Distances, ModelTokens, calibration
 from unnorm.report.comparison import make_pair
+from unnorm.report.evaluation_figures import calibration_figure, density_figure
 
 
 def planted(tokenizer: PreTrainedTokenizerFast) -> Comparison:
@@ -40,3 +45,15 @@ def test_a_token_that_got_worse_is_not_shown_as_better(tiny_tokenizer: PreTraine
     pair = make_pair("pair", planted(tiny_tokenizer))
     assert {token["better"] for token in pair.contexts[0]["tokens"]} == {False}
     assert {value["change"] for value in pair.values[0]} == {"+2.000"}
+
+
+def test_the_density_has_the_models_loss_upwards(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    heat = next(trace for trace in density_figure(planted(tiny_tokenizer)).data if trace.type == "heatmap")
+    assert heat.customdata[-1][0] == 14
+
+
+def test_a_model_that_is_too_sure_is_below_the_line(tokens: Path, tiny_model_dir: Path) -> None:
+    (row,) = evaluate(str(tiny_model_dir), data=str(tokens), tokens=500)
+    _, bins = calibration(np.full(100, 0.75), np.array([1] * 50 + [0] * 50))
+    figure = calibration_figure([replace(row, calibration=bins)], {row.model: ("#000000", "solid")})
+    assert list(figure.data[0].y) == [-0.25]

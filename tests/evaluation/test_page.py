@@ -1,5 +1,6 @@
 """The page and what it compares token by token."""
 
+import re
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -98,3 +99,20 @@ class TestComparison:
         page = render_evaluation(replace(results, evaluations=(bad,)))
         assert "<script>alert" not in page and page.count("<script>") == 2
         assert "&lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;<u>↵</u>" in page
+
+
+def test_cells_are_the_numbers_of_their_headings(tokens: Path, tiny_model_dir: Path, other_dir: Path) -> None:
+    results = evaluate(str(other_dir), str(tiny_model_dir), str(tokens), tokens=500)
+    losses = {"loss_ci": (1.25, 1.75), "difference": 0.5, "difference_ci": (0.375, 0.625)}
+    distances = {"kl": 0.25, "jsd": 0.125, "top1_agreement": 0.5, "top5_agreement": 0.75}
+    shape = {"entropy": 2.5, "entropy_difference": 0.875, "ece": 0.0625}
+    results = replace(results, evaluations=(replace(results[0], **losses, **distances, **shape),))  # type: ignore[arg-type]
+    page = render_evaluation(results)
+    assert '<strong>+0.5000</strong></td><td class="n">+0.3750 to +0.6250' in page
+    assert "0.250|0.125|50.0%|75.0%|2.500|+0.875|0.0625" in "|".join(re.findall(r'<td class="n">([^<]*)', page))
+    out = StringIO()
+    Console(file=out, width=300).print(evaluation_tables(results))
+    text = " ".join(out.getvalue().split())
+    assert "0.2500 0.1250 50.0% 75.0% 2.500 (+0.875) 0.0625" in text and "1.250 to 1.750 +0.3750 to +0.6250" in text
+    unsure = replace(results[0], difference_ci=(-0.375, 0.625))
+    assert "<strong>+0.5000</strong>" not in render_evaluation(replace(results, evaluations=(unsure,)))

@@ -73,7 +73,7 @@ def geometry(
             beside.setdefault(name, []).append(site)
     rows = []
     for name, its_sites in beside.items():
-        if not hasattr(twin.get_submodule(name), "weight"):  # Experts that are stacked in tensors of other names.
+        if getattr(getattr(twin.get_submodule(name), "weight", None), "ndim", 0) != 2:  # Stacked experts.
             continue
         stored, folded = (_weight(model.get_submodule(name)) for model in (original, twin))
         mapped = stored
@@ -99,7 +99,7 @@ def find(material: Material) -> Finding:
             "Each weight beside a former norm, as the original has it with the norm's gain in it, and as the twin has "
             "it times the constant scale. Without training the two are the same; what differs is what training did."
         ),
-        numbers={"weights": rows},
+        numbers={"weights": rows, "mean_change": {"twin": change}},
         figures={"geometry_singular": _singular_figure(found), "geometry_gain": _gain_figure(rows)},
         captions={
             "geometry_singular": "Singular values of each weight, largest first; hover for its name.",

@@ -41,7 +41,7 @@ def find(material: Material) -> Finding:
     """The spread of each site's scale in both models on the material's text."""
     found = log_scales(material)
     numbers = {name: _numbers(of_model, material.constants) for name, of_model in found.items()}
-    means = [sum(row["spread"] for row in rows) / len(rows) for rows in numbers.values()]
+    means = {name: sum(row["spread"] for row in rows) / len(rows) for name, rows in numbers.items()}
     return Finding(
         key="scales",
         title="Scale of each former norm site",
@@ -50,7 +50,8 @@ def find(material: Material) -> Finding:
             "the geometric mean, in the twin the constant that was folded in. The narrower the bars, the less it "
             "changes to divide by a constant."
         ),
-        numbers=numbers | {"sites_left_out": [s.name for s in material.sites if s.folds_into != "readers"]},
+        numbers=numbers
+        | {"mean_spread": means, "sites_left_out": [s.name for s in material.sites if s.folds_into != "readers"]},
         figures={"scales": _figure(numbers)},
         captions={
             "scales": "Scale over that number, tokens after position 0: median, with bars from the 5th to the "
@@ -59,7 +60,7 @@ def find(material: Material) -> Finding:
         legends={"scales": [("original", "s", "range"), ("twin", "a", "range"), ("position 0", "s", "diamond")]},
         headline=(
             "Scale spread",
-            f"{fixed(means[0], 3)} → {fixed(means[1], 3)}",
+            f"{fixed(means['original'], 3)} → {fixed(means['twin'], 3)}",
             f"deviation of log scale, mean of {len(numbers['twin'])} sites",
         ),
     )

@@ -140,7 +140,8 @@ def evaluate(
     if choice.corpora == {STDLIB: STDLIB} and STDLIB not in named:  # No text was.
         settings = next(filter(None, map(_settings_of, names)), {})
         own = choose_text(settings, None, text_field, split)
-        choice = replace(choice, corpora={own.data: own.data})
+        name = Path(own.data).name if Path(own.data).is_absolute() else own.data
+        choice = replace(choice, corpora={name: own.data})
         text_field, split = own.text_field, own.split
     watch = watch or silent
     record = Record.open(out)

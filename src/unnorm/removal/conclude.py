@@ -152,7 +152,7 @@ def _result(
         "control_kl": None if control is None else control.kl,
         **before,
         "tokens": trained["tokens"],
-        "text_tokens": len(run.train_blocks) * run.plan.context,
+        "text_tokens": len(run.train_blocks) * run.plan.context + before.get("earlier_text_tokens", 0),
         "text_sha256": text_digest(run),
         "training_seconds": trained["seconds"],
         "tokens_per_second": trained["tokens_per_second"],

@@ -190,9 +190,10 @@ def _train(run: Run, model: PreTrainedModel, removal: Removal | None, directory:
 
 def _check_ended(run: Run, outcome: Outcome, directory: Path) -> None:
     """Refuse to go on with a run that was stopped, diverged, or ran out of tokens, with what to do."""
+    whose = " of the control" if directory != run.directory else ""
     if outcome.interrupted:
         raise RunInterruptedError(
-            f"Stopped at step {outcome.steps} of {run.plan.steps}; nothing is lost. Go on with: "
+            f"Stopped at step {outcome.steps} of {run.plan.steps}{whose}; nothing is lost. Go on with: "
             f"{resume_command(run.directory)}"
         )
     if outcome.diverged:
@@ -229,8 +230,9 @@ def _train_control(run: Run) -> PreTrainedModel:
     control = copy_model(run.original) if run.config.twin is None else take_up_control(run)
     fuse_activations(control)
     if not (run.directory / DATA / CONTROL_DONE).is_file():
-        run.say("training the control", run.plan.training_tokens)
-        _train(replace(run, plan=control_plan(run.plan)), control, None, directory)
+        plan = control_plan(run.plan)
+        run.say(f"training the control: {plan.steps} steps of {plan.step_tokens:,} tokens", plan.training_tokens)
+        _train(replace(run, plan=plan), control, None, directory)
         processes.agree(lambda: _save_control(run, control))
     return load(directory).to(run.plan.device)
 

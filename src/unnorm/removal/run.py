@@ -126,11 +126,12 @@ def not_saved(config: RemoveConfig, directory: Path) -> str:
 
 
 def _check_control_is_left(directory: Path, settings: dict[str, Any]) -> None:
-    """Of a finished run only a control that it has not got may be asked for."""
-    if not settings.get("control") or finished_result(directory).get("control_loss") is not None:
+    """Of a finished run only a control that is missing may be asked for."""
+    has_one = finished_result(directory).get("control_loss") is not None
+    if has_one or not settings.get("control"):
         raise UnnormError(
-            f"The run in '{directory}' is finished: there is nothing to resume. `unnorm heal` trains its twin on, and "
-            "--resume --control trains the control that it has not got."
+            f"The run in '{directory}' is finished: there is nothing to resume. `unnorm heal` trains its twin on"
+            + ("." if has_one else ", and --resume --control trains the missing control.")
         )
     if settings.get("twin"):
         raise UnnormError(

@@ -12,7 +12,8 @@ from unnorm.errors import UnnormError
 from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.norms import TaperedNorm, bound
 from unnorm.removal.run import Run, limit, measured_before
-from unnorm.run_directory import CONTROL, EARLIER, METRICS, RESULT, read_rows, write_text
+from unnorm.run_directory import CONTROL, EARLIER, METRICS, RESULT, finished_result, read_rows, write_text
+from unnorm.training.callbacks import seconds_of_steps
 
 
 def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dict[str, Any]]:
@@ -24,6 +25,7 @@ def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dic
     directory = run.config.twin
     assert directory is not None
     before = measured_before(directory)
+    before["earlier_text_tokens"] = finished_result(directory).get("text_tokens") or 0
     student = load_unfolded(directory)
     stand_ins = {name: module for name, module in student.named_modules() if isinstance(module, TaperedNorm)}
     if set(stand_ins) != {site.name for site in run.sites}:
@@ -60,8 +62,14 @@ def history(directory: Path) -> list[dict[str, Any]]:
     earlier, rows = (read_rows(directory / name) for name in (EARLIER, METRICS))
     if not earlier:
         return rows
-    spent = {key: earlier[-1][key] for key in ("step", "tokens", "seconds")}
-    return [*earlier, *({**row, **{key: row[key] + spent[key] for key in spent}} for row in rows)]
+    return [*earlier, *(_after(earlier[-1], row) for row in rows)]
+
+
+def _after(last: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a later run, counted from the first one's start."""
+    spent = {key: last[key] + row[key] for key in ("step", "tokens", "seconds")}
+    seconds = seconds_of_steps(last) + seconds_of_steps(row)
+    return {**row, **spent, "tokens_per_second": spent["tokens"] / max(seconds, 1e-9)}
 
 
 def spent_tokens(directory: Path) -> int:

@@ -280,8 +280,16 @@ class InterruptCallback(TrainerCallback):
                 signal.signal(number, handler)
 
 
+def seconds_of_steps(row: dict[str, Any]) -> float:
+    """Seconds that the steps up to a row of metrics took, quick evaluations left out."""
+    return float(row["tokens"] / row["tokens_per_second"]) if row["tokens"] else 0.0
+
+
 class MetricsCallback(TrainerCallback):
-    """Writes `metrics.jsonl`, one row a log line or quick evaluation, and tells the watcher."""
+    """Writes `metrics.jsonl`, one row a log line or quick evaluation, and tells the watcher.
+
+    `seconds` are all that have passed; `tokens_per_second` leaves quick evaluations out.
+    """
 
     def __init__(
         self,
@@ -294,13 +302,15 @@ class MetricsCallback(TrainerCallback):
         self.path, self.plan, self.watch, self.removal = path, plan, watch, removal
         self.evaluate = evaluate
         self.rows: list[dict[str, Any]] = []
-        self.seconds_before = self.started = 0.0
+        self.seconds_before = self.started = self.measuring = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.rows = (
             [row for row in read_rows(self.path) if row["step"] <= state.global_step] if state.global_step else []
         )
-        self.seconds_before = self.rows[-1]["seconds"] if self.rows else 0.0
+        if self.rows:
+            self.seconds_before = self.rows[-1]["seconds"]
+            self.measuring = self.seconds_before - seconds_of_steps(self.rows[-1])
         self.started = time.perf_counter()
         if state.is_world_process_zero:
             write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows))
@@ -326,7 +336,10 @@ class MetricsCallback(TrainerCallback):
 
     def _quick(self, state: TrainerState) -> None:
         if state.is_world_process_zero:
-            self._add(state, "validation", self.evaluate())
+            before = time.perf_counter()
+            values = self.evaluate()
+            self.measuring += time.perf_counter() - before
+            self._add(state, "validation", values)
 
     def _add(self, state: TrainerState, kind: str, values: dict[str, Any]) -> None:
         row: dict[str, Any] = {
@@ -342,7 +355,7 @@ class MetricsCallback(TrainerCallback):
             row |= {"sites_removed": sum(removed), "sites": len(removed)}
             if self.removal.controller is not None:
                 row["waited"], row["set_back"] = self.removal.controller.waited, self.removal.controller.set_back
-        row["tokens_per_second"] = row["tokens"] / max(self.seconds, 1e-9)
+        row["tokens_per_second"] = row["tokens"] / max(row["seconds"] - self.measuring, 1e-9)
         self.rows.append(row)
         if state.is_world_process_zero:
             with self.path.open("a") as file:

@@ -1,0 +1,108 @@
+"""Tables on the terminal: every number under its own heading and beside its own model."""
+
+import json
+import re
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+
+from unnorm.calibrate import ScaleStatistics
+from unnorm.exports.export import Exported
+from unnorm.exports.measure import FormError
+from unnorm.proof import Check
+from unnorm.sites import find_sites
+from unnorm.terminal import analysis_table, audit_tables, export_table, proof_table, result_table, sites_table
+
+Result = dict[str, Any]
+
+
+def shown(table: RenderableType) -> str:
+    out = StringIO()
+    Console(file=out, width=300).print(table)
+    return out.getvalue()
+
+
+def test_the_summarys_losses_are_each_models_own(finished_run: Path) -> None:
+    result = json.loads((finished_run / "result.json").read_text())
+    numbers = {"teacher_loss": 1.25, "lnfree_loss": 1.5, "control_loss": 1.75, "gap": -0.25, "naive_loss": 2.5}
+    numbers |= {"limited_neurons": 3000, "share_at_limit": 0.0125, "loss_increase_ci": [0.125, 0.375]}
+    text = shown(result_table(result | numbers))
+    for said in (
+        r"loss, original *│ *1\.2500",
+        r"loss, twin *│ *1\.5000 *│ *\+0\.2500, 95% interval \+0\.1250 to \+0\.3750",
+        r"loss, control *│ *1\.7500",
+        r"gap *│ *-0\.2500",
+        r"loss, naive removal *│ *2\.5000",
+        r"neurons with limits *│ *3,000 *│ *reached by 1\.2% of activations",
+    ):
+        assert re.search(said, text), (said, text)
+
+
+def test_a_healed_runs_text_is_that_of_both_runs(finished_run: Path) -> None:
+    result = json.loads((finished_run / "result.json").read_text())
+    numbers = {"tokens": 3000, "text_tokens": 3000, "tokens_per_second": 50.0}
+    plan = result["plan"] | {"tokens": 1000}
+    assert "tokens, 50 a second " in shown(result_table(result | numbers | {"plan": plan}))
+    over = shown(result_table(result | numbers | {"plan": plan, "text_tokens": 1500}))
+    assert "tokens, 50 a second, 2.0 times over the text" in over
+
+
+def test_a_title_has_no_path_in_it(finished_run: Path) -> None:
+    result = json.loads((finished_run / "result.json").read_text())
+    assert shown(result_table(result | {"model": "/home/somebody/mine"})).startswith("mine without norms")
+    assert shown(result_table(result | {"model": "owner/mine"})).startswith("owner/mine without norms")
+
+
+def test_the_models_numbers_come_before_the_references() -> None:
+    row: Result = {
+        "name": "rare",
+        "passed": True,
+        "tokens": 9,
+        "reason": "",
+        "finite": {"float16": False},
+        "reference_finite": {"float16": True},
+        "worst": [{"text": "a", "next": "b", "loss": 5.25, "reference_loss": 6.5}],
+    }
+    values = {"loss": 1.25, "reference_loss": 2.5, "residual_norm": 3.5, "reference_residual_norm": 4.5}
+    row |= {key: dict.fromkeys(("99.9%", "99.99%", "largest"), value) for key, value in values.items()}
+    text = shown(audit_tables({"reference": "original", "classes": [row]}))
+    for said in ("1.25 (2.50)", "3.5 (4.5)", "5.25 (6.50)", "float16 (none)"):
+        assert said in text, said
+
+
+def test_the_originals_figures_come_before_the_twins() -> None:
+    keys = ("mean_sink_rate", "mean_share", "longest_over_median")
+    findings = {
+        "sinks": {"original": dict.fromkeys(keys, 0.75), "twin": dict.fromkeys(keys, 0.25)},
+        "scales": {"mean_spread": {"original": 0.5, "twin": 0.125}},
+        "geometry": {"mean_change": {"twin": 0.0625}},
+    }
+    result = {"directory": "d", "original": "o", "findings": findings, "skipped": {}, "page": "p", "numbers": "n"}
+    text = shown(analysis_table(result))
+    for said in (
+        r"sink rate, mean of heads *│ *75\.0% *│ *25\.0%",
+        r"deviation of log scale, mean of sites *│ *0\.500 *│ *0\.125",
+        r"change of weights, of their size, mean *│ *- *│ *6\.2%",
+    ):
+        assert re.search(said, text), (said, text)
+
+
+def test_a_check_shows_what_was_measured_before_its_limit() -> None:
+    assert re.search(r"FAILED *│ *2\.0e-07 *│ *3\.0e-09", shown(proof_table([Check("c", False, 2e-7, 3e-9, "")])))
+
+
+def test_scales_are_under_their_headings(tiny_model: Any) -> None:
+    site = find_sites(tiny_model)[0]
+    row = ScaleStatistics(
+        site=site.name, position_0=1.0, mean=2.0, geometric_mean=9.0, spread=3.0, smallest=4.0, largest=5.0
+    )
+    text = shown(sites_table([(site, row)]))
+    assert re.search(r"position 0 +mean +spread +smallest +largest", text)
+    assert re.search(r"1 +2 +3 +4 +5 *\n", text)
+
+
+def test_differences_of_an_export_are_under_their_headings() -> None:
+    exported = Exported("stock", Path("m"), [FormError("float32", 1e-3, 2e-4, 3e-5)], "load", "note")
+    assert re.search(r"float32 *│ *1\.0e-03 *│ *2\.0e-04 *│ *3\.0e-05", shown(export_table(exported)))
