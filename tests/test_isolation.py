@@ -65,7 +65,7 @@ def test_what_watch_raises_comes_out_as_it_is(
     kind: str, error: type[Exception], tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     def watch(row: dict[str, Any]) -> None:
-        if row["kind"] == kind and ("text" not in row or "gone over" in row["text"]):
+        if row["kind"] == kind and ("text" not in row or "be repeated" in row["text"]):
             raise error("of the caller")
 
     options = {**SETTINGS, "tokens": 40 * 512, "model": str(tiny_model_dir), "data": str(text_file)}

@@ -11,7 +11,7 @@ import unnorm
 from unnorm import plan
 from unnorm.config import RemoveConfig
 from unnorm.plan import make_plan
-from unnorm.removal.run import saved_options
+from unnorm.removal.resume import saved_options
 
 
 @pytest.mark.parametrize(

@@ -91,9 +91,9 @@ def test_text_shorter_than_the_run_is_said_to_be(tiny_model_dir: Path, text_file
     options: dict[str, Any] = {"model": tiny_model_dir, "context": 32, "device": "cpu", "kl_budget": 100}
     options["watch"] = lambda row: said.append(row.get("text") or "")
     unnorm.remove(data=text_file, tokens=2_000, out=tmp_path / "short", **options)
-    assert not any("gone over" in text for text in said)
+    assert not any("be repeated" in text for text in said)
     unnorm.remove(data=text_file, tokens=20_000, out=tmp_path / "long", **options)
-    assert any("is gone over" in text and "times: more text" in text for text in said)
+    assert any("will be repeated" in text and "times: more text" in text for text in said)
     assert not any("no --data" in text for text in said)
 
 

@@ -1,6 +1,6 @@
 """A closed-form step before any gradient: embeddings rescaled so that the first norm sees one scale for all tokens.
 
-What the first norm reads is the embedding, so its scale hangs on the token, and a norm ignores the scale of what it
+What the first norm reads is the embedding, so its scale depends on the token, and a norm ignores the scale of what it
 reads. Rescaling the rows of the embedding therefore leaves the first sublayer as it is and spares it the removal; what
 it costs is that the rest of the residual stream gets the rescaled embedding too. Half way (in log scale) is a good
 compromise, and it is kept only where it brings naive removal closer to the original: of all norms or, where the model

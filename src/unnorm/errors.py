@@ -16,7 +16,7 @@ class UnnormError(Exception):
 
 
 class RunInterruptedError(UnnormError):
-    """A run or an evaluation was stopped and can be gone on with; the message says how."""
+    """A run or an evaluation was stopped and can be resumed; the message says how."""
 
     exit_code = 130
 

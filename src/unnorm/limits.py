@@ -32,7 +32,7 @@ from unnorm.tracing import trace_inputs
 ROOM = 2.0
 """Times the largest activation in the original that a neuron may have."""
 COMMON = 0.75
-"""Share of a layer's neurons whose largest activations are under ROOM's share of any limit: rare ones have room.
+"""Quantile of a layer's largest activations: no limit is below ROOM times it, so that rare neurons have room.
 At 0.99 runaway tokens stay finite and are far off, at 0.9 and below they are right; figures in `docs/smollm2.md`."""
 FAR = 1e3
 """Times the usual output of a norm at which it is plain whether what reads it is linear there, or quadratic."""

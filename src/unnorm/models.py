@@ -80,7 +80,21 @@ def load_original(model: str, trust_remote_code: bool = False) -> tuple[PreTrain
     return loaded, tokenizer
 
 
-def check_same_vocabulary(name: str, model: PreTrainedModel, other: str, its_model: PreTrainedModel) -> None:
+def load_beside(
+    directory: Path, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The twin of a finished run with its tokenizer, to be compared with the model that is called `name`.
+
+    Raises:
+        UnnormError: its files are damaged, or the two have not the same tokens.
+    """
+    twin, its_tokenizer = load_original(str(directory / MODEL))
+    _check_same_vocabulary(str(directory), twin, name, model)
+    check_same_tokenizer(str(directory), its_tokenizer, name, tokenizer)
+    return twin, its_tokenizer
+
+
+def _check_same_vocabulary(name: str, model: PreTrainedModel, other: str, its_model: PreTrainedModel) -> None:
     """Raise an UnnormError where two models have embeddings of different numbers of tokens."""
     ours, theirs = vocabulary_size(model), vocabulary_size(its_model)
     if ours != theirs:

@@ -21,7 +21,7 @@ CONTROL_STEP_TOKENS = 4096
 LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 512, 2**19
 MOST_LR = 2e-3
 MEMORY_SHARE = 0.5
-"""Share of the free memory that activations may take."""
+"""Share of the memory that the states leave free which activations may take."""
 STATE_BYTES = 20
 """For each parameter: weight, gradient and AdamW's two moments; on a GPU the original's too, on a CPU the last good."""
 LEAST_BFLOAT16_GAIN = 1.5
@@ -177,7 +177,7 @@ def _micro_batch(model: PreTrainedModel, context: int, most: int, device: str, a
             f"alone, and {free / 1e9:.1f} GB are free. Take a smaller model or a larger "
             "machine; --tokens 0 needs far less."
         )
-    fit = asked or max(1, int((free * MEMORY_SHARE - states) / (4 * numbers)))
+    fit = asked or max(1, int((free - states) * MEMORY_SHARE / (4 * numbers)))
     return max(size for size in range(1, most + 1) if most % size == 0 and size <= fit)
 
 

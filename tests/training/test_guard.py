@@ -23,7 +23,7 @@ from unnorm.losses import distillation_losses
 from unnorm.removal import start
 from unnorm.running import copy_model
 from unnorm.schedule import FidelityController
-from unnorm.training import distillation, run
+from unnorm.training import distillation, loop
 from unnorm.training.callbacks import (
     LEAST_PATIENCE,
     MOST_BAD_STEPS,
@@ -107,7 +107,7 @@ def test_nothing_is_saved_while_steps_are_refused(tmp_path: Path) -> None:
 def breaking(step: int, broken: Path) -> Any:
     """An interrupt callback that makes one update break the model, once; the file `broken` is there from then on."""
 
-    class Breaks(run.InterruptCallback):
+    class Breaks(loop.InterruptCallback):
         def on_optimizer_step(self, args: Any, state: TrainerState, control: Any, **more: Any) -> None:
             if state.global_step + 1 == step and not broken.exists():
                 broken.touch()
@@ -126,7 +126,7 @@ def test_an_update_that_breaks_the_model_is_taken_back(
     (tmp_path / "a.txt").write_text(text)
     saved(tiny_model)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "InterruptCallback", breaking(broken_at, tmp_path / "broken"))
+        patch.setattr(loop, "InterruptCallback", breaking(broken_at, tmp_path / "broken"))
         result = unnorm.remove(
             str(tmp_path / "model"), data=str(tmp_path / "a.txt"), tokens=30 * 64, batch_size=1, context=64,
             out=tmp_path / "run", kl_budget=100, device="cpu", dtype="float32", recipe="tapernorm",
@@ -237,7 +237,7 @@ def test_a_run_that_is_stopped_while_steps_are_refused_keeps_its_good_weights(
         "out": tmp_path / "run", "device": "cpu", "dtype": "float32", "recipe": "tapernorm",
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "InterruptCallback", Stops)
+        patch.setattr(loop, "InterruptCallback", Stops)
         with pytest.raises(RunInterruptedError, match="nothing is lost"):
             unnorm.remove(**options)
     result = unnorm.remove(resume=True, out=tmp_path / "run")
@@ -254,14 +254,14 @@ def test_a_run_that_is_stopped_and_diverges_has_diverged(
 
 
 def test_a_stop_that_one_process_alone_heard_stops_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    interrupt = run.InterruptCallback(guarded(tmp_path)[0])
+    interrupt = loop.InterruptCallback(guarded(tmp_path)[0])
     assert not interrupt.is_asked(torch.device("cpu"))
     monkeypatch.setattr("unnorm.processes.total", lambda value: value + 1)
     assert interrupt.is_asked(torch.device("cpu")) and interrupt.asked
 
 
 def test_signals_are_handled_as_before_once_a_run_ends(tmp_path: Path) -> None:
-    interrupt = run.InterruptCallback(guarded(tmp_path)[0])
+    interrupt = loop.InterruptCallback(guarded(tmp_path)[0])
     before = signal.getsignal(signal.SIGINT)
     with interrupt.listening():
         assert signal.getsignal(signal.SIGINT) is not before

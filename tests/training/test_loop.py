@@ -31,7 +31,7 @@ from unnorm.running import copy_model
 from unnorm.schedule import sequential, taper
 from unnorm.sites import find_sites
 from unnorm.stand_ins import install
-from unnorm.training import distillation, run
+from unnorm.training import distillation, loop
 from unnorm.training.callbacks import (
     Removal,
     ScheduleCallback,
@@ -120,7 +120,7 @@ def test_trackers_get_what_the_metrics_say(
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "abacus", Tracker)
     monkeypatch.setattr(distillation, "distillation_losses", remember)
-    monkeypatch.setattr(run, "LOG_LINES", 5)
+    monkeypatch.setattr(loop, "LOG_LINES", 5)
     settings = {"data": str(text_file), "tokens": 10_000, "device": "cpu", "batch_size": 8, "report_to": ["abacus"]}
     unnorm.remove(model=str(tiny_model_dir), out=tmp_path / "run", **settings)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -143,7 +143,7 @@ def test_a_quick_evaluation_is_an_evaluation_of_few_blocks(
     with torch.no_grad():
         student.get_output_embeddings().weight *= 1.5
     blocks = Dataset.from_dict({"input_ids": [*batch["input_ids"].tolist(), [3] * 16]})
-    found = run.quick_evaluation(student, tiny_model, blocks, PLAN)
+    found = loop.quick_evaluation(student, tiny_model, blocks, PLAN)
     expected = evaluate_model(student, blocks, tiny_model)
     assert found["kl"] == pytest.approx(expected.kl, rel=1e-4)
     assert found["loss"] == pytest.approx(expected.loss, rel=1e-5)
@@ -259,7 +259,7 @@ def test_running_out_of_something_is_no_traceback(
 @pytest.mark.parametrize("name", get_args(RecipeName))
 def test_the_optimizer_is_set_as_the_recipe_says(name: RecipeName, tmp_path: Path) -> None:
     plan, recipe = PLAN.model_copy(update={"steps": 100}), RECIPES[name].optimization
-    arguments: TrainingArguments = run._arguments(recipe, plan, tmp_path, 0, [])
+    arguments: TrainingArguments = loop._arguments(recipe, plan, tmp_path, 0, [])
     assert (arguments.adam_beta1, arguments.adam_beta2) == recipe.betas
     assert (arguments.weight_decay, arguments.learning_rate) == (recipe.weight_decay, plan.lr)
     assert (arguments.lr_scheduler_kwargs or {}).get("min_lr_rate", 0.0) == recipe.least_lr

@@ -21,11 +21,11 @@ from unnorm.evaluation import EVALUATION_SPREAD
 from unnorm.isolation import isolated
 from unnorm.json_text import finite, json_text
 from unnorm.modeling.modeling_unnorm import PREFIX
-from unnorm.models import check_same_tokenizer, check_same_vocabulary, load_original, model_name
+from unnorm.models import load_beside, load_original, model_name
 from unnorm.plan import choose_context, choose_device
 from unnorm.progress import Watch, say, silent
 from unnorm.report.numbers import count, short_count
-from unnorm.run_directory import CONFIG_FILE, MODEL, check_can_be_made, write_text
+from unnorm.run_directory import CONFIG_FILE, check_can_be_made, write_text
 from unnorm.run_text import TextSource, choose_text
 from unnorm.running import vocabulary_size
 from unnorm.sites import NormSite
@@ -106,10 +106,8 @@ def analyze(
     say(watch, f"loading {directory} and {name}")
     with explained(against is None, "The run's own original can't be used.", "Or name it with --against."):
         original, tokenizer = load_original(name, trust_remote_code)
-    twin, its_tokenizer = load_original(str(directory / MODEL), trust_remote_code)
-    check_same_vocabulary(str(directory), twin, name, original)
+    twin, _ = load_beside(directory, name, original, tokenizer)
     _check_pair(original, twin, sites, name)
-    check_same_tokenizer(str(directory), its_tokenizer, name, tokenizer)
     pairs = _prompts(prompts, tokenizer, seed)
     text = choose_text(settings, data, text_field, split)
     blocks = _blocks(text, (original, twin), tokenizer, tokens, context)

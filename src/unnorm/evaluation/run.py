@@ -123,7 +123,8 @@ def evaluate(
         and the `protocol`.
 
     Raises:
-        UnnormError: a model, a corpus or a benchmark can't be used, or the models' tokenizers differ.
+        UnnormError: a model, a corpus or a benchmark can't be used, the models' tokenizers differ, there is no such
+            suite, a number is out of range, or `out` holds something else.
         RunInterruptedError: it was stopped, and the same call goes on with what is in `out`.
     """
     several = models if isinstance(models, Iterable) and not isinstance(models, str) else [models]

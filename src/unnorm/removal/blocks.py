@@ -119,7 +119,7 @@ def _times_over(blocks: int, plan: Plan) -> str:
     if plan.tokens < 1.05 * tokens:
         return ""
     return (
-        f"the text has {tokens:,} tokens to train on and is gone over {plan.tokens / tokens:.1f} times: "
+        f"the text has {tokens:,} tokens to train on and will be repeated {plan.tokens / tokens:.1f} times: "
         "more text, or --data self, would bring the twin closer"
     )
 

@@ -8,7 +8,7 @@ from unnorm.config import read_config_file, read_count
 from unnorm.errors import UnnormError
 from unnorm.progress import Watch
 from unnorm.removal.remove import remove
-from unnorm.removal.run import check_has_control, has_control, measured_before
+from unnorm.removal.resume import check_has_control, has_control, measured_before
 from unnorm.run_directory import CONFIG_FILE, CONTROL, RESULT
 
 _OF_ONE_RUN = (
@@ -20,7 +20,7 @@ _OF_THE_DATA = ("text_field", "split")
 
 
 def heal(directory: str | Path, *, watch: Watch | None = None, **options: Any) -> dict[str, Any]:
-    """Train the twin of a finished run on, on text that is drawn anew, and leave a run directory of its own.
+    """Go on training the twin of a finished run, on freshly drawn text, in a run directory of its own.
 
     Args:
         directory: the finished run; it stays as it is.
@@ -33,7 +33,7 @@ def heal(directory: str | Path, *, watch: Watch | None = None, **options: Any) -
         What stands in `result.json`; its tokens and seconds are those of all runs so far.
 
     Raises:
-        UnnormError: there is no finished run, or the input can't be used.
+        UnnormError: there is no finished run, the input can't be used, memory or disk do not suffice, or it diverged.
         RunInterruptedError: it was stopped; `remove(resume=True, out=…)` goes on.
     """
     directory = Path(directory).expanduser()

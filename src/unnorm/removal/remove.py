@@ -22,7 +22,8 @@ from unnorm.plan import Plan, choose_device, control_plan, healing_plan, make_pl
 from unnorm.progress import Watch, say, silent
 from unnorm.removal.blocks import check_same_text, with_stress, write_blocks
 from unnorm.removal.conclude import conclude
-from unnorm.removal.run import Run, check_disk, measured_before, not_saved, open_directory, saved_options
+from unnorm.removal.resume import measured_before, not_saved, saved_options
+from unnorm.removal.run import Run, check_disk, open_directory
 from unnorm.removal.start import start
 from unnorm.removal.twin import spent_seconds, spent_tokens, take_up_control, take_up_twin
 from unnorm.run_directory import (
@@ -63,7 +64,8 @@ def remove(
         What stands in `result.json`, on every process. Losses in nats per predicted token, KL in nats per token.
 
     Raises:
-        UnnormError: the input can't be used, or the run diverged.
+        UnnormError: the input can't be used, memory or disk do not suffice, the run diverged, or it ran out of tokens
+            with norms left: that one can be resumed with more.
         RunInterruptedError: it was stopped by Ctrl-C or SIGTERM.
     """
     started = time.perf_counter()

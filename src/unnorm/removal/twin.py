@@ -11,7 +11,8 @@ from unnorm.checkpoint import load, load_unfolded
 from unnorm.errors import UnnormError
 from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.norms import TaperedNorm, bound
-from unnorm.removal.run import Run, limit, measured_before
+from unnorm.removal.resume import measured_before
+from unnorm.removal.run import Run, limit
 from unnorm.run_directory import CONTROL, EARLIER, METRICS, RESULT, finished_result, read_rows, write_text
 from unnorm.training.callbacks import seconds_of_steps
 

@@ -18,10 +18,11 @@ from unnorm.config import read_count, run_settings
 from unnorm.data.packing import begin_of_blocks
 from unnorm.errors import UnnormError, explained
 from unnorm.isolation import isolated
-from unnorm.models import check_same_tokenizer, check_same_vocabulary, load_original, model_name
+from unnorm.json_text import finite
+from unnorm.models import load_beside, load_original, model_name
 from unnorm.plan import choose_context, choose_device
 from unnorm.progress import Watch, say, silent
-from unnorm.run_directory import CONFIG_FILE, CONTROL, MODEL, finished_result
+from unnorm.run_directory import CONFIG_FILE, CONTROL, finished_result
 from unnorm.run_text import choose_text
 from unnorm.running import cast_as_loaded, context_length, vocabulary_size
 from unnorm.sites import NormSite
@@ -29,7 +30,7 @@ from unnorm.worst_case.inputs import InputClass, Inputs, Material, input_classes
 from unnorm.worst_case.measure import Measured, is_finite, largest_residuals, measure
 
 AUDIT_TOKENS = 32_768
-"""Tokens of one class. Tokens after text are the whole vocabulary where it is no longer; alone they always are."""
+"""Tokens of one class. Tokens after text are the whole vocabulary if it fits; tokens alone are so in any case."""
 MOST_AUDIT_CONTEXT = 4096
 """Longest sequences by default: logits of more positions at once fill the memory."""
 HALF_CPU_TOKENS = 1024
@@ -96,11 +97,9 @@ def audit(
     sites, _ = load_sites(directory)
     settings = run_settings(directory)
     name = model_name(against or _default_reference(directory, settings))
-    twin, tokenizer = load_original(str(directory / MODEL), trust_remote_code)
     with explained(against is None, "The reference of this run can't be used.", "Or name another with --against."):
         reference, its_tokenizer = load_original(name, trust_remote_code)
-    check_same_vocabulary(str(directory), twin, name, reference)
-    check_same_tokenizer(str(directory), tokenizer, name, its_tokenizer)
+    twin, tokenizer = load_beside(directory, name, reference, its_tokenizer)
     twin.to(place)
     reference.to(place)
     say(watch, f"audit of {directory} against {name}")
@@ -130,7 +129,7 @@ def audit(
         "vocabulary": material.vocabulary,
         "tokens": tokens,
         "seed": seed,
-        "classes": rows,
+        "classes": finite(rows),
     }
 
 
@@ -198,12 +197,11 @@ def _row(
     }
 
 
-def summarize(values: Float[Tensor, " read"]) -> dict[str, float | None]:
-    """Percentiles and the largest, each a value that was measured; None where it is infinite."""
-    array = values.numpy()
+def summarize(values: Float[Tensor, " read"]) -> dict[str, float]:
+    """Percentiles and the largest, each a value that was measured; NaN counts as infinite."""
+    array = values.nan_to_num(nan=math.inf, posinf=math.inf).numpy()
     found = {f"p{q}": float(np.percentile(array, q, method="inverted_cdf")) for q in PERCENTILES}
-    found["largest"] = float(array.max())
-    return {key: value if math.isfinite(value) else None for key, value in found.items()}
+    return found | {"largest": float(array.max())}
 
 
 def verdict(twin: Measured, reference: Measured, finite: dict[str, bool], reference_finite: dict[str, bool]) -> str:
@@ -214,7 +212,7 @@ def verdict(twin: Measured, reference: Measured, finite: dict[str, bool], refere
         return f"NaN or infinite in {', '.join(overflowed)}"
     ours, theirs = summarize(twin.loss), summarize(reference.loss)
     for key, margin in (("p99.99", LOSS_MARGIN), ("largest", BLOW_UP)):
-        value, limit = _or_infinite(ours[key]), margin * _or_infinite(theirs[key])
+        value, limit = ours[key], margin * theirs[key]
         if value > limit:
             return f"{key.replace('p99.99', '99.99%')} loss {value:.2f} > {limit:.2f}"
     return ""
@@ -236,10 +234,10 @@ def _worst(
                 "next": _decode(inputs[part].targets[row, position : position + 1], tokenizer),
                 "tokens": ids.tolist(),
                 "position": position,
-                "loss": _number(ours.loss[index]),
-                "reference_loss": _number(theirs.loss[index]),
-                "residual_norm": _number(ours.norm[index]),
-                "reference_residual_norm": _number(theirs.norm[index]),
+                "loss": float(ours.loss[index]),
+                "reference_loss": float(theirs.loss[index]),
+                "residual_norm": float(ours.norm[index]),
+                "reference_residual_norm": float(theirs.norm[index]),
             }
         )
     return rows
@@ -285,11 +283,3 @@ def _trained_context(directory: Path, settings: dict[str, Any]) -> int | None:
 
 def _takes_positions(model: PreTrainedModel) -> bool:
     return "position_ids" in inspect.signature(model.forward).parameters
-
-
-def _number(value: Tensor) -> float | None:
-    return float(value) if value.isfinite() else None
-
-
-def _or_infinite(value: float | None) -> float:
-    return math.inf if value is None else value

@@ -1,0 +1,108 @@
+"""What a run that goes on, or that is built upon, takes over from what was saved, and what it may change."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from unnorm.config import RemoveConfig, read_config_file
+from unnorm.errors import UnnormError
+from unnorm.run_directory import BEFORE, CONFIG_FILE, CONTROL, DATA, RESULT, finished_result
+
+_MAY_CHANGE_ON_RESUME = {"device", "compile", "cuda_graph", "micro_batch", "report_to", "out", "kl_budget", "control"}
+
+
+def saved_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The saved settings of the run to resume; those named again must be the same."""
+    if options.get("out") is None:
+        raise UnnormError("Which run? Name its directory: --resume --out DIR.")
+    directory = Path(options["out"]).expanduser()
+    if not (directory / CONFIG_FILE).is_file():
+        raise UnnormError(f"'{directory}' holds no run to resume: there is no {CONFIG_FILE} in it.")
+    saved = read_config_file(directory / CONFIG_FILE)
+    finished = (directory / RESULT).exists()
+    if finished:
+        _check_control_is_left(directory, {**saved, **options})
+    asked = RemoveConfig.create(**{**saved, **options}).to_saved()
+    # What was left to be chosen is saved as it was chosen.
+    asked |= {key: saved.get(key) for key in ("tokens", "batch_size", "lr") if asked[key] is None}
+    if asked["dtype"] == "auto":
+        asked["dtype"] = saved.get("dtype")
+    if saved.get("twin") and not finished and not (directory / DATA / BEFORE).is_file():  # From then on it has its own.
+        _check_healed(directory, Path(saved["twin"]), asked["control"])
+    more = (asked["tokens"] or 0) > (saved.get("tokens") or math.inf)
+    may_change = _MAY_CHANGE_ON_RESUME | ({"tokens"} if more else set())
+    if finished:  # The control is to have what the twin had.
+        may_change -= {"tokens", "kl_budget"}
+    changed = [key for key in options if key not in may_change and asked[key] != saved.get(key)]
+    if changed:
+        was = ", ".join(f"{key} {saved.get(key)}" for key in changed)
+        raise UnnormError(f"The run in '{directory}' was started with {was}. Leave that out, or start a new run.")
+    return {**saved, **{key: options[key] for key in options if key in may_change}}
+
+
+def not_saved(config: RemoveConfig, directory: Path) -> str:
+    """What a resumed run was given anew, where it was stopped before it saved that, as its command has it."""
+    saved = read_config_file(directory / CONFIG_FILE)
+    may_be_new = {"tokens", *_MAY_CHANGE_ON_RESUME} - {"out", "report_to"}
+    words = ""
+    for key in filter(may_be_new.__contains__, RemoveConfig.model_fields):
+        value, option = getattr(config, key), key.replace("_", "-")
+        if value is None or value == saved.get(key):
+            continue
+        words += f" --{'' if value else 'no-'}{option}" if isinstance(value, bool) else f" --{option} {value}"
+    return words
+
+
+def _check_control_is_left(directory: Path, settings: dict[str, Any]) -> None:
+    """Of a finished run only a control that is missing may be asked for."""
+    has_one = finished_result(directory).get("control_loss") is not None
+    if has_one or not settings.get("control"):
+        raise UnnormError(
+            f"The run in '{directory}' is finished: there is nothing to resume. `unnorm heal` trains its twin on"
+            + ("." if has_one else ", and --resume --control trains the missing control.")
+        )
+    if settings.get("twin"):
+        raise UnnormError(
+            f"The twin in '{directory}' is that of another run, trained on, so a control would lack the first run's "
+            "tokens. Leave --control out."
+        )
+
+
+def _check_healed(directory: Path, first: Path, control: bool) -> None:
+    """The run whose twin is trained on must still be there, with its control if that is to go on as well."""
+    if not first.is_dir():
+        raise UnnormError(
+            f"The run in '{directory}' heals the twin of the one in '{first}', which is no longer there. Put it back, "
+            "or start anew: unnorm heal DIR"
+        )
+    if control:
+        check_has_control(first)
+
+
+def has_control(directory: Path) -> bool:
+    """Whether a finished run has a control that `heal` can go on with."""
+    return finished_result(directory).get("control_loss") is not None and (directory / CONTROL).is_dir()
+
+
+def check_has_control(directory: Path) -> None:
+    """Raise an UnnormError where a finished run has no control to go on with."""
+    if not has_control(directory):
+        raise UnnormError(
+            f"The run in '{directory}' has no control to go on with. Go on without it (--no-control), or train "
+            "it first: unnorm remove --resume --control --out DIR"
+        )
+
+
+def measured_before(directory: Path) -> dict[str, Any]:
+    """What the result of a run says of the original, of its naive removal, and of the time it took.
+
+    Raises:
+        UnnormError: the file is missing or damaged.
+    """
+    result = finished_result(directory)
+    try:
+        naive = {key: math.nan if result[key] is None else float(result[key]) for key in ("naive_loss", "naive_kl")}
+        taken_over = {key: result[key] for key in ("massive_neurons", "skipped_steps")}
+        return {**naive, **taken_over, "earlier_seconds": float(result["seconds"])}
+    except (TypeError, ValueError, KeyError) as error:
+        raise UnnormError(f"'{directory / RESULT}' is damaged. Do the run again.") from error
