@@ -1,22 +1,21 @@
 """The kinds of figure that analyses draw: the original in soft grey, the twin in the accent colour."""
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from plotly.graph_objects import Figure
 
 from unnorm.report.drawing import (
     ACCENT,
     INK,
-    MOST_TICKS,
     PAPER,
     SOFT,
+    draw_ranges,
     finish,
     log_axis,
     name_panel,
     panels,
     position_axis,
+    thinned_ticks,
 )
 from unnorm.report.numbers import finite_or_none
 
@@ -57,8 +56,8 @@ def heat_maps(grids: Mapping[str, Grid], columns: Sequence[str], rows: Sequence[
         if name:
             name_panel(figure, panel, name)
     finish(figure, height, "")
-    figure.update_yaxes(autorange="reversed", showgrid=False, **_thinned(rows))
-    figure.update_xaxes(showline=False, ticks="", tickangle=0 if len(columns) <= 8 else -90, **_thinned(columns))
+    figure.update_yaxes(autorange="reversed", showgrid=False, **thinned_ticks(rows))
+    figure.update_xaxes(showline=False, ticks="", tickangle=0 if len(columns) <= 8 else -90, **thinned_ticks(columns))
     figure.update_layout(hovermode="closest")
     return figure
 
@@ -105,28 +104,9 @@ def range_rows(
     figure = panels([1.0])
     if at is not None:
         figure.add_hline(y=at, line={"color": INK, "width": 1.2}, layer="below")
-    crowded = len(names) > 16
+    places = {name: float(place) for place, name in enumerate(names)}
     for model, rows in ranges.items():
-        places = [place + {"original": -0.17, "twin": 0.17}[model] for place in range(len(names))]
-        figure.add_scatter(
-            x=[x for place in places for x in (place, place, None)],
-            y=[y for row in rows for y in (row[0], row[2], None)],
-            mode="lines",
-            line={"color": COLOURS[model], "width": 3 if crowded else 7},
-            opacity=0.35,
-            hoverinfo="skip",
-        )
-        texts = [f"{name}<br>{model}: {row[0]:.3g} to {row[2]:.3g}" for name, row in zip(names, rows, strict=True)]
-        for column, symbol, what in ((1, "circle", "median"), (3, "diamond-open", "position 0")):
-            size = (4 if crowded else 8) + (column == 3)
-            figure.add_scatter(
-                x=places,
-                y=[row[column] for row in rows],
-                mode="markers",
-                marker={"color": COLOURS[model], "symbol": symbol, "size": size, "line": {"width": 1.6}},
-                text=texts,
-                hovertemplate=f"%{{text}}<br>{what} %{{y:.4g}}<extra></extra>",
-            )
+        draw_ranges(figure, model, dict(zip(names, rows, strict=True)), places, "median")
     _name_places(figure, names)
     log_axis(figure, 1, [v for rows in ranges.values() for row in rows for v in row if v is not None])
     name_panel(figure, 1, title)
@@ -228,18 +208,12 @@ def line_panels(names: Sequence[str], by_panel: Mapping[str, Mapping[str, Sequen
             )
         name_panel(figure, panel, title)
     figure.update_yaxes(rangemode="tozero")
-    figure.update_xaxes(**_thinned(names))
+    figure.update_xaxes(**thinned_ticks(names))
     return finish(figure, 200 * len(by_panel) + 60, x_title)
 
 
 def _name_places(figure: Figure, names: Sequence[str]) -> None:
     longest = max((len(name) for name in names), default=0)
     figure.update_xaxes(
-        tickangle=-90 if len(names) * longest > 40 else 0, range=[-0.7, len(names) - 0.3], **_thinned(names)
+        tickangle=-90 if len(names) * longest > 40 else 0, range=[-0.7, len(names) - 0.3], **thinned_ticks(names)
     )
-
-
-def _thinned(names: Sequence[str]) -> dict[str, Any]:
-    """At most `MOST_TICKS` ticks, at whole places."""
-    shown = list(range(0, len(names), math.ceil(max(1, len(names)) / MOST_TICKS)))
-    return {"tickmode": "array", "tickvals": shown, "ticktext": [names[place] for place in shown]}

@@ -1,7 +1,8 @@
 """What all figures are drawn with: colours, panels, axes."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from plotly.graph_objects import Figure
 from plotly.subplots import make_subplots
@@ -47,6 +48,53 @@ def draw_line(
     """Add a line to a panel."""
     line = {"color": colour, "width": 1.8, "dash": dash}
     figure.add_scatter(x=list(x), y=y, name=name, mode="lines", line=line, hovertemplate="%{y:.4f}", row=panel, col=1)
+
+
+def draw_ranges(
+    figure: Figure,
+    model: str,
+    ranges: Mapping[str, Sequence[float | None]],
+    places: Mapping[str, float],
+    middle: str,
+) -> None:
+    """Add a bar from low to high for each name, with a dot between and maybe a diamond for position 0.
+
+    Args:
+        figure: one panel.
+        model: `original` or `twin`, which stand side by side.
+        ranges: low, middle, high and position 0 (or None) of each name.
+        places: of the names along the x axis.
+        middle: what the dot is.
+    """
+    colour, shift = {"original": (SOFT, -0.17), "twin": (ACCENT, 0.17)}[model]
+    x = [places[name] + shift for name in ranges]
+    crowded = len(places) > 16
+    # One broken line for all ranges: a trace for each would be slow with a hundred of them.
+    figure.add_scatter(
+        x=[value for place in x for value in (place, place, None)],
+        y=[value for row in ranges.values() for value in (row[0], row[2], None)],
+        mode="lines",
+        line={"color": colour, "width": 3 if crowded else 7},
+        opacity=0.35,
+        hoverinfo="skip",
+    )
+    texts = [f"{name}<br>{model}: {row[0]:.3g} to {row[2]:.3g}" for name, row in ranges.items()]
+    for column, symbol, what in ((1, "circle", middle), (3, "diamond-open", "position 0")):
+        size = (4 if crowded else 8) + (column == 3)
+        figure.add_scatter(
+            x=x,
+            y=[row[column] for row in ranges.values()],
+            mode="markers",
+            marker={"color": colour, "symbol": symbol, "size": size, "line": {"color": colour, "width": 1.6}},
+            text=texts,
+            hovertemplate=f"%{{text}}<br>{what} %{{y:.4g}}<extra></extra>",
+        )
+
+
+def thinned_ticks(names: Sequence[str]) -> dict[str, Any]:
+    """At most `MOST_TICKS` ticks with names, at whole places."""
+    shown = list(range(0, len(names), math.ceil(max(1, len(names)) / MOST_TICKS)))
+    return {"tickmode": "array", "tickvals": shown, "ticktext": [names[place] for place in shown]}
 
 
 def panels(heights: list[float], spacing: float | None = None) -> Figure:

@@ -1,6 +1,5 @@
 """The report's figures, as plotly figures in the page's light colours; its script swaps them in dark mode."""
 
-import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -8,22 +7,26 @@ from typing import Any
 from plotly.graph_objects import Figure
 
 from unnorm.calibrate import ScaleStatistics
+from unnorm.evaluation.comparison import LEAST_KL
 from unnorm.report.drawing import (
     ACCENT,
     INK,
-    MOST_TICKS,
     SOFT,
     draw_line,
+    draw_ranges,
     finish,
     log_axis,
     name_panel,
     panels,
     position_axis,
     short_names,
+    thinned_ticks,
 )
 from unnorm.report.numbers import finite_or_none
 
 MOST_POSITION_BINS = 48
+
+LABELS = {"original": "original", "lnfree": "twin", "control": "control"}
 
 Rows = Sequence[dict[str, Any]]
 
@@ -77,21 +80,14 @@ def scale_figure(
         return None
     names = list(dict.fromkeys(row.site for row in (*before, *after)))
     index = {name: i for i, name in enumerate(names)}
-    crowded = len(names) > 16
     placed = [(index[site], value) for site, value in constants.items() if site in index and finite_or_none(value)]
     figure = Figure()
     _draw_constants(figure, placed, names)
-    for rows, name, colour, shift in ((before, "original", SOFT, -0.17), (after, "twin", ACCENT, 0.17)):
-        _draw_scales(figure, rows, name, colour, [index[row.site] + shift for row in rows], crowded)
-    shown = range(0, len(names), math.ceil(len(names) / MOST_TICKS))
-    labels = short_names(names)
-    figure.update_xaxes(
-        tickmode="array",
-        tickvals=list(shown),
-        ticktext=[labels[i] for i in shown],
-        tickangle=-90 if len(shown) > 10 else -45,
-        range=[-0.7, len(names) - 0.3],
-    )
+    for rows, name in ((before, "original"), (after, "twin")):
+        ranges = {row.site: (row.smallest, row.mean, row.largest, row.position_0) for row in rows}
+        draw_ranges(figure, name, ranges, index, "mean")
+    angle = -90 if len(names) > 10 else -45
+    figure.update_xaxes(tickangle=angle, range=[-0.7, len(names) - 0.3], **thinned_ticks(short_names(names)))
     values = [v for r in (*before, *after) for v in (r.position_0, r.smallest, r.largest)]
     log_axis(figure, 1, [*values, *(value for _, value in placed)])
     name_panel(figure, 1, "scale (log)")
@@ -117,9 +113,6 @@ def position_figure(position_loss: dict[str, list[float]]) -> Figure | None:
     longest = max(len(losses) for losses in position_loss.values())
     position_axis(figure, longest)
     return finish(figure, 440, "position of the predicted token (log)")
-
-
-LABELS = {"original": "original", "lnfree": "twin", "control": "control"}
 
 
 def bin_positions(losses: Sequence[float], most: int = MOST_POSITION_BINS) -> tuple[list[float], list[float]]:
@@ -169,10 +162,6 @@ def _draw_metric(figure: Figure, panel: int, key: str, rows: Rows, control_rows:
         log_axis(figure, panel, drawn)
 
 
-LEAST_KL = 1e-6
-"""Smaller ones are rounding: a model compared with itself."""
-
-
 def _draw_alpha(figure: Figure, panel: int, rows: Rows) -> None:
     shares = [{**row, "share": _share(row)} for row in rows]
     parts = (
@@ -202,30 +191,3 @@ def _draw_constants(figure: Figure, placed: Sequence[tuple[int, float]], names: 
         text=[text for place, _ in placed for text in [names[place]] * 4],
         hovertemplate="%{text}<br>constant scale %{y:.4g}<extra></extra>",
     )
-
-
-def _draw_scales(
-    figure: Figure, rows: Sequence[ScaleStatistics], name: str, colour: str, x: list[float], crowded: bool
-) -> None:
-    # One broken line for all ranges: a trace for each site would be slow with a hundred of them.
-    figure.add_scatter(
-        x=[value for place in x for value in (place, place, None)],
-        y=[value for row in rows for value in (row.smallest, row.largest, None)],
-        mode="lines",
-        line={"color": colour, "width": 3 if crowded else 7},
-        opacity=0.35,
-        hoverinfo="skip",
-    )
-    marks = (
-        ("mean", [row.mean for row in rows], "circle", 4 if crowded else 8),
-        ("position 0", [row.position_0 for row in rows], "diamond-open", 5 if crowded else 9),
-    )
-    for what, values, symbol, size in marks:
-        figure.add_scatter(
-            x=x,
-            y=values,
-            mode="markers",
-            marker={"color": colour, "symbol": symbol, "size": size, "line": {"color": colour, "width": 1.6}},
-            text=[f"{row.site}<br>{name}: {row.smallest:.3g} to {row.largest:.3g}" for row in rows],
-            hovertemplate=f"%{{text}}<br>{what} %{{y:.4g}}<extra></extra>",
-        )
