@@ -155,21 +155,18 @@ def bundle(
     x_title: str,
     y_title: str,
     *,
-    log_x: bool = False,
     places: Sequence[Sequence[float]] | None = None,
 ) -> Figure:
-    """Many lines, on a log y axis.
+    """Many lines, on log axes.
 
     Args:
         lines: model, name, weight from 0 (thin) to 1 (thick), and values.
         x_title: of the x axis.
         y_title: of the y axis.
-        log_x: x as well, the first value at 1.
-        places: x of each line's values; by default 0, 1, 2, … (from 1, if logarithmic).
+        places: x of each line's values; by default 1, 2, 3, …
     """
     figure = panels([1.0])
-    start = 1 if log_x else 0
-    at = places or [[float(start + i) for i in range(len(values))] for *_, values in lines]
+    at = places or [[float(i + 1) for i in range(len(values))] for *_, values in lines]
     for (model, name, weight, values), x in zip(lines, at, strict=True):
         figure.add_scatter(
             x=list(x),
@@ -182,8 +179,7 @@ def bundle(
             hovertemplate=f"{name}: %{{y:.4g}} at %{{x}}<extra></extra>",
         )
     longest = max((max(x) for x in at), default=1.0)
-    if log_x:
-        position_axis(figure, int(longest))
+    position_axis(figure, int(longest))
     log_axis(figure, 1, [v for *_, values in lines for v in values])
     name_panel(figure, 1, y_title)
     figure.update_layout(hovermode="closest")

@@ -176,7 +176,7 @@ def _singular_figure(found: list[Geometry]) -> Figure:
             at, values = _thinned(row.singular_values[place][of_rank])
             lines.append((name, f"{name}, {label}", 0.3, values))
             places.append([float(x) for x in at])
-    return bundle(lines, "place (log)", "singular value (log)", log_x=True, places=places)
+    return bundle(lines, "place (log)", "singular value (log)", places=places)
 
 
 def _gain_figure(rows: list[dict[str, Any]]) -> Figure:

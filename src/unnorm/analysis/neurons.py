@@ -49,10 +49,10 @@ class OutputWeights:
     norm: Float[Tensor, " neuron"]
     logit_variance: Float[Tensor, " neuron"]
 
-    def entropy_neurons(self, count: int = FOUND) -> Int[Tensor, " found"]:
+    def entropy_neurons(self) -> Int[Tensor, " found"]:
         """The neurons with the lowest LogitVar among the quarter with the longest w, lowest first."""
         longest = self.norm.topk(max(1, round(LONGEST_SHARE * len(self.norm)))).indices
-        return longest[self.logit_variance[longest].argsort()][:count]
+        return longest[self.logit_variance[longest].argsort()][:FOUND]
 
 
 @dataclass(frozen=True)

@@ -121,4 +121,4 @@ def _norm_figure(measured: dict[str, Sinks]) -> Figure:
         for depth, values in enumerate(norms.tolist()):
             label = f"{name}, " + (f"layer {depth}" if depth + 1 < len(norms) else "at the end")
             lines.append((name, label, depth / max(1, len(norms) - 1), values))
-    return bundle(lines, "position, from 1 (log)", "length of the residual vector (log)", log_x=True)
+    return bundle(lines, "position, from 1 (log)", "length of the residual vector (log)")

