@@ -6,6 +6,7 @@ from shlex import quote
 from typing import Any
 
 import yaml
+from huggingface_hub import metadata_load
 
 from unnorm.checkpoint import load_sites
 from unnorm.errors import UnnormError, short
@@ -106,22 +107,17 @@ def check_card(path: Path) -> None:
     Raises:
         UnnormError: there is none, or it is no YAML mapping with what a model needs.
     """
-    text = path.read_text(encoding="utf-8")
-    opening, _, rest = text.partition("---\n")
-    block, closing, body = rest.partition("\n---\n")
     remedy = "Write it anew, between two lines of three hyphens at the top of the card."
-    if opening or not closing or not body.strip():
-        raise UnnormError(f"'{path}' has no front matter, or nothing after it. {remedy}")
     try:
-        values = yaml.safe_load(block)
-    except yaml.YAMLError as error:
+        values = metadata_load(path)
+    except (yaml.YAMLError, ValueError) as error:
         raise UnnormError(
             f"The front matter of '{path}' is no YAML ({' '.join(str(error).split())}). {remedy}"
         ) from error
+    if values is None or not path.read_text(encoding="utf-8").partition("\n---\n")[2].strip():
+        raise UnnormError(f"'{path}' has no front matter, or nothing after it. {remedy}")
     needed = {"library_name": str, "pipeline_tag": str, "tags": list}
-    wrong = [
-        key for key, kind in needed.items() if not isinstance(values, dict) or not isinstance(values.get(key), kind)
-    ]
+    wrong = [key for key, kind in needed.items() if not isinstance(values.get(key), kind)]
     if wrong:
         raise UnnormError(f"The front matter of '{path}' lacks {', '.join(wrong)}. {remedy}")
 

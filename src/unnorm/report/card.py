@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from unnorm.report.numbers import count, finite_or_none, fixed, interval, loss_increase, percent, shortest
@@ -56,33 +57,34 @@ def render_card(
 def front_matter(result: Mapping[str, Any]) -> dict[str, Any]:
     """What the hub reads: how to load the model, what it comes from, and its loss and KL as results."""
     model, data = (_published(str(result[key])) for key in ("model", "data"))
-    named = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["unnorm", "interpretability"],
-    }
-    if not result.get("norm_modules_left"):
-        named["tags"] = [*named["tags"], "norm-free", "layernorm-free"]
-    if _on_hub(model):
-        named |= {"base_model": model, "base_model_relation": "finetune"}
-    if _on_hub(data):
-        named["datasets"] = [data.partition(":")[0]]
+    tags = ["unnorm", "interpretability"]
+    tags += [] if result.get("norm_modules_left") else ["norm-free", "layernorm-free"]
     measured = (("loss", "loss, nats per token", "lnfree_loss"), ("kl", "KL to the original, nats per token", "kl"))
-    metrics = [
-        {"type": kind, "name": words, "value": round(float(result[key]), 5)}
+    results = [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Language modelling",
+            dataset_type=data,
+            dataset_name=f"{data}, held-out part",
+            metric_type=kind,
+            metric_name=words,
+            metric_value=round(float(result[key]), 5),
+        )
         for kind, words, key in measured
         if finite_or_none(result.get(key)) is not None
     ]
-    entry = {
-        "task": {"type": "text-generation", "name": "Language modelling"},
-        "dataset": {"type": data, "name": f"{data}, held-out part"},
-        "metrics": metrics,
-    }
-    return (
-        named | {"model-index": [{"name": without_norms(result, _name(result)), "results": [entry]}]}
-        if metrics
-        else named
+    card = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=tags,
+        base_model=model if _on_hub(model) else None,
+        base_model_relation="finetune" if _on_hub(model) else None,
+        datasets=[data.partition(":")[0]] if _on_hub(data) else None,
+        model_name=without_norms(result, _name(result)),
+        eval_results=results or None,
     )
+    values: dict[str, Any] = card.to_dict()
+    return values
 
 
 def _folded(in_place: int, sites: int, several: bool) -> str:
