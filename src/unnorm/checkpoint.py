@@ -65,7 +65,11 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
 
 
 def fetched(path: Path) -> Path:
-    """The path itself where there is something; else the files of the hub model that is called so, as OWNER/NAME."""
+    """The path itself where there is something; else the files of the hub model that is called so, as OWNER/NAME.
+
+    Raises:
+        UnnormError: there is neither.
+    """
     if path.exists() or path.is_absolute() or len(path.parts) != 2:
         return path
     try:

@@ -136,7 +136,11 @@ class FoldedWeights(Mapping[str, Tensor]):
 
 
 def empty_twin(model: PreTrainedModel, sites: Sequence[NormSite], weights: FoldedWeights) -> PreTrainedModel:
-    """The twin with parameters of the right shapes and dtypes, but on the meta device, where they take no memory."""
+    """The twin with parameters of the right shapes and dtypes, but on the meta device, where they take no memory.
+
+    Raises:
+        UnnormError: the model's class is not one of transformers' own, or can't be made from its config.
+    """
     family = twin_class(model)
     settings = {key: value for key, value in model.config.to_dict().items() if key not in _NOT_CARRIED}
     config = family.config_class(

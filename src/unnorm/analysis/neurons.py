@@ -97,6 +97,14 @@ def ablate(
 ) -> list[Ablation]:
     """Put each set of neurons of the last MLP at its means over the text, one set at a time.
 
+    Args:
+        model: a twin, or a model with norms.
+        batches: token ids, over which the means are taken and the effects measured.
+        sets: numbers of neurons of the last MLP.
+
+    Returns:
+        The effects of each set, at each predicted token of all batches.
+
     Raises:
         UnnormError: the last MLP's output is no linear projection of neurons.
     """
@@ -137,10 +145,8 @@ def _mean_activations(model: PreTrainedModel, writer: Writer, texts: Iterable[Te
     return total / tokens
 
 
-def find(material: Material) -> Finding:
-    """Entropy neurons of the original, ablated in it and, the same ones, in the twin; beside as many random ones."""
-    weights = {n: output_weights(m) for n, m in material.models.items()}
-    chosen = weights["original"].entropy_neurons()
+def _measured(material: Material, weights: dict[str, OutputWeights], chosen: Int[Tensor, " found"]) -> dict[str, Any]:
+    """Effects of the chosen neurons, and of as many random ones, each alone and all together, in both models."""
     others = torch.randperm(len(weights["original"].norm), generator=torch.Generator().manual_seed(0))
     random = others[~torch.isin(others, chosen.cpu())][: len(chosen)]
     neurons = [*chosen.cpu(), *random]
@@ -156,6 +162,15 @@ def find(material: Material) -> Finding:
     numbers: dict[str, Any] = {"neurons": rows}
     for name in results:
         numbers[name] = {"entropy_neurons": _effect(results[name][-2]), "random_neurons": _effect(results[name][-1])}
+    return numbers
+
+
+def find(material: Material) -> Finding:
+    """Entropy neurons of the original, ablated in it and, the same ones, in the twin; beside as many random ones."""
+    weights = {n: output_weights(m) for n, m in material.models.items()}
+    chosen = weights["original"].entropy_neurons()
+    numbers = _measured(material, weights, chosen)
+    rows = numbers["neurons"]
     before, after = (numbers[n]["entropy_neurons"]["mean_abs_entropy_through_norm"] for n in ("original", "twin"))
     by_random = significant(numbers["original"]["random_neurons"]["mean_abs_entropy_through_norm"], 2)
     total = [significant(numbers[n]["entropy_neurons"]["mean_abs_entropy"], 2) for n in ("original", "twin")]

@@ -78,6 +78,12 @@ def patch(
 ) -> Patching:
     """Patch every head from clean prompts into corrupted ones, really and to first order.
 
+    Args:
+        model: a twin, or a model with norms.
+        tokenizer: its tokenizer.
+        pairs: clean and corrupted prompts of equal lengths in tokens, with two answers.
+        batch_size: prompts in one forward pass.
+
     Returns:
         Effects in the order of the pairs.
 

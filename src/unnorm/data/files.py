@@ -89,7 +89,11 @@ def open_rows(source: str, split: str, lines: bool = False) -> Iterator[Row]:
 
 
 def find_files(source: str) -> list[Path]:
-    """Data files that a path, a directory or a glob stands for, sorted; empty if there are none."""
+    """Data files that a path, a directory or a glob stands for, sorted; empty if there are none.
+
+    Raises:
+        UnnormError: it is a directory without any.
+    """
     if not source or source in (STDLIB, OWN_TEXT):
         return []
     path = named_path(source)

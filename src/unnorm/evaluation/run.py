@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from jaxtyping import Int
 from numpy.typing import NDArray
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -136,18 +137,13 @@ def evaluate(
     sources = [str(data)] if isinstance(data, str | Path) else [str(each) for each in data or ()]
     most = None if tokens is None else read_count(tokens)
     choice = choose(suite, sources, [tasks] if isinstance(tasks, str) else tasks, most, items, place)
-    settings = {}
     named = {source.rpartition("=")[2] for source in sources}
-    if choice.corpora == {STDLIB: STDLIB} and STDLIB not in named:  # No text was.
-        settings = next(filter(None, map(_settings_of, names)), {})
-        own = choose_text(settings, None, text_field, split)
-        name = Path(own.data).name if Path(own.data).is_absolute() else own.data
-        choice = replace(choice, corpora={name: own.data})
-        text_field, split = own.text_field, own.split
+    if no_text := choice.corpora == {STDLIB: STDLIB} and STDLIB not in named:
+        choice, text_field, split = _with_text_of_a_run(choice, names, text_field, split)
     watch = watch or silent
     record = Record.open(out)
     entrants, original, tokenizer, vocab_size, longest = _enter(names, against, context, trust_remote_code, watch)
-    with blaming_the_run(bool(settings)):
+    with blaming_the_run(no_text and any(map(_settings_of, names))):
         opened = _open_corpora(choice, tokenizer, vocab_size, longest, text_field, split or "train", watch)
     session = _Session(
         entrants=entrants,
@@ -172,6 +168,16 @@ def evaluate(
         ) from stop
     record.conclude(results)
     return results
+
+
+def _with_text_of_a_run(
+    choice: Choice, names: Sequence[str], text_field: str | None, split: str | None
+) -> tuple[Choice, str | None, str]:
+    """The text of the first finished run among the models, with its field and split, else the standard library."""
+    settings: dict[str, Any] = next(filter(None, map(_settings_of, names)), {})
+    own = choose_text(settings, None, text_field, split)
+    name = Path(own.data).name if Path(own.data).is_absolute() else own.data
+    return replace(choice, corpora={name: own.data}), own.text_field, own.split
 
 
 def _settings_of(name: str) -> dict[str, Any]:
@@ -403,8 +409,24 @@ def _summarize(
     )
     if theirs is None or distances is None:
         return evaluation
-    comparable = np.isfinite(distances.kl).all(1)
     changes = np.bincount(units.ravel(), (ours.loss - theirs.loss).ravel().astype(np.float64))
+    return replace(
+        _beside_original(evaluation, ours, theirs, distances, ids, tokenizer),
+        difference=loss - _mean(theirs.loss),
+        difference_ci=bootstrap_interval(changes, sizes),
+    )
+
+
+def _beside_original(
+    evaluation: Evaluation,
+    ours: ModelTokens,
+    theirs: ModelTokens,
+    distances: Distances,
+    ids: Int[NDArray[np.int32], "block position"],
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Evaluation:
+    """With what is measured of each token's two predictions."""
+    comparable = np.isfinite(distances.kl).all(1)
     return replace(
         evaluation,
         kl=_mean(distances.kl),
@@ -413,8 +435,6 @@ def _summarize(
         top1_agreement=_mean(distances.top1),
         top5_agreement=_mean(distances.top5),
         entropy_difference=_mean(ours.entropy) - _mean(theirs.entropy),
-        difference=loss - _mean(theirs.loss),
-        difference_ci=bootstrap_interval(changes, sizes),
         comparison=compare_tokens(ours, theirs, distances, ids, tokenizer) if tokenizer and comparable.all() else None,
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import PreTrainedModel
 
 from unnorm.checkpoint import fetched, load
 from unnorm.errors import UnnormError, short
@@ -58,18 +59,7 @@ def to_transformer_lens(
     path = fetched(Path(directory).expanduser())
     path = path / MODEL if (path / MODEL).is_dir() else path
     twin = load(path, dtype).to(device)
-    refuse_kept_norms(twin, "A bridge")
-    left = norm_modules(twin)
-    if left or not type(twin).__name__.startswith(PREFIX):
-        raise UnnormError(
-            f"The model in '{path}' is no LN-free model of unnorm's. Give the directory of a finished run."
-        )
-    if twin.config.affine_maps:
-        raise UnnormError(
-            f"The model in '{path}' has affine maps where norms were (--in-place), at "
-            f"{', '.join(twin.config.affine_maps)}. A bridge whose norms do nothing would leave them out; use "
-            "the model in plain transformers."
-        )
+    _refuse_what_a_bridge_would_leave_out(twin, path)
     register_adapter(type(twin).__name__)
     # Without a tokenizer the bridge asks the hub for one.
     tokenizer = load_tokenizer(str(directory), path, trust_remote_code)
@@ -94,6 +84,20 @@ def to_transformer_lens(
         )
     _show_limits(bridge)
     return bridge
+
+
+def _refuse_what_a_bridge_would_leave_out(twin: PreTrainedModel, path: Path) -> None:
+    refuse_kept_norms(twin, "A bridge")
+    if norm_modules(twin) or not type(twin).__name__.startswith(PREFIX):
+        raise UnnormError(
+            f"The model in '{path}' is no LN-free model of unnorm's. Give the directory of a finished run."
+        )
+    if twin.config.affine_maps:
+        raise UnnormError(
+            f"The model in '{path}' has affine maps where norms were (--in-place), at "
+            f"{', '.join(twin.config.affine_maps)}. A bridge whose norms do nothing would leave them out; use "
+            "the model in plain transformers."
+        )
 
 
 def _show_limits(bridge: "TransformerBridge") -> None:

@@ -12,7 +12,11 @@ _MAY_CHANGE_ON_RESUME = {"device", "compile", "cuda_graph", "micro_batch", "repo
 
 
 def saved_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The saved settings of the run to resume; those named again must be the same."""
+    """The saved settings of the run to resume, with what may be changed as it was named again.
+
+    Raises:
+        UnnormError: there is no such run, nothing of it is left to do, or something was named again that must stay.
+    """
     if options.get("out") is None:
         raise UnnormError("Which run? Name its directory: --resume --out DIR.")
     directory = Path(options["out"]).expanduser()
