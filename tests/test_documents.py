@@ -453,3 +453,10 @@ def test_of_a_single_line_a_tenth_is_held_out(tmp_path: Path) -> None:
     documents = open_documents(str(tmp_path / "a.txt"))
     (train,), (validation,) = list(documents.train()), list(documents.validation())
     assert 0.09 < len(validation) / len(train + validation) < 0.11
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])
+def test_files_of_a_development_split_are_held_out(name: str, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(json.dumps({"text": "to train on"}))
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": "to hold out"}))
+    assert sides(open_documents(str(tmp_path))) == (["to train on"], ["to hold out"])

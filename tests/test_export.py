@@ -20,7 +20,7 @@ import unnorm
 from tests.conftest import VOCAB, Cli, Saved, randomize
 from tests.test_families import GPT_LIKE, LLAMA_LIKE, random_model, removed_twin
 from unnorm.errors import UnnormError
-from unnorm.exports.measure import compare
+from unnorm.exports.measure import FormError, compare
 from unnorm.exports.nanogpt import forward
 from unnorm.exports.stock import EPS
 from unnorm.exports.transformer_lens import register_adapter
@@ -403,3 +403,24 @@ def test_a_bridge_may_be_off_by_rounding_alone(finished_run: Path, monkeypatch: 
     unnorm.to_transformer_lens(finished_run, torch.bfloat16)
     with pytest.raises(UnnormError, match="computes other logits"):
         unnorm.to_transformer_lens(finished_run)
+
+
+@pytest.mark.parametrize(("form", "computes"), [("nanogpt", "nanogpt.forward"), ("stock", "stock.form_errors")])
+def test_a_form_that_computes_something_else_is_not_written(
+    form: str, computes: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    off: Any = {
+        "nanogpt": lambda weights, config, ids: forward(weights, config, ids) * 1.001,
+        "stock": lambda *_: [FormError("float32", 1e-2, 1e-3, 1e-6)],
+    }
+    monkeypatch.setattr(f"unnorm.exports.{computes}", off[form])
+    with pytest.raises(UnnormError, match=r"Use.*unnorm export --to transformers"):
+        unnorm.export(finished_run, form, out=tmp_path / "out")  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+def test_nanogpt_has_one_width_of_mlps(saved_family: Saved, text_file: Path, tmp_path: Path) -> None:
+    saved_family(lambda: hf.GPT2Config(n_positions=64, n_embd=32, n_layer=1, n_head=2, n_inner=64))
+    unnorm.remove(tmp_path / "model", data=text_file, tokens=0, context=32, out=tmp_path / "run", device="cpu")
+    with pytest.raises(UnnormError, match=r"this one has gelu_new and a width of 64\."):
+        unnorm.export(tmp_path / "run", "nanogpt", out=tmp_path / "out")

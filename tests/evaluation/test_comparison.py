@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from unnorm.evaluation import evaluate
 from unnorm.evaluation.comparison import Comparison, compare_tokens
 from unnorm.evaluation.metrics import Distances, ModelTokens, calibration
-from unnorm.report.comparison import make_pair
+from unnorm.report.comparison import make_pair, strength
 from unnorm.report.evaluation_figures import calibration_figure, density_figure
 
 
@@ -57,3 +57,9 @@ def test_a_model_that_is_too_sure_is_below_the_line(tokens: Path, tiny_model_dir
     _, bins = calibration(np.full(100, 0.75), np.array([1] * 50 + [0] * 50))
     figure = calibration_figure([replace(row, calibration=bins)], {row.model: ("#000000", "solid")})
     assert list(figure.data[0].y) == [-0.25]
+
+
+def test_colours_are_of_the_change_and_of_the_distance(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    shown = make_pair("pair", planted(tiny_tokenizer)).contexts[0]["tokens"]
+    assert {(token["d"], token["k"]) for token in shown} == {(strength(2.0), strength(0.5))}
+    assert strength(2.0) > strength(0.5)
