@@ -460,3 +460,15 @@ def test_files_of_a_development_split_are_held_out(name: str, tmp_path: Path) ->
     (tmp_path / "train.jsonl").write_text(json.dumps({"text": "to train on"}))
     (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": "to hold out"}))
     assert sides(open_documents(str(tmp_path))) == (["to train on"], ["to hold out"])
+
+
+def test_linked_directories_are_read_once(tmp_path: Path) -> None:
+    (tmp_path / "data" / "own").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    write(tmp_path / "data" / "own" / "a.jsonl", DOCUMENTS[:60])
+    write(tmp_path / "elsewhere" / "b.jsonl", DOCUMENTS[60:])
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "own" / "loop").symlink_to(tmp_path / "data")
+    for source in (tmp_path / "data", tmp_path / "data" / "**" / "*.jsonl"):
+        train, held_out = sides(open_documents(str(source)))
+        assert sorted([*train, *held_out]) == sorted(DOCUMENTS)

@@ -3,17 +3,18 @@
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import processors
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import VOCAB
 from tests.texts import CONTEXT, DOCUMENTS, ids_of, pack, sides, stream, write, write_ids
-from unnorm.data import as_dataset, build_blocks, open_documents, spread, token_files
+from unnorm.data import as_dataset, build_blocks, open_documents, spread, stress_blocks, token_files
 from unnorm.data import packing as packing_module
 from unnorm.data.packing import begin_of_blocks, held_out_blocks, token_stream
 from unnorm.errors import UnnormError
@@ -305,3 +306,64 @@ def test_blocks_are_thinned_evenly() -> None:
     blocks = as_dataset(np.repeat(np.arange(20, dtype=np.int32)[:, None], 2, axis=1))
     assert [row[0] for row in spread(blocks, 4)["input_ids"]] == [0, 5, 10, 15]
     assert [row[0] for row in spread(blocks, 30)["input_ids"]] == list(range(20))
+
+
+def test_a_held_out_part_that_is_too_short_does_not_cost_the_rest_of_the_text(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    write_ids(tmp_path / "train.bin", np.arange(1500 * CONTEXT) % VOCAB)
+    write_ids(tmp_path / "val.bin", np.arange(3))
+    everything = pack(tmp_path, tiny_tokenizer)
+    train, held_out = ids_of(everything)
+    assert (len(train), len(held_out)) == (
+        1400,
+        100,
+    ) and everything.held_out == "the last 100 of the first 1,000 blocks"
+    assert train.ravel().tolist() == [
+        i % VOCAB for i in [*range(900 * CONTEXT), *range(1000 * CONTEXT, 1500 * CONTEXT)]
+    ]
+    for asked in ((1, 1), (899, 200), (1000, 100), (10_000, 30)):
+        fewer, same = ids_of(pack(tmp_path, tiny_tokenizer, *asked))
+        assert np.array_equal(fewer, train[: asked[0]]) and np.array_equal(same, held_out[: asked[1]])
+
+
+def test_token_ids_of_32_bits_are_not_read_as_twice_as_many(
+    tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    (np.arange(2000) % VOCAB).astype("<u4").tofile(tmp_path / "wide.bin")
+    with pytest.raises(UnnormError, match="looks like 32-bit token ids"):
+        pack(tmp_path / "wide.bin", tiny_tokenizer)
+    write_ids(tmp_path / "zeros.bin", np.zeros(2000))
+    assert len(ids_of(pack(tmp_path / "zeros.bin", tiny_tokenizer))[0])
+
+
+def characters(**more: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer of single letters, without a token for what is unknown."""
+    letters = {letter: number for number, letter in enumerate("^$ abcdefghijklmnopqrstuvwxyz")}
+    tokenizer = Tokenizer(models.WordLevel(letters))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **more)
+
+
+def test_a_tokenizer_may_have_no_token_for_what_is_unknown(tmp_path: Path) -> None:
+    tokenizer = characters()
+    path = write(
+        tmp_path / "a.jsonl", [f"the quick brown fox jumps over {chr(97 + i % 26)} lazy dogs" for i in range(400)]
+    )
+    blocks = build_blocks(str(path), tokenizer, 29, CONTEXT, 50, 20)
+    text = np.asarray(blocks.train["input_ids"])
+    assert tokenizer.decode(text[0]).replace(" ", "").startswith("thequick")
+    stressed = stress_blocks(text, tokenizer, 29, 50, np.random.default_rng(0))
+    assert stressed.shape == (50, CONTEXT) and stressed.max() < 29
+    foreign = write(tmp_path / "b.jsonl", [f"Number {i}" for i in range(400)])
+    with pytest.raises(UnnormError, match="can't take this text"):
+        build_blocks(str(foreign), tokenizer, 29, CONTEXT, 50, 20)
+
+
+def test_what_a_tokenizer_begins_with_need_not_be_called_begin_of_text(tmp_path: Path) -> None:
+    tokenizer = characters(eos_token="$")
+    assert begin_of_blocks("x.txt", tokenizer) is None
+    backend = tokenizer.backend_tokenizer
+    for template, begin in (("^ $A", 0), ("^ $A $", 0), ("$A $", None), ("$ $A", None), ("^ ^ $A", None)):
+        backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("^", 0), ("$", 1)])
+        assert begin_of_blocks("x.txt", tokenizer) == begin, template

@@ -223,3 +223,9 @@ def test_every_number_on_the_card_is_the_one_it_says(finished_run: Path) -> None
     entry = yaml.safe_load(text.split("---")[1])["model-index"][0]["results"][0]
     found = {metric["type"]: metric["value"] for metric in entry["metrics"]}
     assert found == {"loss": pytest.approx(result["lnfree_loss"], abs=1e-5), "kl": 0.25}
+
+
+def test_a_card_without_numbers_claims_none(finished_run: Path) -> None:
+    result = json.loads((finished_run / "result.json").read_text()) | {"lnfree_loss": None, "kl": None}
+    values = yaml.safe_load(render_card(result, *load_sites(finished_run)).split("---\n")[1])
+    assert set(values) == {"library_name", "pipeline_tag", "tags"}

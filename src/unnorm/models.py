@@ -81,14 +81,14 @@ def load_original(model: str, trust_remote_code: bool = False) -> tuple[PreTrain
 
 
 def load_beside(
-    directory: Path, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    directory: Path, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The twin of a finished run with its tokenizer, to be compared with the model that is called `name`.
 
     Raises:
         UnnormError: its files are damaged, or the two have not the same tokens.
     """
-    twin, its_tokenizer = load_original(str(directory / MODEL))
+    twin, its_tokenizer = load_original(str(directory / MODEL), trust_remote_code)
     _check_same_vocabulary(str(directory), twin, name, model)
     check_same_tokenizer(str(directory), its_tokenizer, name, tokenizer)
     return twin, its_tokenizer
@@ -275,6 +275,12 @@ def _check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTok
         raise UnnormError(
             f"The tokenizer of '{name}' has ids up to {top}, but the model has embeddings for {rows} tokens only. "
             "They don't belong together; save the model with the tokenizer that it was trained with."
+        )
+    end = tokenizer.eos_token_id
+    if end is not None and end >= rows:
+        raise UnnormError(
+            f"The tokenizer of '{name}' ends every text with id {end}, but the model has embeddings for {rows} tokens "
+            "only. Save it with the end-of-text token that the model was trained with, or with none."
         )
 
 

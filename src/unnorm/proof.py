@@ -1,5 +1,6 @@
 """Proof, from a run directory alone, that the model in it is norm-free and is the one that was trained."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ class Check:
 
 @isolated
 def verify(directory: str | Path) -> list[Check]:
-    """Prove a run directory: norm-free, folded exactly, read linearly, a plain sum, and nothing else when loaded.
+    """Prove a run directory: norm-free, folded exactly, read linearly, a plain sum, with a modeling file of unnorm's.
 
     Args:
         directory: a finished run.
@@ -136,20 +137,18 @@ def _weights(twin: PreTrainedModel, unfolded: PreTrainedModel, sites: Sequence[N
     """Every tensor of the checkpoint beside the unfolded model's, folded anew in float64: logits see few of them."""
     name = "weights = those of the fold"
     stored, folded = twin.state_dict(), FoldedWeights(unfolded, sites, torch.float64)
-    if odd := sorted(stored.keys() ^ folded.keys() | {key for key in stored if _unlike(stored[key], folded.get(key))}):
-        detail = f"on one side alone, or shaped otherwise: {first_few(odd)}"
-        return Check(name, False, float("inf"), WEIGHT_LIMIT, detail)
-    errors = {key: _relative_error(stored[key], value) for key, value in folded.items()}
+    if odd := sorted(stored.keys() ^ set(folded)):
+        return Check(name, False, math.inf, WEIGHT_LIMIT, f"on one side alone: {first_few(odd)}")
+    # In the twin's order: weight and bias, which are folded together, one after the other.
+    errors = {key: _relative_error(value, folded[key]) for key, value in stored.items()}
     worst = max(errors, key=lambda key: errors[key])
     return _row(name, errors[worst], WEIGHT_LIMIT, f"relative; worst of {len(errors)}: {worst}")
 
 
-def _unlike(stored: Tensor, folded: Tensor | None) -> bool:
-    return folded is not None and stored.shape != folded.shape
-
-
 def _relative_error(found: Tensor, expected: Tensor) -> float:
     """The largest difference over the largest finite entry; limits on neurons are infinite where there is none."""
+    if found.shape != expected.shape:
+        return math.inf
     found, expected = found.double(), expected.double()
     largest = expected.abs().where(expected.isfinite(), 0).amax().clamp_min(torch.finfo(torch.float64).tiny)
     return _number(((found - expected).abs() / largest).where(found != expected, 0).amax())
@@ -329,7 +328,10 @@ def _modeling_file(checkpoint: Path, twin: PreTrainedModel) -> Check:
         wrong.append(f"{own.name} is not this version's; `unnorm.load(DIR).save_pretrained(DIR/model)` writes that")
     if getattr(twin.config, "auto_map", None) != expected:
         wrong.append("config.json names other classes to load")
-    return _row(name, len(wrong), 0, "; ".join(wrong) or "what trust_remote_code=True runs")
+    others = sorted(path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*.py"))
+    besides = first_few([other for other in others if other != own.name])
+    ran = f"what trust_remote_code=True runs{besides and f', besides {besides}'}"
+    return _row(name, len(wrong), 0, "; ".join(wrong) or ran)
 
 
 def _with_batch(part: Float[Tensor, "..."], batch: int, length: int) -> Float[Tensor, "..."]:

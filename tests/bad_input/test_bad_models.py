@@ -252,6 +252,10 @@ class TestDamagedModels:
         options: dict[str, Any] = {"tokens": 0, "device": "cpu"}
         remove(str(work / "m"), data=str(text_file), out=work / "run", **options)
         assert {row["name"] for row in audit(work / "run", against=work / "m", tokens=512)["classes"]}
+        tokenizer.add_special_tokens({"eos_token": "<end>"})
+        tokenizer.save_pretrained(shutil.copytree(work / "m", work / "ends"))
+        with pytest.raises(UnnormError, match="ends every text with id 301, but the model has embeddings for 300"):
+            remove(str(work / "ends"), data=str(text_file), out=work / "other", **options)
         (work / "t.txt").write_text("a picture: <image> " * 400)
         with pytest.raises(UnnormError, match="has token id 300"):
             remove(str(work / "m"), data=str(work / "t.txt"), out=work / "other", **options)

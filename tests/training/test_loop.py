@@ -20,7 +20,7 @@ from transformers import (
 from transformers.integrations import integration_utils
 
 import unnorm
-from tests.conftest import stdlib_text
+from tests.conftest import SETTINGS, stdlib_text
 from unnorm import config
 from unnorm.evaluation import evaluate_model
 from unnorm.losses import distillation_losses
@@ -31,7 +31,7 @@ from unnorm.running import copy_model
 from unnorm.schedule import sequential, taper
 from unnorm.sites import find_sites
 from unnorm.stand_ins import install
-from unnorm.training import distillation, loop
+from unnorm.training import callbacks, distillation, loop
 from unnorm.training.callbacks import (
     Removal,
     ScheduleCallback,
@@ -264,3 +264,16 @@ def test_the_optimizer_is_set_as_the_recipe_says(name: RecipeName, tmp_path: Pat
     assert (arguments.weight_decay, arguments.learning_rate) == (recipe.weight_decay, plan.lr)
     assert (arguments.lr_scheduler_kwargs or {}).get("min_lr_rate", 0.0) == recipe.least_lr
     assert arguments.warmup_steps == math.ceil(recipe.warmup * plan.steps)
+
+
+def test_a_run_that_ends_early_is_measured_where_it_ends(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(callbacks, "LEAST_PATIENCE", 7)
+    monkeypatch.setattr(callbacks, "PATIENCE", 0.0)
+    options = SETTINGS | {"data": text_file, "out": tmp_path / "run", "tokens": 200 * 512, "lr": 1e-9}
+    result = unnorm.remove(tiny_model_dir, **options)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["kind"] == "validation" and rows[-1]["step"] < 200
+    assert result["tokens"] == rows[-1]["tokens"] == rows[-1]["step"] * 512 and result["verified"]
+    assert rows[-1]["step"] % 14  # Not where one would have been measured in any case.

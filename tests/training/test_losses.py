@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    GPT2LMHeadModel,
     PreTrainedModel,
     TrainingArguments,
 )
@@ -204,3 +205,12 @@ def test_the_mean_that_scales_are_drawn_to_has_no_gradient() -> None:
     log_scale = scale.log().requires_grad_()
     scale_penalty(log_scale, torch.tensor([[True, False, False]]), torch.zeros(()), "spread").backward()
     torch.testing.assert_close(log_scale.grad, 2 / 3 * (scale - 2) * scale)
+
+
+def test_gains_and_biases_of_norms_do_not_decay(tiny_model: GPT2LMHeadModel, tmp_path: Path) -> None:
+    """GPT-2's norms have names that tell nothing, and stand-ins are of no class that transformers knows."""
+    trainer = trainer_of(tiny_model, SEQUENTIAL_AUX, tmp_path)
+    assert trainer.model is not None
+    decayed = set(trainer.get_decay_parameter_names(trainer.model))
+    matrices = {name for name, weight in trainer.model.named_parameters() if weight.ndim == 2}
+    assert decayed - {"lm_head.weight"} == matrices and len(matrices) == 10

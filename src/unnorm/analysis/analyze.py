@@ -106,7 +106,7 @@ def analyze(
     say(watch, f"loading {directory} and {name}")
     with explained(against is None, "The run's own original can't be used.", "Or name it with --against."):
         original, tokenizer = load_original(name, trust_remote_code)
-    twin, _ = load_beside(directory, name, original, tokenizer)
+    twin, _ = load_beside(directory, name, original, tokenizer, trust_remote_code)
     _check_pair(original, twin, sites, name)
     pairs = _prompts(prompts, tokenizer, seed)
     text = choose_text(settings, data, text_field, split)

@@ -3,6 +3,7 @@
 import glob
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -100,12 +101,29 @@ def find_files(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if p.is_file() and _is_data(p.relative_to(path)))
+        found = sorted(p for p in _files_under(path) if _is_data(p.relative_to(path)))
         if not found:
             raise UnnormError(f"The directory '{source}' holds no data files. {_known()}")
         return found
     matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
-    return sorted(Path(match) for match in matches if Path(match).is_file())
+    return _each_once(Path(match) for match in matches if Path(match).is_file())
+
+
+def _files_under(directory: Path) -> Iterator[Path]:
+    """Those in linked directories too, each of which is entered once."""
+    entered = set()
+    for place, directories, names in os.walk(directory, followlinks=True):
+        real = os.path.realpath(place)
+        if real in entered:
+            directories.clear()
+            continue
+        entered.add(real)
+        yield from (path for name in names if (path := Path(place) / name).is_file())
+
+
+def _each_once(paths: Iterable[Path]) -> list[Path]:
+    """Sorted, and of those that links lead to by several ways the first alone."""
+    return sorted({path.resolve(): path for path in sorted(paths, reverse=True)}.values())
 
 
 def data_suffix(path: Path) -> str | None:

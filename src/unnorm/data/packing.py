@@ -18,14 +18,14 @@ from transformers import PreTrainedTokenizerBase
 
 from unnorm.data.documents import open_documents
 from unnorm.data.token_files import VOCABULARY, Tokens, open_token_files, token_paths
-from unnorm.errors import UnnormError
+from unnorm.errors import UnnormError, short
 
 _TEXTS_AT_ONCE = 64
 _CHARS_AT_ONCE = 1_000_000
 _NEAR = 2_000_000
 _SAYS_EVERY = 15.0  # seconds
 _SMALL_SOURCE = 1000
-"""Blocks of which the last tenth is held out, where the text that was held out does not fill one block."""
+"""The first ones, of which the last tenth is held out where the text that was held out does not fill one block."""
 
 _LEAST_HELD_OUT = 8
 """Tokens of held-out text that something is measured on at least."""
@@ -61,8 +61,8 @@ def build_blocks(
 ) -> Blocks:
     """Read as much of `source` as is asked for (less, if it holds less) and pack it.
 
-    Where the held-out text fills less than one block, the last tenth of the training blocks is held out in
-    its place. While training text is read, `say` is told every few seconds how far that is.
+    Where the held-out text fills less than one block, the last tenth of the first 1,000 training blocks is held out
+    in its place. While training text is read, `say` is told every few seconds how far that is.
 
     Raises:
         UnnormError: the source cannot be read, holds less than two blocks, or has token ids that the
@@ -75,10 +75,12 @@ def build_blocks(
     if len(validation):
         train = _cut(train_tokens(), context, train_blocks, begin, say)
     else:
-        whole = _cut(train_tokens(), context, _SMALL_SOURCE, begin)
-        held = max(1, len(whole) // 10)
-        train, validation = whole[:-held][:train_blocks], whole[-held:][:validation_blocks]
-        held_out = f"the last {held} of {len(whole)} blocks"
+        # At least as many as the held-out part is told by, so that it does not depend on how much is asked for.
+        whole = _cut(train_tokens(), context, _SMALL_SOURCE + train_blocks, begin, say)
+        first, rest = whole[:_SMALL_SOURCE], whole[_SMALL_SOURCE:]
+        held = max(1, len(first) // 10)
+        train, validation = np.concatenate([first[:-held], rest])[:train_blocks], first[-held:][:validation_blocks]
+        held_out = f"the last {held} of {'the first ' if len(rest) else ''}{len(first):,} blocks"
     if len(train) == 0 or len(validation) == 0:
         raise _too_little(source, context)
     for blocks in (train, validation):
@@ -145,12 +147,25 @@ def open_tokens(
 def begin_of_blocks(source: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The token that blocks of a source begin with: that which the tokenizer puts before every text.
 
-    None where it puts none, or that which ends a text (OPT), and of token files, which are taken as they are.
+    None where it puts none or several, or that which ends a text (OPT), and of token files: these are taken as they
+    are.
     """
-    begin = tokenizer.bos_token_id
-    if begin is None or begin == tokenizer.eos_token_id or token_paths(source):
+    plain, whole = (token_ids("a", tokenizer, special) for special in (False, True))
+    begin, rest = whole[:1], whole[1:]
+    if begin == plain[:1] or begin == [tokenizer.eos_token_id] or rest[: len(plain)] != plain or token_paths(source):
         return None
-    return int(begin) if list(tokenizer("a")["input_ids"])[:1] == [begin] else None
+    return begin[0]
+
+
+def token_ids(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = False) -> list[int]:
+    """A text's tokens, with `special` those around it too; none where the tokenizer can't take it.
+
+    Some that have no token for what is unknown can't.
+    """
+    try:
+        return [*tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]]
+    except Exception:  # Its library has no kind of its own.
+        return []
 
 
 def _begun(blocks: Tokens, begin: int | None) -> Tokens:
@@ -165,7 +180,13 @@ def token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> It
     end: list[int] = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     for batch in _batches(texts):
         pieces = [piece for piece, _ in batch]
-        found = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
+        try:
+            found = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
+        except Exception as error:  # Its library has no kind of its own.
+            raise UnnormError(
+                f"The tokenizer can't take this text ({short(error)}): it has neither a token for some of its "
+                "characters nor one for what is unknown. Give text without them."
+            ) from error
         for ids, (_, is_last) in zip(found, batch, strict=True):
             yield np.asarray(ids + end if is_last else ids, dtype=np.int32)
 

@@ -12,6 +12,8 @@ from jaxtyping import Int
 from numpy.random import Generator
 from transformers import PreTrainedTokenizerBase
 
+from unnorm.data.packing import token_ids
+
 Ids = Int[np.ndarray, "block position"]
 
 _LARGEST_CODE_POINT = 0x1FBFF
@@ -47,9 +49,9 @@ def stress_blocks(
     vocabulary = _vocabulary(tokenizer, vocab_size)
     kinds: list[Callable[[], np.ndarray]] = [
         lambda: _few_tokens(vocabulary, context, generator),
-        lambda: _random_characters(tokenizer, context, generator),
+        lambda: _random_characters(tokenizer, vocabulary, context, generator),
         lambda: _broken_text(text, vocabulary, generator),
-        lambda: _random_characters(tokenizer, context, generator),
+        lambda: _random_characters(tokenizer, vocabulary, context, generator),
         lambda: _cycle(vocabulary, context, generator),
     ]
     blocks = [kinds[index % len(kinds)]() for index in range(count)]
@@ -90,14 +92,19 @@ def _cycle(vocabulary: np.ndarray, length: int, generator: Generator) -> np.ndar
     return np.resize(period, length)
 
 
-def _random_characters(tokenizer: PreTrainedTokenizerBase, length: int, generator: Generator) -> np.ndarray:
-    """Draws from a few or many characters of one range of Unicode; every second time that is printable ASCII."""
+def _random_characters(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: np.ndarray, length: int, generator: Generator
+) -> np.ndarray:
+    """Draws from a few or many characters of one range of Unicode; every second time that is printable ASCII.
+
+    Where the tokenizer has no tokens for them, draws from the vocabulary.
+    """
     start, end = _ASCII if generator.random() < 0.5 else _random_range(generator)
     size = round(math.exp(generator.uniform(0, math.log(min(end - start, _LARGEST_ALPHABET)))))
     alphabet = start + generator.integers(0, end - start, size)
     points = generator.choice(alphabet, _CHARACTERS_A_TOKEN * length)
     text = "".join(chr(p) for p in points if not _SURROGATES[0] <= p <= _SURROGATES[1]) or " " * length
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] or [0]
+    ids = token_ids(text, tokenizer) or generator.choice(vocabulary, length)
     return np.resize(np.asarray(ids), length)
 
 

@@ -14,6 +14,7 @@ Tokens = NDArray[np.int32]
 VOCABULARY = 2**16
 """Tokens that 16 bits tell apart."""
 _IDS_AT_ONCE = 1_000_000
+_LOOKED_AT, _LEAST_LOOKED_AT = 10_000, 64
 
 
 def token_paths(source: str) -> list[Path]:
@@ -58,7 +59,14 @@ def _open(path: Path) -> NDArray[np.uint16]:
             f"'{path}' is not nanoGPT's format: an odd number of bytes ({size}) can't be 16-bit token ids. "
             "Write it again, as little-endian uint16."
         )
-    return np.memmap(path, dtype="<u2", mode="r")
+    ids = np.memmap(path, dtype="<u2", mode="r")
+    first = ids[:_LOOKED_AT]
+    if len(first) >= _LEAST_LOOKED_AT and first[::2].any() and not first[1::2].any():
+        raise UnnormError(
+            f"'{path}' looks like 32-bit token ids: every second one of its first {len(first):,} 16-bit numbers is 0. "
+            "Write it again, as little-endian uint16."
+        )
+    return ids
 
 
 def _slices(files: Iterable[NDArray[np.uint16]]) -> Iterator[Tokens]:

@@ -80,7 +80,7 @@ def front_matter(result: Mapping[str, Any]) -> dict[str, Any]:
         base_model=model if _on_hub(model) else None,
         base_model_relation="finetune" if _on_hub(model) else None,
         datasets=[data.partition(":")[0]] if _on_hub(data) else None,
-        model_name=without_norms(result, _name(result)),
+        model_name=without_norms(result, _name(result)) if results else None,
         eval_results=results or None,
     )
     values: dict[str, Any] = card.to_dict()

@@ -317,7 +317,8 @@ class MetricsCallback(TrainerCallback):
             self._quick(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        last = state.global_step >= state.max_steps
+        # Where healing ends early, the guard before this has said so; on Ctrl-C nothing is measured.
+        last = state.global_step >= state.max_steps or control.should_training_stop
         if last or state.global_step % max(1, state.max_steps // QUICK_EVALUATIONS) == 0:
             self._quick(state)
 

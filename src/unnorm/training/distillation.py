@@ -75,6 +75,11 @@ class DistillationTrainer(Trainer):
         self.add_callback(self.guard)
         self.first_tokens: FirstTokens | None = None
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Those of weights: neither of biases nor, which transformers tells by class and name, of norms."""
+        norms = {name for name, module in model.named_modules() if isinstance(module, TaperedNorm)}
+        return [name for name in super().get_decay_parameter_names(model) if name.rpartition(".")[0] not in norms]
+
     def record_steps(self) -> None:
         """From now on, replay steps from a record."""
 

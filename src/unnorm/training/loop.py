@@ -117,7 +117,7 @@ def train(
     )
     interrupt = InterruptCallback(trainer.guard)
     schedule = ScheduleCallback(removal, model) if removal is not None else None
-    callbacks: list[TrainerCallback] = [*([schedule] if schedule else []), interrupt, metrics]
+    callbacks: list[TrainerCallback] = [*([schedule] if schedule else []), metrics, interrupt]
     for callback in callbacks:
         trainer.add_callback(callback)
     last = processes.agree(lambda: last_checkpoint(checkpoints))

@@ -99,7 +99,7 @@ def audit(
     name = model_name(against or _default_reference(directory, settings))
     with explained(against is None, "The reference of this run can't be used.", "Or name another with --against."):
         reference, its_tokenizer = load_original(name, trust_remote_code)
-    twin, tokenizer = load_beside(directory, name, reference, its_tokenizer)
+    twin, tokenizer = load_beside(directory, name, reference, its_tokenizer, trust_remote_code)
     twin.to(place)
     reference.to(place)
     say(watch, f"audit of {directory} against {name}")

@@ -9,6 +9,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from unnorm.data.packing import token_ids
+
 IGNORED = -100
 """Target of a position that is not measured, as in cross_entropy."""
 
@@ -172,8 +174,8 @@ def _random_tokens(m: Material) -> InputClass:
 
 
 def _strings(m: Material, name: str, what: str, text: str) -> Iterator[InputClass]:
-    """One class, or none where the tokenizer drops such text."""
-    stream = torch.tensor(m.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
+    """One class, or none where the tokenizer drops such text, or can't take it."""
+    stream = torch.tensor(token_ids(text, m.tokenizer), dtype=torch.long)
     if len(stream):
         inputs = _windows(m, stream, m.rows)
         yield InputClass(name, f"{what}; {len(inputs.ids):,} windows", (inputs,))
