@@ -379,3 +379,27 @@ def test_a_run_of_which_one_check_fails_is_not_verified(
     monkeypatch.setattr(conclude, "check_twin", one_fails)
     options: dict[str, Any] = {"data": text_file, "tokens": 0, "device": "cpu"}
     assert not unnorm.remove(tiny_model_dir, out=tmp_path / "run", **options)["verified"]
+
+
+OWN_TOKENIZER = """
+from transformers import PreTrainedTokenizerFast
+class OwnTokenizerFast(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+def test_a_tokenizer_with_code_of_its_own_goes_all_the_way(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    path = model / "tokenizer_config.json"
+    own = {"tokenizer_class": "OwnTokenizerFast", "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizerFast"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    (model / "own.py").write_text(OWN_TOKENIZER)
+    trusted: dict[str, Any] = {"device": "cpu", "trust_remote_code": True}
+    run = tmp_path / "run"
+    assert unnorm.remove(model, data=text_file, tokens=0, out=run, **trusted)["verified"]
+    assert unnorm.verify(run)[-1].detail.endswith("besides own.py")
+    assert unnorm.analyze(run, what="sinks", tokens=64, **trusted)["findings"].keys() == {"sinks"}
+    assert unnorm.audit(run, tokens=64, **trusted)["classes"]
+    assert len(unnorm.evaluate(run, model, text_file, tokens=200, **trusted)) == 1
