@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
@@ -42,14 +41,14 @@ UPSTREAM = ("transformer.wte", "transformer.wpe", "transformer.h.0.ln", "transfo
 """What decides whether the planted neurons fire, and so is frozen while the model heals."""
 
 
-def weakest_neuron(mlp: nn.Module) -> int:
+def weakest_neuron(mlp: Any) -> int:
     """The one that does the least."""
     incoming, outgoing = mlp.c_fc.weight, mlp.c_proj.weight
     return int((incoming.norm(dim=0) * outgoing.norm(dim=1)).argmin())
 
 
 @torch.no_grad()
-def set_neuron(mlp: nn.Module, neuron: int, reads: torch.Tensor, vector: torch.Tensor) -> None:
+def set_neuron(mlp: Any, neuron: int, reads: torch.Tensor, vector: torch.Tensor) -> None:
     """Make a neuron fire where the mean read at position 0 is and not where it is elsewhere, and write `vector` there.
 
     Args:
@@ -73,7 +72,7 @@ def input_of(model: GPT2LMHeadModel, ids: torch.Tensor, name: str) -> torch.Tens
     return record[name][0]
 
 
-def plant(model: GPT2LMHeadModel, ids: torch.Tensor) -> list[tuple[nn.Module, int]]:
+def plant(model: GPT2LMHeadModel, ids: torch.Tensor) -> list[tuple[Any, int]]:
     """Write a long vector at position 0 in the first MLP, take it out in the last; both, each with its neuron."""
     stream = input_of(model, ids, "transformer.h.1.ln_1")
     vector = torch.randn(stream.shape[-1], generator=torch.Generator().manual_seed(0))
@@ -89,7 +88,7 @@ def plant(model: GPT2LMHeadModel, ids: torch.Tensor) -> list[tuple[nn.Module, in
 
 
 def heal(
-    model: GPT2LMHeadModel, neurons: list[tuple[nn.Module, int]], original: PreTrainedModel, blocks: torch.Tensor
+    model: GPT2LMHeadModel, neurons: list[tuple[Any, int]], original: PreTrainedModel, blocks: torch.Tensor
 ) -> float:
     """Train all but what makes the planted neurons fire, norms on, to give the original's logits; the last KL."""
     for name, parameter in model.named_parameters():
@@ -139,8 +138,8 @@ def measure(model: Path, recipe: str, tokens: int, directory: Path, console: Con
         except unnorm.UnnormError as error:
             return {"recipe": recipe, "tokens": tokens, "error": str(error).replace(str(directory), directory.name)}
         audit = unnorm.audit(directory, watch=progress)
-    keys = ("teacher_loss", "lnfree_loss", "control_loss", "gap", "kl", "jsd", "top1_agreement", "naive_kl", "tokens")
-    keys += ("skipped_steps", "waited_steps", "set_backs", "norm_modules_left", "fold_max_abs_error", "plan", "seed")
+    keys = ["teacher_loss", "lnfree_loss", "control_loss", "gap", "kl", "jsd", "top1_agreement", "naive_kl", "tokens"]
+    keys += ["skipped_steps", "waited_steps", "set_backs", "norm_modules_left", "fold_max_abs_error", "plan", "seed"]
     classes = [
         {key: row[key] for key in ("name", "passed", "loss", "reference_loss", "finite")} for row in audit["classes"]
     ]
