@@ -258,6 +258,10 @@ def test_a_twin_on_the_hub_loads_by_its_name(
 
     monkeypatch.setattr("unnorm.checkpoint.snapshot_download", fetch)
     assert unnorm.load("me/norm-free").config.removed_norms
+    (tmp_path / "run").mkdir()
+    shutil.copy(finished_run / "sites.json", tmp_path / "run")
+    with pytest.raises(unnorm.UnnormError, match="No model in 'run/control'"):
+        unnorm.load("run/control")
     assert asked == ["me/norm-free"]
     monkeypatch.undo()
     with pytest.raises(unnorm.UnnormError, match="'me/norm-free': neither a local directory nor a hub model"):

@@ -9,13 +9,26 @@ from typing import Any
 from rich.console import Console, RenderableType
 
 from unnorm.calibrate import ScaleStatistics
+from unnorm.evaluation import Results, Score
 from unnorm.exports.export import Exported
 from unnorm.exports.measure import FormError
 from unnorm.proof import Check
 from unnorm.sites import find_sites
-from unnorm.terminal import analysis_table, audit_tables, export_table, proof_table, result_table, sites_table
+from unnorm.terminal import (
+    analysis_table,
+    audit_tables,
+    evaluation_tables,
+    export_table,
+    proof_table,
+    result_table,
+    sites_table,
+)
 
 Result = dict[str, Any]
+PROTOCOL: Result = {
+    "models": {"gpt2-norm-free": "", "gpt2": ""}, "original": {"gpt2": ""}, "corpora": [], "tasks": [], "context": 64,
+    "interval": "", "dtype": "float32", "device": "cpu",
+}  # fmt: skip
 
 
 def shown(table: RenderableType) -> str:
@@ -106,3 +119,16 @@ def test_scales_are_under_their_headings(tiny_model: Any) -> None:
 def test_differences_of_an_export_are_under_their_headings() -> None:
     exported = Exported("stock", Path("m"), [FormError("float32", 1e-3, 2e-4, 3e-5)], "load", "note")
     assert re.search(r"float32 *│ *1\.0e-03 *│ *2\.0e-04 *│ *3\.0e-05", shown(export_table(exported)))
+
+
+def test_names_of_models_and_benchmarks_can_be_read_at_80_columns() -> None:
+    ends = {"ci": (36.1, 44.1), "difference_ci": (-0.05, 0.02), "items": 500, "of": 10_042}
+    score = Score(
+        model="gpt2-norm-free", task="lambada_openai", metric="perplexity", value=40.1, difference=-0.01, **ends
+    )
+    out = StringIO()
+    Console(file=out, width=80).print(
+        evaluation_tables(Results((), (), (score,), {"corpora": [], "tasks": []} | PROTOCOL))
+    )
+    assert "perplexity" in out.getvalue() and "gpt2-norm" in out.getvalue() and "lambada_o" in out.getvalue()
+    assert "36.1000 to 44.1000  -0.0500 to +0.0200" in out.getvalue()

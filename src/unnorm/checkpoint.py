@@ -70,7 +70,8 @@ def fetched(path: Path) -> Path:
     Raises:
         UnnormError: there is neither.
     """
-    if path.exists() or path.is_absolute() or len(path.parts) != 2:
+    of_a_run = (path.parent / SITES).is_file()  # What is missing of it is on no hub.
+    if path.exists() or path.is_absolute() or len(path.parts) != 2 or of_a_run:
         return path
     try:
         return Path(snapshot_download(path.as_posix()))

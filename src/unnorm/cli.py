@@ -256,7 +256,7 @@ def evaluate(
     ] = None,
     tasks: Annotated[
         list[str] | None,
-        typer.Option(help="lm-eval tasks besides the suite's, with commas; 'none': no benchmarks."),
+        typer.Option(help="lm-eval tasks besides the suite's, with commas; 'none': not the suite's."),
     ] = None,
     text_field: RunTextField = None,
     split: RunSplit = None,

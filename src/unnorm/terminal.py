@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 
 _DAY = 24 * 3600.0
+LEAST_NAME = 10
+"""Characters of a name that stand side by side at least."""
 
 
 class Progress:
@@ -233,10 +235,8 @@ def _fidelity_table(rows: Sequence["Evaluation"]) -> Table:
 
 
 def _score_table(scores: Sequence["Score"]) -> Table:
-    numbers = ("value", "less original's", "items")
+    numbers = ("value", "less original's")
     table = _side_by_side("Benchmarks through lm-eval, 95% intervals", "benchmark", "metric", numbers=numbers)
-    for column in table.columns[1:3]:
-        column.no_wrap = True
     for score in scores:
         interval = "" if score.ci is None else f"\n{_number(score.ci[0])} to {_number(score.ci[1])}"
         table.add_row(
@@ -245,7 +245,6 @@ def _score_table(scores: Sequence["Score"]) -> Table:
             score.metric,
             _number(score.value) + interval,
             _with_interval(_or_dash(score.difference, "+.4g"), score.difference_ci, "+.4f"),
-            f"{score.items:,}",
         )
     return table
 
@@ -254,7 +253,7 @@ def _side_by_side(title: str, *words: str, numbers: Sequence[str]) -> Table:
     """A table of models whose words may wrap and whose numbers never do."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in ("model", *words):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", min_width=None if heading == "data" else LEAST_NAME)
     for heading in numbers:
         table.add_column(heading, justify="right", no_wrap=True)
     return table

@@ -69,7 +69,11 @@ class TestResume:
         assert measured() and not measured()  # computes something else with the same weights
         for path in (out / "measurements").iterdir():
             path.write_bytes(path.read_bytes()[:100])
-        assert measured()
+        assert measured() and not measured()
+        for path in (out / "measurements").iterdir():
+            if path.read_text().endswith("}"):
+                path.write_text(json.dumps(json.loads(path.read_text()) | {"measured": []}))
+        assert measured() and not measured()
 
     def test_another_tokenizer_device_or_torch_is_measured_anew(
         self, files: dict[str, Path], tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

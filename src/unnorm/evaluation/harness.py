@@ -127,9 +127,9 @@ def run_benchmark(
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    lm = _language_model(model, tokenizer, context, batch_size, watch)
     try:
         with _quiet():
+            lm = _language_model(model, tokenizer, context, batch_size, watch)
             results = simple_evaluate(
                 model=lm,
                 tasks=[benchmark.task],

@@ -59,7 +59,8 @@ class Record:
             path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UnnormError(f"Could not write to '{self.directory}': {error}.") from error
-        write_text(path, json.dumps({"key": key, "measured": TypeAdapter(kind).dump_python(measured, mode="json")}))
+        values = TypeAdapter(kind).dump_python(measured, mode="json")
+        write_text(path, json.dumps({"key": key, "measured": values, "sha256": digest(values)}))
         return measured
 
     def conclude(self, results: Results) -> None:
@@ -76,7 +77,8 @@ def _read(path: Path, kind: type[T], key: dict[str, Any]) -> T | None:
     """The measurement in a file, if there is one of this key; one that is damaged is made again."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return TypeAdapter(kind).validate_python(found["measured"]) if found["key"] == key else None
+        whole = found["key"] == key and found["sha256"] == digest(found["measured"])
+        return TypeAdapter(kind).validate_python(found["measured"]) if whole else None
     except (OSError, ValueError, KeyError, TypeError, ValidationError):
         return None
 

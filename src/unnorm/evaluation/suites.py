@@ -101,7 +101,8 @@ def choose(
     sources = _sources([data] if isinstance(data, str) else data or [])
     files = {name: source for name, source in sources.items() if name in READERS}
     corpora = {name: source for name, source in sources.items() if name not in READERS}
-    named = [ALIASES.get(name, name) for part in tasks or () for name in part.split(",") if name]
+    asked = [name.strip() for part in tasks or () for name in part.split(",")]
+    named = [ALIASES.get(name, name) for name in asked if name]
     run = [] if "none" in named else list(chosen.tasks)
     run += [name for name in (*named, *files) if name != "none"]
     only_benchmarks = suite is None and run and not corpora
