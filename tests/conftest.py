@@ -245,3 +245,9 @@ def cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
         return CliResult(int(exit_.value.code or 0), out, err)
 
     return run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first: at the end one process would wait for them."""
+    longest = ("test_tutorial_runs", "test_two_processes", "test_processes", "test_interrupted_and_resumed")
+    items.sort(key=lambda item: not any(name in item.nodeid for name in longest))

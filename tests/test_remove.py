@@ -317,11 +317,8 @@ def test_constants_are_estimated_as_asked_for(
 
 
 GENERATION: dict[str, dict[str, Any]] = {
-    "beams": {"num_beams": 3, "num_return_sequences": 3},
-    "returns": {"return_dict_in_generate": True, "output_attentions": True},
-    "strings": {"stop_strings": ["def"]},
-    "sampling": {"do_sample": True, "temperature": 0.5, "repetition_penalty": 9.0},
-    "lookup": {"prompt_lookup_num_tokens": 3},
+    "beams": {"num_beams": 3, "num_return_sequences": 3, "return_dict_in_generate": True, "output_attentions": True},
+    "sampling": {"do_sample": True, "temperature": 0.5, "stop_strings": ["def"], "prompt_lookup_num_tokens": 3},
 }
 
 
