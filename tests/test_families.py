@@ -416,9 +416,11 @@ def test_contributions_go_through_the_linear_maps_that_follow_them(family: str, 
     assert check.passed and int(check.detail.split()[1]) >= 2 + 2 * (4 + 1 + 2), check
 
 
-def test_contributions_add_up_to_what_a_kept_final_norm_reads(runs: dict[str, Path], tmp_path: Path) -> None:
-    original = str(runs["llama"].parent / "model")
-    unnorm.remove(original, tokens=0, context=32, out=tmp_path / "run", keep=r"^model\.norm$", device="cpu")
+def test_contributions_add_up_to_what_a_kept_final_norm_reads(
+    runs: dict[str, Path], text_file: Path, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"data": text_file, "tokens": 0, "context": 32, "device": "cpu"}
+    unnorm.remove(runs["llama"].parent / "model", out=tmp_path / "run", keep=r"^model\.norm$", **options)
     (check,) = [check for check in unnorm.verify(tmp_path / "run") if check.name.startswith("contributions")]
     assert check.name == "contributions add up to what model.norm reads" and check.passed
     assert check.detail.endswith(" contributions") and int(check.detail.split()[1]) >= 1 + 2 * (4 + 1)

@@ -77,11 +77,11 @@ def test_all_weights_come_back_whatever_the_hub_calls_them(
     # As random models come, a gradient is too large sooner or later, and a resumed run has other last good weights.
     calm = {name: weight if weight.ndim == 1 else 0.1 * weight for name, weight in load_file(weights).items()}
     save_file(calm, weights, {"format": "pt"})
-    options: dict[str, Any] = {**SETTINGS, "context": 32, "batch_size": 8, "tokens": 20 * 256, "kl_budget": 100}
+    options: dict[str, Any] = {**SETTINGS, "context": 32, "batch_size": 8, "tokens": 10 * 256, "kl_budget": 100}
     options |= {"model": str(tmp_path / "model"), "data": str(text_file), "control": True}
     assert unnorm.remove(out=tmp_path / "unbroken", **options)["skipped_steps"] == 0
     with monkeypatch.context() as patch:
-        stop_at(14, patch)
+        stop_at(7, patch)
         with pytest.raises(CrashError):
             unnorm.remove(out=tmp_path / "broken", **options)
     unnorm.remove(out=tmp_path / "broken", resume=True)
