@@ -1,5 +1,6 @@
 """Tiny models and data that every test file shares; nothing here or in the tests needs the network."""
 
+import gc
 import inspect
 import json
 import os
@@ -251,3 +252,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest first: at the end one process would wait for them."""
     longest = ("test_tutorial_runs", "test_two_processes", "test_processes", "test_interrupted_and_resumed")
     items.sort(key=lambda item: not any(name in item.nodeid for name in longest))
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is not searched for garbage, as every run does: that took a fifth of the time."""
+    gc.collect()
+    gc.freeze()
