@@ -36,6 +36,11 @@ CONTROL_DONE = "control.txt"
 """In `DATA`, when the control is saved."""
 
 
+def short_name(source: str) -> str:
+    """What a model or data is called: a resumed run knows local ones by their whole path, whose end is the name."""
+    return Path(source).name if Path(source).is_absolute() else source
+
+
 def named_path(source: str) -> Path:
     """The path that a name would be, whether there is anything or not; `~` of an unknown user stays as it is."""
     return Path(os.path.expanduser(source))  # noqa: PTH111 (pathlib's raises where there is no such user)

@@ -31,7 +31,7 @@ from unnorm.json_text import digest
 from unnorm.models import DEMO, check_same_tokenizer, load_original, model_name
 from unnorm.plan import choose_context, choose_device
 from unnorm.progress import Watch, say, silent
-from unnorm.run_directory import MODEL, named_path
+from unnorm.run_directory import MODEL, named_path, short_name
 from unnorm.run_text import blaming_the_run, choose_text
 from unnorm.running import vocabulary_size
 
@@ -138,12 +138,16 @@ def evaluate(
     most = None if tokens is None else read_count(tokens)
     choice = choose(suite, sources, [tasks] if isinstance(tasks, str) else tasks, most, items, place)
     named = {source.rpartition("=")[2] for source in sources}
-    if no_text := choice.corpora == {STDLIB: STDLIB} and STDLIB not in named:
-        choice, text_field, split = _with_text_of_a_run(choice, names, text_field, split)
+    settings: dict[str, Any] = {}
+    if choice.corpora == {STDLIB: STDLIB} and STDLIB not in named:  # No text was.
+        settings = next(filter(None, map(_settings_of, names)), {})
+        own = choose_text(settings, None, text_field, split)
+        choice = replace(choice, corpora={short_name(own.data): own.data})
+        text_field, split = own.text_field, own.split
     watch = watch or silent
     record = Record.open(out)
     entrants, original, tokenizer, vocab_size, longest = _enter(names, against, context, trust_remote_code, watch)
-    with blaming_the_run(no_text and any(map(_settings_of, names))):
+    with blaming_the_run(bool(settings)):
         opened = _open_corpora(choice, tokenizer, vocab_size, longest, text_field, split or "train", watch)
     session = _Session(
         entrants=entrants,
@@ -168,16 +172,6 @@ def evaluate(
         ) from stop
     record.conclude(results)
     return results
-
-
-def _with_text_of_a_run(
-    choice: Choice, names: Sequence[str], text_field: str | None, split: str | None
-) -> tuple[Choice, str | None, str]:
-    """The text of the first finished run among the models, with its field and split, else the standard library."""
-    settings: dict[str, Any] = next(filter(None, map(_settings_of, names)), {})
-    own = choose_text(settings, None, text_field, split)
-    name = Path(own.data).name if Path(own.data).is_absolute() else own.data
-    return replace(choice, corpora={name: own.data}), own.text_field, own.split
 
 
 def _settings_of(name: str) -> dict[str, Any]:

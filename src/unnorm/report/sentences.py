@@ -2,18 +2,15 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from unnorm.report.numbers import MISSING, count, finite_or_none, fixed, shortest, significant
+from unnorm.run_directory import short_name
 
 
 def without_norms(result: Mapping[str, Any], name: str) -> str:
-    """What a twin is called: without norms, or without some of them where others were kept.
-
-    A resumed run knows a local model by its whole path, of which only the end is a name.
-    """
-    name = Path(name).name if Path(name).is_absolute() else name
+    """What a twin is called: without norms, or without some of them where others were kept."""
+    name = short_name(name)
     kept, removed = result.get("norm_modules_left") or 0, result.get("sites") or 0
     return f"{name} without {removed} of its {removed + kept} norms" if kept else f"{name} without norms"
 
