@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
 from tests.conftest import POSITIONS, VOCAB, Cli, randomize, with_other_tokens
-from unnorm.checkpoint import load, load_sites
+from unnorm.checkpoint import load
 from unnorm.errors import UnnormError
 from unnorm.worst_case.audit import _worst, summarize, verdict
 from unnorm.worst_case.inputs import Inputs, Material, input_classes
@@ -128,6 +128,39 @@ class TestPlanted:
         assert row["finite"] == {"float32": True, "bfloat16": True, "float16": False}
         assert row["reason"] == "NaN or infinite in float16"
 
+    def test_a_token_that_overflows_is_found_wherever_it_is(
+        self, tmp_path: Path, healthy: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Also among the tokens that a model is tried on when it is loaded: those of an original are refused there."""
+        run = tmp_path / "overflowing"
+        shutil.copytree(healthy, run)
+        twin = load(run)
+        with torch.no_grad():
+            twin.get_input_embeddings().weight[PLANTED] = 1e37 * twin.lm_head.weight[0].sign()
+            twin.lm_head.weight[0] *= 30
+        twin.save_pretrained(run / "model")
+        shutil.rmtree(run / "control")
+        monkeypatch.setattr("unnorm.models.trace_inputs", lambda model: torch.tensor([[5, PLANTED, 7, 9]]))
+        row = by_name(unnorm.audit(run, tokens=512, context=16))["token alone"]
+        assert not row["finite"]["float32"] and row["reference_finite"]["float32"]
+        text = tmp_path / "text.txt"
+        text.write_text("plain words without that token " * 200)
+        (found,) = unnorm.evaluate(run, data=text, tokens=500)
+        assert found.overflowed_blocks == 0 and found.kl is not None
+
+    def test_the_residual_is_that_before_a_final_norm_that_was_kept(
+        self, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+    ) -> None:
+        options: dict[str, Any] = {"data": str(text_file), "tokens": 0, "device": "cpu"}
+        unnorm.remove(str(tiny_model_dir), out=tmp_path / "run", keep="ln_f", **options)
+        twin, read = load(tmp_path / "run"), list[float]()
+        twin.transformer.ln_f.register_forward_pre_hook(lambda _, args: read.append(float(args[0].norm())))
+        with torch.no_grad():
+            for token in range(VOCAB):
+                twin(input_ids=torch.tensor([[token]]))
+        row = by_name(unnorm.audit(tmp_path / "run", tokens=512, context=16))["token alone"]
+        assert row["residual_norm"]["largest"] == pytest.approx(max(read), rel=1e-5)
+
     def test_a_directory_that_is_named_as_the_bundled_model(
         self, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -159,7 +192,7 @@ class TestFigures:
     @pytest.mark.usefixtures("_at_once")
     @pytest.mark.parametrize("name", EVERY_CLASS[:13])
     def test_loss_is_that_of_plain_transformers(self, name: str, material: Material, finished_run: Path) -> None:
-        twin, (sites, _) = load(finished_run), load_sites(finished_run)
+        twin = load(finished_run)
         kind = next(kind for kind in input_classes(material, True) if kind.name == name)
         (part,) = kind.inputs
         expected = []
@@ -167,7 +200,7 @@ class TestFigures:
             with torch.no_grad():
                 log_p = F.log_softmax(twin(input_ids=ids[None]).logits[0].double(), dim=-1)
             expected += [-float(log_p[i, t]) for i, t in enumerate(targets.tolist()) if t >= 0]
-        measured = measure(twin, kind.inputs, sites)
+        measured = measure(twin, kind.inputs, "transformer.ln_f")
         assert measured.finite
         np.testing.assert_allclose(measured.loss.numpy(), expected, atol=1e-4)
         for key, q in (("p99.9", 0.999), ("p99.99", 0.9999)):
@@ -176,13 +209,13 @@ class TestFigures:
 
     @pytest.mark.usefixtures("_at_once")
     def test_padding_changes_nothing(self, material: Material, finished_run: Path) -> None:
-        twin, (sites, _) = load(finished_run), load_sites(finished_run)
+        twin = load(finished_run)
         (padded,) = next(kind for kind in input_classes(material, True) if kind.name == "left padding").inputs
         parts = []
         for ids, targets in zip(padded.ids, padded.targets, strict=True):
             real = targets >= 0
             parts.append(Inputs(ids[real][None], targets[real][None]))
-        with_pads, without = measure(twin, [padded], sites), measure(twin, parts, sites)
+        with_pads, without = (measure(twin, inputs, "transformer.ln_f") for inputs in ([padded], parts))
         torch.testing.assert_close(with_pads.loss, without.loss, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(with_pads.norm, without.norm, atol=1e-4, rtol=1e-4)
 

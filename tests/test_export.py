@@ -1,6 +1,7 @@
 """Other forms of the same model: each read back by the tool it is for, with the checkpoint's logits."""
 
 import json
+import math
 import re
 import shutil
 import sys
@@ -117,6 +118,15 @@ def test_errors_of_a_form_are_those_of_their_definitions() -> None:
     row = compare("x", a, b)
     assert row.kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()))
     assert row.relative == pytest.approx(float((a - b).abs().max() / a.abs().max()))
+
+
+def test_errors_are_measured_where_the_model_does_not_overflow() -> None:
+    a, b = torch.randn(2, 5, 7).double(), torch.randn(2, 5, 7).double()
+    expected = compare("x", a[:1], b[:1])
+    a[1], b[1] = math.inf, math.nan
+    assert compare("x", a, b) == expected
+    with pytest.raises(UnnormError, match="overflows on all the random tokens"):
+        compare("x", a[1:], b[1:])
 
 
 def test_nanogpt_form_is_for_gpt2_only(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def test_the_summarys_losses_are_each_models_own(finished_run: Path) -> None:
     result = json.loads((finished_run / "result.json").read_text())
     numbers = {"teacher_loss": 1.25, "lnfree_loss": 1.5, "control_loss": 1.75, "gap": -0.25, "naive_loss": 2.5}
     numbers |= {"limited_neurons": 3000, "share_at_limit": 0.0125, "loss_increase_ci": [0.125, 0.375]}
+    numbers |= {"skipped_steps": 8}
     text = shown(result_table(result | numbers))
     for said in (
         r"loss, original *│ *1\.2500",
@@ -48,9 +49,14 @@ def test_the_summarys_losses_are_each_models_own(finished_run: Path) -> None:
         r"loss, control *│ *1\.7500",
         r"gap *│ *-0\.2500",
         r"loss, naive removal *│ *2\.5000",
+        r"steps refused *│ *8 *│ *gradients not finite, or 100 times the usual",
         r"neurons with limits *│ *3,000 *│ *reached by 1\.2% of activations",
     ):
         assert re.search(said, text), (said, text)
+
+
+def test_steps_are_said_to_be_refused_only_where_some_were(finished_run: Path) -> None:
+    assert "refused" not in shown(result_table(json.loads((finished_run / "result.json").read_text())))
 
 
 def test_a_healed_runs_text_is_that_of_both_runs(finished_run: Path) -> None:
@@ -95,9 +101,9 @@ def test_the_originals_figures_come_before_the_twins() -> None:
     result = {"directory": "d", "original": "o", "findings": findings, "skipped": {}, "page": "p", "numbers": "n"}
     text = shown(analysis_table(result))
     for said in (
-        r"sink rate, mean of heads *│ *75\.0% *│ *25\.0%",
-        r"deviation of log scale, mean of sites *│ *0\.500 *│ *0\.125",
-        r"change of weights, of their size, mean *│ *- *│ *6\.2%",
+        r"sink rate, mean over heads *│ *75\.0% *│ *25\.0%",
+        r"std of log scale, mean over sites *│ *0\.500 *│ *0\.125",
+        r"mean relative weight change *│ *- *│ *6\.2%",
     ):
         assert re.search(said, text), (said, text)
 

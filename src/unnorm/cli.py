@@ -52,13 +52,17 @@ TextField = Annotated[
 ]
 RunTextField = Annotated[str | None, typer.Option(help="Column that holds the text.", show_default="the run's")]
 Split = Annotated[str, typer.Option(help="Split that the text comes from.")]
-Context = Annotated[int | None, typer.Option(help="Tokens in a block.", show_default="the model's, at most 1024")]
+Context = Annotated[
+    int | None, typer.Option(help="Sequence length in tokens.", show_default="the model's, at most 1024")
+]
 Device = Annotated[str, typer.Option(help="auto (cuda or else cpu), cpu, cuda or mps (not tested).")]
 RunSplit = Annotated[str | None, typer.Option(help="Split that the text comes from.", show_default="the run's")]
-RunDirectory = Annotated[Path | None, typer.Option(help="Run directory.", show_default="a new one")]
-StepBlocks = Annotated[int | None, typer.Option(help="Blocks for each optimizer step.", show_default="by tokens")]
+RunDirectory = Annotated[
+    Path | None, typer.Option(help="Run directory.", show_default="unnorm-MODEL, numbered if taken")
+]
+StepBlocks = Annotated[int | None, typer.Option(help="Sequences per optimizer step.", show_default="by tokens")]
 MicroBatch = Annotated[
-    int | None, typer.Option(help="Of these at once at most, on each device.", show_default="by memory")
+    int | None, typer.Option(help="Most sequences per forward pass on a device.", show_default="by memory")
 ]
 Precision = Annotated[str, typer.Option(help="Precision of the training passes: auto, float32 or bfloat16.")]
 Compile = Annotated[
@@ -110,7 +114,7 @@ def remove(
             help="Peak learning rate.", show_default="by recipe and width; taper: 1.25e-4 * sqrt(768 / width)"
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     device: Device = "auto",
     dtype: Precision = "auto",
     compile: Compile = False,
@@ -123,27 +127,27 @@ def remove(
         ),
     ] = False,
     kl_budget: Annotated[
-        float, typer.Option(help="How far the model may drift on the way before the taper waits, in nats per token.")
+        float, typer.Option(help="KL to the original, in nats per token, above which the taper waits.")
     ] = 0.9,
     stress_share: Annotated[
-        float, typer.Option(help="Share of the distilled blocks that no corpus has: random, repeated, foreign tokens.")
+        float, typer.Option(help="Share of training sequences that are random, repeated or foreign tokens.")
     ] = 0.2,
-    keep: Annotated[
-        str | None, typer.Option(help="Leave norms as they are whose path matches this regular expression.")
-    ] = None,
+    keep: Annotated[str | None, typer.Option(help="Keep norms whose path matches this regular expression.")] = None,
     in_place: Annotated[
         bool,
-        typer.Option("--in-place", help="Leave maps that fold into no weight (post-norm, some routers) as modules."),
+        typer.Option(
+            "--in-place", help="Keep affine maps that fold into no weight (post-norm, some routers) as modules."
+        ),
     ] = False,
     neuron_limits: Annotated[
         bool,
         typer.Option(
             "--neuron-limits/--no-neuron-limits",
-            help="Limit neurons of quadratic MLPs where massive activations are found, so that no token runs away.",
+            help="Clamp neurons of quadratic MLPs (gated, squared ReLU) where massive activations are found.",
         ),
     ] = True,
     estimator: Annotated[
-        str, typer.Option(help="Of the constant scale: geometric, mean or least-squares.")
+        str, typer.Option(help="Estimator of the constant scales: geometric, mean or least-squares.")
     ] = "geometric",
     config: Annotated[Path | None, typer.Option(help="YAML file with any of these options; flags win.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
@@ -181,7 +185,7 @@ def heal(
     lr: Annotated[
         float | None, typer.Option(help="Peak learning rate.", show_default="by width and share of all tokens")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random.", show_default="the next one")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed.", show_default="the next one")] = None,
     device: Device = "auto",
     dtype: Precision = "auto",
     compile: Compile = False,
@@ -241,7 +245,12 @@ def evaluate(
         list[str], typer.Argument(metavar="MODEL...", help="Run directories, model directories, hub ids, 'demo'.")
     ],
     against: Annotated[
-        str | None, typer.Option(metavar="ORIGINAL", help="Model that fidelity and differences are measured to.")
+        str | None,
+        typer.Option(
+            metavar="ORIGINAL",
+            help="Reference model for KL, agreement and differences.",
+            show_default="the runs' original",
+        ),
     ] = None,
     suite: Annotated[
         str | None, typer.Option(help="quick, full or paper: corpora and benchmarks by name.", show_default="none")
@@ -268,7 +277,7 @@ def evaluate(
         typer.Option(help="Items of each benchmark at most, drawn at random, or 'all'.", show_default="the suite's"),
     ] = None,
     context: Context = None,
-    batch_size: Annotated[int, typer.Option(help="Blocks in one forward pass.", min=1)] = 4,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.", min=1)] = 4,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the draw of benchmark items.", min=0)] = 0,
     out: Annotated[
@@ -305,13 +314,13 @@ def audit(
     text_field: RunTextField = None,
     split: RunSplit = None,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=MOST_SEED)] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.", min=0, max=MOST_SEED)] = 0,
     trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
     """Look for inputs that blow up the model in DIRECTORY.
 
-    A model with norms stands beside it; the exit code is 1 where there are such inputs.
+    Compared with a model that has norms; exit code 1 if a class of inputs fails.
     """
     from unnorm.worst_case.audit import audit as run
 
@@ -345,7 +354,7 @@ def analyze(
     out: Annotated[Path | None, typer.Option(help="Directory to write.", show_default="DIRECTORY/analysis")] = None,
     tokens: Annotated[str, typer.Option(help="Held-out tokens at most.")] = "4096",
     context: Annotated[
-        int | None, typer.Option(help="Tokens in a block.", show_default="the models', at most 256")
+        int | None, typer.Option(help="Sequence length in tokens.", show_default="the models', at most 256")
     ] = None,
     text_field: RunTextField = None,
     split: RunSplit = None,
@@ -458,14 +467,14 @@ def main() -> None:
         sys.exit(error.exit_code)
     except SystemExit as leaving:
         if leaving.code == STOPPED:  # typer says nothing.
-            _progress.print("Stopped; nothing was saved that a run could go on from.")
+            _progress.print("Stopped; nothing was saved.")
         raise
     except OSError as error:
         if error.filename is None or error.strerror is None:
             raise
         path = str(error.filename)
         path = path if len(path) <= 100 else f"{path[:100]}…"
-        _say(f"'{path}' can't be used: {error.strerror}. Name another path, or see to it that this one can be.")
+        _say(f"'{path}' can't be used: {error.strerror}. Name another path, or fix its permissions.")
         sys.exit(2)
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":

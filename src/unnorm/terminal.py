@@ -125,7 +125,7 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     if result["control_loss"] is not None:
         rows += [
             ("loss, control", f"{result['control_loss']:.4f}", "norms kept, as many tokens"),
-            ("gap", f"{result['gap']:+.4f}", "twin's loss less control's"),
+            ("gap", f"{result['gap']:+.4f}", "loss of twin - loss of control"),
         ]
     rows += [
         ("loss, naive removal", _loss_or_overflow(result["naive_loss"]), "constants without training"),
@@ -134,6 +134,7 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("fold error", f"{result['fold_max_abs_error']:.1e}", "largest difference of logits, float64"),
         ("proof", "passed" if result["verified"] else "FAILED", "unnorm verify"),
         *([("training", f"{result['tokens']:,}", _training(result))] if result["tokens"] else []),
+        *_refused_steps(result),
         ("time", f"{result['seconds']:.0f} s", f"peak memory {result['peak_memory_mb']:,.0f} MB"),
     ]
     return rows
@@ -143,6 +144,11 @@ def _training(result: dict[str, Any]) -> str:
     tokens, text = result["tokens"], result.get("text_tokens") or math.inf
     over = f", {tokens / text:.1f} times over the text" if tokens > 1.05 * text else ""
     return f"tokens, {result['tokens_per_second']:,.0f} a second{over}"
+
+
+def _refused_steps(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    refused = result["skipped_steps"]
+    return [("steps refused", f"{refused:,}", "gradients not finite, or 100 times the usual")] if refused else []
 
 
 def _limits(result: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -170,7 +176,9 @@ def evaluation_tables(results: "Results", out: Path | None = None) -> Renderable
     rows = results.rows
     parts: list[RenderableType] = [_loss_table(rows), _fidelity_table(rows)] if rows else []
     if not results.protocol.get("original"):
-        parts.append(Text("No --against ORIGINAL was named, so there is nothing that models are at a distance to."))
+        parts.append(
+            Text("Nothing to compare with: name the original with --against for KL, agreement and differences.")
+        )
     parts += [Text(_overflow_line(row)) for row in rows if row.overflowed_blocks]
     parts += [_score_table(results.scores)] if results.scores else []
     parts += [Text(line, style="dim") for line in _protocol_lines(results.protocol)]
@@ -179,7 +187,7 @@ def evaluation_tables(results: "Results", out: Path | None = None) -> Renderable
 
 
 def _loss_table(rows: Sequence["Evaluation"]) -> Table:
-    numbers = ("loss", "less original's", "perplexity", "bits/byte")
+    numbers = ("loss", "Δ original", "perplexity", "bits/byte")
     table = _side_by_side("Loss in nats per token, 95% intervals", "data", numbers=numbers)
     for row in rows:
         table.add_row(
@@ -218,7 +226,7 @@ def _overflow_line(row: "Evaluation") -> str:
 
 def _fidelity_table(rows: Sequence["Evaluation"]) -> Table:
     numbers = ("KL", "JSD", "top-1", "top-5", "entropy", "ECE")
-    table = _side_by_side("Distance to the original, entropy (less original's), calibration", "data", numbers=numbers)
+    table = _side_by_side("Distance to the original, entropy (Δ original), calibration", "data", numbers=numbers)
     for row in rows:
         changed = "" if row.entropy_difference is None else f" ({row.entropy_difference:+.3f})"
         table.add_row(
@@ -235,7 +243,7 @@ def _fidelity_table(rows: Sequence["Evaluation"]) -> Table:
 
 
 def _score_table(scores: Sequence["Score"]) -> Table:
-    numbers = ("value", "less original's")
+    numbers = ("value", "Δ original")
     table = _side_by_side("Benchmarks through lm-eval, 95% intervals", "benchmark", "metric", numbers=numbers)
     for score in scores:
         interval = "" if score.ci is None else f"\n{_number(score.ci[0])} to {_number(score.ci[1])}"
@@ -376,8 +384,8 @@ _MOST_FIXED = 10_000
 def sites_table(rows: Sequence[tuple["NormSite", "ScaleStatistics"]]) -> RenderableType:
     """The rows of `unnorm stats`, with paths less the prefix that all norms share, so that they fit 80 columns."""
     caption = (
-        "scale: divisor of a token; spread: deviation of its log, the larger the harder\n"
-        "position 0 at many times the mean: a massive activation, harder still"
+        "scale: what a token is divided by; spread: std of log scale, larger is harder\n"
+        "position 0 at 10 times the mean or more: a massive activation, harder still"
     )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption, caption_justify="left")
     for heading in ("norm site", "kind", "folds into"):
@@ -429,23 +437,23 @@ def analysis_table(result: dict[str, Any]) -> RenderableType:
 
 
 _ANALYZED = (
-    ("{}.error", "attribution", "error of attribution, of the direct effect", ".2%"),
+    ("{}.error", "attribution", "attribution error over direct effect", ".2%"),
     ("{}.error_of_heads", "attribution", "the same, heads alone", ".2%"),
-    ("{}.sum_error", "attribution", "sum of contributions less the logit, largest", ".1e"),
-    ("{}.correlation", "patching", "correlation of attribution with activation patching", ".4f"),
-    ("{}.error", "patching", "error, of the mean absolute effect", ".1%"),
+    ("{}.sum_error", "attribution", "max |sum of contributions - logit|", ".1e"),
+    ("{}.correlation", "patching", "correlation of attribution and activation patching", ".4f"),
+    ("{}.error", "patching", "error over mean absolute effect", ".1%"),
     ("{}.right_answers", "patching", "right answers", ".0%"),
-    ("{}.mean_sink_rate", "sinks", "sink rate, mean of heads", ".1%"),
-    ("{}.mean_share", "sinks", "share of attention on position 0, mean of heads", ".1%"),
-    ("{}.longest_over_median", "sinks", "longest residual vector over the median", ".2f"),
+    ("{}.mean_sink_rate", "sinks", "sink rate, mean over heads", ".1%"),
+    ("{}.mean_share", "sinks", "attention on position 0, mean over heads", ".1%"),
+    ("{}.longest_over_median", "sinks", "longest residual vector over median", ".2f"),
     ("{}.entropy_neurons.mean_abs_entropy", "neurons", "entropy neurons ablated: entropy, nats", ".2e"),
     ("{}.entropy_neurons.mean_abs_entropy_through_norm", "neurons", "the part of it through the final norm", ".2e"),
     ("{}.entropy_neurons.mean_loss", "neurons", "entropy neurons ablated: loss, nats", "+.2e"),
     ("{}.random_neurons.mean_abs_entropy", "neurons", "random neurons ablated: entropy, nats", ".2e"),
     ("{}.random_neurons.mean_abs_entropy_through_norm", "neurons", "the part of it through the final norm", ".2e"),
-    ("{}.mean_forms_at", "lens", "depth at which predictions form, mean", ".2f"),
-    ("mean_spread.{}", "scales", "deviation of log scale, mean of sites", ".3f"),
-    ("mean_change.{}", "geometry", "change of weights, of their size, mean", ".1%"),
+    ("{}.mean_forms_at", "lens", "mean depth at which predictions form", ".2f"),
+    ("mean_spread.{}", "scales", "std of log scale, mean over sites", ".3f"),
+    ("mean_change.{}", "geometry", "mean relative weight change", ".1%"),
 )
 
 

@@ -189,5 +189,5 @@ class TestSuites:
         assert "24 of 24" in page and "built-in" not in page
 
         shown = cli("evaluate", *models, "--against", tiny_model_dir, *options, *data)
-        assert "less original's" in shown.out and "acc_norm" in shown.out
+        assert "Δ original" in shown.out and "acc_norm" in shown.out
         assert "intervals over" in shown.out

@@ -1,6 +1,8 @@
 """Every number, next to one that plain transformers and NumPy give."""
 
 import math
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from copy import deepcopy
@@ -17,7 +19,6 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
-import unnorm.evaluation.run
 from tests.conftest import POSITIONS, VOCAB, randomize
 from tests.evaluation.texts import BLOCKS, held_out
 from unnorm.data import as_dataset
@@ -197,3 +198,27 @@ def test_the_text_of_a_run_is_what_it_is_evaluated_on(
     assert sources(tiny_model_dir, finished_run) == sources(finished_run, data=text_file) == [str(text_file)]
     assert sources(finished_run, suite="quick", tasks="none") == [str(text_file)]
     assert sources(tiny_model_dir) == sources(finished_run, data="stdlib") == ["stdlib"]
+
+
+class TestOwnOriginal:
+    """A finished run is compared with the original that it was made from, unless another is named."""
+
+    def test_is_the_default(self, finished_run: Path, tiny_model_dir: Path, tokens: Path) -> None:
+        (own,), (named,) = (evaluate(finished_run, against, tokens, tokens=500) for against in (None, tiny_model_dir))
+        assert own.kl is not None and own == named
+
+    def test_is_left_out_where_it_is_gone(self, finished_run: Path, tokens: Path, tmp_path: Path) -> None:
+        run = tmp_path / "run"
+        shutil.copytree(finished_run, run)
+        config = run / "config.yaml"
+        config.write_text(re.sub(r"^model: .*$", f"model: {tmp_path / 'gone'}", config.read_text(), flags=re.M))
+        said: list[str] = []
+        (row,) = evaluate(run, data=tokens, tokens=500, watch=lambda row: said.append(row.get("text", "")))
+        assert row.kl is None
+        assert any("compared with nothing" in text and "gone" in text for text in said)
+
+    def test_is_none_where_runs_have_several(
+        self, finished_run: Path, other_dir: Path, text_file: Path, tokens: Path, tmp_path: Path
+    ) -> None:
+        unnorm.remove(str(other_dir), data=str(text_file), tokens=0, out=tmp_path / "run", device="cpu")
+        assert [row.kl for row in evaluate([finished_run, tmp_path / "run"], data=tokens, tokens=500)] == [None, None]

@@ -46,8 +46,8 @@ def test_an_original_that_was_named_is_not_said_to_be_missing(
         console.print(evaluation_tables(evaluate(*models, str(tokens), tokens=500)))  # type: ignore[arg-type]
         return console.file.getvalue()  # type: ignore[attr-defined]
 
-    assert "No --against ORIGINAL" in said(str(other_dir), None)
-    assert "No --against ORIGINAL" not in said(str(tiny_model_dir), str(tiny_model_dir))
+    assert "name the original with --against" in said(str(other_dir), None)
+    assert "name the original with --against" not in said(str(tiny_model_dir), str(tiny_model_dir))
     results = evaluate(str(other_dir), str(tiny_model_dir), str(tokens), tokens=500)
     page = render_evaluation(results)
     assert all(digest in page for key in ("models", "original") for digest in results.protocol[key].values())

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
-import unnorm.evaluation.run
+import unnorm.evaluation.session
 from tests.conftest import randomize
 from unnorm.errors import RunInterruptedError
 from unnorm.evaluation import evaluate
@@ -93,7 +93,7 @@ class TestResume:
         tokenizer["pre_tokenizer"]["add_prefix_space"] = not tokenizer["pre_tokenizer"].get("add_prefix_space")
         path.write_text(json.dumps(tokenizer))
         assert measured() and not measured()
-        monkeypatch.setattr(unnorm.evaluation.run, "version", lambda name: "9.9")
+        monkeypatch.setattr(unnorm.evaluation.session, "version", lambda name: "9.9")
         assert measured() and not measured()
 
     def test_other_items_in_the_same_file_are_measured_anew(

@@ -1,6 +1,7 @@
 """What can not be evaluated is refused with its reason."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ class TestRefused:
     def test_other_tokenizers(self, tiny_model_dir: Path, tmp_path: Path) -> None:
         text = self.refusal(str(with_other_tokens(tiny_model_dir, tmp_path / "m")), str(tiny_model_dir))
         assert "different tokenizers: 2 tokens, such as 'a'" in text and "same tokenizer" in text
+
+    def test_tokenizers_of_one_vocabulary_that_split_text_differently(
+        self, tiny_model_dir: Path, tmp_path: Path
+    ) -> None:
+        shutil.copytree(tiny_model_dir, tmp_path / "m")
+        saved = json.loads((tmp_path / "m" / "tokenizer.json").read_text())
+        assert saved["model"]["merges"]
+        saved["model"]["merges"] = []
+        (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(saved))
+        text = self.refusal(str(tmp_path / "m"), str(tiny_model_dir))
+        assert "have the same vocabulary and split text differently" in text and "same tokenizer" in text
 
     def test_benchmark_files(self, tiny_model_dir: Path, tmp_path: Path) -> None:
         pytest.importorskip("lm_eval")

@@ -220,6 +220,18 @@ def test_divergence_ends_the_run_with_a_message(
         )
 
 
+def test_a_run_in_which_nothing_was_learned_is_no_result(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """Too few steps to diverge, all of them refused: the twin would be that of no training."""
+    monkeypatch.setattr(distillation, "distillation_losses", always_nan)
+    with pytest.raises(unnorm.UnnormError, match="Nothing was learned: each of the 2 steps had gradients"):
+        unnorm.remove(
+            model=str(tiny_model_dir), data=str(text_file), out=tmp_path, tokens=128, context=64, batch_size=1,
+            device="cpu",
+        )  # fmt: skip
+
+
 def test_a_run_that_is_stopped_while_steps_are_refused_keeps_its_good_weights(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:

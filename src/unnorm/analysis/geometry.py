@@ -113,7 +113,7 @@ def find(material: Material) -> Finding:
             ],
             "geometry_gain": [("original", "s", "range"), ("twin", "a", "range")],
         },
-        headline=("Change of weights", percent(change), f"of the weight's size, mean of {len(found)} weights"),
+        headline=("Change of weights", percent(change), f"of the weight's norm, mean over {len(found)} weights"),
     )
 
 

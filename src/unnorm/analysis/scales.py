@@ -61,7 +61,7 @@ def find(material: Material) -> Finding:
         headline=(
             "Scale spread",
             f"{fixed(means['original'], 3)} → {fixed(means['twin'], 3)}",
-            f"deviation of log scale, mean of {len(numbers['twin'])} sites",
+            f"std of log scale, mean over {len(numbers['twin'])} sites",
         ),
     )
 

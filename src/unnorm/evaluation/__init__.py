@@ -2,7 +2,8 @@
 
 from unnorm.evaluation.corpora import EVALUATION_SPREAD, EVALUATION_TOKENS, with_documents
 from unnorm.evaluation.results import Evaluation, Results, Score
-from unnorm.evaluation.run import evaluate, evaluate_model
+from unnorm.evaluation.run import evaluate
+from unnorm.evaluation.summary import evaluate_model
 
 __all__ = [
     "EVALUATION_SPREAD",

@@ -57,8 +57,18 @@ def probe_ids(model: PreTrainedModel) -> Int[Tensor, "batch position"]:
 
 @torch.no_grad()
 def compare(name: str, reference: Logits, logits: Logits) -> FormError:
-    """The error of `logits` against `reference`, computed in float64."""
-    reference, logits = reference.cpu().double(), logits.cpu().double()
+    """The error of `logits` against `reference`, computed in float64, wherever the reference does not overflow.
+
+    Raises:
+        UnnormError: it overflows everywhere.
+    """
+    finite = reference.isfinite().all(-1)
+    if not finite.any():
+        raise UnnormError(
+            "The model overflows on all the random tokens that an exported form is measured on. Train it on first: "
+            "unnorm heal DIR"
+        )
+    reference, logits = (values[finite].cpu().double() for values in (reference, logits))
     expected, found = reference.log_softmax(-1), logits.log_softmax(-1)
     kl = F.kl_div(found, expected, log_target=True, reduction="sum") / reference[..., 0].numel()
     worst = float((reference - logits).abs().max())

@@ -204,6 +204,11 @@ def _check_ended(run: Run, outcome: Outcome, directory: Path) -> None:
             f"The last checkpoint is in '{directory / CHECKPOINTS}'. Start a new run with a lower --lr or more "
             "--tokens."
         )
+    if outcome.skipped_steps >= outcome.steps:
+        raise UnnormError(
+            f"Nothing was learned{whose and ' by the control'}: each of the {outcome.steps} steps had gradients that "
+            "were not finite or exploded. Start a new run with a lower --lr or more --tokens."
+        )
     if outcome.unfinished:
         sites = ", ".join(f"{name} (alpha {alpha:.2f})" for name, alpha in outcome.unfinished.items())
         last = outcome.rows[-1]

@@ -143,7 +143,7 @@ def entropy_figure(histogram: Histogram) -> Figure:
     _bars(figure, histogram.edges, histogram.counts, [f"{edge:+.3g}" for edge in histogram.edges], ACCENT)
     figure.add_vline(x=0, line={"color": INK, "width": 1})
     name_panel(figure, 1, "tokens")
-    return finish(figure, 290, "entropy less the original's, nats")
+    return finish(figure, 290, "entropy - original's, nats")
 
 
 def _bars(figure: Figure, edges: Sequence[float], counts: Sequence[int], words: Sequence[str], colour: str) -> None:

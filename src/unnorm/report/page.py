@@ -220,6 +220,12 @@ SETTINGS = (
     ("peak_memory_mb", "peak memory"),
     ("seed", "seed"),
 )
+HELD_UP = (
+    ("skipped_steps", "steps refused, with gradients not finite or 100 times the usual"),
+    ("waited_steps", "steps in which the taper waited"),
+    ("set_backs", "times the taper went back"),
+)
+"""What of a run without trouble is 0, and left out."""
 OF_STEPS = ("batch_size", "micro_batch", "steps", "lr", "bfloat16", "compile", "cuda_graph")
 """What of a plan means nothing where nothing was trained."""
 PLAN_WORDS = {
@@ -243,6 +249,7 @@ def _settings(result: dict[str, Any]) -> list[tuple[str, str]]:
         "peak_memory_mb": lambda mb: MISSING if finite_or_none(mb) is None else f"{count(mb)} MB",
     }
     rows = [(words, shapes.get(key, _plain)(result.get(key))) for key, words in SETTINGS]
+    rows += [(words, count(result[key])) for key, words in HELD_UP if finite_or_none(result.get(key))]
     if further := healed(result):
         rows.append(("healed further", further))
     if neurons := massive_neurons(result.get("massive_neurons")):

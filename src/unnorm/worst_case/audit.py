@@ -25,7 +25,8 @@ from unnorm.progress import Watch, say, silent
 from unnorm.run_directory import CONFIG_FILE, CONTROL, finished_result
 from unnorm.run_text import choose_text
 from unnorm.running import cast_as_loaded, context_length, vocabulary_size
-from unnorm.sites import NormSite
+from unnorm.sites import NormSite, unembedding_name
+from unnorm.tracing import stream_sources
 from unnorm.worst_case.inputs import InputClass, Inputs, Material, input_classes
 from unnorm.worst_case.measure import Measured, is_finite, largest_residuals, measure
 
@@ -119,7 +120,7 @@ def audit(
         begin=begin,
     )
     classes = list(input_classes(material, _takes_positions(twin) and _takes_positions(reference)))
-    rows = audit_models(twin, reference, classes, sites, tokenizer, watch)
+    rows = audit_models(twin, reference, classes, _residual_reader(twin, sites), tokenizer, watch)
     return {
         "directory": str(directory),
         "reference": name,
@@ -137,15 +138,15 @@ def audit_models(
     twin: PreTrainedModel,
     reference: PreTrainedModel,
     classes: Sequence[InputClass],
-    sites: Sequence[NormSite],
+    reader: str,
     tokenizer: PreTrainedTokenizerBase,
     watch: Watch,
 ) -> list[dict[str, Any]]:
-    """The rows of `audit` for models in memory, both in float32 on one device."""
+    """The rows of `audit` for models in memory, both in float32 on one device; `reader` as in `measure`."""
     measured = []
     for kind in classes:
         say(watch, f"{kind.name}: {kind.what}")
-        measured.append((measure(twin, kind.inputs, sites), measure(reference, kind.inputs, sites)))
+        measured.append((measure(twin, kind.inputs, reader), measure(reference, kind.inputs, reader)))
     inputs = {torch.bfloat16: [kind.inputs for kind in classes], torch.float16: _in_float16(twin, classes, measured)}
     finite: list[tuple[dict[str, bool], ...]] = [tuple({"float32": m.finite} for m in both) for both in measured]
     for dtype, of_class in inputs.items():
@@ -155,9 +156,19 @@ def audit_models(
         for side, model in enumerate((twin, reference)):
             copy = cast_as_loaded(deepcopy(model), dtype)
             for flags, some in zip(finite, of_class, strict=True):
-                flags[side][name] = is_finite(copy, some, sites)
+                flags[side][name] = is_finite(copy, some, reader)
             del copy
     return [_row(*these, tokenizer) for these in zip(classes, measured, finite, inputs[torch.float16], strict=True)]
+
+
+def _residual_reader(twin: PreTrainedModel, sites: Sequence[NormSite]) -> str:
+    """Path of what reads the residual stream last: the final norm, removed or kept, else the unembedding."""
+    final = next((site.name for site in sites if site.role == "final"), None)
+    if final is not None:
+        return final
+    last = unembedding_name(twin)
+    kept = set(twin.config.kept_norms or ()) & set(stream_sources(twin, [last]).get(last, ()))
+    return min(kept, default=last)
 
 
 def _in_float16(

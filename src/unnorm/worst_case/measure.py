@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from unnorm.running import evaluating, vocabulary_size
-from unnorm.sites import NormSite
 from unnorm.worst_case.inputs import Inputs
 
 _LOGITS_AT_ONCE = 2**24
@@ -34,10 +33,13 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, inputs: Sequence[Inputs], sites: Sequence[NormSite]) -> Measured:
-    """Loss and residual norm at every position that is read, in the order of the inputs."""
+def measure(model: PreTrainedModel, inputs: Sequence[Inputs], reader: str) -> Measured:
+    """Loss and residual norm at every position that is read, in the order of the inputs.
+
+    `reader` is the path of the module that reads the residual stream last: the final norm, or what stands there.
+    """
     losses, norms, finite = [], [], True
-    for logits, residual, targets in _passes(model, inputs, sites):
+    for logits, residual, targets in _passes(model, inputs, reader):
         losses.append(F.cross_entropy(logits.float(), targets, reduction="none").cpu().double())
         norms.append(torch.linalg.vector_norm(residual.float(), dim=-1).cpu().double())
         finite = finite and _all_finite(logits, residual)
@@ -46,9 +48,9 @@ def measure(model: PreTrainedModel, inputs: Sequence[Inputs], sites: Sequence[No
 
 
 @torch.no_grad()
-def is_finite(model: PreTrainedModel, inputs: Sequence[Inputs], sites: Sequence[NormSite]) -> bool:
+def is_finite(model: PreTrainedModel, inputs: Sequence[Inputs], reader: str) -> bool:
     """Whether the model, in the dtype that it has, gives finite logits and residuals wherever they are read."""
-    return all(_all_finite(logits, residual) for logits, residual, _ in _passes(model, inputs, sites))
+    return all(_all_finite(logits, residual) for logits, residual, _ in _passes(model, inputs, reader))
 
 
 def largest_residuals(
@@ -76,12 +78,12 @@ def largest_residuals(
 
 
 def _passes(
-    model: PreTrainedModel, inputs: Iterable[Inputs], sites: Sequence[NormSite]
+    model: PreTrainedModel, inputs: Iterable[Inputs], reader: str
 ) -> Iterator[tuple[Float[Tensor, "read vocab"], Float[Tensor, "read width"], Int[Tensor, " read"]]]:
     """Logits, residuals and targets of the positions that are read, batch by batch."""
     device = model.device
     vocabulary = vocabulary_size(model)
-    with evaluating(model), _residuals(model, sites) as residuals:
+    with evaluating(model), _residuals(model, reader) as residuals:
         for part in inputs:
             size = max(1, _LOGITS_AT_ONCE // (vocabulary * part.ids.shape[1]))
             for start in range(0, len(part.ids), size):
@@ -103,12 +105,10 @@ def _arguments(batch: Inputs, device: torch.device) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _residuals(model: PreTrainedModel, sites: Sequence[NormSite]) -> Iterator[list[Tensor]]:
-    """What the final site, normed or not, reads in the passes that follow; else what the unembedding does."""
+def _residuals(model: PreTrainedModel, reader: str) -> Iterator[list[Tensor]]:
+    """What the module at the path `reader` reads in the passes that follow."""
     found: list[Tensor] = []
-    final = next((site.name for site in sites if site.role == "final"), None)
-    modules: dict[str, nn.Module] = dict(model.named_modules())
-    module = modules[final] if final in modules else model.get_output_embeddings()
+    module = model.get_submodule(reader)
     with module.register_forward_pre_hook(lambda _, args: found.append(args[0].detach())):
         yield found
 
