@@ -82,6 +82,19 @@ def test_judged_by_the_first_norm_where_the_model_overflows(tiny_model: GPT2LMHe
     assert equalize_embedding(student, original, sites, stand_ins, BLOCKS, "geometric")
 
 
+def test_tokens_go_half_way_to_the_constant_of_ordinary_tokens(tiny_model: GPT2LMHeadModel) -> None:
+    original = uneven(tiny_model, 0.7)
+    student = copy_model(original)
+    sites = find_sites(student)
+    stand_ins = install(student, sites)
+    set_constants(stand_ins, collect_log_scales(student, sites, BLOCKS), "geometric")
+    constants = stand_ins[sites[0].name].log_constant
+    constants[1] += 3
+    expected = (token_log_scales(student, sites[0]) + constants[0]) / 2
+    assert equalize_embedding(student, original, sites, stand_ins, BLOCKS, "geometric")
+    torch.testing.assert_close(token_log_scales(student, sites[0]), expected, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize(("spread", "kept"), [(0.7, True), (0.0, False)])
 def test_kept_only_where_it_helps(tiny_model: GPT2LMHeadModel, spread: float, kept: bool) -> None:
     original = uneven(tiny_model, spread)

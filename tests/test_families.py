@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from datasets import Dataset
 from hypothesis import given, settings, strategies
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
@@ -19,11 +20,12 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 import unnorm
 from tests.conftest import Cli, Saved
 from unnorm.analysis.material import float64_copy
+from unnorm.calibrate import collect_log_scales
 from unnorm.checkpoint import load_unfolded, save_sites, save_unfolded
 from unnorm.errors import UnnormError
 from unnorm.fold import fold
 from unnorm.proof import check_twin
-from unnorm.residual import residual_writers
+from unnorm.residual import recorded, residual_writers
 from unnorm.running import copy_model
 from unnorm.site_proof import prove_sites
 from unnorm.sites import NormSite, find_sites, norm_modules, value_features
@@ -322,6 +324,29 @@ def test_random_configurations_fold_exactly_and_generate(data: strategies.DataOb
         for cache in (True, False)
     ]
     assert torch.equal(*texts)
+
+
+def test_scales_of_query_norms_keep_the_first_position_apart() -> None:
+    model, name = random_model(FAMILIES["qwen3"][0]), "model.layers.1.self_attn.q_norm"
+    (site,) = (site for site in find_sites(model) if site.name == name)
+    ids = trace_inputs(model, 3, 12)
+    found = collect_log_scales(model, [site], Dataset.from_dict({"input_ids": ids.tolist()}))[name]
+    with torch.no_grad(), recorded(model, [name]) as record:
+        model(input_ids=ids)
+    at_0 = record[name][0][:, 0]
+    assert (at_0.shape, found.shape) == ((3, 4, 8), (3 * 4, 12))
+    torch.testing.assert_close(found[:, 0].exp(), (at_0.square().mean(-1) + site.eps).sqrt().flatten())
+
+
+@pytest.mark.parametrize("family", ["gemma2", "olmo2"])
+def test_of_a_norm_that_folds_into_its_writer_the_writer_is_named(family: str) -> None:
+    sites = find_sites(random_model(FAMILIES[family][0]))
+    writers = {writer for site in sites for writer in site.writers}
+    assert writers.isdisjoint(site.name for site in sites)
+    assert sites[-1].writers == (
+        "model.embed_tokens",
+        *(f"model.layers.{layer}.{writer}" for layer in range(2) for writer in ("self_attn.o_proj", "mlp.down_proj")),
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)

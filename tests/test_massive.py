@@ -1,6 +1,7 @@
 """Massive activations: found by the neurons that write them, and scaled down while the norms hide it."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from tests.test_families import FAMILIES, random_model
 from unnorm.calibrate import collect_log_scales, set_constants
 from unnorm.equalize import mean_kl, naive_kl
 from unnorm.losses import RUNAWAY, massive_unevenness, read_mismatch, unevenness
-from unnorm.massive import Neuron, shrink_massive
+from unnorm.massive import TOKENS, Neuron, _tokens, shrink_massive
 from unnorm.norms import linear_weight
 from unnorm.residual import recorded
 from unnorm.running import copy_model, vocabulary_size
@@ -25,8 +26,8 @@ from unnorm.stand_ins import install
 from unnorm.training.token_clip import clip_tokens
 
 WIDTH = 32
-RARE, PLANTED = 7, 5
-"""A token that stands at position 0 and nowhere else, and the neuron that fires on it."""
+RARE, PLANTED, SECOND = 7, 5, 9
+"""A token that stands at position 0 and nowhere else, the neuron that fires on it, and one that may do so too."""
 IDS = torch.randint(RARE + 1, VOCAB, (8, WIDTH), generator=torch.Generator().manual_seed(0))
 IDS[:, 0] = RARE
 BLOCKS = Dataset.from_dict({"input_ids": IDS.tolist()})
@@ -80,6 +81,17 @@ def with_massive(model: PreTrainedModel, mlp: Mlp, length: float = 100.0) -> Pre
     fires = read(model, mlp.outgoing)[:, 0, PLANTED].mean()
     vector = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
     linear_weight(model.get_submodule(mlp.outgoing))[:, PLANTED] = length * vector / fires
+    return model
+
+
+@torch.no_grad()
+def with_two_massive(times: float) -> PreTrainedModel:
+    """A small Llama in which a second neuron fires as the first does, and writes `times` its vector."""
+    model = with_massive(small_llama(), LLAMA)
+    for weight in (linear_weight(model.get_submodule(name)) for name in LLAMA.incoming):
+        weight[SECOND] = weight[PLANTED]
+    columns = linear_weight(model.get_submodule(LLAMA.outgoing)).T
+    columns[SECOND] = times * columns[PLANTED]
     return model
 
 
@@ -154,6 +166,46 @@ def test_only_its_column_changes_and_by_its_factor(planted: tuple[PreTrainedMode
     torch.testing.assert_close(read(student, mlp.next_norm), predicted, rtol=1e-3, atol=1e-3)
     ours[:, PLANTED] = theirs[:, PLANTED]
     assert torch.equal(ours, theirs)
+
+
+def test_neurons_are_told_longest_first_in_usual_scales_of_the_next_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unnorm.massive.STEPS", 1)
+    original = with_two_massive(2.0)
+    neurons = shrink(original, budget=math.inf).neurons
+    usual = read(original, LLAMA.next_norm)[:, 1:].square().mean(-1).log().mean().div(2).exp()
+    columns = linear_weight(original.get_submodule(LLAMA.outgoing)).T
+    vectors = {n: read(original, LLAMA.outgoing)[..., n, None] * columns[n] for n in (SECOND, PLANTED)}
+    expected = {n: float((vector.square().mean(-1).sqrt().max() / usual).detach()) for n, vector in vectors.items()}
+    assert [neuron.index for neuron in neurons] == list(expected)
+    assert {neuron.index: neuron.length for neuron in neurons} == pytest.approx(expected, rel=1e-3)
+    monkeypatch.setattr("unnorm.massive.MOST_NEURONS", 1)
+    assert [neuron.index for neuron in shrink(original, budget=math.inf).neurons] == [SECOND]
+
+
+def test_a_neuron_that_takes_half_of_the_vector_out_is_not_made_larger() -> None:
+    neurons = shrink(with_two_massive(-0.5), budget=math.inf).neurons
+    factors = {neuron.index: neuron.factor for neuron in neurons}
+    assert factors[PLANTED] < factors[SECOND] <= 1
+
+
+def test_where_less_kl_is_allowed_neurons_are_scaled_down_less(
+    tiny_model: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unnorm.massive.STEPS", 60)
+    original = with_massive(tiny_model, GPT2)
+    most = shrink(original, budget=math.inf)
+    limit = mean_kl(most.student, original, BLOCKS) / 2
+    less = shrink(original, budget=limit)
+    assert less.neurons and mean_kl(less.student, original, BLOCKS) <= limit
+    assert most.neurons[0].factor < less.neurons[0].factor < 1
+
+
+def test_the_few_longest_of_many_tokens_are_looked_at() -> None:
+    vectors = torch.rand(10_000, 2, generator=torch.Generator().manual_seed(0))
+    longest = [17, 4001, 9002]
+    vectors[longest, 0] = -100
+    tokens = _tokens(vectors).tolist()
+    assert set(longest) < set(tokens) and len(set(tokens)) == TOKENS
 
 
 def test_a_model_without_any_is_left_alone(tiny_model: GPT2LMHeadModel) -> None:

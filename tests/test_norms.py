@@ -86,9 +86,10 @@ def test_estimators(estimator: Estimator, expected: float) -> None:
     assert float(constant) == pytest.approx(expected)
 
 
-def test_statistics_keep_the_first_position_apart() -> None:
-    (row,) = scale_statistics({"norm": torch.tensor([[50.0, 1, 2, 4], [70.0, 1, 2, 4]]).log()})
-    assert (row.position_0, row.mean, row.geometric_mean) == pytest.approx((60, 7 / 3, 2))
+@pytest.mark.parametrize("at_0", [60.0, 0.3])
+def test_statistics_keep_the_first_position_apart(at_0: float) -> None:
+    (row,) = scale_statistics({"norm": torch.tensor([[at_0 / 2, 1, 2, 4], [at_0 * 1.5, 1, 2, 4]]).log()})
+    assert (row.position_0, row.mean, row.geometric_mean) == pytest.approx((at_0, 7 / 3, 2))
     assert (row.smallest, row.largest) == pytest.approx((1, 4))
     assert row.spread == pytest.approx(float(torch.tensor([1.0, 2, 4] * 2).log().std()))
 

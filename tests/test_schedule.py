@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from unnorm.schedule import FidelityController, PathRemoval, sequential, taper, tapernorm
 from unnorm.sites import NormSite, Role
 
-SITES = [
-    NormSite(f"{layer}.{role}", "layernorm", 1e-5, 8, role, ("reader",), ())
-    for layer in range(12)
-    for role in ("attention", "mlp")
-] + [NormSite("final", "layernorm", 1e-5, 8, "final", ("reader",), ())]
-ATTENTION = [site.name for site in SITES if site.role == "attention"]
+
+def sites_of(layers: int) -> list[NormSite]:
+    names: list[tuple[str, Role]] = [(f"{n}.{role}", role) for n in range(layers) for role in ("attention", "mlp")]
+    return [NormSite(name, "layernorm", 1e-5, 8, role, ("reader",), ()) for name, role in [*names, ("final", "final")]]
+
+
+SITES = sites_of(12)
 
 
 @given(st.floats(0, 1), st.floats(0, 1))
@@ -31,11 +32,14 @@ def test_taper_rises_from_norm_to_constant_for_all_sites_together(early: float, 
     assert schedule.end < 1
 
 
-def test_sequential_goes_in_the_papers_order_at_the_papers_times() -> None:
-    schedule = sequential(SITES, ATTENTION)
-    roles: dict[str, Role] = {site.name: site.role for site in SITES}
+@pytest.mark.parametrize("layers", [2, 12, 48])
+def test_sequential_goes_in_the_papers_order_at_the_papers_times(layers: int) -> None:
+    sites = sites_of(layers)
+    schedule = sequential(sites, [site.name for site in sites if site.role == "attention"])
+    roles: dict[str, Role] = {site.name: site.role for site in sites}
     order = [(roles[r.site], r.path) for r in sorted(schedule.removals, key=lambda r: r.end)]
-    assert order == [("mlp", 0)] * 12 + [("attention", 0)] * 12 + [("attention", 1)] * 12 + [("final", 0)]
+    of_layers = [("mlp", 0)] * layers + [("attention", 0)] * layers + [("attention", 1)] * layers
+    assert order == [*of_layers, ("final", 0)]
     # The paper's steps for 12 layers and 300 steps: 20, then 12 * 2, 12 * 2 and 12 * 3 later, 2, 10.
     steps = [round(300 * t) for t in (schedule.removals[0].start, schedule.removals[-1].end, schedule.end)]
     assert steps == [20, 104, 116]
@@ -47,6 +51,8 @@ def test_sequential_keeps_unsplit_attention_in_one_piece() -> None:
     schedule = sequential(SITES, [])
     assert len(schedule.removals) == len(SITES)
     assert {removal.path for removal in schedule.removals} == {0}
+    starts = {removal.site: round(300 * removal.start) for removal in schedule.removals}
+    assert [starts[name] for name in ("0.mlp", "0.attention", "11.attention", "final")] == [20, 44, 77, 80]
 
 
 def test_a_switch_is_abrupt() -> None:
@@ -180,6 +186,13 @@ def test_going_back_long_after_arrival_makes_the_clock_a_little_late() -> None:
         controller.advance(math.nan, refused=True, steps=1000)
     assert (controller.set_back, controller.position) == (1, pytest.approx(0.097))
     assert controller.late(903, 1000) == 6  # Three that were refused, and 3% of the taper.
+
+
+def test_with_everything_removed_the_clock_runs_at_full_speed() -> None:
+    controller = FidelityController(end=0.1, position=0.11, running_kl=0.05, speed=1 / 8)
+    for _ in range(100):
+        controller.advance(0.05, refused=False, steps=1000)
+    assert controller.position == pytest.approx(0.21)
 
 
 def test_the_controller_knows_when_healing_has_ended() -> None:

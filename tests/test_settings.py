@@ -123,6 +123,16 @@ def test_a_model_that_can_not_be_trained_here_is_refused_at_once(
     assert unnorm.remove(tiny_model_dir, out=tmp_path / "run", tokens=0, **options)["verified"]
 
 
+@pytest.mark.parametrize(("gigabytes_left", "at_once"), [(0, 1), (1, 16)])
+def test_only_memory_that_the_states_leave_is_for_activations(
+    gigabytes_left: int, at_once: int, tiny_model: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = plan.STATE_BYTES * tiny_model.num_parameters()
+    monkeypatch.setattr(plan, "free_memory", lambda _: states + gigabytes_left * 10**9)
+    config = RemoveConfig(tokens=4096, batch_size=16, context=2, device="cpu", dtype="float32")
+    assert plan.make_plan(config, tiny_model).micro_batch == at_once
+
+
 @pytest.mark.parametrize(("steps", "control_steps"), [(1, 1), (4, 4), (20, 10), (79, 11), (3125, 391)])
 def test_the_controls_larger_steps_are_as_many_tokens(
     steps: int, control_steps: int, tiny_model: GPT2LMHeadModel

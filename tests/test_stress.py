@@ -155,6 +155,14 @@ def test_reads_are_matched_while_training_and_let_go_of_after_it(
     assert not hooks
 
 
+def test_half_of_the_draws_are_from_no_more_tokens_than_the_root_of_the_vocabulary(
+    tiny_tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    text = np.zeros((4, 256), dtype=np.int32)
+    drawn = stress_blocks(text, tiny_tokenizer, VOCAB, 1000, np.random.default_rng(0))[::5, 1:]
+    assert np.mean([len(np.unique(block)) <= VOCAB**0.5 for block in drawn]) == pytest.approx(0.5, abs=0.1)
+
+
 def test_each_kind_of_block_is_what_it_says(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
     text = np.full((4, 64), 7, np.int32)
     blocks = stress_blocks(text, tiny_tokenizer, VOCAB, 500, np.random.default_rng(0))[:, 1:]

@@ -14,7 +14,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 from tests.conftest import POSITIONS, VOCAB, stdlib_text
 from tests.evaluation.texts import BLOCKS, held_out
 from unnorm import remove
-from unnorm.evaluation import evaluate, evaluate_model
+from unnorm.evaluation import evaluate, evaluate_model, intervals
 from unnorm.evaluation.corpora import open_corpus
 from unnorm.evaluation.harness import _interval
 from unnorm.evaluation.intervals import bootstrap_interval, paired_share_interval, share_interval
@@ -68,6 +68,12 @@ class TestIntervals:
         low, high = bootstrap_interval([1.0, 2.0])
         assert (low, high) == pytest.approx((1.5 - 12.706 / 2, 1.5 + 12.706 / 2))
         assert bootstrap_interval([2.0]) is bootstrap_interval([1.0, math.nan, 2.0]) is None
+
+    def test_are_the_same_where_units_are_too_many_to_draw_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        values = np.random.default_rng(6).gamma(2, 1, 500)
+        at_once = bootstrap_interval(values)
+        monkeypatch.setattr(intervals, "_DRAWN_AT_ONCE", 3 * len(values))
+        assert bootstrap_interval(values) == pytest.approx(at_once, rel=1e-9)
 
     def test_a_planted_difference_is_found_paired_and_missed_unpaired(
         self, tokens: Path, tiny_model: GPT2LMHeadModel, tiny_tokenizer: PreTrainedTokenizerFast

@@ -67,6 +67,15 @@ class TestNumbers:
         assert {key: found[key] for key in expected} == pytest.approx(expected, abs=1e-5)
         assert row.kl > 0.01 and row.top1_agreement < 1 and row.tokens == BLOCKS * (POSITIONS - 1)  # type: ignore[operator]
 
+    def test_of_a_model_in_bfloat16_are_computed_from_its_logits_in_float32(
+        self, tokens: Path, tiny_model: GPT2LMHeadModel
+    ) -> None:
+        models = [model.bfloat16() for model in (randomize(deepcopy(tiny_model), 1), deepcopy(tiny_model))]
+        ids = held_out(tokens)[:4]
+        expected = plain_transformers(ids, *models)
+        row = evaluate_model(models[0], as_dataset(ids.numpy()), models[1])
+        assert [row.loss, row.kl] == pytest.approx([expected["loss"], expected["kl"]], rel=1e-5)
+
     def test_losses_by_position(self, tokens: Path, tiny_model: GPT2LMHeadModel, tiny_model_dir: Path) -> None:
         ids = held_out(tokens)
         with torch.no_grad():

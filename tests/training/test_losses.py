@@ -67,6 +67,15 @@ def test_losses_in_nats_per_token() -> None:
     torch.testing.assert_close(next_token_loss(logits, ids), -picked.mean())
 
 
+def test_losses_of_bfloat16_logits_are_computed_in_float32() -> None:
+    torch.manual_seed(0)
+    logits, other = (4 * torch.randn(2, 2, 40, 300)).bfloat16()
+    ids = torch.randint(300, (2, 40))
+    found = [*distillation_losses(logits, other, ids), next_token_loss(logits, ids)]
+    expected = [*distillation_losses(logits.float(), other.float(), ids), next_token_loss(logits.float(), ids)]
+    assert [float(value) for value in found] == pytest.approx([float(value) for value in expected], rel=1e-4)
+
+
 def test_only_some_blocks_are_shown_but_all_are_minimized() -> None:
     torch.manual_seed(0)
     logits, other, ids = torch.randn(3, 5, 7), torch.randn(3, 5, 7), torch.randint(7, (3, 5))
