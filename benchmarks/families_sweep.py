@@ -32,13 +32,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 import unnorm
-import unnorm.fold
+import unnorm.folding.fold
 import unnorm.removal.remove  # Once, for all families.
-from unnorm.checkpoint import load, load_sites, load_unfolded
 from unnorm.errors import UnnormError, short
+from unnorm.folding.checkpoint import load, load_sites, load_unfolded
 from unnorm.json_text import json_text
-from unnorm.models import model_path
-from unnorm.tracing import trace_inputs
+from unnorm.models.load import model_path
+from unnorm.sites.tracing import trace_inputs
 
 SECONDS = 900
 MOST_PARAMETERS = 100_000_000
@@ -163,7 +163,7 @@ def attempt(model_type: str, directory: Path, in_place: bool) -> dict[str, Any]:
     ids = trace_inputs(twin, 2, 24)
     with torch.no_grad():
         expected, given = unfolded(input_ids=ids).logits, twin(input_ids=ids).logits
-        fresh = unnorm.fold.fold(unfolded, sites)(input_ids=ids).logits
+        fresh = unnorm.folding.fold.fold(unfolded, sites)(input_ids=ids).logits
     top = float(expected.abs().max())
     return {
         "outcome": "removed",

@@ -23,13 +23,13 @@ from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBa
 from transformers.utils import logging
 
 import unnorm
-from unnorm.config import parse_count
 from unnorm.data import build_blocks
-from unnorm.losses import distillation_losses
-from unnorm.models import load_original
-from unnorm.residual import recorded
-from unnorm.running import copy_model
+from unnorm.models.load import load_original
+from unnorm.models.running import copy_model
+from unnorm.runs.config import parse_count
+from unnorm.sites.residual import recorded
 from unnorm.terminal import Progress
+from unnorm.training.losses import distillation_losses
 
 LENGTH = 60.0
 """Of the planted vector, in scales of the stream where it is written."""

@@ -20,7 +20,7 @@ from transformers.utils import logging
 
 import unnorm
 from unnorm.evaluation import Results
-from unnorm.recipes import RECIPES
+from unnorm.taper.recipes import RECIPES
 from unnorm.terminal import Progress
 
 PUBLISHED = (

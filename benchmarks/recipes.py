@@ -23,8 +23,8 @@ from rich.console import Console
 from transformers.utils import logging
 
 import unnorm
-from unnorm.config import parse_count
-from unnorm.recipes import RECIPES
+from unnorm.runs.config import parse_count
+from unnorm.taper.recipes import RECIPES
 from unnorm.terminal import Progress
 
 MEASURES = ("lnfree_loss", "gap", "kl", "jsd", "top1_agreement", "tokens_per_second", "peak_memory_mb")

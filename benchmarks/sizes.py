@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from unnorm.models import model_path
+from unnorm.models.load import model_path
 
 SIZES = {"gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25)}
 GB = 1e9

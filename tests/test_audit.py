@@ -16,8 +16,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
 from tests.conftest import POSITIONS, VOCAB, Cli, randomize, with_other_tokens
-from unnorm.checkpoint import load
 from unnorm.errors import UnnormError
+from unnorm.folding.checkpoint import load
 from unnorm.worst_case.audit import _worst, summarize, verdict
 from unnorm.worst_case.inputs import Inputs, Material, input_classes
 from unnorm.worst_case.measure import Measured, largest_residuals, measure
@@ -140,7 +140,7 @@ class TestPlanted:
             twin.lm_head.weight[0] *= 30
         twin.save_pretrained(run / "model")
         shutil.rmtree(run / "control")
-        monkeypatch.setattr("unnorm.models.trace_inputs", lambda model: torch.tensor([[5, PLANTED, 7, 9]]))
+        monkeypatch.setattr("unnorm.models.load.trace_inputs", lambda model: torch.tensor([[5, PLANTED, 7, 9]]))
         row = by_name(unnorm.audit(run, tokens=512, context=16))["token alone"]
         assert not row["finite"]["float32"] and row["reference_finite"]["float32"]
         text = tmp_path / "text.txt"

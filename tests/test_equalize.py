@@ -5,11 +5,11 @@ import torch
 from datasets import Dataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from unnorm.calibrate import collect_log_scales, set_constants
-from unnorm.equalize import equalize_embedding, mean_kl, naive_kl, token_log_scales
-from unnorm.running import copy_model
-from unnorm.sites import find_sites
-from unnorm.stand_ins import install
+from unnorm.calibration.equalize import equalize_embedding, mean_kl, naive_kl, token_log_scales
+from unnorm.calibration.scales import collect_log_scales, set_constants
+from unnorm.models.running import copy_model
+from unnorm.sites.find import find_sites
+from unnorm.taper.stand_ins import install
 
 BLOCKS = Dataset.from_dict(
     {"input_ids": torch.randint(300, (8, 32), generator=torch.Generator().manual_seed(0)).tolist()}
@@ -53,7 +53,7 @@ def test_token_log_scales_use_at_most_1024_positions(monkeypatch: pytest.MonkeyP
         lengths.add(len(blocks[0]["input_ids"]))
         return collect_log_scales(model, sites, blocks, cut_short=cut_short)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("unnorm.equalize.collect_log_scales", measure)
+    monkeypatch.setattr("unnorm.calibration.equalize.collect_log_scales", measure)
     assert token_log_scales(model, find_sites(model)[0]).shape == (3000,)
     assert lengths == {1024}
 

@@ -20,17 +20,18 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 import unnorm
 from tests.conftest import Cli, Saved
 from unnorm.analysis.material import float64_copy
-from unnorm.calibrate import collect_log_scales
-from unnorm.checkpoint import load_unfolded, save_sites, save_unfolded
+from unnorm.calibration.scales import collect_log_scales
 from unnorm.errors import UnnormError
-from unnorm.fold import fold
-from unnorm.proof import check_twin
-from unnorm.residual import recorded, residual_writers
-from unnorm.running import copy_model
-from unnorm.site_proof import prove_sites
-from unnorm.sites import NormSite, find_sites, norm_modules, value_features
-from unnorm.stand_ins import install
-from unnorm.tracing import trace_inputs
+from unnorm.folding.checkpoint import load_unfolded, save_sites, save_unfolded
+from unnorm.folding.fold import fold
+from unnorm.models.running import copy_model
+from unnorm.proof.at_load import prove_sites
+from unnorm.proof.verify import check_twin
+from unnorm.sites.find import find_sites, norm_modules, value_features
+from unnorm.sites.residual import recorded, residual_writers
+from unnorm.sites.site import NormSite
+from unnorm.sites.tracing import trace_inputs
+from unnorm.taper.stand_ins import install
 
 IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 LLAMA_LIKE = {
@@ -641,7 +642,7 @@ def test_paths_are_parted_only_where_their_layout_is_known() -> None:
 
 FRESH = """
 import sys, unnorm
-from unnorm.models import load_original
+from unnorm.models.load import load_original
 print(type(unnorm.load(sys.argv[1])).__name__, type(load_original(sys.argv[1])[0]).__name__)
 assert all(check.passed for check in unnorm.verify(sys.argv[1]))
 """

@@ -12,12 +12,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from unnorm.errors import UnnormError
-from unnorm.fold import fold
-from unnorm.norm_behaviour import is_norm
-from unnorm.site_proof import prove_sites
-from unnorm.sites import find_sites, norm_modules
-from unnorm.stand_ins import install, uninstall_paths
-from unnorm.tracing import trace_inputs
+from unnorm.folding.fold import fold
+from unnorm.proof.at_load import prove_sites
+from unnorm.sites.find import find_sites, norm_modules
+from unnorm.sites.norm_behaviour import is_norm
+from unnorm.sites.tracing import trace_inputs
+from unnorm.taper.stand_ins import install, uninstall_paths
 
 
 def random_gpt2(**options: Any) -> GPT2LMHeadModel:

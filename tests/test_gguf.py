@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.conftest import POSITIONS, Cli, small_llama
-from unnorm.models import load_original
+from unnorm.models.load import load_original
 
 gguf = pytest.importorskip("gguf")
 

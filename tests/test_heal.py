@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 import unnorm
 from tests.conftest import Cli, ctrl_c_at
-from unnorm.models import load_original
-from unnorm.plan import default_lr
+from unnorm.models.load import load_original
 from unnorm.removal import blocks, remove
+from unnorm.runs.plan import default_lr
 from unnorm.training import callbacks
 
 TOKENS = 40 * 512

@@ -20,15 +20,15 @@ from tests.conftest import VOCAB, Cli, ctrl_c_at, small_llama
 from tests.test_families import FAMILIES, random_model
 from tests.test_massive import BLOCKS, GPT2, IDS, LLAMA, RARE, planted_files, read, with_massive
 from tests.test_modeling import WITHOUT_UNNORM
-from unnorm.checkpoint import load_unfolded, save_limits
-from unnorm.limits import COMMON, ROOM, measure_limits, quadratic_writers, set_limits, share_at_limit
+from unnorm.calibration.limits import COMMON, ROOM, measure_limits, quadratic_writers, set_limits, share_at_limit
+from unnorm.folding.checkpoint import load_unfolded, save_limits
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
-from unnorm.run_directory import LIMITS
-from unnorm.running import copy_model
-from unnorm.sites import find_sites, norm_modules
-from unnorm.stand_ins import install
+from unnorm.models.running import copy_model
+from unnorm.runs.directory import LIMITS
+from unnorm.sites.find import find_sites, norm_modules
+from unnorm.sites.tracing import trace_inputs
+from unnorm.taper.stand_ins import install
 from unnorm.terminal import result_table
-from unnorm.tracing import trace_inputs
 
 QUADRATIC = ("stablelm", "llama", "mistral", "qwen2", "smollm3", "qwen3", "gemma", "olmo", "cohere", "nemotron")
 LINEAR = ("gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "falcon", "phi", "starcoder2", "gpt_bigcode", "bloom")

@@ -14,15 +14,16 @@ from transformers import GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM, Pre
 import unnorm
 from tests.conftest import VOCAB, ctrl_c_at, small_llama
 from tests.test_families import FAMILIES, random_model
-from unnorm.calibrate import collect_log_scales, set_constants
-from unnorm.equalize import mean_kl, naive_kl
-from unnorm.losses import RUNAWAY, massive_unevenness, read_mismatch, unevenness
-from unnorm.massive import TOKENS, Neuron, _tokens, shrink_massive
-from unnorm.norms import linear_weight
-from unnorm.residual import recorded
-from unnorm.running import copy_model, vocabulary_size
-from unnorm.sites import find_sites
-from unnorm.stand_ins import install
+from unnorm.calibration.equalize import mean_kl, naive_kl
+from unnorm.calibration.massive import TOKENS, Neuron, _tokens, shrink_massive
+from unnorm.calibration.scales import collect_log_scales, set_constants
+from unnorm.models.linear import linear_weight
+from unnorm.models.running import copy_model
+from unnorm.models.sizes import vocabulary_size
+from unnorm.sites.find import find_sites
+from unnorm.sites.residual import recorded
+from unnorm.taper.stand_ins import install
+from unnorm.training.losses import RUNAWAY, massive_unevenness, read_mismatch, unevenness
 from unnorm.training.token_clip import clip_tokens
 
 WIDTH = 32
@@ -169,7 +170,7 @@ def test_only_its_column_changes_and_by_its_factor(planted: tuple[PreTrainedMode
 
 
 def test_neurons_are_told_longest_first_in_usual_scales_of_the_next_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unnorm.massive.STEPS", 1)
+    monkeypatch.setattr("unnorm.calibration.massive.STEPS", 1)
     original = with_two_massive(2.0)
     neurons = shrink(original, budget=math.inf).neurons
     usual = read(original, LLAMA.next_norm)[:, 1:].square().mean(-1).log().mean().div(2).exp()
@@ -178,7 +179,7 @@ def test_neurons_are_told_longest_first_in_usual_scales_of_the_next_norm(monkeyp
     expected = {n: float((vector.square().mean(-1).sqrt().max() / usual).detach()) for n, vector in vectors.items()}
     assert [neuron.index for neuron in neurons] == list(expected)
     assert {neuron.index: neuron.length for neuron in neurons} == pytest.approx(expected, rel=1e-3)
-    monkeypatch.setattr("unnorm.massive.MOST_NEURONS", 1)
+    monkeypatch.setattr("unnorm.calibration.massive.MOST_NEURONS", 1)
     assert [neuron.index for neuron in shrink(original, budget=math.inf).neurons] == [SECOND]
 
 
@@ -191,7 +192,7 @@ def test_a_neuron_that_takes_half_of_the_vector_out_is_not_made_larger() -> None
 def test_where_less_kl_is_allowed_neurons_are_scaled_down_less(
     tiny_model: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unnorm.massive.STEPS", 60)
+    monkeypatch.setattr("unnorm.calibration.massive.STEPS", 60)
     original = with_massive(tiny_model, GPT2)
     most = shrink(original, budget=math.inf)
     limit = mean_kl(most.student, original, BLOCKS) / 2
@@ -226,7 +227,7 @@ def test_what_the_budget_does_not_allow_is_undone_to_the_last_bit(planted: tuple
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_stays_within_the_budget_in_every_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the threshold so low that any neuron is massive, where a family's neurons can be told apart at all."""
-    monkeypatch.setattr("unnorm.massive.MASSIVE", 0.02)
+    monkeypatch.setattr("unnorm.calibration.massive.MASSIVE", 0.02)
     original = random_model(FAMILIES[family][0]).float().eval()
     blocks = Dataset.from_dict({"input_ids": (IDS % vocabulary_size(original)).tolist()})
     student, neurons, *_ = shrink(original, blocks=blocks)

@@ -23,15 +23,16 @@ from transformers import (
 
 import unnorm
 from tests.conftest import VOCAB
-from unnorm import fold, proof
-from unnorm.checkpoint import load_sites, load_unfolded
-from unnorm.fold import fold_reader
+from unnorm.folding import fold
+from unnorm.folding.checkpoint import load_sites, load_unfolded
+from unnorm.folding.fold import fold_reader
 from unnorm.modeling import modeling_unnorm
-from unnorm.models import load_original
-from unnorm.norms import TaperedNorm
-from unnorm.proof import check_twin
-from unnorm.sites import norm_modules
-from unnorm.tracing import stream_sources, trace_inputs
+from unnorm.models.load import load_original
+from unnorm.proof import verify as proof
+from unnorm.proof.verify import check_twin
+from unnorm.sites.find import norm_modules
+from unnorm.sites.tracing import stream_sources, trace_inputs
+from unnorm.taper.norms import TaperedNorm
 
 WITHOUT_UNNORM = """
 import json, sys
@@ -256,7 +257,7 @@ def test_a_twin_on_the_hub_loads_by_its_name(
         asked.append(name)
         return str(finished_run / "model")
 
-    monkeypatch.setattr("unnorm.checkpoint.snapshot_download", fetch)
+    monkeypatch.setattr("unnorm.folding.checkpoint.snapshot_download", fetch)
     assert unnorm.load("me/norm-free").config.removed_norms
     (tmp_path / "run").mkdir()
     shutil.copy(finished_run / "sites.json", tmp_path / "run")

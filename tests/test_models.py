@@ -12,10 +12,11 @@ from transformers import GPT2LMHeadModel
 import unnorm
 from tests.conftest import Saved
 from tests.test_families import IDS, random_model
-from unnorm.checkpoint import load_unfolded
 from unnorm.errors import UnnormError
-from unnorm.models import load_original
-from unnorm.running import blocks_at_once, cast_as_loaded, context_length, without_dropout
+from unnorm.folding.checkpoint import load_unfolded
+from unnorm.models.load import load_original
+from unnorm.models.running import cast_as_loaded, without_dropout
+from unnorm.models.sizes import blocks_at_once, context_length
 
 OPT: dict[str, Any] = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "word_embed_proj_dim": 32}
 SIZES: dict[str, Any] = {"vocab_size": 64, "num_attention_heads": 4, "max_position_embeddings": 64, **IDS}

@@ -9,8 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from unnorm.calibrate import scale_statistics, set_constants
-from unnorm.norms import CEILING, Estimator, Interpolation, PathReader, TaperedNorm, TokenMask, estimate_log_constant
+from unnorm.calibration.scales import scale_statistics, set_constants
+from unnorm.taper.norms import (
+    CEILING,
+    Estimator,
+    Interpolation,
+    PathReader,
+    TaperedNorm,
+    TokenMask,
+    estimate_log_constant,
+)
 
 
 def make(centered: bool = True, paths: int = 1, width: int = 12, mask: TokenMask | None = None) -> TaperedNorm:

@@ -8,10 +8,10 @@ import yaml
 from transformers import GPT2LMHeadModel
 
 import unnorm
-from unnorm import plan
-from unnorm.config import RemoveConfig
-from unnorm.plan import make_plan
 from unnorm.removal.resume import saved_options
+from unnorm.runs import plan
+from unnorm.runs.config import RemoveConfig
+from unnorm.runs.plan import make_plan
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ import pytest
 import yaml
 
 from tests.conftest import Cli
-from unnorm.checkpoint import load, load_sites
 from unnorm.errors import UnnormError
 from unnorm.exports.push import check_card, push
-from unnorm.report import render_card
+from unnorm.folding.checkpoint import load, load_sites
+from unnorm.report.card import render_card
 
 
 class Hub:

@@ -21,15 +21,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
 from tests.conftest import SETTINGS, VOCAB, Cli, assert_same_weights, ctrl_c_at
-from unnorm.checkpoint import load_sites
 from unnorm.cli import app, main
-from unnorm.config import RemoveConfig
-from unnorm.losses import distillation_losses
-from unnorm.norms import TaperedNorm
+from unnorm.folding.checkpoint import load_sites
 from unnorm.removal import conclude
-from unnorm.run_directory import read_rows
+from unnorm.runs.config import RemoveConfig
+from unnorm.runs.directory import read_rows
+from unnorm.taper.norms import TaperedNorm
 from unnorm.terminal import Progress
 from unnorm.training import distillation
+from unnorm.training.losses import distillation_losses
 
 RESULT_KEYS = {
     "teacher_loss",

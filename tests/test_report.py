@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from unnorm.calibrate import ScaleStatistics
-from unnorm.report import ReportData, render_report
+from unnorm.calibration.scales import ScaleStatistics
 from unnorm.report.drawing import ACCENT, log_ticks, short_names
-from unnorm.report.figures import bin_positions, position_figure, removal_stretch, run_figure, scale_figure
 from unnorm.report.numbers import MISSING, count, duration, fixed, interval, percent, short_count, shortest, significant
-from unnorm.report.page import headline
+from unnorm.report.removal_figures import bin_positions, position_figure, removal_stretch, run_figure, scale_figure
+from unnorm.report.removal_page import ReportData, headline, render_report
 
 SITES = ["transformer.h.0.ln_1", "transformer.h.0.ln_2", "transformer.ln_f"]
 STEPS, STEP_TOKENS = 40, 512

@@ -21,13 +21,13 @@ import unnorm
 from tests.conftest import SETTINGS, Cli, Saved, assert_same_weights, ctrl_c_at
 from tests.test_families import FAMILIES
 from unnorm import processes
-from unnorm.config import read_config_file
 from unnorm.errors import RunInterruptedError
-from unnorm.models import load_original
+from unnorm.models.load import load_original
 from unnorm.removal import remove as removal
 from unnorm.removal.run import DISK_COPIES, check_disk
-from unnorm.run_directory import read_rows
-from unnorm.schedule import FidelityController
+from unnorm.runs.config import read_config_file
+from unnorm.runs.directory import read_rows
+from unnorm.taper.schedule import FidelityController
 from unnorm.training import distillation
 from unnorm.training.callbacks import GuardCallback
 from unnorm.training.loop import last_checkpoint
@@ -233,7 +233,7 @@ def test_what_says_that_something_is_done_is_whole_or_not_there(
 
 def test_text_is_written_as_utf_8_whatever_the_locale(tmp_path: Path) -> None:
     path = str(tmp_path / "a")
-    code = f"import pathlib, unnorm.run_directory as r; r.write_text(pathlib.Path({path!r}), '\\u2013')"
+    code = f"import pathlib, unnorm.runs.directory as r; r.write_text(pathlib.Path({path!r}), '\\u2013')"
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run([sys.executable, "-c", code], env={**os.environ, **ascii_only}, check=True)
     assert (tmp_path / "a").read_text(encoding="utf-8") == "\u2013\n"
@@ -386,7 +386,7 @@ def test_as_many_blocks_at_once_whatever_memory_is_free_by_then(
     with pytest.raises(RunInterruptedError):
         unnorm.remove(**options, watch=ctrl_c_at(3))
     enough_for_the_states = 20 * sum(p.numel() for p in load_original(str(tiny_model_dir))[0].parameters()) + 1
-    monkeypatch.setattr("unnorm.plan.free_memory", lambda _: enough_for_the_states)
+    monkeypatch.setattr("unnorm.runs.plan.free_memory", lambda _: enough_for_the_states)
     assert unnorm.remove(out=tmp_path / "run", resume=True)["plan"]["micro_batch"] == 8
     options |= {"out": tmp_path / "fresh", "tokens": 512}
     assert unnorm.remove(**options)["plan"]["micro_batch"] == 1

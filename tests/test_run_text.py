@@ -15,7 +15,7 @@ import unnorm
 from tests.texts import DOCUMENTS
 from unnorm.errors import UnnormError
 from unnorm.removal.blocks import text_digest
-from unnorm.run_text import TextSource, choose_text
+from unnorm.runs.text import TextSource, choose_text
 
 RUN = {"data": "a", "text_field": "body", "split": "validation"}
 

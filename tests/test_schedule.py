@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unnorm.schedule import FidelityController, PathRemoval, sequential, taper, tapernorm
-from unnorm.sites import NormSite, Role
+from unnorm.sites.site import NormSite, Role
+from unnorm.taper.schedule import FidelityController, PathRemoval, sequential, taper, tapernorm
 
 
 def sites_of(layers: int) -> list[NormSite]:

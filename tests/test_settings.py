@@ -9,10 +9,10 @@ import yaml
 from transformers import GPT2LMHeadModel
 
 import unnorm
-from unnorm import plan
-from unnorm.config import RemoveConfig, parse_count
-from unnorm.recipes import RECIPES, RecipeName
-from unnorm.running import copy_model
+from unnorm.models.running import copy_model
+from unnorm.runs import plan
+from unnorm.runs.config import RemoveConfig, parse_count
+from unnorm.taper.recipes import RECIPES, RecipeName
 
 
 @pytest.mark.parametrize(

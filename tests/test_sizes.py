@@ -9,15 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 import unnorm
-import unnorm.checkpoint
+import unnorm.folding.checkpoint
 from tests.test_families import FAMILIES, IN_PLACE, random_model, removed_twin
 from unnorm.analysis.material import float64_copy
-from unnorm.blockwise import float64_logits
-from unnorm.fold import FoldedWeights, empty_twin, fold
-from unnorm.running import copy_model
-from unnorm.sites import find_sites
-from unnorm.stand_ins import install
-from unnorm.tracing import trace_inputs
+from unnorm.folding.fold import FoldedWeights, empty_twin, fold
+from unnorm.models.running import copy_model
+from unnorm.proof.blockwise import float64_logits
+from unnorm.sites.find import find_sites
+from unnorm.sites.tracing import trace_inputs
+from unnorm.taper.stand_ins import install
 
 MODELS = {
     "gpt2": FAMILIES["gpt2"][0],
@@ -87,13 +87,13 @@ def sharded(tmp_path: Path, tiny_model: GPT2LMHeadModel, tiny_tokenizer: PreTrai
 
 
 def test_shards_in_shards_out(sharded: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(unnorm.checkpoint, "SHARD", "40KB")
+    monkeypatch.setattr(unnorm.folding.checkpoint, "SHARD", "40KB")
     out = tmp_path / "run"
     result = unnorm.remove(model=str(sharded), data=str(text_file), tokens=0, out=out, device="cpu")
     assert (result["norm_modules_left"], result["verified"]) == (0, True)
     for part in ("model", "unfolded"):
         assert len(list((out / part).glob("*.safetensors"))) > 1
-    folded = fold(unnorm.checkpoint.load_unfolded(out), unnorm.checkpoint.load_sites(out)[0])
+    folded = fold(unnorm.folding.checkpoint.load_unfolded(out), unnorm.folding.checkpoint.load_sites(out)[0])
     saved: Any = unnorm.load(out)
     for key, value in folded.state_dict().items():
         torch.testing.assert_close(saved.state_dict()[key], value, rtol=1e-6, atol=1e-6)

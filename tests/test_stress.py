@@ -16,11 +16,11 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 import unnorm
 from tests.conftest import VOCAB
 from unnorm.data import random_starts, stress_blocks
-from unnorm.losses import distillation_losses, read_mismatch
 from unnorm.removal.blocks import with_stress
 from unnorm.removal.run import Run
-from unnorm.schedule import FidelityController
+from unnorm.taper.schedule import FidelityController
 from unnorm.training.distillation import STRESS_TEMPERATURE, DistillationTrainer
+from unnorm.training.losses import distillation_losses, read_mismatch
 
 
 @settings(max_examples=20, deadline=None)

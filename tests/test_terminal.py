@@ -8,12 +8,12 @@ from typing import Any
 
 from rich.console import Console, RenderableType
 
-from unnorm.calibrate import ScaleStatistics
+from unnorm.calibration.scales import ScaleStatistics
 from unnorm.evaluation import Results, Score
 from unnorm.exports.export import Exported
 from unnorm.exports.measure import FormError
-from unnorm.proof import Check
-from unnorm.sites import find_sites
+from unnorm.proof.verify import Check
+from unnorm.sites.find import find_sites
 from unnorm.terminal import (
     analysis_table,
     audit_tables,

@@ -7,17 +7,17 @@ from unnorm.errors import RunInterruptedError, UnnormError
 
 if TYPE_CHECKING:
     from unnorm.analysis.analyze import analyze
-    from unnorm.calibrate import ScaleStatistics, stats
-    from unnorm.checkpoint import load
-    from unnorm.config import RemoveConfig
+    from unnorm.calibration.scales import ScaleStatistics, stats
     from unnorm.evaluation import Evaluation, Results, evaluate
     from unnorm.exports.export import Exported, export
     from unnorm.exports.push import Pushed, push
     from unnorm.exports.transformer_lens import to_transformer_lens
-    from unnorm.proof import Check, verify
+    from unnorm.folding.checkpoint import load
+    from unnorm.proof.verify import Check, verify
     from unnorm.removal.heal import heal
     from unnorm.removal.remove import remove
-    from unnorm.sites import NormSite
+    from unnorm.runs.config import RemoveConfig
+    from unnorm.sites.site import NormSite
     from unnorm.worst_case.audit import audit
 
 __version__ = "0.1.0"
@@ -47,25 +47,25 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Check": "unnorm.proof",
+    "Check": "unnorm.proof.verify",
     "Evaluation": "unnorm.evaluation",
     "Exported": "unnorm.exports.export",
-    "NormSite": "unnorm.sites",
+    "NormSite": "unnorm.sites.site",
     "Pushed": "unnorm.exports.push",
-    "RemoveConfig": "unnorm.config",
+    "RemoveConfig": "unnorm.runs.config",
     "Results": "unnorm.evaluation",
-    "ScaleStatistics": "unnorm.calibrate",
+    "ScaleStatistics": "unnorm.calibration.scales",
     "analyze": "unnorm.analysis.analyze",
     "audit": "unnorm.worst_case.audit",
     "evaluate": "unnorm.evaluation",
     "export": "unnorm.exports.export",
     "heal": "unnorm.removal.heal",
-    "load": "unnorm.checkpoint",
+    "load": "unnorm.folding.checkpoint",
     "push": "unnorm.exports.push",
     "remove": "unnorm.removal.remove",
-    "stats": "unnorm.calibrate",
+    "stats": "unnorm.calibration.scales",
     "to_transformer_lens": "unnorm.exports.transformer_lens",
-    "verify": "unnorm.proof",
+    "verify": "unnorm.proof.verify",
 }
 
 

@@ -159,8 +159,8 @@ def remove(
 
     The constants that take their place are folded into its weights.
     """
-    from unnorm.config import read_config_file
     from unnorm.removal.remove import remove as run
+    from unnorm.runs.config import read_config_file
 
     _quiet()
     options = read_config_file(config) if config is not None else {}
@@ -229,7 +229,7 @@ def verify(
 
     Also that it is folded exactly, read linearly and a plain sum.
     """
-    from unnorm.proof import verify as run
+    from unnorm.proof.verify import verify as run
 
     _quiet()
     checks = run(directory)
@@ -391,7 +391,7 @@ def stats(
 
     Its kind, who reads it, and how its scale is distributed over tokens.
     """
-    from unnorm.calibrate import stats as run
+    from unnorm.calibration.scales import stats as run
 
     _quiet()
     rows = run(**_options(ctx))

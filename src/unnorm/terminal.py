@@ -16,14 +16,14 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
-from unnorm.run_directory import MODEL, REPORT
+from unnorm.runs.directory import MODEL, REPORT
 
 if TYPE_CHECKING:
-    from unnorm.calibrate import ScaleStatistics
+    from unnorm.calibration.scales import ScaleStatistics
     from unnorm.evaluation import Evaluation, Results, Score
     from unnorm.exports.export import Exported
-    from unnorm.proof import Check
-    from unnorm.sites import NormSite
+    from unnorm.proof.verify import Check
+    from unnorm.sites.site import NormSite
 
 
 _DAY = 24 * 3600.0

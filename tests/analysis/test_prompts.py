@@ -12,7 +12,7 @@ from tests.analysis.models import PAIRS
 from tests.conftest import Cli
 from unnorm.analysis.prompts import indirect_object_prompts, read_prompts
 from unnorm.errors import UnnormError
-from unnorm.models import load_original
+from unnorm.models.load import load_original
 
 
 def words(*more: str) -> PreTrainedTokenizerFast:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from transformers import PreTrainedTokenizerFast
 
-import unnorm.models
+import unnorm.models.load
 from tests.bad_input.edits import (
     GPT2_SIZES,
     Edit,
@@ -28,7 +28,7 @@ from tests.bad_input.edits import (
 from tests.conftest import VOCAB
 from unnorm import audit, remove
 from unnorm.errors import UnnormError
-from unnorm.sites import find_sites
+from unnorm.sites.find import find_sites
 
 SIZES = {
     "vocab_size": VOCAB,
@@ -70,7 +70,7 @@ class TestModelNames:
     def test_a_gguf_without_its_package(
         self, work: Path, refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(unnorm.models, "find_spec", lambda name: None)
+        monkeypatch.setattr(unnorm.models.load, "find_spec", lambda name: None)
         (work / "model.gguf").write_bytes(b"GGUF")
         assert "pip install 'unnorm[gguf]'" in refused("remove", "model.gguf")
 

@@ -22,12 +22,12 @@ from tests.test_massive import GPT2, with_massive
 from tests.test_remove import assert_same_weights
 from tests.test_resume import CrashError, stop_at
 from unnorm import processes
-from unnorm.calibrate import set_constants
-from unnorm.norms import TaperedNorm
-from unnorm.residual import recorded
-from unnorm.running import copy_model
-from unnorm.sites import find_sites
-from unnorm.stand_ins import install
+from unnorm.calibration.scales import set_constants
+from unnorm.models.running import copy_model
+from unnorm.sites.find import find_sites
+from unnorm.sites.residual import recorded
+from unnorm.taper.norms import TaperedNorm
+from unnorm.taper.stand_ins import install
 from unnorm.training.first_tokens import DRAWN, LEARNED, FirstTokens
 
 LONG, LONGER = 3, 11

@@ -19,10 +19,9 @@ from transformers import (
 import unnorm
 from tests.conftest import SETTINGS, Saved, ctrl_c_at, stdlib_text
 from unnorm.errors import RunInterruptedError
-from unnorm.losses import distillation_losses
+from unnorm.models.running import copy_model
 from unnorm.removal import start
-from unnorm.running import copy_model
-from unnorm.schedule import FidelityController
+from unnorm.taper.schedule import FidelityController
 from unnorm.training import distillation, loop
 from unnorm.training.callbacks import (
     LEAST_PATIENCE,
@@ -31,6 +30,7 @@ from unnorm.training.callbacks import (
     RESTORE_AFTER,
     GuardCallback,
 )
+from unnorm.training.losses import distillation_losses
 
 
 def step(guard: GuardCallback, model: nn.Linear, gradient: float, tmp_path: Path) -> TrainerControl:

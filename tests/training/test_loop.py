@@ -21,22 +21,22 @@ from transformers.integrations import integration_utils
 
 import unnorm
 from tests.conftest import SETTINGS, stdlib_text
-from unnorm import config
 from unnorm.evaluation import evaluate_model
-from unnorm.losses import distillation_losses
-from unnorm.norms import TokenMask
-from unnorm.plan import Plan
-from unnorm.recipes import RECIPES, RecipeName
-from unnorm.running import copy_model
-from unnorm.schedule import sequential, taper
-from unnorm.sites import find_sites
-from unnorm.stand_ins import install
+from unnorm.models.running import copy_model
+from unnorm.runs import config
+from unnorm.runs.plan import Plan
+from unnorm.sites.find import find_sites
+from unnorm.taper.norms import TokenMask
+from unnorm.taper.recipes import RECIPES, RecipeName
+from unnorm.taper.schedule import sequential, taper
+from unnorm.taper.stand_ins import install
 from unnorm.training import callbacks, distillation, loop
 from unnorm.training.callbacks import (
     Removal,
     ScheduleCallback,
 )
 from unnorm.training.distillation import DistillationTrainer
+from unnorm.training.losses import distillation_losses
 
 PLAN = Plan(
     device="cpu", bfloat16=False, compile=False, cuda_graph=False, processes=1, lr=1e-3,

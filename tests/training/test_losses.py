@@ -14,21 +14,20 @@ from transformers import (
 
 import unnorm
 from tests.conftest import SETTINGS, VOCAB
-from unnorm import losses
-from unnorm.losses import distillation_losses, next_token_loss, scale_penalty
-from unnorm.norms import TokenMask, log_scale_of
-from unnorm.recipes import SEQUENTIAL_AUX, TAPER, TAPERNORM, Recipe
-from unnorm.residual import recorded
-from unnorm.running import copy_model, without_dropout
-from unnorm.schedule import taper
-from unnorm.sites import find_sites
-from unnorm.stand_ins import install
-from unnorm.training import distillation
+from unnorm.models.running import copy_model, without_dropout
+from unnorm.sites.find import find_sites
+from unnorm.sites.residual import recorded
+from unnorm.taper.norms import TokenMask, log_scale_of
+from unnorm.taper.recipes import SEQUENTIAL_AUX, TAPER, TAPERNORM, Recipe
+from unnorm.taper.schedule import taper
+from unnorm.taper.stand_ins import install
+from unnorm.training import distillation, losses
 from unnorm.training.callbacks import (
     Removal,
 )
 from unnorm.training.distillation import DistillationTrainer
 from unnorm.training.first_tokens import LEARNED, FirstTokens
+from unnorm.training.losses import distillation_losses, next_token_loss, scale_penalty
 
 
 def test_logits_stay_in_the_precision_of_training(

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 import unnorm
 from tests.conftest import Saved
 from tests.test_massive import GPT2, with_massive
-from unnorm import losses
-from unnorm.plan import Plan
+from unnorm.runs.plan import Plan
+from unnorm.training import losses
 from unnorm.training.recorded_step import WARM_UP, RecordedStep
 
 

@@ -11,24 +11,24 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.analysis import attribution, geometry, lens, neurons, patching, scales, sinks
 from unnorm.analysis.material import Finding, Material
-from unnorm.analysis.page import Skipped, render_analysis
 from unnorm.analysis.prompts import PromptPair, indirect_object_prompts, read_prompts
-from unnorm.checkpoint import load_sites
-from unnorm.config import read_count, run_settings
 from unnorm.data import spread
 from unnorm.errors import UnnormError, explained, first_few
 from unnorm.evaluation import EVALUATION_SPREAD
+from unnorm.folding.checkpoint import load_sites
 from unnorm.isolation import isolated
 from unnorm.json_text import finite, json_text
 from unnorm.modeling.modeling_unnorm import PREFIX
-from unnorm.models import load_beside, load_original, model_name
-from unnorm.plan import choose_context, choose_device
+from unnorm.models.device import choose_device
+from unnorm.models.load import load_beside, load_original, model_name
+from unnorm.models.sizes import choose_context, vocabulary_size
 from unnorm.progress import Watch, say, silent
+from unnorm.report.analysis_page import Skipped, render_analysis
 from unnorm.report.numbers import count, short_count
-from unnorm.run_directory import CONFIG_FILE, check_can_be_made, write_text
-from unnorm.run_text import TextSource, choose_text
-from unnorm.running import vocabulary_size
-from unnorm.sites import NormSite
+from unnorm.runs.config import read_count, run_settings
+from unnorm.runs.directory import CONFIG_FILE, check_can_be_made, write_text
+from unnorm.runs.text import TextSource, choose_text
+from unnorm.sites.site import NormSite
 
 ANALYSES: dict[str, Callable[[Material], Finding]] = {
     "attribution": attribution.find,

@@ -11,11 +11,13 @@ from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError
 from unnorm.modeling.modeling_unnorm import PREFIX
-from unnorm.norm_behaviour import affine_parameters
-from unnorm.norms import centered, linear_weight
-from unnorm.residual import Writer, layer_number, recorded, replaced_inputs, residual_writers
-from unnorm.sites import NormSite, find_sites, inside_attention, unembedding_name
-from unnorm.tracing import trace_inputs
+from unnorm.models.linear import linear_weight
+from unnorm.sites.find import find_sites, inside_attention, unembedding_name
+from unnorm.sites.norm_behaviour import affine_parameters
+from unnorm.sites.residual import Writer, layer_number, recorded, replaced_inputs, residual_writers
+from unnorm.sites.site import NormSite
+from unnorm.sites.tracing import trace_inputs
+from unnorm.taper.norms import centered
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ from transformers import PreTrainedModel
 from unnorm.analysis.anatomy import Anatomy, Readout, anatomy, readout
 from unnorm.analysis.figures import dot_rows, heat_map
 from unnorm.analysis.material import Finding, Material, Subject
-from unnorm.norms import linear_weight
+from unnorm.models.linear import linear_weight
+from unnorm.models.sizes import check_fits
 from unnorm.report.numbers import percent, significant
-from unnorm.residual import Part, Writer, parts_of, recorded, split_output
-from unnorm.running import check_fits
-from unnorm.sites import unembedding_name
+from unnorm.sites.find import unembedding_name
+from unnorm.sites.residual import Part, Writer, parts_of, recorded, split_output
 
 TOP_NEURONS = 20
 

@@ -27,11 +27,11 @@ from transformers import PreTrainedModel
 from unnorm.analysis.figures import bundle, range_rows
 from unnorm.analysis.material import Finding, Material
 from unnorm.errors import UnnormError
-from unnorm.norm_behaviour import affine_parameters
-from unnorm.norms import linear_weight
+from unnorm.models.linear import linear_weight
 from unnorm.report.drawing import short_names
 from unnorm.report.numbers import percent
-from unnorm.sites import NormSite
+from unnorm.sites.norm_behaviour import affine_parameters
+from unnorm.sites.site import NormSite
 
 SHOWN_VALUES = 48
 

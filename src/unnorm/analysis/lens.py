@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from unnorm.analysis.anatomy import anatomy, logits_from, residual_stream, token_losses
 from unnorm.analysis.figures import line_panels
 from unnorm.analysis.material import Finding, Material
+from unnorm.models.sizes import check_fits
 from unnorm.report.numbers import fixed
-from unnorm.running import check_fits
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unnorm.analysis.anatomy import Anatomy, anatomy
 from unnorm.analysis.prompts import PromptPair
 from unnorm.data import batches
-from unnorm.running import copy_model
-from unnorm.sites import NormSite
+from unnorm.models.running import copy_model
+from unnorm.sites.site import NormSite
 
 
 @dataclass(frozen=True)

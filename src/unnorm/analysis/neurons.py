@@ -27,9 +27,9 @@ from unnorm.analysis.anatomy import Anatomy, Readout, anatomy, readout, token_lo
 from unnorm.analysis.figures import dot_rows, scatter
 from unnorm.analysis.material import Finding, Material
 from unnorm.errors import UnnormError
-from unnorm.norms import linear_weight
+from unnorm.models.linear import linear_weight
 from unnorm.report.numbers import significant
-from unnorm.residual import Writer, recorded, replaced_inputs
+from unnorm.sites.residual import Writer, recorded, replaced_inputs
 
 FOUND = 8
 LONGEST_SHARE = 0.25

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from unnorm.analysis.figures import range_rows
 from unnorm.analysis.material import Finding, Material
-from unnorm.calibrate import collect_log_scales, scale_statistics
+from unnorm.calibration.scales import collect_log_scales, scale_statistics
 from unnorm.errors import UnnormError
 from unnorm.report.drawing import short_names
 from unnorm.report.numbers import fixed

@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 from unnorm.analysis.anatomy import anatomy, attention_patterns, residual_stream
 from unnorm.analysis.figures import bundle, heat_maps
 from unnorm.analysis.material import Finding, Material
+from unnorm.models.sizes import check_fits
 from unnorm.report.numbers import percent, significant
-from unnorm.running import check_fits
 
 THRESHOLD = 0.3
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unnorm.data.files import OWN_TEXT
 from unnorm.data.packing import Blocks, as_dataset, begin_of_blocks
 from unnorm.errors import UnnormError
-from unnorm.running import free_memory, vocabulary_size
+from unnorm.models.device import free_memory
+from unnorm.models.sizes import vocabulary_size
 
 _LOGITS_AT_ONCE, _GPU_LOGITS_AT_ONCE = 2**20, 2**26
 _CACHE_SHARE = 0.5

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unnorm.data import batches
+from unnorm.models.running import evaluating
 from unnorm.progress import Watch
-from unnorm.running import evaluating
 
 CALIBRATION_BINS = 15
 """Bins of equal width in confidence, as in arXiv 1706.04599."""

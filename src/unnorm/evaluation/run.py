@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from unnorm.config import read_count
 from unnorm.data import STDLIB
 from unnorm.errors import RunInterruptedError, UnnormError
 from unnorm.evaluation.corpora import Corpus, open_corpus
@@ -22,11 +21,12 @@ from unnorm.evaluation.session import LoadedModel, Session, enter, settings_of
 from unnorm.evaluation.suites import PILE_FILTERED, Choice, choose
 from unnorm.evaluation.summary import summarize
 from unnorm.isolation import isolated
-from unnorm.models import model_name
-from unnorm.plan import choose_device
+from unnorm.models.device import choose_device
+from unnorm.models.load import model_name
 from unnorm.progress import Watch, say, silent
-from unnorm.run_directory import short_name
-from unnorm.run_text import blaming_the_run, choose_text
+from unnorm.runs.config import read_count
+from unnorm.runs.directory import short_name
+from unnorm.runs.text import blaming_the_run, choose_text
 
 
 @isolated

@@ -9,17 +9,16 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unnorm.config import run_settings
 from unnorm.errors import UnnormError
 from unnorm.evaluation.corpora import Corpus
 from unnorm.evaluation.harness import Benchmark
 from unnorm.evaluation.record import Record
 from unnorm.json_text import digest
-from unnorm.models import DEMO, check_same_tokenizer, load_original
-from unnorm.plan import choose_context
+from unnorm.models.load import DEMO, check_same_tokenizer, load_original
+from unnorm.models.sizes import choose_context, vocabulary_size
 from unnorm.progress import Watch, say
-from unnorm.run_directory import MODEL, named_path
-from unnorm.running import vocabulary_size
+from unnorm.runs.config import run_settings
+from unnorm.runs.directory import MODEL, named_path
 
 
 @dataclass(frozen=True)

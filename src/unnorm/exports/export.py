@@ -9,13 +9,13 @@ from typing import Any, Literal, get_args
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from unnorm.checkpoint import load, load_sites
 from unnorm.errors import UnnormError, short
 from unnorm.exports import nanogpt, stock
 from unnorm.exports.measure import FormError, form_errors
+from unnorm.folding.checkpoint import load, load_sites
 from unnorm.isolation import isolated
-from unnorm.models import load_tokenizer
-from unnorm.run_directory import MODEL
+from unnorm.models.load import load_tokenizer
+from unnorm.runs.directory import MODEL
 
 Form = Literal["transformers", "stock", "nanogpt"]
 

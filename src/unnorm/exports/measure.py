@@ -10,8 +10,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError, first_few
-from unnorm.running import cast_as_loaded, context_length, copy_model
-from unnorm.tracing import trace_inputs
+from unnorm.models.running import cast_as_loaded, copy_model
+from unnorm.models.sizes import context_length
+from unnorm.sites.tracing import trace_inputs
 
 Logits = Float[Tensor, "batch position vocab"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

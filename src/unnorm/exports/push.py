@@ -8,9 +8,9 @@ from typing import Any
 import yaml
 from huggingface_hub import metadata_load
 
-from unnorm.checkpoint import load_sites
 from unnorm.errors import UnnormError, short
-from unnorm.run_directory import CARD, MODEL, finished_result
+from unnorm.folding.checkpoint import load_sites
+from unnorm.runs.directory import CARD, MODEL, finished_result
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from unnorm.checkpoint import load_sites, load_trained, with_weights
 from unnorm.errors import UnnormError
 from unnorm.exports.measure import FormError, form_errors, refuse_kept_norms
+from unnorm.folding.checkpoint import load_sites, load_trained, with_weights
 from unnorm.modeling.modeling_unnorm import limits_of
-from unnorm.norm_behaviour import affine_parameters, gain_offset
-from unnorm.sites import NormSite
+from unnorm.sites.norm_behaviour import affine_parameters, gain_offset
+from unnorm.sites.site import NormSite
 
 EPS = 1e12
 TOLERANCE = 1e-4

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from unnorm.checkpoint import fetched, load
 from unnorm.errors import UnnormError, short
 from unnorm.exports.measure import compare, probe_ids, refuse_kept_norms
+from unnorm.folding.checkpoint import fetched, load
 from unnorm.modeling.modeling_unnorm import PREFIX
-from unnorm.models import load_tokenizer
-from unnorm.run_directory import MODEL
-from unnorm.sites import norm_modules
+from unnorm.models.load import load_tokenizer
+from unnorm.runs.directory import MODEL
+from unnorm.sites.find import norm_modules
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

@@ -10,8 +10,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unnorm.calibrate import CALIBRATION_BLOCKS
-from unnorm.config import RemoveConfig, read_config_file
+from unnorm.calibration.scales import CALIBRATION_BLOCKS
 from unnorm.data import (
     OWN_TEXT,
     STDLIB,
@@ -26,12 +25,13 @@ from unnorm.data import (
 )
 from unnorm.errors import UnnormError
 from unnorm.evaluation import EVALUATION_SPREAD, EVALUATION_TOKENS, with_documents
-from unnorm.models import DEMO
-from unnorm.plan import Plan
+from unnorm.models.load import DEMO
+from unnorm.models.sizes import vocabulary_size
 from unnorm.progress import Watch, say
 from unnorm.removal.run import Run
-from unnorm.run_directory import CONFIG_FILE, DATA, HELD_OUT, finished_result, write_text
-from unnorm.running import vocabulary_size
+from unnorm.runs.config import RemoveConfig, read_config_file
+from unnorm.runs.directory import CONFIG_FILE, DATA, HELD_OUT, finished_result, write_text
+from unnorm.runs.plan import Plan
 
 TRAINING_SPREAD = 4
 """Times as much training text is read, and thinned evenly: neighbouring blocks come from one document and say less."""

@@ -13,21 +13,22 @@ import psutil
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from unnorm.calibrate import CALIBRATION_BLOCKS, collect_log_scales, scale_statistics
-from unnorm.checkpoint import load, load_sites, load_unfolded
+from unnorm.calibration.limits import share_at_limit
+from unnorm.calibration.scales import CALIBRATION_BLOCKS, collect_log_scales, scale_statistics
 from unnorm.data import spread
 from unnorm.evaluation import Evaluation
 from unnorm.evaluation.intervals import Interval
+from unnorm.folding.checkpoint import load, load_sites, load_unfolded
 from unnorm.json_text import json_text
-from unnorm.limits import share_at_limit
 from unnorm.modeling.modeling_unnorm import limits_of
-from unnorm.proof import check_twin
+from unnorm.proof.verify import check_twin
 from unnorm.removal.blocks import text_digest
 from unnorm.removal.run import Run, evaluate_on_held_out
 from unnorm.removal.twin import history
-from unnorm.report import ReportData, render_card, render_report
-from unnorm.run_directory import CARD, CHECKPOINTS, CONTROL, DATA, HELD_OUT, LOGS, MODEL, REPORT, RESULT, write_text
-from unnorm.sites import norm_modules
+from unnorm.report.card import render_card
+from unnorm.report.removal_page import ReportData, render_report
+from unnorm.runs.directory import CARD, CHECKPOINTS, CONTROL, DATA, HELD_OUT, LOGS, MODEL, REPORT, RESULT, write_text
+from unnorm.sites.find import norm_modules
 
 SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 4, 32, 48
 

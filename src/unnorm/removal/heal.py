@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
-from unnorm.checkpoint import load, load_unfolded
-from unnorm.config import read_config_file, read_count
 from unnorm.errors import UnnormError
+from unnorm.folding.checkpoint import load, load_unfolded
 from unnorm.progress import Watch
 from unnorm.removal.remove import remove
 from unnorm.removal.resume import check_has_control, has_control, measured_before
-from unnorm.run_directory import CONFIG_FILE, CONTROL, RESULT
+from unnorm.runs.config import read_config_file, read_count
+from unnorm.runs.directory import CONFIG_FILE, CONTROL, RESULT
 
 _OF_ONE_RUN = (
     *("tokens", "lr", "batch_size", "micro_batch", "device", "dtype", "compile", "cuda_graph"),

@@ -12,21 +12,22 @@ from datasets import load_from_disk
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from unnorm import processes
-from unnorm.checkpoint import load, save_folded, save_model, save_sites, save_unfolded
-from unnorm.config import RemoveConfig
 from unnorm.errors import RunInterruptedError, UnnormError, explained
+from unnorm.folding.checkpoint import load, save_folded, save_model, save_sites, save_unfolded
 from unnorm.isolation import isolated
-from unnorm.models import load_original
-from unnorm.norms import TaperedNorm, TokenMask
-from unnorm.plan import Plan, choose_device, control_plan, healing_plan, make_plan
+from unnorm.models.device import choose_device
+from unnorm.models.load import load_original
+from unnorm.models.running import copy_model, fuse_activations
 from unnorm.progress import Watch, say, silent
+from unnorm.proof.at_load import prove_sites
 from unnorm.removal.blocks import check_same_text, with_stress, write_blocks
 from unnorm.removal.conclude import conclude
 from unnorm.removal.resume import measured_before, not_saved, saved_options
 from unnorm.removal.run import Run, check_disk, open_directory
 from unnorm.removal.start import start
 from unnorm.removal.twin import spent_seconds, spent_tokens, take_up_control, take_up_twin
-from unnorm.run_directory import (
+from unnorm.runs.config import RemoveConfig
+from unnorm.runs.directory import (
     BEFORE,
     CHECKPOINTS,
     CONFIG_FILE,
@@ -39,12 +40,13 @@ from unnorm.run_directory import (
     resume_command,
     write_text,
 )
-from unnorm.running import copy_model, fuse_activations
-from unnorm.schedule import FidelityController, Schedule, healing
-from unnorm.site_proof import prove_sites
-from unnorm.sites import find_sites
-from unnorm.stand_ins import uninstall_paths
-from unnorm.training import Outcome, Removal, train
+from unnorm.runs.plan import Plan, control_plan, healing_plan, make_plan
+from unnorm.sites.find import find_sites
+from unnorm.taper.norms import TaperedNorm, TokenMask
+from unnorm.taper.schedule import FidelityController, Schedule, healing
+from unnorm.taper.stand_ins import uninstall_paths
+from unnorm.training.callbacks import Removal
+from unnorm.training.loop import Outcome, train
 
 
 @isolated

@@ -4,9 +4,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from unnorm.config import RemoveConfig, read_config_file
 from unnorm.errors import UnnormError
-from unnorm.run_directory import BEFORE, CONFIG_FILE, CONTROL, DATA, RESULT, finished_result
+from unnorm.runs.config import RemoveConfig, read_config_file
+from unnorm.runs.directory import BEFORE, CONFIG_FILE, CONTROL, DATA, RESULT, finished_result
 
 _MAY_CHANGE_ON_RESUME = {"device", "compile", "cuda_graph", "micro_batch", "report_to", "out", "kl_budget", "control"}
 

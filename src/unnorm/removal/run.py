@@ -7,17 +7,17 @@ from pathlib import Path
 from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unnorm.calibrate import CALIBRATION_BLOCKS
-from unnorm.config import RemoveConfig
+from unnorm.calibration.limits import set_limits
+from unnorm.calibration.scales import CALIBRATION_BLOCKS
 from unnorm.data import spread
 from unnorm.errors import UnnormError
 from unnorm.evaluation import Evaluation, evaluate_model
-from unnorm.limits import set_limits
-from unnorm.plan import Plan
 from unnorm.progress import Watch, say
-from unnorm.recipes import RECIPES, Recipe
-from unnorm.run_directory import check_can_be_made, nearest_existing
-from unnorm.sites import NormSite
+from unnorm.runs.config import RemoveConfig
+from unnorm.runs.directory import check_can_be_made, nearest_existing
+from unnorm.runs.plan import Plan
+from unnorm.sites.site import NormSite
+from unnorm.taper.recipes import RECIPES, Recipe
 
 DISK_COPIES = 8
 """Sizes of the model in float32 that a run may write: a checkpoint with optimizer state, the models it leaves."""

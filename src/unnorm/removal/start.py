@@ -10,17 +10,17 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from unnorm import processes
-from unnorm.calibrate import CALIBRATION_BLOCKS, collect_log_scales, set_constants
+from unnorm.calibration.equalize import equalize_embedding, untie
+from unnorm.calibration.massive import MADE_GOOD, shrink_massive
+from unnorm.calibration.scales import CALIBRATION_BLOCKS, collect_log_scales, set_constants
 from unnorm.data import spread
-from unnorm.equalize import equalize_embedding, untie
-from unnorm.massive import MADE_GOOD, shrink_massive
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
-from unnorm.norms import TaperedNorm, TokenMask, bound, removed
+from unnorm.models.running import copy_model
 from unnorm.removal.run import Run, evaluate_on_held_out, limit
-from unnorm.run_directory import CHECKPOINTS, LAYOUT, write_text
-from unnorm.running import copy_model
-from unnorm.stand_ins import install
-from unnorm.training import last_checkpoint
+from unnorm.runs.directory import CHECKPOINTS, LAYOUT, write_text
+from unnorm.taper.norms import TaperedNorm, TokenMask, bound, removed
+from unnorm.taper.stand_ins import install
+from unnorm.training.loop import last_checkpoint
 
 NAIVE_HEAD = 8
 """Blocks on which naive removal is tried first."""

@@ -7,13 +7,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from unnorm import processes
-from unnorm.checkpoint import load, load_unfolded
 from unnorm.errors import UnnormError
+from unnorm.folding.checkpoint import load, load_unfolded
 from unnorm.modeling.modeling_unnorm import limits_of
-from unnorm.norms import TaperedNorm, bound
 from unnorm.removal.resume import measured_before
 from unnorm.removal.run import Run, limit
-from unnorm.run_directory import CONTROL, EARLIER, METRICS, RESULT, finished_result, read_rows, write_text
+from unnorm.runs.directory import CONTROL, EARLIER, METRICS, RESULT, finished_result, read_rows, write_text
+from unnorm.taper.norms import TaperedNorm, bound
 from unnorm.training.callbacks import seconds_of_steps
 
 

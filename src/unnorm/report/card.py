@@ -12,7 +12,7 @@ from jinja2 import Environment, StrictUndefined
 
 from unnorm.report.numbers import count, finite_or_none, fixed, interval, loss_increase, percent, shortest
 from unnorm.report.sentences import healed, limits, massive_neurons, overflowed, without_norms
-from unnorm.sites import NormSite
+from unnorm.sites.site import NormSite
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -23,7 +23,7 @@ from unnorm.report.drawing import (
     panels,
     position_axis,
 )
-from unnorm.report.figures import bin_positions
+from unnorm.report.removal_figures import bin_positions
 
 PANEL_HEIGHT = 220
 

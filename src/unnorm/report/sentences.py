@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from unnorm.report.numbers import MISSING, count, finite_or_none, fixed, shortest, significant
-from unnorm.run_directory import short_name
+from unnorm.runs.directory import short_name
 
 
 def without_norms(result: Mapping[str, Any], name: str) -> str:

@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_callback import ExportableState
 
 from unnorm import processes
-from unnorm.norms import MOMENTUM, TaperedNorm, TokenMask
-from unnorm.plan import Plan
 from unnorm.progress import Watch
-from unnorm.run_directory import read_rows, write_text
-from unnorm.schedule import FidelityController, Schedule
+from unnorm.runs.directory import read_rows, write_text
+from unnorm.runs.plan import Plan
+from unnorm.taper.norms import MOMENTUM, TaperedNorm, TokenMask
+from unnorm.taper.schedule import FidelityController, Schedule
 
 QUICK_EVALUATIONS = 12
 """Quick evaluations along a run, besides the one before its first step."""

@@ -13,7 +13,11 @@ from transformers import PreTrainedModel, Trainer
 from unnorm import processes
 from unnorm.errors import UnnormError, first_few
 from unnorm.hooks import hooked
-from unnorm.losses import (
+from unnorm.taper.norms import TaperedNorm
+from unnorm.taper.recipes import Optimization
+from unnorm.training.callbacks import GuardCallback, Removal
+from unnorm.training.first_tokens import LEARNED, FirstTokens
+from unnorm.training.losses import (
     RUNAWAY,
     distillation_losses,
     massive_unevenness,
@@ -22,10 +26,6 @@ from unnorm.losses import (
     scale_penalty,
     unevenness,
 )
-from unnorm.norms import TaperedNorm
-from unnorm.recipes import Optimization
-from unnorm.training.callbacks import GuardCallback, Removal
-from unnorm.training.first_tokens import LEARNED, FirstTokens
 from unnorm.training.recorded_step import RecordedStep
 
 READS_SHARE = 0.7

@@ -17,9 +17,9 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_callback import ExportableState
 
 from unnorm import processes
-from unnorm.losses import RUNAWAY, unevenness
-from unnorm.norms import TaperedNorm
+from unnorm.taper.norms import TaperedNorm
 from unnorm.training.callbacks import saved_attributes
+from unnorm.training.losses import RUNAWAY, unevenness
 
 DRAWN = 1 / 2
 """Tokens of the vocabulary that are looked at alone, for each token of a batch."""

@@ -20,12 +20,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from unnorm import processes
 from unnorm.data import batches, spread
 from unnorm.errors import UnnormError
-from unnorm.losses import distillation_losses, next_token_loss
-from unnorm.plan import Plan
+from unnorm.models.running import evaluating, without_dropout
+from unnorm.models.sizes import vocabulary_size
 from unnorm.progress import Watch
-from unnorm.recipes import Optimization
-from unnorm.run_directory import CHECKPOINTS, METRICS
-from unnorm.running import evaluating, vocabulary_size, without_dropout
+from unnorm.runs.directory import CHECKPOINTS, METRICS
+from unnorm.runs.plan import Plan
+from unnorm.taper.recipes import Optimization
 from unnorm.training.callbacks import (
     InterruptCallback,
     MetricsCallback,
@@ -34,6 +34,7 @@ from unnorm.training.callbacks import (
 )
 from unnorm.training.distillation import DistillationTrainer
 from unnorm.training.first_tokens import FirstTokens
+from unnorm.training.losses import distillation_losses, next_token_loss
 from unnorm.training.token_clip import clipping_tokens
 
 QUICK_BLOCKS = 16

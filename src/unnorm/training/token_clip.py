@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from unnorm.hooks import hooked
-from unnorm.norms import is_linear
+from unnorm.models.linear import is_linear
 
 TOKEN_CLIP = 20.0
 """A token's gradient may be this many times as long as the batch's median."""

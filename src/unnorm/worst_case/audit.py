@@ -13,20 +13,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unnorm.checkpoint import load_sites
-from unnorm.config import read_count, run_settings
 from unnorm.data.packing import begin_of_blocks
 from unnorm.errors import UnnormError, explained
+from unnorm.folding.checkpoint import load_sites
 from unnorm.isolation import isolated
 from unnorm.json_text import finite
-from unnorm.models import load_beside, load_original, model_name
-from unnorm.plan import choose_context, choose_device
+from unnorm.models.device import choose_device
+from unnorm.models.load import load_beside, load_original, model_name
+from unnorm.models.running import cast_as_loaded
+from unnorm.models.sizes import choose_context, context_length, vocabulary_size
 from unnorm.progress import Watch, say, silent
-from unnorm.run_directory import CONFIG_FILE, CONTROL, finished_result
-from unnorm.run_text import choose_text
-from unnorm.running import cast_as_loaded, context_length, vocabulary_size
-from unnorm.sites import NormSite, unembedding_name
-from unnorm.tracing import stream_sources
+from unnorm.runs.config import read_count, run_settings
+from unnorm.runs.directory import CONFIG_FILE, CONTROL, finished_result
+from unnorm.runs.text import choose_text
+from unnorm.sites.find import unembedding_name
+from unnorm.sites.site import NormSite
+from unnorm.sites.tracing import stream_sources
 from unnorm.worst_case.inputs import InputClass, Inputs, Material, input_classes
 from unnorm.worst_case.measure import Measured, is_finite, largest_residuals, measure
 

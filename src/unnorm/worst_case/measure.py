@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unnorm.running import evaluating, vocabulary_size
+from unnorm.models.running import evaluating
+from unnorm.models.sizes import vocabulary_size
 from unnorm.worst_case.inputs import Inputs
 
 _LOGITS_AT_ONCE = 2**24

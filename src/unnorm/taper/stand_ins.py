@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from unnorm.norm_behaviour import affine_parameters
-from unnorm.norms import Interpolation, PathReader, TaperedNorm, TokenMask
-from unnorm.sites import NormSite, value_features
+from unnorm.sites.find import value_features
+from unnorm.sites.norm_behaviour import affine_parameters
+from unnorm.sites.site import NormSite
+from unnorm.taper.norms import Interpolation, PathReader, TaperedNorm, TokenMask
 
 
 def install(

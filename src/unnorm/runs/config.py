@@ -13,11 +13,11 @@ from transformers.integrations import get_available_reporting_integrations, get_
 
 from unnorm.data import OWN_TEXT, STDLIB
 from unnorm.errors import UnnormError
-from unnorm.models import DEMO
-from unnorm.norms import Estimator
-from unnorm.recipes import RecipeName
-from unnorm.run_directory import CONFIG_FILE, write_text
-from unnorm.schedule import KL_BUDGET
+from unnorm.models.load import DEMO
+from unnorm.runs.directory import CONFIG_FILE, write_text
+from unnorm.taper.norms import Estimator
+from unnorm.taper.recipes import RecipeName
+from unnorm.taper.schedule import KL_BUDGET
 
 
 class RemoveConfig(BaseModel):

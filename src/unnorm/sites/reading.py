@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unnorm.norms import is_conv1d, is_linear
+from unnorm.models.linear import is_conv1d, is_linear
 
 
 @dataclass(frozen=True)

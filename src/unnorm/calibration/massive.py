@@ -28,13 +28,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unnorm.calibrate import collect_log_scales, set_constants
+from unnorm.calibration.equalize import mean_kl
+from unnorm.calibration.scales import collect_log_scales, set_constants
 from unnorm.data import spread
-from unnorm.equalize import mean_kl
-from unnorm.norms import Estimator, TaperedNorm, centered, linear_weight, log_scale_of
-from unnorm.residual import recorded, stream_writers
-from unnorm.running import evaluating
-from unnorm.sites import NormSite
+from unnorm.models.linear import linear_weight
+from unnorm.models.running import evaluating
+from unnorm.sites.residual import recorded, stream_writers
+from unnorm.sites.site import NormSite
+from unnorm.taper.norms import Estimator, TaperedNorm, centered, log_scale_of
 
 MASSIVE = 10.0
 """A neuron is massive where it adds a vector this many times as long as the stream at the next site usually is."""

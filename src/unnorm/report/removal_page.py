@@ -6,9 +6,9 @@ from typing import Any
 
 from plotly.graph_objects import Figure
 
-from unnorm.calibrate import ScaleStatistics
+from unnorm.calibration.scales import ScaleStatistics
 from unnorm.evaluation.comparison import Comparison
-from unnorm.report import figures
+from unnorm.report import removal_figures as figures
 from unnorm.report.comparison import make_pair
 from unnorm.report.numbers import (
     MISSING,
@@ -77,7 +77,7 @@ def render_report(data: ReportData) -> str:
         "versions": sorted(_mapping(data.result.get("versions")).items()),
     }
     pairs = [] if data.comparison is None else [make_pair(f"{data.result.get('model')}", data.comparison)]
-    return render_page("page.html", values, drawn, pairs)
+    return render_page("removal.html", values, drawn, pairs)
 
 
 def headline(result: dict[str, Any]) -> str:

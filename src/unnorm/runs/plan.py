@@ -8,14 +8,14 @@ from pydantic import BaseModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from unnorm.config import RemoveConfig
 from unnorm.errors import UnnormError
-from unnorm.recipes import RECIPES, RecipeName
-from unnorm.running import context_length, free_memory
+from unnorm.models.device import choose_device, free_memory
+from unnorm.models.sizes import choose_context
+from unnorm.runs.config import RemoveConfig
+from unnorm.taper.recipes import RECIPES, RecipeName
 
 CPU_TOKENS = 1_600_000
 GPU_TOKENS = 20_000_000
-MOST_CONTEXT = 1024
 CONTROL_STEP_TOKENS = 4096
 """Tokens that the control's steps have at least."""
 LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 512, 2**19
@@ -128,37 +128,6 @@ def healing_plan(plan: Plan, spent: int) -> Plan:
 def default_lr(model: PreTrainedModel, recipe: RecipeName) -> float:
     """Peak learning rate: the recipe's, by the inverse root of the model's width."""
     return min(MOST_LR, RECIPES[recipe].lr_at_768 * (768 / int(model.config.get_text_config().hidden_size)) ** 0.5)
-
-
-def choose_context(asked: int | None, *models: PreTrainedModel) -> int:
-    """Tokens in a block: as asked for, else the longest that all models take, at most `MOST_CONTEXT`.
-
-    Raises:
-        UnnormError: a model can't take as many, or there would be nothing to predict.
-    """
-    longest = min(context_length(model) for model in models)
-    context = min(longest, MOST_CONTEXT) if asked is None else asked
-    if context > longest:
-        raise UnnormError(f"--context {context} is longer than the {longest} tokens that the model takes.")
-    if context < 2:
-        raise UnnormError(f"--context {context} is too short: a block takes 2 tokens at least.")
-    return context
-
-
-def choose_device(device: str) -> str:
-    """The device a run takes place on.
-
-    Raises:
-        UnnormError: it is not on this machine.
-    """
-    present = ["cpu"]
-    present += ["cuda"] if torch.cuda.is_available() else []
-    present += ["mps"] if torch.backends.mps.is_available() else []
-    if device == "auto":
-        return "cuda" if "cuda" in present else "cpu"  # Nothing was ever run on Apple GPUs.
-    if device not in present:
-        raise UnnormError(f"No device '{device}' here. There is: {', '.join(present)}.")
-    return device
 
 
 def _micro_batch(model: PreTrainedModel, context: int, most: int, device: str, asked: int | None) -> int:

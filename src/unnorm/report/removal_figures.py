@@ -6,7 +6,7 @@ from typing import Any
 
 from plotly.graph_objects import Figure
 
-from unnorm.calibrate import ScaleStatistics
+from unnorm.calibration.scales import ScaleStatistics
 from unnorm.evaluation.comparison import LEAST_KL
 from unnorm.report.drawing import (
     ACCENT,

@@ -1,71 +1,21 @@
-"""Norm sites: what they are, and how they are found by running the model."""
+"""Finding the norm sites of a model by running it."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError
-from unnorm.norm_behaviour import Kind, eps_of, is_norm, kind_of, stays_with_keep
-from unnorm.norms import is_conv1d, linear_weight
-from unnorm.reading import read_weight
-from unnorm.tracing import ADDS, HANDS_ON, RESHAPES, UNKNOWN, Trace, goes_only_to, sources_of, traced
-
-Role = Literal["attention", "mlp", "attention+mlp", "final", "embedding"]
-FoldsInto = Literal["readers", "writer", "in place"]
+from unnorm.models.linear import is_conv1d, linear_weight
+from unnorm.sites.norm_behaviour import eps_of, is_norm, kind_of, stays_with_keep
+from unnorm.sites.reading import read_weight
+from unnorm.sites.site import FoldsInto, NormSite, Role
+from unnorm.sites.tracing import ADDS, HANDS_ON, RESHAPES, UNKNOWN, Trace, goes_only_to, sources_of, traced
 
 _FUSED_QKV_THIRDS = ("c_attn",)
 _VALUE_PROJECTIONS = ("v_proj", "value")
-
-
-@dataclass(frozen=True)
-class NormSite:
-    """One norm module, with what it reads and who reads it.
-
-    Attributes:
-        name: the module's path in the original model.
-        kind: `layernorm` (removes the mean) or `rmsnorm`.
-        eps: added to the variance or mean square, inside the root.
-        width: features it normalizes over.
-        role: what its readers belong to, or, without readers, what it is part of.
-        readers: paths of the linear layers that read its output.
-        writers: paths of the modules whose outputs add up to its input.
-        folds_into: the weights that take its constant map up: its readers', where nothing else reads its output
-            (pre-norm); its one writer's, where nothing else reads that (query/key norms, norms after a sublayer or
-            after the embedding); or none, so that the map stays `in place` as a module.
-    """
-
-    name: str
-    kind: Kind
-    eps: float
-    width: int
-    role: Role
-    readers: tuple[str, ...]
-    writers: tuple[str, ...]
-    folds_into: FoldsInto = "readers"
-
-    @property
-    def centered(self) -> bool:
-        """Whether the mean is removed before dividing."""
-        return self.kind == "layernorm"
-
-    @property
-    def folded_into(self) -> tuple[str, ...]:
-        """Paths of the modules whose weights take the constant map up; none where it stays in place."""
-        return {"readers": self.readers, "writer": self.writers, "in place": ()}[self.folds_into]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values, as they stand in `sites.json`."""
-        return {**asdict(self), "readers": list(self.readers), "writers": list(self.writers)}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "NormSite":
-        """A site from its row in `sites.json`, other keys left aside."""
-        own = {key: values[key] for key in cls.__dataclass_fields__ if key in values}
-        return cls(**{**own, "readers": tuple(own["readers"]), "writers": tuple(own["writers"])})
 
 
 def find_sites(model: PreTrainedModel, in_place: bool = False, keep: str | None = None) -> list[NormSite]:

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError
 from unnorm.hooks import hooked
-from unnorm.reading import is_experts
-from unnorm.running import context_length, evaluating, vocabulary_size
+from unnorm.models.running import evaluating
+from unnorm.models.sizes import context_length, vocabulary_size
+from unnorm.sites.reading import is_experts
 
 # Autograd nodes that hand a tensor on unchanged but for its shape or dtype.
 HANDS_ON: tuple[str, ...] = (

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from unnorm.losses import Penalty
-from unnorm.norms import Interpolation
-from unnorm.schedule import PAPER_STEPS, Schedule, sequential, taper, tapernorm
-from unnorm.sites import NormSite
+from unnorm.sites.site import NormSite
+from unnorm.taper.norms import Interpolation
+from unnorm.taper.schedule import PAPER_STEPS, Schedule, sequential, taper, tapernorm
+from unnorm.training.losses import Penalty
 
 RecipeName = Literal["taper", "sequential", "sequential-aux", "tapernorm"]
 

@@ -8,17 +8,17 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unnorm.blockwise import float64_logits, in_float64
 from unnorm.errors import UnnormError, short
-from unnorm.fold import FoldedWeights, empty_twin, twin_class
+from unnorm.folding.fold import FoldedWeights, empty_twin, twin_class
 from unnorm.hooks import hooked
 from unnorm.modeling.modeling_unnorm import PREFIX
-from unnorm.norm_behaviour import norm_operations
-from unnorm.norms import TaperedNorm, centered
-from unnorm.running import copy_model
-from unnorm.sites import NormSite
-from unnorm.stand_ins import install
-from unnorm.tracing import trace_inputs
+from unnorm.models.running import copy_model
+from unnorm.proof.blockwise import float64_logits, in_float64
+from unnorm.sites.norm_behaviour import norm_operations
+from unnorm.sites.site import NormSite
+from unnorm.sites.tracing import trace_inputs
+from unnorm.taper.norms import TaperedNorm, centered
+from unnorm.taper.stand_ins import install
 
 PROOF_TOLERANCE = 1e-10
 """Largest difference of logits, relative to the largest logit, that float64 may show at load."""

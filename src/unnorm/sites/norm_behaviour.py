@@ -1,7 +1,7 @@
 """What a norm is, by what it computes: told apart from other modules, its kind, eps, gain and bias."""
 
 import re
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -11,12 +11,9 @@ from torch.utils.module_tracker import ModuleTracker
 from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError
-from unnorm.norms import centered, is_linear
-
-if TYPE_CHECKING:
-    from unnorm.sites import NormSite
-
-Kind = Literal["layernorm", "rmsnorm"]
+from unnorm.models.linear import is_linear
+from unnorm.sites.site import Kind, NormSite
+from unnorm.taper.norms import centered
 
 # What ATen calls the operations that norms are made of, and nothing else in these models is.
 _NORM_OPERATIONS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "rsqrt", "var", "std", "var_mean", "norm"}
@@ -68,7 +65,7 @@ def eps_of(module: nn.Module, width: int) -> float:
     return float(f"{eps:.2g}")
 
 
-def affine_parameters(module: nn.Module, site: "NormSite") -> tuple[Tensor, Tensor | None]:
+def affine_parameters(module: nn.Module, site: NormSite) -> tuple[Tensor, Tensor | None]:
     """Gain and bias that a norm applies, as the model holds them (so that training goes on from them).
 
     The gain is `weight`, `1 + weight` or all ones, whichever explains what the module computes.
@@ -94,7 +91,7 @@ def affine_parameters(module: nn.Module, site: "NormSite") -> tuple[Tensor, Tens
     )
 
 
-def gain_offset(module: nn.Module, site: "NormSite") -> int:
+def gain_offset(module: nn.Module, site: NormSite) -> int:
     """What the norm adds to its stored weight to have its gain: 1 for Gemma's kind, else 0.
 
     Raises:
@@ -134,7 +131,7 @@ def norm_operations(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) 
     return list(operations.found)
 
 
-def _norm(x: Float[Tensor, "*batch width"], site: "NormSite") -> Float[Tensor, "*batch width"]:
+def _norm(x: Float[Tensor, "*batch width"], site: NormSite) -> Float[Tensor, "*batch width"]:
     x = centered(x, site.centered)
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + site.eps)
 

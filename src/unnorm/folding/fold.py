@@ -23,9 +23,11 @@ from transformers import PreTrainedModel
 from unnorm.errors import UnnormError, first_few, short
 from unnorm.modeling import ln_free_class
 from unnorm.modeling.modeling_unnorm import limits_of
-from unnorm.norms import TaperedNorm, linear_weight
-from unnorm.reading import ReadWeight, read_weight
-from unnorm.sites import NormSite, norm_modules
+from unnorm.models.linear import linear_weight
+from unnorm.sites.find import norm_modules
+from unnorm.sites.reading import ReadWeight, read_weight
+from unnorm.sites.site import NormSite
+from unnorm.taper.norms import TaperedNorm
 
 _NOT_CARRIED = {
     "model_type",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from unnorm.sites import NormSite
+from unnorm.sites.site import NormSite
 
 TAPER_SHARE = 0.1
 """Share of the run in which `taper` brings alpha from 0 to 1; the rest heals."""

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unnorm.hooks import hooked
-from unnorm.norms import linear_weight
-from unnorm.sites import NormSite, inside_attention
-from unnorm.tracing import residual_sources, stream_sources
+from unnorm.models.linear import linear_weight
+from unnorm.sites.find import inside_attention
+from unnorm.sites.site import NormSite
+from unnorm.sites.tracing import residual_sources, stream_sources
 
 WriterKind = Literal["embedding", "attention", "mlp"]
 PartKind = Literal["embedding", "head", "attention", "mlp", "bias"]

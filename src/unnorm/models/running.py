@@ -1,57 +1,12 @@
-"""A model in memory: its mode, precision and copies, and how much text it takes at once."""
+"""A model in memory: its mode, precision and copies."""
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 
-import psutil
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-
-from unnorm.errors import UnnormError
-
-LOGITS_AT_ONCE = 2**28
-"""Of all blocks that run together."""
-
-
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """Rows of the token embedding: ids are below it, and the tokenizer may have fewer."""
-    return int(model.get_input_embeddings().weight.shape[0])
-
-
-def context_length(model: PreTrainedModel) -> int:
-    """Most tokens that the model takes at once, or was trained on (BLOOM), or 1024 where its config does not say."""
-    return _told_context(model) or 1024
-
-
-def _told_context(model: PreTrainedModel) -> int | None:
-    config = model.config.get_text_config()
-    names = ("max_position_embeddings", "seq_length", "max_seq_len")
-    told = (getattr(config, name, None) for name in names)
-    return next((length for length in told if length is not None and length > 0), None)  # XLNet says -1.
-
-
-def check_fits(model: PreTrainedModel, tokens: int) -> None:
-    """Raise an UnnormError where a sequence has more tokens than the model takes."""
-    longest = _told_context(model)
-    if longest is not None and tokens > longest:
-        raise UnnormError(f"A sequence has {tokens} tokens, and the model takes {longest}. Shorten it.")
-
-
-def blocks_at_once(model: PreTrainedModel, length: int, most: int) -> int:
-    """How many blocks to run together, so that their logits take no more than a gigabyte in float32."""
-    return max(1, min(most, LOGITS_AT_ONCE // (length * vocabulary_size(model))))
-
-
-def free_memory(device: str) -> int:
-    """Bytes of memory that are free on the device, with what earlier work left in it given back."""
-    gc.collect()  # A Trainer and its callbacks hold each other.
-    if device.startswith("cuda"):
-        torch.cuda.empty_cache()
-        return int(torch.cuda.mem_get_info()[0])
-    return int(psutil.virtual_memory().available)
 
 
 def cast_as_loaded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

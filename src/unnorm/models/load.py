@@ -21,9 +21,9 @@ from transformers import (
 
 from unnorm.errors import UnnormError, first_few, short
 from unnorm.modeling import know_class_of
-from unnorm.run_directory import MODEL, SITES, named_path
-from unnorm.running import vocabulary_size
-from unnorm.tracing import trace_inputs
+from unnorm.models.sizes import vocabulary_size
+from unnorm.runs.directory import MODEL, SITES, named_path
+from unnorm.sites.tracing import trace_inputs
 
 DEMO = "demo"
 """Name of the bundled model: a small GPT-2 trained on the Python standard library's source."""

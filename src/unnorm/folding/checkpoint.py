@@ -23,15 +23,15 @@ from transformers import (
 )
 
 from unnorm.errors import UnnormError, first_few, short
-from unnorm.fold import FoldedWeights, empty_twin
+from unnorm.folding.fold import FoldedWeights, empty_twin
 from unnorm.modeling import know_class_of
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
-from unnorm.models import lacking
-from unnorm.norm_behaviour import gain_offset
-from unnorm.norms import TaperedNorm
-from unnorm.run_directory import LIMITS, MODEL, SITES, UNFOLDED, write_text
-from unnorm.sites import NormSite
-from unnorm.stand_ins import install
+from unnorm.models.load import lacking
+from unnorm.runs.directory import LIMITS, MODEL, SITES, UNFOLDED, write_text
+from unnorm.sites.norm_behaviour import gain_offset
+from unnorm.sites.site import NormSite
+from unnorm.taper.norms import TaperedNorm
+from unnorm.taper.stand_ins import install
 
 SHARD = "500MB"
 """Size of a weight file; writing one takes up to twice as much memory."""

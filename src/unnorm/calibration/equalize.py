@@ -17,12 +17,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unnorm.calibrate import collect_log_scales, set_constants
+from unnorm.calibration.scales import collect_log_scales, set_constants
 from unnorm.data import batches
-from unnorm.norms import Estimator, TaperedNorm, removed
-from unnorm.plan import MOST_CONTEXT
-from unnorm.running import blocks_at_once, context_length, evaluating, vocabulary_size
-from unnorm.sites import NormSite
+from unnorm.models.running import evaluating
+from unnorm.models.sizes import MOST_CONTEXT, blocks_at_once, context_length, vocabulary_size
+from unnorm.sites.site import NormSite
+from unnorm.taper.norms import Estimator, TaperedNorm, removed
 
 STRENGTH = 0.5
 """How far rows go towards equal scales, in log scale. Naive KL of removing the demo's first norm: 0.065 at 0, 0.049 at

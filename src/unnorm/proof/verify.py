@@ -11,20 +11,22 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unnorm.blockwise import float64_logits, in_float64
-from unnorm.checkpoint import load, load_sites, load_unfolded
 from unnorm.errors import first_few
-from unnorm.fold import FoldedWeights, empty_twin
+from unnorm.folding.checkpoint import load, load_sites, load_unfolded
+from unnorm.folding.fold import FoldedWeights, empty_twin
 from unnorm.isolation import isolated
 from unnorm.modeling import modeling_unnorm
 from unnorm.modeling.modeling_unnorm import AffineMap
-from unnorm.norm_behaviour import norm_operations
-from unnorm.norms import centered, is_linear, linear_weight
-from unnorm.reading import read_weight
-from unnorm.residual import recorded, replaced_inputs, split_output, writer_of
-from unnorm.run_directory import MODEL
-from unnorm.sites import NormSite, norm_modules, unembedding_name
-from unnorm.tracing import stream_sources, trace_inputs
+from unnorm.models.linear import is_linear, linear_weight
+from unnorm.proof.blockwise import float64_logits, in_float64
+from unnorm.runs.directory import MODEL
+from unnorm.sites.find import norm_modules, unembedding_name
+from unnorm.sites.norm_behaviour import norm_operations
+from unnorm.sites.reading import read_weight
+from unnorm.sites.residual import recorded, replaced_inputs, split_output, writer_of
+from unnorm.sites.site import NormSite
+from unnorm.sites.tracing import stream_sources, trace_inputs
+from unnorm.taper.norms import centered
 
 FLOAT64_LIMIT = 1e-10
 FLOAT32_LIMIT = 1e-4

@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 from unnorm.data import STDLIB, batches, build_blocks
 from unnorm.hooks import hooked
 from unnorm.isolation import isolated
-from unnorm.models import load_original, model_name
-from unnorm.norms import Estimator, TaperedNorm, centered, estimate_log_constant, log_scale_of
-from unnorm.plan import choose_context, choose_device
-from unnorm.running import blocks_at_once, evaluating, vocabulary_size
-from unnorm.sites import NormSite, find_sites
+from unnorm.models.device import choose_device
+from unnorm.models.load import load_original, model_name
+from unnorm.models.running import evaluating
+from unnorm.models.sizes import blocks_at_once, choose_context, vocabulary_size
+from unnorm.sites.find import find_sites
+from unnorm.sites.site import NormSite
+from unnorm.taper.norms import Estimator, TaperedNorm, centered, estimate_log_constant, log_scale_of
 
 CALIBRATION_BLOCKS = 32
 """Blocks of training data that the first constants are measured on."""

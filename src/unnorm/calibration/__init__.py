@@ -1,0 +1,1 @@
+"""Before any gradient: constant scales from forward passes, and what makes scales more even."""

@@ -1,0 +1,1 @@
+"""Models and tokenizers: loaded and checked, and what holds of a model in memory."""

@@ -1,0 +1,53 @@
+"""How many tokens a model knows, and how many it takes at once."""
+
+from transformers import PreTrainedModel
+
+from unnorm.errors import UnnormError
+
+MOST_CONTEXT = 1024
+LOGITS_AT_ONCE = 2**28
+"""Of all blocks that run together."""
+
+
+def vocabulary_size(model: PreTrainedModel) -> int:
+    """Rows of the token embedding: ids are below it, and the tokenizer may have fewer."""
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def context_length(model: PreTrainedModel) -> int:
+    """Most tokens that the model takes at once, or was trained on (BLOOM), or 1024 where its config does not say."""
+    return _told_context(model) or 1024
+
+
+def _told_context(model: PreTrainedModel) -> int | None:
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "seq_length", "max_seq_len")
+    told = (getattr(config, name, None) for name in names)
+    return next((length for length in told if length is not None and length > 0), None)  # XLNet says -1.
+
+
+def check_fits(model: PreTrainedModel, tokens: int) -> None:
+    """Raise an UnnormError where a sequence has more tokens than the model takes."""
+    longest = _told_context(model)
+    if longest is not None and tokens > longest:
+        raise UnnormError(f"A sequence has {tokens} tokens, and the model takes {longest}. Shorten it.")
+
+
+def blocks_at_once(model: PreTrainedModel, length: int, most: int) -> int:
+    """How many blocks to run together, so that their logits take no more than a gigabyte in float32."""
+    return max(1, min(most, LOGITS_AT_ONCE // (length * vocabulary_size(model))))
+
+
+def choose_context(asked: int | None, *models: PreTrainedModel) -> int:
+    """Tokens in a block: as asked for, else the longest that all models take, at most `MOST_CONTEXT`.
+
+    Raises:
+        UnnormError: a model can't take as many, or there would be nothing to predict.
+    """
+    longest = min(context_length(model) for model in models)
+    context = min(longest, MOST_CONTEXT) if asked is None else asked
+    if context > longest:
+        raise UnnormError(f"--context {context} is longer than the {longest} tokens that the model takes.")
+    if context < 2:
+        raise UnnormError(f"--context {context} is too short: a block takes 2 tokens at least.")
+    return context

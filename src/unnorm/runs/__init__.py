@@ -1,0 +1,1 @@
+"""One run: its settings, what is planned from them, its directory and its text."""
