@@ -28,7 +28,7 @@ from unnorm.models.load import load_original
 from unnorm.models.running import copy_model
 from unnorm.runs.config import parse_count
 from unnorm.sites.residual import recorded
-from unnorm.terminal import Progress
+from unnorm.terminal.progress import Progress
 from unnorm.training.losses import distillation_losses
 
 LENGTH = 60.0

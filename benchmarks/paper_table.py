@@ -21,7 +21,7 @@ from transformers.utils import logging
 import unnorm
 from unnorm.evaluation import Results
 from unnorm.taper.recipes import RECIPES
-from unnorm.terminal import Progress
+from unnorm.terminal.progress import Progress
 
 PUBLISHED = (
     # model, row, OpenWebText, Pile, Pile filtered, HellaSwag %, source

@@ -25,7 +25,7 @@ from transformers.utils import logging
 import unnorm
 from unnorm.runs.config import parse_count
 from unnorm.taper.recipes import RECIPES
-from unnorm.terminal import Progress
+from unnorm.terminal.progress import Progress
 
 MEASURES = ("lnfree_loss", "gap", "kl", "jsd", "top1_agreement", "tokens_per_second", "peak_memory_mb")
 

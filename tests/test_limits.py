@@ -28,7 +28,7 @@ from unnorm.runs.directory import LIMITS
 from unnorm.sites.find import find_sites, norm_modules
 from unnorm.sites.tracing import trace_inputs
 from unnorm.taper.stand_ins import install
-from unnorm.terminal import result_table
+from unnorm.terminal.removal import result_table
 
 QUADRATIC = ("stablelm", "llama", "mistral", "qwen2", "smollm3", "qwen3", "gemma", "olmo", "cohere", "nemotron")
 LINEAR = ("gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "falcon", "phi", "starcoder2", "gpt_bigcode", "bloom")

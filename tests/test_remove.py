@@ -27,7 +27,7 @@ from unnorm.removal import conclude
 from unnorm.runs.config import RemoveConfig
 from unnorm.runs.directory import read_rows
 from unnorm.taper.norms import TaperedNorm
-from unnorm.terminal import Progress
+from unnorm.terminal.progress import Progress
 from unnorm.training import distillation
 from unnorm.training.losses import distillation_losses
 

@@ -14,15 +14,10 @@ from unnorm.exports.export import Exported
 from unnorm.exports.measure import FormError
 from unnorm.proof.verify import Check
 from unnorm.sites.find import find_sites
-from unnorm.terminal import (
-    analysis_table,
-    audit_tables,
-    evaluation_tables,
-    export_table,
-    proof_table,
-    result_table,
-    sites_table,
-)
+from unnorm.terminal.analysis import analysis_table
+from unnorm.terminal.audit import audit_tables
+from unnorm.terminal.evaluation import evaluation_tables
+from unnorm.terminal.removal import export_table, proof_table, result_table, sites_table
 
 Result = dict[str, Any]
 PROTOCOL: Result = {
@@ -86,9 +81,13 @@ def test_the_models_numbers_come_before_the_references() -> None:
     }
     values = {"loss": 1.25, "reference_loss": 2.5, "residual_norm": 3.5, "reference_residual_norm": 4.5}
     row |= {key: dict.fromkeys(("99.9%", "99.99%", "largest"), value) for key, value in values.items()}
-    text = shown(audit_tables({"reference": "original", "classes": [row]}))
-    for said in ("1.25 (2.50)", "3.5 (4.5)", "5.25 (6.50)", "float16 (none)"):
+    result = {"reference": "original", "classes": [row], "tokens": 20_000}
+    text = shown(audit_tables(result))
+    for said in ("1.25 (2.50)", "3.5 (4.5)", "5.25 (6.50)", "float16 (none)", "all 1 classes passed"):
         assert said in text, said
+    assert "one token decides" not in text
+    few = shown(audit_tables(result | {"classes": [row, row | {"passed": False}], "tokens": 300}))
+    assert "1 of 2 classes FAILED" in few and "With 300 tokens a class" in few and "one token decides" in few
 
 
 def test_the_originals_figures_come_before_the_twins() -> None:
@@ -109,7 +108,10 @@ def test_the_originals_figures_come_before_the_twins() -> None:
 
 
 def test_a_check_shows_what_was_measured_before_its_limit() -> None:
-    assert re.search(r"FAILED *│ *2\.0e-07 *│ *3\.0e-09", shown(proof_table([Check("c", False, 2e-7, 3e-9, "")])))
+    failed, passed = Check("c", False, 2e-7, 3e-9, ""), Check("d", True, 0, 3e-9, "")
+    text = shown(proof_table([failed, passed]))
+    assert re.search(r"FAILED *│ *2\.0e-07 *│ *3\.0e-09", text) and "1 of 2 checks FAILED" in text
+    assert "all 1 checks passed" in shown(proof_table([passed]))
 
 
 def test_scales_are_under_their_headings(tiny_model: Any) -> None:

@@ -14,16 +14,11 @@ from rich.markup import escape
 
 from unnorm import __version__
 from unnorm.errors import UnnormError
-from unnorm.terminal import (
-    Progress,
-    analysis_table,
-    audit_tables,
-    evaluation_tables,
-    export_table,
-    proof_table,
-    result_table,
-    sites_table,
-)
+from unnorm.terminal.analysis import analysis_table
+from unnorm.terminal.audit import audit_tables
+from unnorm.terminal.evaluation import evaluation_tables
+from unnorm.terminal.progress import Progress
+from unnorm.terminal.removal import export_table, proof_table, result_table, sites_table
 
 app = typer.Typer(
     name="unnorm",

@@ -82,7 +82,7 @@ class TestModelNames:
     ) -> None:
         other = save(transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=VOCAB + 20, **GPT2_SIZES)))
         text = refused("evaluate", other, "--against", tiny_model_dir, "--data", text_file)
-        assert "vocabularies differ (300, 320)" in text
+        assert "has 300 token embeddings" in text and "has 320" in text
 
 
 def opt(**settings: Any) -> transformers.PreTrainedModel:

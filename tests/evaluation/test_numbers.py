@@ -26,7 +26,7 @@ from unnorm.evaluation import Results, evaluate, evaluate_model, metrics
 from unnorm.evaluation.corpora import open_corpus
 from unnorm.evaluation.metrics import calibration
 from unnorm.report.evaluation_page import render_evaluation
-from unnorm.terminal import evaluation_tables
+from unnorm.terminal.evaluation import evaluation_tables
 
 
 def plain_transformers(ids: torch.Tensor, model: Any, original: Any) -> dict[str, float]:

@@ -15,7 +15,7 @@ from tests.conftest import POSITIONS
 from tests.evaluation.texts import BLOCKS, held_out
 from unnorm.evaluation import Results, Score, evaluate
 from unnorm.report.evaluation_page import render_evaluation
-from unnorm.terminal import evaluation_tables
+from unnorm.terminal.evaluation import evaluation_tables
 
 
 def test_names_that_tell_models_apart() -> None:

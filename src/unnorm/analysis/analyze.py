@@ -13,20 +13,19 @@ from unnorm.analysis import attribution, geometry, lens, neurons, patching, scal
 from unnorm.analysis.material import Finding, Material
 from unnorm.analysis.prompts import PromptPair, indirect_object_prompts, read_prompts
 from unnorm.data import spread
-from unnorm.errors import UnnormError, explained, first_few
+from unnorm.errors import UnnormError, first_few
 from unnorm.evaluation import EVALUATION_SPREAD
-from unnorm.folding.checkpoint import load_sites
 from unnorm.isolation import isolated
 from unnorm.json_text import finite, json_text
 from unnorm.modeling.modeling_unnorm import PREFIX
 from unnorm.models.device import choose_device
-from unnorm.models.load import load_beside, load_original, model_name
 from unnorm.models.sizes import choose_context, vocabulary_size
 from unnorm.progress import Watch, say, silent
 from unnorm.report.analysis_page import Skipped, render_analysis
 from unnorm.report.numbers import count, short_count
-from unnorm.runs.config import read_count, run_settings
-from unnorm.runs.directory import CONFIG_FILE, check_can_be_made, write_text
+from unnorm.runs.config import read_count
+from unnorm.runs.directory import check_can_be_made, write_text
+from unnorm.runs.pair import open_pair
 from unnorm.runs.text import TextSource, choose_text
 from unnorm.sites.site import NormSite
 
@@ -98,36 +97,20 @@ def analyze(
     place = choose_device(device)
     out = directory / "analysis" if out is None else Path(out).expanduser()
     check_can_be_made(out)
-    sites, constants = load_sites(directory)
-    settings = run_settings(directory)
-    name = model_name(against or settings.get("model") or "")
-    if not name:
-        raise UnnormError(f"'{directory / CONFIG_FILE}' does not name the original. Name it with --against.")
-    say(watch, f"loading {directory} and {name}")
-    with explained(against is None, "The run's own original can't be used.", "Or name it with --against."):
-        original, tokenizer = load_original(name, trust_remote_code)
-    twin, _ = load_beside(directory, name, original, tokenizer, trust_remote_code)
-    _check_pair(original, twin, sites, name)
-    pairs = _prompts(prompts, tokenizer, seed)
-    text = choose_text(settings, data, text_field, split)
-    blocks = _blocks(text, (original, twin), tokenizer, tokens, context)
-    material = Material(original.to(place), twin.to(place), tokenizer, blocks, pairs, sites, constants)
-    findings, skipped = [], []
-    for key in names:
-        say(watch, f"analyzing {key}")
-        try:
-            findings.append(ANALYSES[key](material))
-        except UnnormError as error:
-            if what:
-                raise
-            skipped.append(Skipped(key, str(error)))
+    pair = open_pair(directory, against, False, place, trust_remote_code, watch)
+    _check_pair(pair.reference, pair.twin, pair.sites, pair.name)
+    prompt_pairs = _prompts(prompts, pair.tokenizer, seed)
+    text = choose_text(pair.settings, data, text_field, split)
+    blocks = _blocks(text, (pair.reference, pair.twin), pair.tokenizer, tokens, context)
+    material = Material(pair.reference, pair.twin, pair.tokenizer, blocks, prompt_pairs, pair.sites, pair.constants)
+    findings, skipped = _find(names, material, bool(what), watch)
     result = {
         "directory": str(directory),
-        "original": name,
+        "original": pair.name,
         "data": text.data,
         "tokens": len(blocks) * len(blocks[0]["input_ids"]),
         "context": len(blocks[0]["input_ids"]),
-        "prompts": str(prompts) if prompts else f"{len(pairs)} generated" if not isinstance(pairs, str) else "none",
+        "prompts": _said_of(prompts, prompt_pairs),
         "seed": seed,
         "seconds": time.perf_counter() - started,
         "findings": {finding.key: finite(finding.numbers) for finding in findings},
@@ -135,8 +118,29 @@ def analyze(
         "page": str(out / PAGE),
         "numbers": str(out / NUMBERS),
     }
-    _write(out, result, render_analysis(name, findings, skipped, _settings(result), twin.config.kept_norms or ()))
+    kept = pair.twin.config.kept_norms or ()
+    _write(out, result, render_analysis(pair.name, findings, skipped, _settings(result), kept))
     return result
+
+
+def _find(names: Sequence[str], material: Material, must: bool, watch: Watch) -> tuple[list[Finding], list[Skipped]]:
+    """What the analyses find, and which can't be made of these models, unless they must."""
+    findings, skipped = [], []
+    for key in names:
+        say(watch, f"analyzing {key}")
+        try:
+            findings.append(ANALYSES[key](material))
+        except UnnormError as error:
+            if must:
+                raise
+            skipped.append(Skipped(key, str(error)))
+    return findings, skipped
+
+
+def _said_of(prompts: str | Path | None, pairs: Sequence[PromptPair] | str) -> str:
+    if prompts:
+        return str(prompts)
+    return "none" if isinstance(pairs, str) else f"{len(pairs)} generated"
 
 
 def _chosen(what: Sequence[str] | None) -> list[str]:

@@ -138,7 +138,10 @@ def enter(
 
 def _own_original(names: Sequence[str]) -> str | None:
     """The original of the finished runs among models, where there is one alone."""
-    originals = {str(settings["model"]) for settings in map(settings_of, names) if settings.get("model")}
+    try:
+        originals = {str(settings["model"]) for settings in map(settings_of, names) if settings.get("model")}
+    except UnnormError:  # Settings that can't be read: of use only for what was not named.
+        return None
     return originals.pop() if len(originals) == 1 else None
 
 

@@ -8,6 +8,7 @@ from plotly.graph_objects import Figure
 from plotly.subplots import make_subplots
 
 from unnorm.report.numbers import finite_or_none
+from unnorm.report.sentences import shared_prefix
 
 # Light colour -> dark colour. The page replaces these exact strings, so figures use no others.
 ACCENT, INK, SOFT, RULE, PAPER = "#0a6c74", "#24292e", "#6f777e", "#dfe2e4", "#fdfdfc"
@@ -28,11 +29,8 @@ MOST_TICKS = 24
 
 def short_names(names: Sequence[str]) -> list[str]:
     """Site names less the dotted prefix that all of them share."""
-    parts = [name.split(".") for name in names]
-    shared = 0
-    while all(len(p) > shared + 1 for p in parts) and len({p[shared] for p in parts}) == 1:
-        shared += 1
-    return [".".join(p[shared:]) for p in parts]
+    prefix = shared_prefix(names)
+    return [name.removeprefix(prefix) for name in names]
 
 
 def log_ticks(low: float, high: float) -> list[float]:

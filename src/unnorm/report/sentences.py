@@ -1,7 +1,8 @@
 """What a result says in words; nothing where there is nothing to say."""
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from unnorm.report.numbers import MISSING, count, finite_or_none, fixed, shortest, significant
@@ -13,6 +14,12 @@ def without_norms(result: Mapping[str, Any], name: str) -> str:
     name = short_name(name)
     kept, removed = result.get("norm_modules_left") or 0, result.get("sites") or 0
     return f"{name} without {removed} of its {removed + kept} norms" if kept else f"{name} without norms"
+
+
+def shared_prefix(names: Sequence[str]) -> str:
+    """The dotted prefix, such as `transformer.`, that all of several paths share; none for a single path."""
+    shared = os.path.commonprefix(list(names)) if len(names) > 1 else ""  # noqa: RUF071 (cut at a dot below)
+    return shared[: shared.rfind(".") + 1]
 
 
 def overflowed(result: Mapping[str, Any]) -> str:

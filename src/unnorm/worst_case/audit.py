@@ -14,17 +14,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.data.packing import begin_of_blocks
-from unnorm.errors import UnnormError, explained
-from unnorm.folding.checkpoint import load_sites
+from unnorm.errors import UnnormError
 from unnorm.isolation import isolated
 from unnorm.json_text import finite
 from unnorm.models.device import choose_device
-from unnorm.models.load import load_beside, load_original, model_name
 from unnorm.models.running import cast_as_loaded
 from unnorm.models.sizes import choose_context, context_length, vocabulary_size
 from unnorm.progress import Watch, say, silent
-from unnorm.runs.config import read_count, run_settings
-from unnorm.runs.directory import CONFIG_FILE, CONTROL, finished_result
+from unnorm.runs.config import read_count
+from unnorm.runs.directory import finished_result
+from unnorm.runs.pair import open_pair
 from unnorm.runs.text import choose_text
 from unnorm.sites.find import unembedding_name
 from unnorm.sites.site import NormSite
@@ -96,19 +95,11 @@ def audit(
     tokens = read_count(tokens)
     if tokens < 1:
         raise UnnormError(f"--tokens {tokens}: a class takes 1 token at least.")
-    place = choose_device(device)
-    sites, _ = load_sites(directory)
-    settings = run_settings(directory)
-    name = model_name(against or _default_reference(directory, settings))
-    with explained(against is None, "The reference of this run can't be used.", "Or name another with --against."):
-        reference, its_tokenizer = load_original(name, trust_remote_code)
-    twin, tokenizer = load_beside(directory, name, reference, its_tokenizer, trust_remote_code)
-    twin.to(place)
-    reference.to(place)
-    say(watch, f"audit of {directory} against {name}")
+    pair = open_pair(directory, against, True, choose_device(device), trust_remote_code, watch)
+    twin, reference, tokenizer = pair.twin, pair.reference, pair.tokenizer
     length = min(context_length(twin), context_length(reference), MOST_AUDIT_CONTEXT) if context is None else context
     length = choose_context(length, twin, reference)
-    text = choose_text(settings, data, text_field, split)
+    text = choose_text(pair.settings, data, text_field, split)
     begin = begin_of_blocks(text.data, tokenizer)
     blocks = text.held_out(tokenizer, vocabulary_size(twin), length, 1 + max(1, tokens // length))
     material = Material(
@@ -116,16 +107,16 @@ def audit(
         text=torch.tensor(blocks["input_ids"])[:, 0 if begin is None else 1 :].flatten(),
         vocabulary=min(max(tokenizer.get_vocab().values()) + 1, vocabulary_size(twin)),
         context=length,
-        trained=_trained_context(directory, settings),
+        trained=_trained_context(directory, pair.settings),
         tokens=tokens,
         random=torch.Generator().manual_seed(seed),
         begin=begin,
     )
     classes = list(input_classes(material, _takes_positions(twin) and _takes_positions(reference)))
-    rows = audit_models(twin, reference, classes, _residual_reader(twin, sites), tokenizer, watch)
+    rows = audit_models(twin, reference, classes, _residual_reader(twin, pair.sites), tokenizer, watch)
     return {
         "directory": str(directory),
-        "reference": name,
+        "reference": pair.name,
         "passed": all(row["passed"] for row in rows),
         "context": length,
         "trained_context": material.trained,
@@ -272,18 +263,6 @@ def _places(inputs: Sequence[Inputs]) -> Callable[[int], tuple[int, int, int]]:
         return part, row, position
 
     return place
-
-
-def _default_reference(directory: Path, settings: dict[str, Any]) -> str:
-    control = directory / CONTROL
-    if (control / "config.json").is_file() and any(control.glob("*.safetensors")):
-        return str(control)
-    if settings.get("model"):
-        return str(settings["model"])
-    raise UnnormError(
-        f"'{directory / CONFIG_FILE}' is missing or names no model, and no control was saved: there is nothing to "
-        "compare with. Name the original with --against."
-    )
 
 
 def _trained_context(directory: Path, settings: dict[str, Any]) -> int | None:

@@ -1,0 +1,83 @@
+"""A finished run's twin beside a model with norms, for what is measured on both."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from unnorm.errors import UnnormError, explained
+from unnorm.folding.checkpoint import load_sites
+from unnorm.models.load import load_beside, load_original, model_name
+from unnorm.progress import Watch, say
+from unnorm.runs.config import run_settings
+from unnorm.runs.directory import CONFIG_FILE, CONTROL
+from unnorm.sites.site import NormSite
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A twin and a model with norms, with the same tokens, both in float32.
+
+    Attributes:
+        name: what the model with norms is called.
+        reference: that model.
+        twin: the run's.
+        tokenizer: of both.
+        sites: the twin's former norm sites.
+        constants: the constant scale of each, as folded.
+        settings: the run's, as saved.
+    """
+
+    name: str
+    reference: PreTrainedModel
+    twin: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sites: list[NormSite]
+    constants: dict[str, float]
+    settings: dict[str, Any]
+
+
+def open_pair(
+    directory: Path,
+    against: str | Path | None,
+    control_first: bool,
+    device: str,
+    trust_remote_code: bool,
+    watch: Watch,
+) -> Pair:
+    """Load the twin of a finished run and what it is compared with.
+
+    Args:
+        directory: the run's.
+        against: the model with norms; by default the run's own.
+        control_first: by default the run's control, where there is one, else its original; or its original at once.
+        device: that both are put on.
+        trust_remote_code: run modeling code that comes with the model with norms.
+        watch: told what is loaded.
+
+    Raises:
+        UnnormError: there is no finished run, the model with norms can't be loaded or is not named, or the two have
+            not the same tokens.
+    """
+    sites, constants = load_sites(directory)
+    settings = run_settings(directory)
+    name = model_name(against or _own_reference(directory, settings, control_first))
+    say(watch, f"loading {directory} and {name}")
+    with explained(against is None, "The run's own reference can't be used.", "Or name another with --against."):
+        reference, tokenizer = load_original(name, trust_remote_code)
+    twin, _ = load_beside(directory, name, reference, tokenizer, trust_remote_code)
+    return Pair(name, reference.to(device), twin.to(device), tokenizer, sites, constants, settings)
+
+
+def _own_reference(directory: Path, settings: Mapping[str, Any], control_first: bool) -> str:
+    control = directory / CONTROL
+    if control_first and (control / "config.json").is_file() and any(control.glob("*.safetensors")):
+        return str(control)
+    if settings.get("model"):
+        return str(settings["model"])
+    raise UnnormError(
+        f"'{directory / CONFIG_FILE}' is missing or names no original: there is nothing to compare with. Name the "
+        "original with --against."
+    )

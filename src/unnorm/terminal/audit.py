@@ -1,0 +1,92 @@
+"""Tables of `audit`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from unnorm.terminal.evaluation import MOST_FIXED
+from unnorm.terminal.text import verdict
+
+_AUDITED = ("99.9%", "99.99%", "largest")
+_MOST_SHOWN = 60
+"""Characters of a text."""
+_ENOUGH = 10_000
+"""Tokens of a class from which on the 99.99th percentile is not simply its largest loss."""
+
+
+def audit_tables(result: dict[str, Any]) -> RenderableType:
+    """What `unnorm audit` gives: verdicts with loss, residual norms, and the worst input of each class."""
+    rows = result["classes"]
+    passed = verdict(sum(not row["passed"] for row in rows), len(rows), "classes")
+    ends = [f"{passed}; in brackets the reference, {escape(result['reference'])}"]
+    if result["tokens"] < _ENOUGH:
+        ends += [
+            f"With {result['tokens']:,} tokens a class the 99.99th percentile is the largest loss: one token decides."
+        ]
+    return Group(
+        _audit_losses(rows),
+        _audit_norms(rows),
+        _audit_worst(rows),
+        Text.from_markup("\n".join(ends)),
+    )
+
+
+def _audit_table(title: str, *left: str, right: Sequence[str], last: str | None = None) -> Table:
+    """A table of input classes, in which nothing is cut where the terminal is narrow."""
+    table = Table(title=title, title_justify="left")
+    for heading in ("inputs", *left):
+        table.add_column(heading, overflow="fold")
+    for heading in right:
+        table.add_column(heading, justify="right", overflow="fold")
+    if last is not None:
+        table.add_column(last, overflow="fold")
+    return table
+
+
+def _audit_losses(rows: Sequence[dict[str, Any]]) -> Table:
+    table = _audit_table("Loss in nats per token", "", right=("tokens", *_AUDITED), last="why")
+    for row in rows:
+        shown = "[green]passed[/]" if row["passed"] else "[bold red]FAILED[/]"
+        table.add_row(row["name"], shown, f"{row['tokens']:,}", *_pairs(row, "loss", ".2f"), row["reason"])
+    return table
+
+
+def _audit_norms(rows: Sequence[dict[str, Any]]) -> Table:
+    table = _audit_table("Norm of the residual that the unembedding reads", right=_AUDITED, last="NaN or infinite in")
+    for row in rows:
+        overflowed = [
+            ", ".join(name for name, finite in row[key].items() if not finite) for key in ("finite", "reference_finite")
+        ]
+        bad = f"{overflowed[0] or 'none'} ({overflowed[1] or 'none'})" if any(overflowed) else "none"
+        table.add_row(row["name"], *_pairs(row, "residual_norm", ".1f"), bad)
+    return table
+
+
+def _audit_worst(rows: Sequence[dict[str, Any]]) -> Table:
+    table = _audit_table("Where the loss exceeds the reference's most", "text", "next", right=("loss",))
+    for row in rows:
+        for worst in row["worst"][:1]:
+            loss = f"{_shown(worst['loss'], '.2f')} ({_shown(worst['reference_loss'], '.2f')})"
+            table.add_row(row["name"], Text(_printable(worst["text"])), Text(_printable(worst["next"])), loss)
+    return table
+
+
+def _pairs(row: dict[str, Any], key: str, form: str) -> list[str]:
+    ours, theirs = row[key], row[f"reference_{key}"]
+    return [f"{_shown(ours[name], form)} ({_shown(theirs[name], form)})" for name in ours]
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "inf" if value is None else format(value, form if value < MOST_FIXED else ".1e")
+
+
+def _printable(text: str) -> str:
+    """Text on one line; what a terminal can't show, or obeys, is escaped. The end, which is read last, is kept."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    if shown.isspace():
+        shown = shown.replace(" ", "␣")
+    return shown if len(shown) <= _MOST_SHOWN else "…" + shown[-_MOST_SHOWN:]

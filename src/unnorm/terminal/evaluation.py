@@ -1,0 +1,132 @@
+"""Tables of `evaluate`."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from unnorm.report.sentences import intervals_over
+from unnorm.terminal.text import whole
+
+if TYPE_CHECKING:  # With torch, which `--help` does not wait for.
+    from unnorm.evaluation import Evaluation, Results, Score
+
+MOST_FIXED = 10_000
+"""Values from here on are written in powers of ten."""
+LEAST_NAME = 10
+"""Characters of a name that stand side by side at least."""
+
+
+def evaluation_tables(results: "Results", out: Path | None = None) -> RenderableType:
+    """What `unnorm evaluate` gives: losses, fidelity, benchmarks, and how they were measured."""
+    results = results.with_short_names()
+    rows = results.rows
+    parts: list[RenderableType] = [_loss_table(rows), _fidelity_table(rows)] if rows else []
+    if not results.protocol.get("original"):
+        parts.append(
+            Text("Nothing to compare with: name the original with --against for KL, agreement and differences.")
+        )
+    parts += [Text(_overflow_line(row)) for row in rows if row.overflowed_blocks]
+    parts += [_score_table(results.scores)] if results.scores else []
+    parts += [Text(line, style="dim") for line in _protocol_lines(results.protocol)]
+    parts += [whole(f"page  {out / 'evaluation.html'}")] if out is not None else []
+    return Group(*parts)
+
+
+def _loss_table(rows: Sequence["Evaluation"]) -> Table:
+    numbers = ("loss", "Δ original", "perplexity", "bits/byte")
+    table = _side_by_side("Loss in nats per token, 95% intervals", "data", numbers=numbers)
+    for row in rows:
+        table.add_row(
+            escape(row.model),
+            escape(row.data),
+            _with_interval(f"{row.loss:.4f}", row.loss_ci, ".3f"),
+            _with_interval(_or_dash(row.difference, "+.4f"), row.difference_ci, "+.4f"),
+            f"{row.perplexity:.2f}",
+            _or_dash(row.bits_per_byte, ".4f"),
+        )
+    return table
+
+
+def _overflow_line(row: "Evaluation") -> str:
+    line = f"{row.model} overflows in {row.overflowed_blocks:,} of {row.blocks:,} blocks of {row.data}"
+    if row.loss_elsewhere is None:
+        return line
+    return f"{line}; in the others loss {row.loss_elsewhere:.4f}, KL {_or_dash(row.kl_elsewhere, '.4f')}"
+
+
+def _fidelity_table(rows: Sequence["Evaluation"]) -> Table:
+    numbers = ("KL", "JSD", "top-1", "top-5", "entropy", "ECE")
+    table = _side_by_side("Distance to the original, entropy (Δ original), calibration", "data", numbers=numbers)
+    for row in rows:
+        changed = "" if row.entropy_difference is None else f" ({row.entropy_difference:+.3f})"
+        table.add_row(
+            escape(row.model),
+            escape(row.data),
+            _or_dash(row.kl, ".4f"),
+            _or_dash(row.jsd, ".4f"),
+            _or_dash(row.top1_agreement, ".1%"),
+            _or_dash(row.top5_agreement, ".1%"),
+            _or_dash(row.entropy, ".3f") + changed,
+            _or_dash(row.ece, ".4f"),
+        )
+    return table
+
+
+def _score_table(scores: Sequence["Score"]) -> Table:
+    numbers = ("value", "Δ original")
+    table = _side_by_side("Benchmarks through lm-eval, 95% intervals", "benchmark", "metric", numbers=numbers)
+    for score in scores:
+        interval = "" if score.ci is None else f"\n{_number(score.ci[0])} to {_number(score.ci[1])}"
+        table.add_row(
+            escape(score.model),
+            escape(score.task),
+            score.metric,
+            _number(score.value) + interval,
+            _with_interval(_or_dash(score.difference, "+.4g"), score.difference_ci, "+.4f"),
+        )
+    return table
+
+
+def _side_by_side(title: str, *words: str, numbers: Sequence[str]) -> Table:
+    """A table of models whose words may wrap and whose numbers never do."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("model", *words):
+        table.add_column(heading, overflow="fold", min_width=None if heading == "data" else LEAST_NAME)
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _with_interval(value: str, interval: tuple[float, float] | None, form: str) -> str:
+    return value if interval is None else f"{value}\n{interval[0]:{form}} to {interval[1]:{form}}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < MOST_FIXED else f"{value:.3g}"
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _protocol_lines(protocol: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{row['corpus']}: {row['blocks']:,} blocks of {row['context']} tokens, stride {row['stride']}, evenly out of "
+        f"{row['blocks_read']:,}; {row['predicted_tokens']:,} predicted tokens; held out: {row['held_out']}; "
+        f"separator: {row['separator']}; first token {row['first_token']}; "
+        f"intervals over {intervals_over(row)}{row['filter'] and '; filtered: ' + row['filter']}"
+        for row in protocol["corpora"]
+    ]
+    lines += [
+        f"{row['task']}: {row['items']:,} of {row['of']:,} items"
+        + ("" if row["seed"] is None else f", seed {row['seed']}")
+        + f", {row['fewshot']} shots, {row['harness']}, context {protocol['context']}; {row['source']}"
+        for row in protocol["tasks"]
+    ]
+    return [*lines, f"intervals: {protocol['interval']}; {protocol['dtype']} on {protocol['device']}"]

@@ -1,0 +1,154 @@
+"""Tables of `remove`, `heal`, `verify`, `stats` and `export`."""
+
+import math
+from collections.abc import Sequence
+from shlex import quote
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from unnorm.report.sentences import shared_prefix, without_norms
+from unnorm.runs.directory import MODEL, REPORT
+from unnorm.terminal.text import verdict, whole
+
+if TYPE_CHECKING:  # With torch, which `--help` does not wait for.
+    from unnorm.calibration.scales import ScaleStatistics
+    from unnorm.exports.export import Exported
+    from unnorm.proof.verify import Check
+    from unnorm.sites.site import NormSite
+
+
+def result_table(result: dict[str, Any]) -> RenderableType:
+    """The summary at the end of a run."""
+    table = Table(title=escape(without_norms(result, result["model"])), title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+    for row in _result_rows(result):
+        table.add_row(*row)
+    where = result["directory"]
+    return Group(
+        table, whole(f"model   {where}/{MODEL}\nreport  {where}/{REPORT}\nproof   unnorm verify {quote(where)}")
+    )
+
+
+def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    rows = [
+        ("KL to the original", f"{result['kl']:.4f}", _elsewhere(result["kl_elsewhere"]) or "nats per token"),
+        ("top-1 agreement", f"{result['top1_agreement']:.1%}", "same most likely next token"),
+        ("loss, original", f"{result['teacher_loss']:.4f}", f"{result['validation_tokens']:,} held-out tokens"),
+        (
+            "loss, twin",
+            f"{result['lnfree_loss']:.4f}",
+            _elsewhere(result["lnfree_loss_elsewhere"]) or _increase(result),
+        ),
+    ]
+    if result["overflowed_blocks"]:
+        overflowed = f"{result['overflowed_blocks']:,} of {result['validation_blocks']:,}"
+        rows.append(("overflows in", overflowed, "held-out blocks: train it on with unnorm heal"))
+    if result["control_loss"] is not None:
+        rows += [
+            ("loss, control", f"{result['control_loss']:.4f}", "norms kept, as many tokens"),
+            ("gap", f"{result['gap']:+.4f}", "loss of twin - loss of control"),
+        ]
+    rows += [
+        ("loss, naive removal", _loss_or_overflow(result["naive_loss"]), "constants without training"),
+        ("norm modules left", _norms_left(result), ""),
+        *_limits(result),
+        ("fold error", f"{result['fold_max_abs_error']:.1e}", "largest difference of logits, float64"),
+        ("proof", "passed" if result["verified"] else "FAILED", "unnorm verify"),
+        *([("training", f"{result['tokens']:,}", _training(result))] if result["tokens"] else []),
+        *_refused_steps(result),
+        ("time", f"{result['seconds']:.0f} s", f"peak memory {result['peak_memory_mb']:,.0f} MB"),
+    ]
+    return rows
+
+
+def _training(result: dict[str, Any]) -> str:
+    tokens, text = result["tokens"], result.get("text_tokens") or math.inf
+    over = f", {tokens / text:.1f} times over the text" if tokens > 1.05 * text else ""
+    return f"tokens, {result['tokens_per_second']:,.0f} a second{over}"
+
+
+def _refused_steps(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    refused = result["skipped_steps"]
+    return [("steps refused", f"{refused:,}", "gradients not finite, or 100 times the usual")] if refused else []
+
+
+def _limits(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    count, share = result.get("limited_neurons"), result.get("share_at_limit")
+    if not count or share is None:
+        return []
+    return [("neurons with limits", f"{count:,}", f"reached by {100 * share:.2g}% of activations on held-out text")]
+
+
+def _increase(result: dict[str, Any]) -> str:
+    """The loss less the original's on the same tokens, with its interval."""
+    increase = f"{result['lnfree_loss'] - result['teacher_loss']:+.4f}"
+    ends = result["loss_increase_ci"]
+    return f"{increase}, 95% interval {ends[0]:+.4f} to {ends[1]:+.4f}" if ends else increase
+
+
+def _loss_or_overflow(loss: float | None) -> str:
+    return f"{loss:.4f}" if loss is not None and math.isfinite(loss) else "overflows"
+
+
+def _elsewhere(value: float | None) -> str:
+    """What a mean is over the blocks that do not overflow; nothing where all do, or none."""
+    return "" if value is None else f"{value:.4f} in the blocks that do not overflow"
+
+
+def _norms_left(result: dict[str, Any]) -> str:
+    left = result["norm_modules_left"]
+    return f"{left} of {result['sites'] + left}"
+
+
+def proof_table(checks: Sequence["Check"]) -> RenderableType:
+    """The rows of `unnorm verify`."""
+    table = Table()
+    for heading in ("proof", "", "measured", "limit", "what"):
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("", "measured", "limit"))
+    for check in checks:
+        shown = "[green]passed[/]" if check.passed else "[bold red]FAILED[/]"
+        numbers = (f"{number:.1e}" if number else "0" for number in (check.value, check.limit))
+        table.add_row(check.name, shown, *numbers, check.detail)
+    failed = sum(not check.passed for check in checks)
+    return Group(table, Text.from_markup(verdict(failed, len(checks), "checks")))
+
+
+def sites_table(rows: Sequence[tuple["NormSite", "ScaleStatistics"]]) -> RenderableType:
+    """The rows of `unnorm stats`, with paths less the prefix that all norms share, so that they fit 80 columns."""
+    caption = (
+        "scale: what a token is divided by; spread: std of log scale, larger is harder\n"
+        "position 0 at 10 times the mean or more: a massive activation, harder still"
+    )
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption, caption_justify="left")
+    for heading in ("norm site", "kind", "folds into"):
+        table.add_column(heading, overflow="fold")
+    for heading in ("position 0", "mean", "spread", "smallest", "largest"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    prefix = shared_prefix([site.name for site, _ in rows])
+    for site, row in rows:
+        numbers = (row.position_0, row.mean, row.spread, row.smallest, row.largest)
+        into = site.folded_into or ("no weight: --in-place",)
+        names = [name.removeprefix(prefix) for name in (site.name, *into)]
+        table.add_row(names[0], site.kind, ", ".join(names[1:]), *(f"{number:.3g}" for number in numbers))
+    return table
+
+
+def export_table(exported: "Exported") -> RenderableType:
+    """The summary of `unnorm export`."""
+    table = Table(
+        "precision",
+        title=f"{exported.form} form against the folded model in float32",
+        title_justify="left",
+    )
+    for heading in ("largest difference of logits", "of the largest logit", "KL, nats per token"):
+        table.add_column(heading, justify="right")
+    for row in exported.errors:
+        table.add_row(row.name, *(f"{number:.1e}" if number else "0" for number in (row.max_abs, row.relative, row.kl)))
+    return Group(table, whole(f"model  {exported.path}\nload   {exported.load}"), Text(f"note   {exported.note}"))
