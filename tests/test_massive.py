@@ -339,7 +339,7 @@ def test_a_resumed_run_is_laid_out_as_its_checkpoint_whatever_its_budget_and_tok
     with pytest.raises(unnorm.RunInterruptedError):
         unnorm.remove(tokens=2048, batch_size=8, out=out, kl_budget=first, watch=ctrl_c_at(2), **options)
     layout = json.loads((out / "checkpoints" / "layout.json").read_text())
-    neurons = layout["before"]["massive_neurons"]
+    neurons = layout["facts"]["massive_neurons"]
     assert bool(neurons) == (first > 1e-3)
     phases: list[Any] = []
     more: dict[str, Any] = {"resume": True, "kl_budget": 1000.0, "tokens": 4096}

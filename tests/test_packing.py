@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import VOCAB
 from tests.texts import CONTEXT, DOCUMENTS, ids_of, pack, sides, stream, write, write_ids
-from unnorm.data import as_dataset, build_blocks, open_documents, spread, stress_blocks, token_files
+from unnorm.data import as_dataset, build_blocks, evenly_spaced, open_documents, stress_blocks, token_files
 from unnorm.data import packing as packing_module
 from unnorm.data.packing import begin_of_blocks, held_out_blocks, token_stream
 from unnorm.errors import UnnormError
@@ -304,8 +304,8 @@ def test_a_file_of_more_tokens_than_are_read_at_once(
 
 def test_blocks_are_thinned_evenly() -> None:
     blocks = as_dataset(np.repeat(np.arange(20, dtype=np.int32)[:, None], 2, axis=1))
-    assert [row[0] for row in spread(blocks, 4)["input_ids"]] == [0, 5, 10, 15]
-    assert [row[0] for row in spread(blocks, 30)["input_ids"]] == list(range(20))
+    assert [row[0] for row in evenly_spaced(blocks, 4)["input_ids"]] == [0, 5, 10, 15]
+    assert [row[0] for row in evenly_spaced(blocks, 30)["input_ids"]] == list(range(20))
 
 
 def test_a_held_out_part_that_is_too_short_does_not_cost_the_rest_of_the_text(

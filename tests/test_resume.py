@@ -211,7 +211,7 @@ def test_settings_survive_a_disk_that_is_full(
     assert saved(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("name", ["before.json", "result.json"])
+@pytest.mark.parametrize("name", ["facts.json", "result.json"])
 def test_what_says_that_something_is_done_is_whole_or_not_there(
     name: str, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from unnorm.calibration.equalize import mean_kl
 from unnorm.calibration.scales import collect_log_scales, set_constants
-from unnorm.data import spread
+from unnorm.data import evenly_spaced
 from unnorm.models.linear import linear_weight
 from unnorm.models.running import evaluating
 from unnorm.sites.residual import recorded, stream_writers
@@ -103,7 +103,7 @@ def shrink_massive(
         factors = _fit_factors(original, stream, neurons, constants, evenness)
         for column, whole, factor in zip(columns, unscaled, factors, strict=True):
             column.copy_(factor * whole)
-        if mean_kl(student, original, spread(blocks, KL_BLOCKS)) <= kl_limit:
+        if mean_kl(student, original, evenly_spaced(blocks, KL_BLOCKS)) <= kl_limit:
             set_constants(stand_ins, collect_log_scales(student, sites, blocks), estimator)
             return [replace(neuron, factor=float(factor)) for neuron, factor in zip(neurons, factors, strict=True)]
     for column, whole in zip(columns, unscaled, strict=True):

@@ -2,7 +2,7 @@
 
 from unnorm.data.documents import open_documents
 from unnorm.data.files import OWN_TEXT, STDLIB
-from unnorm.data.packing import Blocks, as_dataset, batches, begin_of_blocks, build_blocks, spread
+from unnorm.data.packing import Blocks, as_dataset, batches, begin_of_blocks, build_blocks, evenly_spaced
 from unnorm.data.sampling import own_text
 from unnorm.data.stress import random_starts, stress_blocks
 
@@ -14,9 +14,9 @@ __all__ = [
     "batches",
     "begin_of_blocks",
     "build_blocks",
+    "evenly_spaced",
     "open_documents",
     "own_text",
     "random_starts",
-    "spread",
     "stress_blocks",
 ]

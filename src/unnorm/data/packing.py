@@ -267,7 +267,7 @@ def as_dataset(blocks: Tokens) -> Dataset:
     return Dataset.from_dict({"input_ids": blocks}, features=features)
 
 
-def spread(blocks: Dataset, count: int) -> Dataset:
+def evenly_spaced(blocks: Dataset, count: int) -> Dataset:
     """At most `count` rows, evenly spaced: neighbouring blocks often come from one document."""
     count = min(count, len(blocks))
     return blocks.select([i * len(blocks) // count for i in range(count)])

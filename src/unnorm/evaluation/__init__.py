@@ -1,12 +1,12 @@
 """Loss, fidelity and benchmarks: what an LN-free model costs and how far it is from the original."""
 
-from unnorm.evaluation.corpora import EVALUATION_SPREAD, EVALUATION_TOKENS, with_documents
+from unnorm.evaluation.corpora import EVALUATION_OVERSAMPLING, EVALUATION_TOKENS, with_documents
 from unnorm.evaluation.results import Evaluation, Results, Score
 from unnorm.evaluation.run import evaluate
 from unnorm.evaluation.summary import evaluate_model
 
 __all__ = [
-    "EVALUATION_SPREAD",
+    "EVALUATION_OVERSAMPLING",
     "EVALUATION_TOKENS",
     "Evaluation",
     "Results",

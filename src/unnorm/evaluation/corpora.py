@@ -14,13 +14,13 @@ from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from unnorm.data import spread
+from unnorm.data import evenly_spaced
 from unnorm.data.packing import begin_of_blocks, held_out_blocks, open_tokens
 from unnorm.errors import UnnormError
 
 EVALUATION_TOKENS = 50_000
 """Tokens of held-out text that numbers are measured on, or all there are."""
-EVALUATION_SPREAD = 4
+EVALUATION_OVERSAMPLING = 4
 """Times as much held-out text is read, and thinned evenly: neighbouring blocks come from one document."""
 LEAST_DOCUMENTS = 30
 """Documents from which on intervals are over documents. Fewer say little about what other documents would give."""
@@ -127,7 +127,7 @@ def open_corpus(
     """
     count = max(1, math.ceil(tokens / context))
     found, held_out = held_out_blocks(
-        source, tokenizer, vocab_size, context, EVALUATION_SPREAD * count, text_field, split
+        source, tokenizer, vocab_size, context, EVALUATION_OVERSAMPLING * count, text_field, split
     )
     blocks = with_documents(found, tokenizer)
     left_out = ""
@@ -144,7 +144,7 @@ def open_corpus(
             f"Nothing is left of '{name}': each of its {len(found)} blocks has a token that the text it is "
             "filtered by lacks. Give more of that text, or evaluate on the unfiltered corpus."
         )
-    blocks = spread(blocks, count)
+    blocks = evenly_spaced(blocks, count)
     return Corpus(
         name=name,
         source=source,

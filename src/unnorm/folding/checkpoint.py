@@ -24,9 +24,9 @@ from transformers import (
 
 from unnorm.errors import UnnormError, first_few, short
 from unnorm.folding.fold import FoldedWeights, empty_twin
-from unnorm.modeling import know_class_of
+from unnorm.modeling import register_twin_class
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
-from unnorm.models.load import lacking
+from unnorm.models.load import missing_weights
 from unnorm.runs.directory import LIMITS, MODEL, SITES, UNFOLDED, write_text
 from unnorm.sites.norm_behaviour import gain_offset
 from unnorm.sites.site import NormSite
@@ -291,7 +291,7 @@ def _load(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise UnnormError(f"No model in '{path}': there is no config.json. Give the directory of a finished run.")
     damaged = f"The model in '{path}' is damaged"
     try:
-        know_class_of(path)
+        register_twin_class(path)
         model, info = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=dtype,
@@ -302,7 +302,7 @@ def _load(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         )
     except Exception as error:  # Whatever a damaged config makes transformers do.
         raise UnnormError(f"{damaged}: {short(error)} Do the run again, or copy it again.") from error
-    if wrong := lacking(info):
+    if wrong := missing_weights(info):
         raise UnnormError(
             f"{damaged}: it lacks {first_few(wrong)}, or has them in another shape. Do the run again, or copy it again."
         )

@@ -27,7 +27,7 @@ def ln_free_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return made
 
 
-def know_class_of(checkpoint: str | Path) -> None:
+def register_twin_class(checkpoint: str | Path) -> None:
     """Make the class of a twin's checkpoint known to the Auto classes, of whatever family; others are left alone.
 
     Args:

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from unnorm.errors import UnnormError, first_few, short
-from unnorm.modeling import know_class_of
+from unnorm.modeling import register_twin_class
 from unnorm.models.sizes import vocabulary_size
 from unnorm.runs.directory import MODEL, SITES, named_path
 from unnorm.sites.tracing import trace_inputs
@@ -128,7 +128,7 @@ def check_same_tokenizer(
         )
 
 
-def lacking(loading_info: Mapping[str, Any]) -> list[str]:
+def missing_weights(loading_info: Mapping[str, Any]) -> list[str]:
     """Weights that a checkpoint lacks or has in another shape, by what `from_pretrained` says of its loading."""
     return sorted([*loading_info["missing_keys"], *(key for key, *_ in loading_info["mismatched_keys"])])
 
@@ -150,7 +150,7 @@ def _load_config(model: str, path: str, trust_remote_code: bool) -> PretrainedCo
             "`save_pretrained` wrote."
         )
     try:
-        know_class_of(path)
+        register_twin_class(path)
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except Exception as error:
         _refuse_remote_code(model, error)
@@ -190,7 +190,7 @@ def _load_weights(model: str, path: str, config: PretrainedConfig, trust_remote_
         raise UnnormError(
             f"Could not load '{model}' ({kind}) as a causal language model: {short(error)} {remedy}"
         ) from error
-    if wrong := lacking(info):
+    if wrong := missing_weights(info):
         raise UnnormError(
             f"The checkpoint of '{model}' lacks weights of {type(loaded).__name__}, or has them in another shape: "
             f"{first_few(wrong)}. It is incomplete, or of another kind of "

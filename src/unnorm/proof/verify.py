@@ -332,7 +332,7 @@ def _modeling_file(checkpoint: Path, twin: PreTrainedModel) -> Check:
         wrong.append("config.json names other classes to load")
     others = sorted(path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*.py"))
     besides = first_few([other for other in others if other != own.name])
-    ran = f"what trust_remote_code=True runs{besides and f', besides {besides}'}"
+    ran = f"the code that trust_remote_code=True runs{besides and f', besides {besides}'}"
     return _row(name, len(wrong), 0, "; ".join(wrong) or ran)
 
 

@@ -18,13 +18,13 @@ from unnorm.data import (
     as_dataset,
     begin_of_blocks,
     build_blocks,
+    evenly_spaced,
     own_text,
     random_starts,
-    spread,
     stress_blocks,
 )
 from unnorm.errors import UnnormError
-from unnorm.evaluation import EVALUATION_SPREAD, EVALUATION_TOKENS, with_documents
+from unnorm.evaluation import EVALUATION_OVERSAMPLING, EVALUATION_TOKENS, with_documents
 from unnorm.models.load import DEMO
 from unnorm.models.sizes import vocabulary_size
 from unnorm.progress import Watch, say
@@ -33,7 +33,7 @@ from unnorm.runs.config import RemoveConfig, read_config_file
 from unnorm.runs.directory import CONFIG_FILE, DATA, HELD_OUT, finished_result, write_text
 from unnorm.runs.plan import Plan
 
-TRAINING_SPREAD = 4
+TRAINING_OVERSAMPLING = 4
 """Times as much training text is read, and thinned evenly: neighbouring blocks come from one document and say less."""
 
 
@@ -75,7 +75,7 @@ def write_blocks(
     validation = _numbered(blocks.validation, config, tokenizer)
     parts = {
         "train": train,
-        "validation": spread(validation, math.ceil(EVALUATION_TOKENS / plan.context)),
+        "validation": evenly_spaced(validation, math.ceil(EVALUATION_TOKENS / plan.context)),
         **({"stress": as_dataset(stress)} if len(stress) else {}),
     }
     try:
@@ -127,7 +127,7 @@ def _times_over(blocks: int, plan: Plan) -> str:
 def _choose(blocks: Dataset, count: int, config: RemoveConfig) -> Dataset:
     """Evenly, or at random for a run that goes on from another's twin: the same ones would teach it less."""
     if config.twin is None:
-        return spread(blocks, count)
+        return evenly_spaced(blocks, count)
     return blocks.shuffle(seed=config.seed).select(range(min(count, len(blocks))))
 
 
@@ -154,8 +154,8 @@ def _read_blocks(
         tokenizer,
         vocabulary_size(model),
         plan.context,
-        train_blocks=TRAINING_SPREAD * train_blocks,
-        validation_blocks=EVALUATION_SPREAD * validation_blocks,
+        train_blocks=TRAINING_OVERSAMPLING * train_blocks,
+        validation_blocks=EVALUATION_OVERSAMPLING * validation_blocks,
         text_field=config.text_field,
         split=config.split,
         say=partial(say, watch),
@@ -171,7 +171,7 @@ def with_stress(run: Run) -> Dataset:
     """Training text with its share of stress blocks in place of as many others, for recipes that distil."""
     if not run.recipe.optimization.distil or run.stress_blocks is None:
         return run.train_blocks
-    kept = spread(run.train_blocks, max(1, len(run.train_blocks) - len(run.stress_blocks)))
+    kept = evenly_spaced(run.train_blocks, max(1, len(run.train_blocks) - len(run.stress_blocks)))
     vocab_size = vocabulary_size(run.original)
     generator = np.random.default_rng(run.config.seed)
     text = as_dataset(random_starts(np.asarray(kept["input_ids"]), run.tokenizer, vocab_size, generator))

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from unnorm.calibration.limits import share_at_limit
 from unnorm.calibration.scales import CALIBRATION_BLOCKS, collect_log_scales, scale_statistics
-from unnorm.data import spread
+from unnorm.data import evenly_spaced
 from unnorm.evaluation import Evaluation
 from unnorm.evaluation.intervals import Interval
 from unnorm.folding.checkpoint import load, load_sites, load_unfolded
@@ -23,8 +23,9 @@ from unnorm.json_text import json_text
 from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.proof.verify import check_twin
 from unnorm.removal.blocks import text_digest
+from unnorm.removal.facts import Facts
+from unnorm.removal.predecessor import history
 from unnorm.removal.run import Run, evaluate_on_held_out
-from unnorm.removal.twin import history
 from unnorm.report.card import render_card
 from unnorm.report.removal_page import ReportData, render_report
 from unnorm.runs.directory import CARD, CHECKPOINTS, CONTROL, DATA, HELD_OUT, LOGS, MODEL, REPORT, RESULT, write_text
@@ -33,7 +34,7 @@ from unnorm.sites.find import norm_modules
 SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 4, 32, 48
 
 
-def conclude(run: Run, before: dict[str, Any], control: PreTrainedModel | None, started: float) -> dict[str, Any]:
+def conclude(run: Run, facts: Facts, control: PreTrainedModel | None, started: float) -> dict[str, Any]:
     """Measure and prove what was saved, from the files; write result and report."""
     run.say("evaluating")
     twin = load(run.directory).to(run.plan.device)
@@ -47,8 +48,8 @@ def conclude(run: Run, before: dict[str, Any], control: PreTrainedModel | None, 
     run.say("verifying")
     checks = check_twin(twin.cpu(), load_unfolded(run.directory), sites)
     rows = history(run.directory)
-    result = _result(run, evaluations, before, rows, twin)
-    seconds = time.perf_counter() - started + before.get("earlier_seconds", 0.0)
+    result = _result(run, evaluations, facts, rows, twin)
+    seconds = time.perf_counter() - started + facts.earlier_seconds
     result |= {"seconds": seconds, "verified": all(check.passed for check in checks)}
     result["fold_max_abs_error"] = next(check.value for check in checks if "float64" in check.name)
     data = ReportData(
@@ -82,13 +83,13 @@ def _keep_logs(directory: Path) -> None:
 
 
 def _log_scales(run: Run, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    return collect_log_scales(model, run.sites, spread(run.validation_blocks, CALIBRATION_BLOCKS))
+    return collect_log_scales(model, run.sites, evenly_spaced(run.validation_blocks, CALIBRATION_BLOCKS))
 
 
 def _samples(run: Run, twin: PreTrainedModel) -> list[dict[str, str]]:
     """Greedy continuations of held-out text by both models."""
     length = min(PROMPT_TOKENS, run.plan.context // 2)
-    prompts = torch.tensor(spread(run.validation_blocks, SAMPLES)["input_ids"])[:, :length]
+    prompts = torch.tensor(evenly_spaced(run.validation_blocks, SAMPLES)["input_ids"])[:, :length]
     texts = {"prompt": run.tokenizer.batch_decode(prompts)}
     for name, model in (("original", run.original.cpu()), ("lnfree", twin)):
         with _generating_plainly(model):
@@ -119,7 +120,7 @@ def _generating_plainly(model: PreTrainedModel) -> Iterator[None]:
 def _result(
     run: Run,
     evaluations: dict[str, Evaluation],
-    before: dict[str, Any],
+    facts: Facts,
     rows: list[dict[str, Any]],
     twin: PreTrainedModel,
 ) -> dict[str, Any]:
@@ -147,13 +148,13 @@ def _result(
         "validation_blocks": lnfree.blocks,
         "overflowed_blocks": lnfree.overflowed_blocks,
         "limited_neurons": sum(len(limit) for limit in limits_of(twin).values()),
-        "share_at_limit": share_at_limit(twin, spread(run.validation_blocks, CALIBRATION_BLOCKS)),
+        "share_at_limit": share_at_limit(twin, evenly_spaced(run.validation_blocks, CALIBRATION_BLOCKS)),
         "lnfree_loss_elsewhere": lnfree.loss_elsewhere,
         "kl_elsewhere": lnfree.kl_elsewhere,
         "control_kl": None if control is None else control.kl,
-        **before,
+        **facts.to_json(),
         "tokens": trained["tokens"],
-        "text_tokens": len(run.train_blocks) * run.plan.context + before.get("earlier_text_tokens", 0),
+        "text_tokens": len(run.train_blocks) * run.plan.context + facts.earlier_text_tokens,
         "text_sha256": text_digest(run),
         "training_seconds": trained["seconds"],
         "tokens_per_second": trained["tokens_per_second"],

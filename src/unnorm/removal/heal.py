@@ -7,7 +7,7 @@ from unnorm.errors import UnnormError
 from unnorm.folding.checkpoint import load, load_unfolded
 from unnorm.progress import Watch
 from unnorm.removal.remove import remove
-from unnorm.removal.resume import check_has_control, has_control, measured_before
+from unnorm.removal.resume import check_has_control, facts_of, has_control
 from unnorm.runs.config import read_config_file, read_count
 from unnorm.runs.directory import CONFIG_FILE, CONTROL, RESULT
 
@@ -55,7 +55,7 @@ def heal(directory: str | Path, *, watch: Watch | None = None, **options: Any) -
     }
     settings = {**saved, **anew, **options, "twin": directory}
     # What is damaged is found now, and not when a directory is made or the twin has been trained.
-    measured_before(directory)
+    facts_of(directory)
     load_unfolded(directory)
     if settings["control"]:
         load(directory / CONTROL)

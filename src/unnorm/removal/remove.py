@@ -22,18 +22,19 @@ from unnorm.progress import Watch, say, silent
 from unnorm.proof.at_load import prove_sites
 from unnorm.removal.blocks import check_same_text, with_stress, write_blocks
 from unnorm.removal.conclude import conclude
-from unnorm.removal.resume import measured_before, not_saved, saved_options
+from unnorm.removal.facts import Facts
+from unnorm.removal.predecessor import spent_seconds, spent_tokens, take_up_control, take_up_twin
+from unnorm.removal.resume import facts_of, not_saved, saved_options
 from unnorm.removal.run import Run, check_disk, open_directory
 from unnorm.removal.start import start
-from unnorm.removal.twin import spent_seconds, spent_tokens, take_up_control, take_up_twin
 from unnorm.runs.config import RemoveConfig
 from unnorm.runs.directory import (
-    BEFORE,
     CHECKPOINTS,
     CONFIG_FILE,
     CONTROL,
     CONTROL_DONE,
     DATA,
+    FACTS,
     MODEL,
     RESULT,
     UNFOLDED,
@@ -88,9 +89,9 @@ def remove(
 
 def _run(config: RemoveConfig, directory: Path, watch: Watch, started: float) -> dict[str, Any]:
     run = _prepare(config, directory, watch)
-    before = _train_removal(run)
+    facts = _train_removal(run)
     control = _train_control(run) if config.control else None
-    return processes.agree(lambda: conclude(run, before, control, started))
+    return processes.agree(lambda: conclude(run, facts, control, started))
 
 
 def _prepare(config: RemoveConfig, directory: Path, watch: Watch) -> Run:
@@ -139,29 +140,27 @@ def _plan(config: RemoveConfig, model: PreTrainedModel) -> Plan:
     return healing_plan(plan, spent_tokens(config.twin))
 
 
-def _train_removal(run: Run) -> dict[str, Any]:
+def _train_removal(run: Run) -> Facts:
     """Calibrate, measure naive removal, train, fold and save, as far as it is not done; what was found on the way."""
     if (run.directory / RESULT).is_file():  # Only the control is left to train.
         processes.agree(lambda: check_same_text(run))
-        return measured_before(run.directory)
-    note = run.directory / DATA / BEFORE  # Written when all that is done.
+        return facts_of(run.directory)
+    note = run.directory / DATA / FACTS  # Written when all that is done.
     if note.is_file():
-        found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
-        return found
+        return Facts(**json.loads(note.read_text(encoding="utf-8")))
     token_mask = TokenMask()
-    student, stand_ins, before = take_up_twin(run) if run.config.twin is not None else start(run, token_mask)
+    student, stand_ins, facts = take_up_twin(run) if run.config.twin is not None else start(run, token_mask)
     fuse_activations(student)
-    before["skipped_steps"] = 0
     if run.plan.steps:
         run.say(f"training: {run.plan.steps} steps of {run.plan.step_tokens:,} tokens", run.plan.training_tokens)
         schedule = _lay_out(run, stand_ins)
         controller = FidelityController(run.config.kl_budget, schedule.end) if run.recipe.controlled else None
         removal = Removal(stand_ins, schedule, controller, token_mask, run.tokenizer.eos_token_id)
-        before["skipped_steps"] = _train(run, student, removal, run.directory).skipped_steps
+        facts = replace(facts, skipped_steps=_train(run, student, removal, run.directory).skipped_steps)
     for stand_in in stand_ins.values():
         stand_in.removed = True
-    processes.agree(lambda: _fold_and_save(run, student, before))
-    return before
+    processes.agree(lambda: _fold_and_save(run, student, facts))
+    return facts
 
 
 def _lay_out(run: Run, stand_ins: dict[str, TaperedNorm]) -> Schedule:
@@ -223,7 +222,7 @@ def _check_ended(run: Run, outcome: Outcome, directory: Path) -> None:
         )
 
 
-def _fold_and_save(run: Run, student: PreTrainedModel, before: dict[str, Any]) -> None:
+def _fold_and_save(run: Run, student: PreTrainedModel, facts: Facts) -> None:
     run.say("folding")
     uninstall_paths(student)
     student.cpu().eval()  # Where there is float64.
@@ -231,7 +230,7 @@ def _fold_and_save(run: Run, student: PreTrainedModel, before: dict[str, Any]) -
     save_unfolded(student, run.original, run.sites, run.tokenizer, run.directory / UNFOLDED)
     save_sites(run.directory, run.sites, constants)
     save_folded(student, run.sites, run.tokenizer, run.directory / MODEL)
-    write_text(run.directory / DATA / BEFORE, json.dumps(before))
+    write_text(run.directory / DATA / FACTS, json.dumps(facts.to_json()))
 
 
 def _train_control(run: Run) -> PreTrainedModel:

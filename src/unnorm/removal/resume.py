@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from unnorm.errors import UnnormError
+from unnorm.removal.facts import Facts
 from unnorm.runs.config import RemoveConfig, read_config_file
-from unnorm.runs.directory import BEFORE, CONFIG_FILE, CONTROL, DATA, RESULT, finished_result
+from unnorm.runs.directory import CONFIG_FILE, CONTROL, DATA, FACTS, RESULT, finished_result
 
 _MAY_CHANGE_ON_RESUME = {"device", "compile", "cuda_graph", "micro_batch", "report_to", "out", "kl_budget", "control"}
 
@@ -31,7 +32,7 @@ def saved_options(options: dict[str, Any]) -> dict[str, Any]:
     asked |= {key: saved.get(key) for key in ("tokens", "batch_size", "lr") if asked[key] is None}
     if asked["dtype"] == "auto":
         asked["dtype"] = saved.get("dtype")
-    if saved.get("twin") and not finished and not (directory / DATA / BEFORE).is_file():  # From then on it has its own.
+    if saved.get("twin") and not finished and not (directory / DATA / FACTS).is_file():  # From then on it has its own.
         _check_healed(directory, Path(saved["twin"]), asked["control"])
     more = (asked["tokens"] or 0) > (saved.get("tokens") or math.inf)
     may_change = _MAY_CHANGE_ON_RESUME | ({"tokens"} if more else set())
@@ -97,8 +98,8 @@ def check_has_control(directory: Path) -> None:
         )
 
 
-def measured_before(directory: Path) -> dict[str, Any]:
-    """What the result of a run says of the original, of its naive removal, and of the time it took.
+def facts_of(directory: Path) -> Facts:
+    """Those of a finished run, whose time so far is that of an earlier one to whatever goes on from it.
 
     Raises:
         UnnormError: the file is missing or damaged.
@@ -106,7 +107,12 @@ def measured_before(directory: Path) -> dict[str, Any]:
     result = finished_result(directory)
     try:
         naive = {key: math.nan if result[key] is None else float(result[key]) for key in ("naive_loss", "naive_kl")}
-        taken_over = {key: result[key] for key in ("massive_neurons", "skipped_steps")}
-        return {**naive, **taken_over, "earlier_seconds": float(result["seconds"])}
+        return Facts(
+            **naive,
+            massive_neurons=list(result["massive_neurons"]),
+            skipped_steps=int(result["skipped_steps"]),
+            earlier_seconds=float(result["seconds"]),
+            earlier_text_tokens=int(result.get("earlier_text_tokens") or 0),
+        )
     except (TypeError, ValueError, KeyError) as error:
         raise UnnormError(f"'{directory / RESULT}' is damaged. Do the run again.") from error

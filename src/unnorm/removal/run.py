@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.calibration.limits import set_limits
 from unnorm.calibration.scales import CALIBRATION_BLOCKS
-from unnorm.data import spread
+from unnorm.data import evenly_spaced
 from unnorm.errors import UnnormError
 from unnorm.evaluation import Evaluation, evaluate_model
 from unnorm.progress import Watch, say
@@ -49,9 +49,9 @@ class Run:
         say(self.watch, text, tokens)
 
 
-def limit(run: Run, student: PreTrainedModel) -> None:
+def limit_quadratic_mlps(run: Run, student: PreTrainedModel) -> None:
     """Give the neurons of a run's model their limits, where its MLPs are quadratic."""
-    calibration = spread(run.train_blocks, CALIBRATION_BLOCKS)
+    calibration = evenly_spaced(run.train_blocks, CALIBRATION_BLOCKS)
     if limited := set_limits(student, run.original, run.sites, calibration):
         run.say(f"neurons of {len(limited)} quadratic MLPs have limits now")
 

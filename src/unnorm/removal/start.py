@@ -13,12 +13,13 @@ from unnorm import processes
 from unnorm.calibration.equalize import equalize_embedding, untie
 from unnorm.calibration.massive import MADE_GOOD, shrink_massive
 from unnorm.calibration.scales import CALIBRATION_BLOCKS, collect_log_scales, set_constants
-from unnorm.data import spread
+from unnorm.data import evenly_spaced
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.models.running import copy_model
-from unnorm.removal.run import Run, evaluate_on_held_out, limit
+from unnorm.removal.facts import Facts
+from unnorm.removal.run import Run, evaluate_on_held_out, limit_quadratic_mlps
 from unnorm.runs.directory import CHECKPOINTS, LAYOUT, write_text
-from unnorm.taper.norms import TaperedNorm, TokenMask, bound, removed
+from unnorm.taper.norms import TaperedNorm, TokenMask, removed, use_bounds
 from unnorm.taper.stand_ins import install
 from unnorm.training.loop import last_checkpoint
 
@@ -26,7 +27,7 @@ NAIVE_HEAD = 8
 """Blocks on which naive removal is tried first."""
 
 
-def start(run: Run, token_mask: TokenMask) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dict[str, Any]]:
+def start(run: Run, token_mask: TokenMask) -> tuple[PreTrainedModel, dict[str, TaperedNorm], Facts]:
     """The original with stand-ins, its norms still on, and what naive removal would cost.
 
     A run that goes on from a checkpoint is laid out as it was, whatever budget and text it has now.
@@ -41,16 +42,16 @@ def start(run: Run, token_mask: TokenMask) -> tuple[PreTrainedModel, dict[str, T
     )
     known = processes.agree(lambda: _known_layout(run.directory))
     if known is None:
-        before = _calibrate(run, student, stand_ins)
-        processes.agree(lambda: _save_layout(run.directory, student, before))
-        return student, stand_ins, before
-    before = known["before"]
-    if before["massive_neurons"]:
-        bound(stand_ins.values())
+        facts = _calibrate(run, student, stand_ins)
+        processes.agree(lambda: _save_layout(run.directory, student, facts))
+        return student, stand_ins, facts
+    facts = Facts(**known["facts"])
+    if facts.massive_neurons:
+        use_bounds(stand_ins.values())
     if student.config.tie_word_embeddings and not known["tied"]:
         untie(student)
     limit_neurons(student, known["limited"])
-    return student, stand_ins, before
+    return student, stand_ins, facts
 
 
 def _known_layout(directory: Path) -> dict[str, Any] | None:
@@ -61,26 +62,30 @@ def _known_layout(directory: Path) -> dict[str, Any] | None:
     return found
 
 
-def _save_layout(directory: Path, student: PreTrainedModel, before: dict[str, Any]) -> None:
+def _save_layout(directory: Path, student: PreTrainedModel, facts: Facts) -> None:
     (directory / CHECKPOINTS).mkdir(exist_ok=True)
-    layout = {"before": before, "tied": student.config.tie_word_embeddings, "limited": list(limits_of(student))}
+    layout = {
+        "facts": facts.to_json(),
+        "tied": student.config.tie_word_embeddings,
+        "limited": list(limits_of(student)),
+    }
     write_text(directory / CHECKPOINTS / LAYOUT, json.dumps(layout))
 
 
-def _calibrate(run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNorm]) -> dict[str, Any]:
+def _calibrate(run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNorm]) -> Facts:
     """Constants, scales made even, and limits, in place; returns what naive removal would cost, and the neurons."""
     run.say("calibrating")
-    calibration = spread(run.train_blocks, CALIBRATION_BLOCKS)
+    calibration = evenly_spaced(run.train_blocks, CALIBRATION_BLOCKS)
     set_constants(stand_ins, collect_log_scales(student, run.sites, calibration), run.config.estimator)
-    before = _naive_removal(run, student, stand_ins)
+    naive_loss, naive_kl = _naive_removal(run, student, stand_ins)
     equalizes = run.plan.steps and run.recipe.equalizes
-    before["massive_neurons"] = _equalize(run, student, stand_ins, calibration) if equalizes else []
-    if before["massive_neurons"] and run.config.neuron_limits:
-        limit(run, student)
-    return before
+    neurons = _equalize(run, student, stand_ins, calibration) if equalizes else []
+    if neurons and run.config.neuron_limits:
+        limit_quadratic_mlps(run, student)
+    return Facts(naive_loss, naive_kl, neurons)
 
 
-def _naive_removal(run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNorm]) -> dict[str, Any]:
+def _naive_removal(run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNorm]) -> tuple[float, float]:
     """Loss and KL with every norm replaced by its calibrated constant, before any training.
 
     One block that overflows makes the whole not a number, so where one of the first does, the rest is not measured.
@@ -93,7 +98,7 @@ def _naive_removal(run: Run, student: PreTrainedModel, stand_ins: dict[str, Tape
             measured = evaluate_on_held_out(run, student, "naive removal")
     if not math.isfinite(measured.loss):
         run.say("without its norms and without training the model overflows: its loss is not a number")
-    return {"naive_loss": measured.loss, "naive_kl": float(measured.kl or 0.0)}
+    return measured.loss, float(measured.kl or 0.0)
 
 
 def _equalize(
@@ -105,6 +110,6 @@ def _equalize(
     neurons = shrink_massive(*common, MADE_GOOD * run.config.kl_budget)
     if neurons:
         run.say(f"scaled down what writes massive activations: {len(neurons)} of the MLPs' neurons")
-        bound(stand_ins.values())
+        use_bounds(stand_ins.values())
     equalize_embedding(*common)
     return [asdict(neuron) for neuron in neurons]

@@ -245,7 +245,7 @@ def removed(stand_ins: Iterable[TaperedNorm]) -> Iterator[None]:
             stand_in.removed = False
 
 
-def bound(stand_ins: Iterable[TaperedNorm]) -> None:
+def use_bounds(stand_ins: Iterable[TaperedNorm]) -> None:
     """From now on no token gets far more from any of them than its norm would give it; see `TaperedNorm`."""
     for stand_in in stand_ins:
         stand_in.interpolation = "bounded"

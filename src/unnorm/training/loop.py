@@ -18,7 +18,7 @@ from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from unnorm import processes
-from unnorm.data import batches, spread
+from unnorm.data import batches, evenly_spaced
 from unnorm.errors import UnnormError
 from unnorm.models.running import evaluating, without_dropout
 from unnorm.models.sizes import vocabulary_size
@@ -108,7 +108,7 @@ def train(
         removal=removal,
         plan=plan,
     )
-    quick_blocks = spread(validation_blocks, QUICK_BLOCKS)
+    quick_blocks = evenly_spaced(validation_blocks, QUICK_BLOCKS)
     metrics = MetricsCallback(
         directory / METRICS,
         plan,

@@ -1,6 +1,7 @@
 """What a run takes over from the finished one whose twin it heals further."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,15 @@ from unnorm import processes
 from unnorm.errors import UnnormError
 from unnorm.folding.checkpoint import load, load_unfolded
 from unnorm.modeling.modeling_unnorm import limits_of
-from unnorm.removal.resume import measured_before
-from unnorm.removal.run import Run, limit
+from unnorm.removal.facts import Facts
+from unnorm.removal.resume import facts_of
+from unnorm.removal.run import Run, limit_quadratic_mlps
 from unnorm.runs.directory import CONTROL, EARLIER, METRICS, RESULT, finished_result, read_rows, write_text
-from unnorm.taper.norms import TaperedNorm, bound
+from unnorm.taper.norms import TaperedNorm, use_bounds
 from unnorm.training.callbacks import seconds_of_steps
 
 
-def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dict[str, Any]]:
+def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], Facts]:
     """The twin before folding, its stand-ins, and what was measured before it was first trained.
 
     Raises:
@@ -25,8 +27,8 @@ def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dic
     """
     directory = run.config.twin
     assert directory is not None
-    before = measured_before(directory)
-    before["earlier_text_tokens"] = finished_result(directory).get("text_tokens") or 0
+    text_tokens = int(finished_result(directory).get("text_tokens") or 0)
+    facts = replace(facts_of(directory), skipped_steps=0, earlier_text_tokens=text_tokens)
     student = load_unfolded(directory)
     stand_ins = {name: module for name, module in student.named_modules() if isinstance(module, TaperedNorm)}
     if set(stand_ins) != {site.name for site in run.sites}:
@@ -36,14 +38,14 @@ def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], dic
     for stand_in in stand_ins.values():
         stand_in.log_constant = stand_in.log_constant.to(stand_in.gain.dtype)
     student.to(run.plan.device)  # Only now: Apple GPUs have no float64, which the constants came in.
-    if before["massive_neurons"] and run.config.neuron_limits and not limits_of(student):
-        limit(run, student)
-    if before["massive_neurons"]:
-        bound(stand_ins.values())
+    if facts.massive_neurons and run.config.neuron_limits and not limits_of(student):
+        limit_quadratic_mlps(run, student)
+    if facts.massive_neurons:
+        use_bounds(stand_ins.values())
     for stand_in in stand_ins.values():
         stand_in.alpha.fill_(1.0)
     _take_over_history(directory, run.directory)
-    return student, stand_ins, before
+    return student, stand_ins, facts
 
 
 def take_up_control(run: Run) -> PreTrainedModel:
