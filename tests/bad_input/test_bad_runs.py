@@ -117,7 +117,7 @@ class TestHeal:
         for run, arguments, remedy in (
             (run_copy, ("heal", run_copy, "--tokens", "1k"), f"'{run_copy / 'config.yaml'}' (model: …)"),
             (unfinished_run, ("remove", "--resume", "--out", unfinished_run), f"'{unfinished_run / 'config.yaml'}'"),
-            (run_copy, ("analyze", run_copy), "Or name it with --against."),
+            (run_copy, ("analyze", run_copy), "Or name another with --against."),
         ):
             settings = run / "config.yaml"
             lines = [line for line in settings.read_text().splitlines() if not line.startswith("model:")]
