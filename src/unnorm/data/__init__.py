@@ -1,4 +1,4 @@
-"""Text from any source, made into packed blocks of tokens."""
+"""Text from any source, packed into blocks of tokens."""
 
 from unnorm.data.documents import open_documents
 from unnorm.data.files import OWN_TEXT, STDLIB

@@ -23,21 +23,20 @@ from unnorm.errors import UnnormError
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _HEAD = 100
-"""Rows among which the column that holds the text is looked for."""
+"""Rows searched for the column that holds the text."""
 _HELD_OUT_ONE_IN = 10
-"""Where a source names no validation split, one document in ten, chosen by hash, is kept from training."""
+"""If a source has no validation split, one document in ten, chosen by hash, is held out."""
 _LOOKED_AT, _LEAST_HELD_OUT = 100, 3
-"""Unless so few of a source's first documents would be held out: then it is the last tenth of each document."""
+"""If fewer than 3 of a source's first 100 documents would be held out, the last tenth of each document is instead."""
 _STDLIB_HELD_OUT_ONE_IN = 16
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Training and validation text, each an iterable that starts afresh every time.
+    """Training and validation text, each a function that starts a fresh iterator.
 
-    What is held out depends on the source alone, not on how much of it is asked for, so that what one command
-    trained on is never what another one calls held out. `held_out` says in words how the two were kept apart;
-    it is printed in the report.
+    What is held out depends on the source alone, not on how much of it is asked for, so that no command evaluates on
+    text that another one trained on. `held_out` says in words how the two were kept apart; it is printed in the report.
     """
 
     train: Callable[[], Iterator[str]]
@@ -46,18 +45,18 @@ class Documents:
 
 
 def open_documents(source: str, text_field: str | None = None, split: str = "train") -> Documents:
-    """Find documents by what `source` is.
+    """Open the documents of a source of any kind.
 
     Args:
         source: `stdlib`; a file, directory or glob of `.txt`, `.jsonl` or `.csv` (each also compressed) or
             `.parquet`; or a hub data set, `owner/name` or `owner/name:subset`, which is streamed.
-        text_field: the column that holds the text; by default `text`, else the only string column, where no other
-            is a list of strings or objects.
-        split: the split that training text comes from. Of local files it is told by their names, as in
-            `train-00000-of-00004.parquet`; where no name tells it, all of them are `train`.
+        text_field: the column that holds the text; by default `text`, otherwise the only string column, provided that
+            no other column is a list of strings or objects.
+        split: the split that training text comes from. Local files show theirs in their names, as in
+            `train-00000-of-00004.parquet`; if no name does, all of them are `train`.
 
     Raises:
-        UnnormError: nothing is there, it is empty, or it has no such column or split.
+        UnnormError: there is no such source, it is empty, or it has no such column or split.
     """
     if source == STDLIB:
         check_split(source, split, ["train"])
@@ -76,7 +75,7 @@ def open_documents(source: str, text_field: str | None = None, split: str = "tra
 
 def _stdlib() -> Documents:
     root = Path(sysconfig.get_path("stdlib"))
-    # In the order of a hash, so that the first blocks of either side are a fair sample of all of it.
+    # Ordered by hash, so that the first blocks of either part are a random sample of all of it.
     paths = sorted(
         (p for p in root.rglob("*.py") if not _LEFT_OUT & set(p.relative_to(root).parts)),
         key=lambda p: _hash(p.relative_to(root).as_posix()),
@@ -110,7 +109,7 @@ def _of_splits(
 
 
 def _held_out_of(texts: Callable[[], Iterator[str]]) -> Documents:
-    """Hold out whole documents where there are many, else the end of each."""
+    """Hold out whole documents if there are many, otherwise the end of each."""
     first = islice(texts(), _LOOKED_AT)
     enough = islice((text for text in first if _is_held_out(text, _HELD_OUT_ONE_IN)), _LEAST_HELD_OUT)
     if len(list(enough)) == _LEAST_HELD_OUT:
@@ -128,7 +127,7 @@ def _held_out_of(texts: Callable[[], Iterator[str]]) -> Documents:
 
 
 def _last_tenth(text: str) -> int:
-    """Where the last tenth of a document begins: after a line, if one ends nearby."""
+    """Where the last tenth of a document begins, moved to the next line start if one is near."""
     at = len(text) * 9 // 10
     return max(at, text.find("\n", at, (at + len(text)) // 2) + 1)
 
@@ -153,14 +152,14 @@ def _texts(source: str, rows: Callable[[], Iterable[Row]], field: str | None) ->
             )
         if text and text.strip():
             found = True
-            # Half a surrogate pair, which JSON may hold where text was cut off, is nothing that tokenizers take.
+            # JSON cut off mid-character may hold a lone surrogate, which tokenizers refuse.
             yield text.encode("utf-8", "replace").decode()
     if not found:
         raise empty(source)
 
 
 def _head(rows: Iterator[Row], column: str) -> list[Row]:
-    """The rows from which the text's column is chosen: up to the first that has the one that it would be."""
+    """The first rows, up to the first one that has the expected text column."""
     head = []
     for row in islice(rows, _HEAD):
         head.append(row)
@@ -170,7 +169,7 @@ def _head(rows: Iterator[Row], column: str) -> list[Row]:
 
 
 def _text_column(source: str, head: list[Row], field: str | None) -> str:
-    """The one to read, from the first rows: in a single one the text may be missing."""
+    """The column to read, chosen from several rows because a single one may lack its text."""
     known = list(dict.fromkeys(key for row in head for key in row))
     if field is not None:
         if field not in known:
@@ -179,7 +178,7 @@ def _text_column(source: str, head: list[Row], field: str | None) -> str:
     if "text" in known:
         return "text"
     strings = [key for key in known if any(_may_be_text(row.get(key)) for row in head)]
-    # Such as the turns of a chat, or paragraphs: beside them one string is a name or a number.
+    # E.g. chat turns or paragraphs: a lone string column beside them is a name or an id.
     lists = [key for key in known if any(_holds_text(row.get(key)) for row in head)]
     if len(strings) != 1 or lists:
         raise UnnormError(f"Which field of '{source}' is the text? Name it with --text-field: {', '.join(known)}.")
@@ -187,7 +186,7 @@ def _text_column(source: str, head: list[Row], field: str | None) -> str:
 
 
 def _may_be_text(value: object) -> bool:
-    """Numbers, yes and no are none, though CSV has them as strings."""
+    """Whether a value is a string other than a number or a boolean, which CSV also gives as strings."""
     if not isinstance(value, str) or not value.strip() or value.strip().lower() in ("true", "false"):
         return False
     try:

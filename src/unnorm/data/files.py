@@ -1,4 +1,4 @@
-"""Local files: which ones a source stands for, what split each is of, and the rows in them."""
+"""Local files: which files a source stands for, the split of each, and their rows."""
 
 import glob
 import json
@@ -24,10 +24,10 @@ from unnorm.runs.directory import named_path
 Row = dict[str, object]
 
 STDLIB = "stdlib"
-"""Name of the embedded default, which is no file: the Python standard library's own source files."""
+"""Name of the default source, which is no path: the source files of the Python standard library."""
 
 OWN_TEXT = "self"
-"""Name of what a model writes itself; see `sampling`."""
+"""Name of the text that a model writes itself; see `sampling`."""
 
 COMPRESSIONS = {".gz": "gzip", ".xz": "xz", ".bz2": "bz2", ".zst": "zstd", ".lz4": "lz4"}
 """Suffixes of compressed text files, with fsspec's name of each compression."""
@@ -43,7 +43,7 @@ TOKEN_FILE = ".bin"
 
 _COMPRESS_THEMSELVES = (".parquet", TOKEN_FILE)
 _PACKAGES = {".zst": "backports.zstd", ".lz4": "lz4"}
-# What lies beside the data in a copy of a hub repository, or in what `datasets` saves.
+# Metadata files in a copy of a hub repository or in a data set saved by `datasets`.
 _NO_DATA = {"README.md", "dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 _SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -53,32 +53,32 @@ _SPLIT_WORDS = {
 
 _OTHER_SEPARATORS = ";\t|"
 _AT_ONCE = 1000
-"""Rows of CSV that are read at once."""
+"""Rows of CSV read at once."""
 
 _HEAD = 100
-"""Rows of JSON that tell which fields there are."""
+"""Rows of JSON whose fields every row is given."""
 
 
 def rows_by_split(source: str, files: list[Path]) -> dict[str, Callable[[], Iterator[Row]]]:
-    """For each split that the files' names tell, a function that begins to read its rows; see `files_by_split`.
+    """For each split found in the file names, a function that starts reading its rows; see `files_by_split`.
 
     Raises:
-        UnnormError: the files are empty, of several formats, or of one that is not known.
+        UnnormError: the files are empty, of several formats, or of an unknown one.
     """
     suffix, filled = _format_and_filled(source, files)
     return {split: partial(_rows, suffix, of_split) for split, of_split in files_by_split(source, filled).items()}
 
 
 def open_rows(source: str, split: str, lines: bool = False) -> Iterator[Row]:
-    """Rows of local files as they are, every field of them: the items of a benchmark.
+    """Rows of local files with all their fields, for the items of a benchmark.
 
     Args:
         source: a file, a directory or a glob.
-        split: files of other splits are left out, where all names tell one and any is of this one.
-        lines: of text files every line is a row, not every file; blank ones are passed over.
+        split: files of other splits are left out, provided that every file name shows a split and one shows this one.
+        lines: each nonblank line of a text file is a row, rather than the whole file.
 
     Raises:
-        UnnormError: nothing is there, it is empty or damaged.
+        UnnormError: there is no such source, or it is empty or damaged.
     """
     files = find_files(source)
     if not files:
@@ -93,7 +93,7 @@ def find_files(source: str) -> list[Path]:
     """Data files that a path, a directory or a glob stands for, sorted; empty if there are none.
 
     Raises:
-        UnnormError: it is a directory without any.
+        UnnormError: the source is a directory without data files.
     """
     if not source or source in (STDLIB, OWN_TEXT):
         return []
@@ -110,7 +110,7 @@ def find_files(source: str) -> list[Path]:
 
 
 def _files_under(directory: Path) -> Iterator[Path]:
-    """Those in linked directories too, each of which is entered once."""
+    """All files under a directory, following links; each directory is entered only once."""
     entered = set()
     for place, directories, names in os.walk(directory, followlinks=True):
         real = os.path.realpath(place)
@@ -122,12 +122,12 @@ def _files_under(directory: Path) -> Iterator[Path]:
 
 
 def _each_once(paths: Iterable[Path]) -> list[Path]:
-    """Sorted, and of those that links lead to by several ways the first alone."""
+    """Sorted paths; of several links to one file only the first is kept."""
     return sorted({path.resolve(): path for path in sorted(paths, reverse=True)}.values())
 
 
 def data_suffix(path: Path) -> str | None:
-    """The suffix that tells a file's format, past a compression's; None if it is not a data file."""
+    """The suffix of a file's format, without that of its compression; None if it is not a data file."""
     suffixes = [s.lower() for s in path.suffixes]
     compressed = bool(suffixes) and suffixes[-1] in COMPRESSIONS
     if compressed:
@@ -138,7 +138,7 @@ def data_suffix(path: Path) -> str | None:
 
 
 def _format_and_filled(source: str, files: list[Path]) -> tuple[str, list[Path]]:
-    """The suffix that all files share, and those that are not empty; refuses what can't be read."""
+    """The suffix that all files share, and the nonempty files; raises UnnormError if they can't be read."""
     suffix = _common_suffix(source, files)
     for path in files:
         _check_decompresses(path)
@@ -170,17 +170,17 @@ def _check_decompresses(path: Path) -> None:
 
 
 def files_by_split(source: str, files: list[Path], unnamed: str = "") -> dict[str, list[Path]]:
-    """Files by the split that their names tell, if each of several tells one and any is `train`; else all are `train`.
+    """Files by the split in their names, if all of several show one and any is `train`; otherwise all are `train`.
 
-    A word in a few names is no split: `training.md` among other chapters must not be all that is read. Where that
-    can't be, a name that tells none may stand for the split `unnamed`.
+    A split word in only some of the names is ignored, so that `training.md` among other chapters is not all that is
+    read. Where that can't happen, `unnamed` is the split of files whose names show none.
     """
     named = _by_name(source, files, unnamed)
     return {"train": files} if len(files) == 1 or "train" not in named or "" in named else named
 
 
 def _by_name(source: str, files: list[Path], unnamed: str = "") -> dict[str, list[Path]]:
-    """Files by the split that the last part of their paths tells that tells one."""
+    """Files keyed by split, taken from the last part of each path that names one."""
     named: dict[str, list[Path]] = {}
     root = _root(source)
     for path in files:
@@ -191,7 +191,7 @@ def _by_name(source: str, files: list[Path], unnamed: str = "") -> dict[str, lis
 
 
 def _root(source: str) -> Path:
-    """The directory that all files of a source are in: what a glob has before its first pattern."""
+    """The directory that holds all files of a source; for a glob, the part before its first pattern."""
     path = named_path(source)
     if path.is_dir():
         return path
@@ -205,13 +205,13 @@ def _split_in(name: str) -> str | None:
 
 
 def check_split(source: str, split: str, splits: Iterable[str]) -> None:
-    """Refuse a split that is not among those that are there."""
+    """Raise UnnormError if `split` is not among `splits`."""
     if split not in splits:
         raise UnnormError(f"'{source}' has no split '{split}' (--split). It has: {', '.join(splits)}.")
 
 
 def _rows(suffix: str, files: list[Path], lines: bool = False) -> Iterator[Row]:
-    """Rows of one file after the other; no two have to have the same columns but for the text."""
+    """Rows of one file after another; the files need to share the text column only."""
     for path in files:
         if FORMATS[suffix] == "text":
             yield from _text_rows(path, lines)
@@ -238,7 +238,7 @@ def _open_text(path: Path, newline: str | None) -> TextIO:
 
 
 def _is_json_lines(path: Path) -> bool:
-    """Whether the first line is an object: the file may also be one list, or anything that its name does not say."""
+    """Whether the first line is a JSON object: a file may also hold one list, or something its name does not show."""
     with _open_text(path, newline="\n") as lines:
         first = next((line for line in lines if line.strip()), "")
     try:
@@ -248,7 +248,7 @@ def _is_json_lines(path: Path) -> bool:
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    """Rows with every field of the first ones; `datasets` refuses rows of other fields than those before them."""
+    """Rows that each have all fields of the first rows; `datasets` would refuse rows whose fields differ."""
     rows = _objects(path)
     head = list(islice(rows, _HEAD))
     fields = dict.fromkeys(key for row in head for key in row)
@@ -271,17 +271,17 @@ def _objects(path: Path) -> Iterator[Row]:
 
 
 def _table(suffix: str, path: Path) -> Iterator[Row]:
-    # Its readers log an error, traceback and all, besides raising it.
+    # The readers of `datasets` log errors with traceback in addition to raising them.
     logging.getLogger("datasets.packaged_modules").setLevel(logging.CRITICAL)
     if suffix == ".parquet" and parquet.read_metadata(path).num_rows == 0:
         return
-    name = glob.escape(str(path))  # `datasets` takes every name for a pattern.
-    with suppress(StopIteration):  # How it meets a file without a row.
+    name = glob.escape(str(path))  # `datasets` treats every name as a pattern.
+    with suppress(StopIteration):  # Raised for a file without rows.
         yield from datasets.load_dataset(FORMATS[suffix], data_files=name, split="train", streaming=True)
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    """Rows of strings: guessing types, as `datasets` does, makes nothing of the text "null", and numbers of "12"."""
+    """Rows of strings: guessed types, as in `datasets`, would turn the text "null" into None and "12" into a number."""
     with _open_text(path, newline="") as file, suppress(pd.errors.EmptyDataError):
         for chunk in pd.read_csv(file, dtype=str, na_filter=False, chunksize=_AT_ONCE):
             fields = list(chunk.columns)
@@ -295,7 +295,7 @@ def _csv_rows(path: Path) -> Iterator[Row]:
 
 
 def readable(source: str, rows: Callable[[], Iterable[Row]]) -> Iterator[Row]:
-    """All rows, of local files or of the hub; what goes wrong on the way is an UnnormError with the remedy."""
+    """All rows of local files or the hub; any failure becomes an UnnormError that names a remedy."""
     none = True
     try:
         for row in rows():
@@ -319,12 +319,12 @@ def readable(source: str, rows: Callable[[], Iterable[Row]]) -> Iterator[Row]:
 
 
 def _is_of_encoding(error: BaseException | None) -> bool:
-    """Whether text is not UTF-8; `datasets` raises its own error from that."""
+    """Whether the cause is text that is not UTF-8; `datasets` wraps that error in its own."""
     return error is not None and (isinstance(error, UnicodeDecodeError) or _is_of_encoding(error.__cause__))
 
 
 def looks_local(source: str) -> bool:
-    """Whether a source that stands for no file was meant to be one, and not the name of a hub data set."""
+    """Whether a source that matches no file was meant as a file, not as a hub data set."""
     path = Path(source)
     known = data_suffix(path) is not None
     local_only = not source or source.startswith((".", "/", "~")) or source.count("/") > 1

@@ -10,16 +10,16 @@ from unnorm.data.files import Row
 from unnorm.errors import UnnormError, short
 
 _SUBSETS = re.compile(r"available configs: \[(.+?)\]", re.DOTALL)
-"""What `datasets` says where a hub data set has several subsets and none was named."""
+"""Error of `datasets` when a hub data set has several subsets and none was named."""
 
 _SCRIPT = "scripts are no longer supported"
-"""What `datasets` 4 and later say of a hub data set that comes as a script, as OpenWebText does."""
+"""Error of `datasets` 4 and later for a hub data set that is a script, e.g. OpenWebText."""
 _CONVERTED = "refs/convert/parquet"
-"""Branch on which the hub keeps those data sets as Parquet files, in one folder for each subset."""
+"""Branch where the hub keeps such data sets as Parquet files, one folder per subset."""
 
 
 def hub_rows_by_split(source: str) -> dict[str, Callable[[], Iterable[Row]]]:
-    """For each split of a hub data set, `owner/name` or `owner/name:subset`, a function that begins to stream its rows.
+    """For each split of a hub data set, `owner/name` or `owner/name:subset`, a function that starts streaming its rows.
 
     Raises:
         UnnormError: there is no such data set or subset, or the hub can't be reached.
@@ -42,7 +42,7 @@ def hub_rows_by_split(source: str) -> dict[str, Callable[[], Iterable[Row]]]:
 
 
 def _splits_and_options(name: str, subset: str | None) -> tuple[list[str], dict[str, str | None]]:
-    """A hub data set's splits, and what `load_dataset` is to be told besides its name."""
+    """A hub data set's splits, and the arguments of `load_dataset` besides its name."""
     try:
         return datasets.get_dataset_split_names(name, subset), {"name": subset}
     except RuntimeError as error:

@@ -1,7 +1,7 @@
-"""Documents into blocks of exactly `context` tokens, end-of-text between documents, nothing padded.
+"""Pack documents into blocks of exactly `context` tokens, with end-of-text between documents and no padding.
 
-Where the tokenizer puts a token before every text (Gemma, Llama 3), every block begins with it, as what the model was
-trained on did.
+If the tokenizer puts a token before every text (Gemma, Llama 3), every block begins with it, as in the model's own
+training.
 """
 
 import re
@@ -25,14 +25,14 @@ _CHARS_AT_ONCE = 1_000_000
 _NEAR = 2_000_000
 _SAYS_EVERY = 15.0  # seconds
 _SMALL_SOURCE = 1000
-"""The first ones, of which the last tenth is held out where the text that was held out does not fill one block."""
+"""First training blocks, whose last tenth is held out if the held-out text does not fill one block."""
 
 _LEAST_HELD_OUT = 8
-"""Tokens of held-out text that something is measured on at least."""
+"""Fewest held-out tokens to measure anything on."""
 
-# Between words and between lines tokenizers split in any case, so a long document may be tokenized in pieces.
+# Tokenizers always split between words and between lines, so a long document can be tokenized in pieces cut there.
 _SEAM = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=[^\W\d_])(?=\n)|(?<=\S\n)(?=\S)")
-# At the end of blank lines it costs a token or two: for text that has no other seam within `_NEAR` characters.
+# A cut after blank lines may change a token or two: only for text without another seam within `_NEAR` characters.
 _ROUGH_SEAM = re.compile(r"(?<=\n)(?=\S)")
 
 
@@ -61,12 +61,12 @@ def build_blocks(
 ) -> Blocks:
     """Read as much of `source` as is asked for (less, if it holds less) and pack it.
 
-    Where the held-out text fills less than one block, the last tenth of the first 1,000 training blocks is held out
-    in its place. While training text is read, `say` is told every few seconds how far that is.
+    If the held-out text fills less than one block, the last tenth of the first 1,000 training blocks is held out
+    instead. While training text is read, `say` gets a progress message every 15 seconds.
 
     Raises:
-        UnnormError: the source cannot be read, holds less than two blocks, or has token ids that the
-            model's vocabulary of `vocab_size` does not.
+        UnnormError: the source cannot be read, holds less than two blocks, or has token ids outside the model's
+            vocabulary of `vocab_size`.
     """
     _check_width(source, vocab_size)
     train_tokens, validation_tokens, held_out = open_tokens(source, tokenizer, text_field, split)
@@ -75,7 +75,7 @@ def build_blocks(
     if len(validation):
         train = _cut(train_tokens(), context, train_blocks, begin, say)
     else:
-        # At least as many as the held-out part is told by, so that it does not depend on how much is asked for.
+        # Always read enough to fix the held-out part, so that it does not depend on how much is asked for.
         whole = _cut(train_tokens(), context, _SMALL_SOURCE + train_blocks, begin, say)
         first, rest = whole[:_SMALL_SOURCE], whole[_SMALL_SOURCE:]
         held = max(1, len(first) // 10)
@@ -104,14 +104,14 @@ def held_out_blocks(
     text_field: str | None = None,
     split: str = "train",
 ) -> tuple[Dataset, str]:
-    """At most `count` blocks of text that no run trains on, at whatever context; and in words what that is.
+    """At most `count` blocks of text that no run trains on at any context, and a description of that text.
 
-    Where there is less than one block, all of it is one, shorter block: what `build_blocks` holds out in its place is
-    training text of runs with a shorter context.
+    Held-out text of less than one block becomes one shorter block; what `build_blocks` would hold out instead is
+    training text for runs with a shorter context.
 
     Raises:
-        UnnormError: the source cannot be read, has next to no held-out text, or has token ids that the model's
-            vocabulary of `vocab_size` does not.
+        UnnormError: the source cannot be read, has fewer than 8 held-out tokens, or has token ids outside the model's
+            vocabulary of `vocab_size`.
     """
     _check_width(source, vocab_size)
     _, validation_tokens, held_out = open_tokens(source, tokenizer, text_field, split)
@@ -129,7 +129,7 @@ def held_out_blocks(
 def open_tokens(
     source: str, tokenizer: PreTrainedTokenizerBase, text_field: str | None = None, split: str = "train"
 ) -> tuple[Callable[[], Iterator[Tokens]], Callable[[], Iterator[Tokens]], str]:
-    """Training and held-out token ids of text or of nanoGPT's token files, and in words how they are kept apart.
+    """Training and held-out token ids from text or nanoGPT's token files, and in words how they are kept apart.
 
     Raises:
         UnnormError: the source can't be read.
@@ -145,10 +145,10 @@ def open_tokens(
 
 
 def begin_of_blocks(source: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that blocks of a source begin with: that which the tokenizer puts before every text.
+    """The token that the tokenizer puts before every text, with which every block of the source begins.
 
-    None where it puts none or several, or that which ends a text (OPT), and of token files: these are taken as they
-    are.
+    None if it puts none or several, if it puts the end-of-text token (OPT), and for token files, which are taken as
+    they are.
     """
     plain, whole = (token_ids("a", tokenizer, special) for special in (False, True))
     begin, rest = whole[:1], whole[1:]
@@ -158,13 +158,13 @@ def begin_of_blocks(source: str, tokenizer: PreTrainedTokenizerBase) -> int | No
 
 
 def token_ids(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = False) -> list[int]:
-    """A text's tokens, with `special` those around it too; none where the tokenizer can't take it.
+    """A text's token ids, with `special` including special tokens; empty if the tokenizer fails on the text.
 
-    Some that have no token for what is unknown can't.
+    Tokenizers without an unknown token may fail.
     """
     try:
         return [*tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]]
-    except Exception:  # Its library has no kind of its own.
+    except Exception:  # The tokenizers library raises plain Exception.
         return []
 
 
@@ -173,16 +173,16 @@ def _begun(blocks: Tokens, begin: int | None) -> Tokens:
 
 
 def token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[Tokens]:
-    """Each document's token ids with end-of-text after it, tokenized many documents at a time.
+    """Each document's token ids followed by end-of-text; many documents are tokenized at a time.
 
-    A very long document comes in several pieces.
+    A very long document is yielded in several pieces.
     """
     end: list[int] = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     for batch in _batches(texts):
         pieces = [piece for piece, _ in batch]
         try:
             found = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
-        except Exception as error:  # Its library has no kind of its own.
+        except Exception as error:  # The tokenizers library raises plain Exception.
             raise UnnormError(
                 f"The tokenizer can't take this text ({short(error)}): it has neither a token for some of its "
                 "characters nor one for what is unknown. Give text without them."
@@ -204,7 +204,7 @@ def _batches(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
 
 
 def _pieces(text: str) -> Iterator[tuple[str, bool]]:
-    """A document in pieces that can be tokenized one by one, each with whether it is the last."""
+    """Pieces of a document that can be tokenized separately, each with whether it is the last."""
     start = 0
     while seam := _seam(text, start + _CHARS_AT_ONCE):
         yield text[start : seam.start()], False
@@ -226,7 +226,7 @@ def _cut(
 ) -> Tokens:
     """Join pieces of tokens and cut them into at most `most` whole blocks; the rest is dropped.
 
-    With `begin` each block is that token and one of the text's less.
+    With `begin`, each block is that token followed by context - 1 tokens of text.
     """
     length = context if begin is None else context - 1
     kept: list[Tokens] = []
@@ -262,7 +262,7 @@ def _check_ids(source: str, ids: Tokens, vocab_size: int) -> None:
 
 
 def as_dataset(blocks: Tokens) -> Dataset:
-    """Token ids, (block, position), as rows of `input_ids`."""
+    """Token ids of shape (block, position) as rows of `input_ids`."""
     features = Features({"input_ids": List(Value("int32"), length=blocks.shape[1])})
     return Dataset.from_dict({"input_ids": blocks}, features=features)
 

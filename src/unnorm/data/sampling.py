@@ -1,4 +1,4 @@
-"""Text that a model writes itself, for removing its norms where no corpus is at hand (`--data self`)."""
+"""Text that a model writes itself, for removing its norms without a corpus (`--data self`)."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ from unnorm.models.sizes import vocabulary_size
 
 _LOGITS_AT_ONCE, _GPU_LOGITS_AT_ONCE = 2**20, 2**26
 _CACHE_SHARE = 0.5
-"""Share of the free memory that keys and values may take; transformers copies them as they grow."""
+"""Share of free memory for keys and values, which transformers copies as they grow."""
 
 
 def own_text(
@@ -26,22 +26,22 @@ def own_text(
     validation_blocks: int,
     say: Callable[[str], None],
 ) -> Blocks:
-    """Blocks that the model writes, at temperature 1, as many as are asked for; torch's seed decides what.
+    """Blocks sampled from the model at temperature 1, with torch's global random state.
 
-    Each begins with what the tokenizer puts before every text, else with end-of-text, and where that comes again the
-    next document begins. Sampling makes the blocks follow the distribution that the model has over texts, which is
-    where a twin should agree with it.
+    Each begins with the token that the tokenizer puts before every text, otherwise with end-of-text, and does not stop
+    at end-of-text: the next document follows. Sampled blocks follow the model's own distribution over texts, on which
+    a twin should agree with it.
 
     Args:
         model: the original, on its device.
         tokenizer: its tokenizer.
-        context: tokens of a block.
+        context: tokens per block.
         train_blocks: blocks to train on.
         validation_blocks: blocks to validate on.
-        say: told now and then how far it is.
+        say: gets progress messages.
 
     Raises:
-        UnnormError: the tokenizer has no token to begin with, or the model can't go on from its cache.
+        UnnormError: the tokenizer has no token to begin with, or the model keeps no cache of keys and values.
     """
     begins = (begin_of_blocks(OWN_TEXT, tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id)
     start = next((token for token in begins if token is not None), None)
@@ -65,7 +65,7 @@ def own_text(
 
 
 def _blocks_at_once(model: PreTrainedModel, context: int) -> int:
-    """As many blocks as have room for their logits, and for the keys and values of every layer in float32."""
+    """How many blocks fit, given their logits, and the keys and values of every layer in float32."""
     most = _LOGITS_AT_ONCE if model.device.type == "cpu" else _GPU_LOGITS_AT_ONCE
     config = model.config.get_text_config()
     cache = 2 * 4 * context * config.hidden_size * config.num_hidden_layers

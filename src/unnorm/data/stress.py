@@ -1,7 +1,7 @@
-"""Sequences that no corpus has, for the distillation stream: nothing else teaches a twin what the original does there.
+"""Sequences that no corpus has, added to distillation to teach a twin what the original does on them.
 
-A norm holds every input's scale; without it a model that has only met ordinary text may answer repeated, random or
-foreign tokens with far too much confidence. The original's logits are all the labels that such sequences need.
+A norm fixes the scale of every input; without it, a model that has only seen ordinary text may be far too confident
+on repeated, random or foreign tokens. The original's logits are all the labels that such sequences need.
 """
 
 import math
@@ -32,15 +32,17 @@ def stress_blocks(
     generator: Generator,
     begin: int | None = None,
 ) -> Ids:
-    """Blocks of tokens from small and large random vocabularies, of random characters, and of broken text, in turn.
+    """Blocks of random or repeated tokens, of random characters and of broken text, in turn.
+
+    Token 0 of each block is random, or `begin`.
 
     Args:
-        text: blocks of ordinary text, (block, position); what the broken text is made of.
-        tokenizer: the model's.
+        text: blocks of ordinary text, (block, position), from which broken text is made.
+        tokenizer: the model's tokenizer.
         vocab_size: ids are below it.
-        count: how many blocks.
-        generator: source of everything random.
-        begin: token that the model's texts begin with, if they do; every second block does too.
+        count: number of blocks.
+        generator: source of all randomness.
+        begin: token that the model's texts begin with, if any; every second block begins with it too.
 
     Returns:
         Token ids, (count, position).
@@ -63,13 +65,13 @@ def stress_blocks(
 
 
 def random_starts(text: Ids, tokenizer: PreTrainedTokenizerBase, vocab_size: int, generator: Generator) -> Ids:
-    """Text with another token at position 0 of every second block: anything may stand there, and it comes once a block.
+    """Text with a random first token in every second block: any token may come first, and a block has one first token.
 
     Args:
-        text: token ids, (block, position); left as it is.
-        tokenizer: the model's.
+        text: token ids, (block, position); not modified.
+        tokenizer: the model's tokenizer.
         vocab_size: ids are below it.
-        generator: source of everything random.
+        generator: source of all randomness.
     """
     changed = text.copy()
     changed[::2, 0] = generator.choice(_vocabulary(tokenizer, vocab_size), len(changed[::2]))
@@ -81,13 +83,13 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Int[np.n
 
 
 def _few_tokens(vocabulary: np.ndarray, length: int, generator: Generator) -> np.ndarray:
-    """Draws from 1 to all of the vocabulary's tokens; the number is log-uniform, so half of the blocks repeat a lot."""
+    """Draws from a random subset of the vocabulary, whose size is log-uniform, so half of the blocks repeat a lot."""
     size = round(math.exp(generator.uniform(0, math.log(len(vocabulary)))))
     return generator.choice(generator.choice(vocabulary, size, replace=False), length)
 
 
 def _cycle(vocabulary: np.ndarray, length: int, generator: Generator) -> np.ndarray:
-    """A few random tokens, over and over."""
+    """1 to 16 random tokens, repeated over and over."""
     period = generator.choice(vocabulary, generator.integers(1, _LONGEST_REPEAT + 1))
     return np.resize(period, length)
 
@@ -95,9 +97,9 @@ def _cycle(vocabulary: np.ndarray, length: int, generator: Generator) -> np.ndar
 def _random_characters(
     tokenizer: PreTrainedTokenizerBase, vocabulary: np.ndarray, length: int, generator: Generator
 ) -> np.ndarray:
-    """Draws from a few or many characters of one range of Unicode; every second time that is printable ASCII.
+    """Text drawn from few or many characters of one Unicode range, which is printable ASCII half of the time.
 
-    Where the tokenizer has no tokens for them, draws from the vocabulary.
+    If the tokenizer has no tokens for it, tokens are drawn from the vocabulary.
     """
     start, end = _ASCII if generator.random() < 0.5 else _random_range(generator)
     size = round(math.exp(generator.uniform(0, math.log(min(end - start, _LARGEST_ALPHABET)))))
@@ -109,13 +111,13 @@ def _random_characters(
 
 
 def _random_range(generator: Generator) -> tuple[int, int]:
-    """Start and end, both log-uniform."""
+    """Start and end of a range of code points; start and length are log-uniform."""
     start = round(math.exp(generator.uniform(0, math.log(_LARGEST_CODE_POINT))))
     return start, start + round(math.exp(generator.uniform(0, math.log(_LARGEST_CODE_POINT - start + 1))))
 
 
 def _broken_text(text: Ids, vocabulary: np.ndarray, generator: Generator) -> np.ndarray:
-    """Ordinary text in which a share of the tokens, or one stretch of them, is random or one and the same."""
+    """Ordinary text with scattered tokens, or one stretch, replaced by random tokens or by one repeated token."""
     block = text[generator.integers(len(text))].copy()
     size = 1 if generator.random() < 0.5 else len(block)
     random = np.resize(generator.choice(vocabulary, size), len(block))

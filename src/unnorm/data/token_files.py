@@ -1,4 +1,4 @@
-"""Files of token ids as nanoGPT writes them: little-endian uint16, one document after the other, and nothing else."""
+"""Files of token ids as nanoGPT writes them: little-endian uint16, one document after another, without a header."""
 
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,13 +12,13 @@ from unnorm.errors import UnnormError, first_few
 Tokens = NDArray[np.int32]
 
 VOCABULARY = 2**16
-"""Tokens that 16 bits tell apart."""
+"""Largest vocabulary that fits in 16 bits."""
 _IDS_AT_ONCE = 1_000_000
 _LOOKED_AT, _LEAST_LOOKED_AT = 10_000, 64
 
 
 def token_paths(source: str) -> list[Path]:
-    """The source's files, if it is of token files; else none."""
+    """The source's files if they are token files, otherwise none."""
     paths = find_files(source)
     return paths if all(data_suffix(path) == TOKEN_FILE for path in paths) else []
 
@@ -28,11 +28,11 @@ def open_token_files(
 ) -> tuple[Callable[[], Iterator[Tokens]], Callable[[], Iterator[Tokens]], str]:
     """Training and held-out token ids, and in words how they are kept apart.
 
-    Files named for validation are held out, and so is `val.bin` beside a `train.bin` that is named alone. Without any
-    the last tenth of each file is.
+    Files named for validation are held out, as is `val.bin` beside a `train.bin` that is the whole source. Without any,
+    the last tenth of each file is held out.
 
     Raises:
-        UnnormError: a file is empty or no token file, or none is of that split.
+        UnnormError: a file is empty or not a token file, or no file is of that split.
     """
     if len(files) == 1 and files[0].name == "train.bin" and (files[0].parent / "val.bin").is_file():
         files = [*files, files[0].parent / "val.bin"]

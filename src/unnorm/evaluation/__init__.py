@@ -1,4 +1,4 @@
-"""Loss, fidelity and benchmarks: what an LN-free model costs and how far it is from the original."""
+"""Loss, fidelity and benchmarks: what an LN-free model costs, and how close it stays to the original."""
 
 from unnorm.evaluation.corpora import EVALUATION_OVERSAMPLING, EVALUATION_TOKENS, with_documents
 from unnorm.evaluation.results import Evaluation, Results, Score

@@ -1,6 +1,6 @@
-"""HellaSwag, LAMBADA and WikiText from local files, in the form that the tasks in `tasks/` read.
+"""HellaSwag, LAMBADA and WikiText from local files, in the format that the lm-eval tasks in `tasks/` expect.
 
-lm-eval calls these functions with its `metadata`: the path of each benchmark's file by the benchmark's name.
+lm-eval calls these functions with its `metadata`, which maps a benchmark's name to the path of its file.
 """
 
 import re
@@ -13,41 +13,41 @@ from unnorm.data.files import open_rows
 from unnorm.errors import UnnormError
 
 _ARTICLE = re.compile(r"^ ?= [^=].*[^=] = *$", re.MULTILINE)
-"""The line with an article's title: one equals sign; headings in it have two or more."""
+"""Title line of an article: one equals sign on each side; section headings have two or more."""
 
 
 def hellaswag(hellaswag: str, **_: Any) -> DatasetDict:
     """Rows of `query`, `endings` and `label` from a file with `ctx`, `endings` and `label`.
 
-    Raw items, as in the original release (with `activity_label`, `ctx_a` and `ctx_b`), are prepared as lm-eval does.
+    Raw items, as in the original release (with `activity_label`, `ctx_a` and `ctx_b`), are preprocessed as in lm-eval.
 
     Raises:
-        UnnormError: there is no such file, or it has other fields.
+        UnnormError: the file does not exist or lacks these fields.
     """
     needed = {"ctx": str, "endings": list, "label": (int, str)}
-    rows = open_rows(hellaswag, split="validation")  # No labels of the test split were ever given out.
+    rows = open_rows(hellaswag, split="validation")  # The labels of the test split were never released.
     return _as_test_split(_items(hellaswag, rows, "HellaSwag", needed, _hellaswag_item))
 
 
 def lambada_openai(lambada_openai: str, **_: Any) -> DatasetDict:
-    """Rows of `context` and `continuation`, the last word, from a file with these, or with `text` alone.
+    """Rows of `context` and `continuation` (the last word), from a file with these fields or with `text` alone.
 
-    A text file has one item in each line.
+    A text file has one item per line.
 
     Raises:
-        UnnormError: there is no such file, or it has other fields.
+        UnnormError: the file does not exist or lacks these fields.
     """
     rows = (_split_text(row) for row in open_rows(lambada_openai, split="test", lines=True))
     return _as_test_split(_items(lambada_openai, rows, "LAMBADA", {"context": str, "continuation": str}, dict))
 
 
 def wikitext(wikitext: str, **_: Any) -> DatasetDict:
-    """Rows of `page`: the articles of a WikiText file, which begin with ` = Title = `.
+    """Rows of `page`: the articles of a WikiText file, each starting with ` = Title = `.
 
-    A file may hold them in pieces, as `text`, or one by one, as `page`.
+    The file holds either pieces of articles in `text` or one article per row in `page`.
 
     Raises:
-        UnnormError: there is no such file, or it has other fields.
+        UnnormError: the file does not exist, has neither field or is empty.
     """
     rows = list(open_rows(wikitext, split="test"))
     if not any(key in rows[0] for key in ("text", "page")):
@@ -70,7 +70,7 @@ READERS: dict[str, Callable[..., DatasetDict]] = {
     "lambada_openai": lambada_openai,
     "wikitext": wikitext,
 }
-"""By lm-eval's name of the task."""
+"""Keyed by lm-eval's task name."""
 ALIASES = {"lambada": "lambada_openai", "wikitext2": "wikitext"}
 
 
@@ -116,7 +116,7 @@ def _hellaswag_item(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _split_text(row: dict[str, Any]) -> dict[str, Any]:
-    """LAMBADA's `text` into context and last word, where that is the form that it has."""
+    """Split LAMBADA's `text` into context and last word; other rows are returned unchanged."""
     if "context" in row or not isinstance(row.get("text"), str):
         return row
     context, _, word = row["text"].rstrip().rpartition(" ")

@@ -1,6 +1,6 @@
-"""A model and the original token by token: distributions, and the contexts where they differ most."""
+"""Token-by-token comparison of a model with the original: distributions, and the contexts that differ most."""
 
-# NumPy's own types are no classes from Python 3.12 and NumPy 2.5 on, which jaxtyping asks for when they are evaluated.
+# jaxtyping needs classes in evaluated annotations; NumPy's array types are not, from Python 3.12 and NumPy 2.5 on.
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from transformers import PreTrainedTokenizerBase
 from unnorm.evaluation.metrics import Distances, ModelTokens
 
 WINDOW = 96
-"""Tokens of one shown context."""
+"""Tokens per displayed context."""
 SHOWN = 6
-"""Contexts with the largest mean KL, as many with the largest change of loss, and one in the middle."""
+"""Number of contexts with the largest mean KL, and of those with the largest change in loss; the median is added."""
 LOSS_BINS, HISTOGRAM_BINS = 64, 48
 LEAST_KL = 1e-6
-"""What is smaller counts as this: it is rounding."""
+"""Lower bound on KL: smaller values are rounding error."""
 
 Counts = tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of tokens between edges, one more of these."""
+    """Token counts per bin; there is one more edge than counts."""
 
     edges: tuple[float, ...]
     counts: Counts
@@ -34,22 +34,22 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Context:
-    """Consecutive tokens of one block, and what was measured where each of them is predicted.
+    """Consecutive tokens of one block, with what was measured at the prediction of each.
 
     Attributes:
-        block: number of the block.
-        start: position of the first token in it.
-        why: `kl`, `loss` or `typical`: for what it was chosen.
+        block: index of the block.
+        start: position of the first token in the block.
+        why: `kl`, `loss` or `typical`, the reason it was chosen.
         tokens: text of each token.
-        original_loss: nats, for each token.
+        original_loss: the original's loss on each token, in nats.
         loss: the model's.
-        kl: KL(original || model) before the token, nats.
-        original_entropy: nats.
+        kl: KL(original || model) where the token is predicted, in nats.
+        original_entropy: entropy of the original's prediction, in nats.
         entropy: the model's.
-        original_guess: the token that the original thinks likeliest there.
-        original_confidence: how likely.
-        guess: the model's likeliest.
-        confidence: how likely.
+        original_guess: the original's most likely token at that position.
+        original_confidence: its probability.
+        guess: the model's most likely token.
+        confidence: its probability.
     """
 
     block: int
@@ -69,14 +69,14 @@ class Context:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Distributions over all positions, and contexts.
+    """Distributions over all positions, and selected contexts.
 
     Attributes:
-        loss_edges: of the bins of both losses, in nats.
-        loss_density: tokens by bin of the original's loss, then of the model's.
-        kl: histogram of KL in nats, over bins of equal width in its logarithm.
-        entropy_difference: histogram of the model's entropy less the original's.
-        contexts: chosen ones, those with the largest mean KL first.
+        loss_edges: bin edges shared by both losses, in nats.
+        loss_density: token counts indexed by bin of the original's loss, then of the model's.
+        kl: histogram of KL in nats, with log-spaced bins.
+        entropy_difference: histogram of the model's entropy minus the original's.
+        contexts: the selected contexts, by decreasing mean KL.
     """
 
     loss_edges: tuple[float, ...]
@@ -102,7 +102,7 @@ def compare_tokens(
     ids: Int[NDArray[np.int32], "block position"],
     tokenizer: PreTrainedTokenizerBase,
 ) -> Comparison:
-    """Summarize what was measured at every token for a reader to look at."""
+    """Summarize the per-token measurements for display."""
     most = max(float(np.quantile(side.loss, 0.9995)) for side in (model, original))
     edges = np.linspace(0, max(most, 1.0), LOSS_BINS + 1)
     x, y = (np.clip(side.loss.ravel(), 0, edges[-1]).astype(np.float64) for side in (original, model))
@@ -142,20 +142,20 @@ def _contexts(pair: _Pair) -> tuple[Context, ...]:
 
 
 def _token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """What a token stands for within a text: Llama 2's decoder takes the space off what it takes for a beginning."""
+    """The token's text inside a sequence: Llama 2's decoder strips the leading space of a token decoded alone."""
     text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
     starts_word = str(tokenizer.convert_ids_to_tokens(token)).startswith("\u2581")
     return f" {text}" if starts_word and not text.startswith(" ") else text
 
 
 def _window_means(values: Float[NDArray[Any], "block predicted"], length: int) -> Float[NDArray[Any], "block window"]:
-    """Means over consecutive windows; what does not fill one at the end of a block is left out."""
+    """Means over consecutive windows; an incomplete window at the end of a block is dropped."""
     windows = values.shape[1] // length
     return values[:, : windows * length].reshape(len(values), windows, length).mean(-1, dtype=np.float64)
 
 
 def _context(pair: _Pair, block: int, start: int, length: int, why: str) -> Context:
-    """The tokens after the first `start + 1` of a block: entry t of what was measured is about token t + 1."""
+    """The `length` tokens after the first `start + 1` of a block; entry t of a measurement is about token t + 1."""
     at = slice(start, start + length)
 
     def numbers(values: NDArray[Any], digits: int = 4) -> tuple[float, ...]:

@@ -1,6 +1,6 @@
-"""Text to evaluate on: held-out blocks of tokens, and which document each token belongs to."""
+"""Evaluation text: held-out blocks of tokens, and the document each token belongs to."""
 
-# NumPy's own types are no classes from Python 3.12 and NumPy 2.5 on, which jaxtyping asks for when they are evaluated.
+# jaxtyping needs classes in evaluated annotations; NumPy's array types are not, from Python 3.12 and NumPy 2.5 on.
 from __future__ import annotations
 
 import hashlib
@@ -19,13 +19,13 @@ from unnorm.data.packing import begin_of_blocks, held_out_blocks, open_tokens
 from unnorm.errors import UnnormError
 
 EVALUATION_TOKENS = 50_000
-"""Tokens of held-out text that numbers are measured on, or all there are."""
+"""Held-out tokens to evaluate on, or all there are if fewer."""
 EVALUATION_OVERSAMPLING = 4
-"""Times as much held-out text is read, and thinned evenly: neighbouring blocks come from one document."""
+"""This many times as much held-out text is read and thinned evenly, as neighbouring blocks often share a document."""
 LEAST_DOCUMENTS = 30
-"""Documents from which on intervals are over documents. Fewer say little about what other documents would give."""
+"""Minimum for intervals over documents: fewer say little about what other documents would give."""
 FILTER_TOKENS = 10_000_000
-"""Tokens of text that tell which tokens occur in it, where another corpus is filtered by that."""
+"""Tokens read to find which ones occur in a corpus, when another corpus is filtered by it."""
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,16 @@ class Corpus:
     """Packed blocks of one corpus.
 
     Attributes:
-        name: what it is called in results.
+        name: its name in results.
         source: where it comes from, as in `--data`.
         blocks: rows of `input_ids`, all of one length.
-        documents: for every token the number of its document, or None where nothing separates documents.
+        documents: document number of every token, or None where nothing separates documents.
         text_bytes: bytes of UTF-8 text in the predicted tokens.
-        read: blocks that were read, less those that were filtered out, of which these are evenly spaced ones.
+        read: number of blocks read minus those filtered out; `blocks` are evenly spaced among them.
         separator: the token after every document, in words.
         held_out: how it was kept apart from training text, in words.
         begin: the token that every block begins with, in words.
-        filter: which blocks were left out after they were read, in words; empty where none were.
+        filter: which blocks were filtered out after reading, in words; empty if none were.
     """
 
     name: str
@@ -58,16 +58,16 @@ class Corpus:
 
     @property
     def context(self) -> int:
-        """Tokens in a block."""
+        """Tokens per block."""
         return len(self.blocks[0]["input_ids"])
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the token ids in their order, as little-endian 32-bit integers."""
+        """SHA-256 of the token ids in order, as little-endian 32-bit integers."""
         return hashlib.sha256(_column(self.blocks, "input_ids").astype("<i4").tobytes()).hexdigest()
 
     def units(self) -> tuple[str, Int[NDArray[np.int64], "block predicted"]]:
-        """What intervals are over, `documents` or `blocks`, and the unit of each predicted token."""
+        """The bootstrap unit, `documents` or `blocks`, and the unit index of each predicted token."""
         predicted = (len(self.blocks), self.context - 1)
         if self.documents is not None:
             of_token = np.unique(self.documents[:, 1:], return_inverse=True)[1].reshape(predicted)
@@ -109,18 +109,18 @@ def open_corpus(
     split: str = "train",
     filtered_by: str | None = None,
 ) -> Corpus:
-    """The held-out part of a source, packed; the same blocks for whoever asks with the same tokenizer.
+    """The held-out part of a source, packed; the same tokenizer and arguments always give the same blocks.
 
     Args:
-        name: what it is called in results.
+        name: its name in results.
         source: as for `build_blocks`.
-        tokenizer: whose end-of-text separates documents.
-        vocab_size: ids that the models have embeddings for.
-        context: tokens in a block.
-        tokens: how many at most, rounded up to whole blocks.
+        tokenizer: its end-of-text token separates documents.
+        vocab_size: number of token embeddings of the models.
+        context: tokens per block.
+        tokens: number of tokens at most, rounded up to whole blocks.
         text_field: column that holds the text.
-        split: split that the text comes from, where the source names no validation split.
-        filtered_by: another source; blocks with a token that its first `FILTER_TOKENS` lack are left out.
+        split: split that the text comes from, if the source has no validation split.
+        filtered_by: another source; blocks with a token that does not occur in its first `FILTER_TOKENS` are left out.
 
     Raises:
         UnnormError: the source can't be read or holds too little text, or no block is left.
@@ -186,9 +186,9 @@ def tokens_in(
 
 
 def count_bytes(ids: Int[NDArray[np.int32], "block position"], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Bytes of UTF-8 text that the tokens after the first of each block stand for; special tokens have none.
+    """UTF-8 bytes of the text of all tokens but the first of each block; special tokens count as none.
 
-    A character whose bytes are cut by the edge of a block is off by some bytes.
+    A character that is split at the edge of a block may be counted a few bytes off.
     """
 
     def total(rows: Int[NDArray[np.int32], "block position"]) -> int:
@@ -199,7 +199,7 @@ def count_bytes(ids: Int[NDArray[np.int32], "block position"], tokenizer: PreTra
 
 
 def with_documents(blocks: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """Contiguous blocks with the number of each token's document as `document`, if a token ends documents.
+    """Add each token's document number as `document` to contiguous blocks, if the tokenizer has an end-of-text token.
 
     The separator belongs to the document before it.
     """
@@ -211,7 +211,7 @@ def with_documents(blocks: Dataset, tokenizer: PreTrainedTokenizerBase) -> Datas
 
 
 def documents_of(blocks: Dataset) -> Int[NDArray[np.int64], "block position"] | None:
-    """The number of each token's document, where `with_documents` has given it to these blocks."""
+    """Each token's document number as added by `with_documents`, or None if it was not."""
     if "document" not in blocks.column_names:
         return None
     numbers = _column(blocks, "document")

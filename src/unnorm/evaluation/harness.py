@@ -1,4 +1,4 @@
-"""Benchmarks through lm-eval: HellaSwag, LAMBADA, WikiText from local files, and whatever task it has."""
+"""Benchmarks through lm-eval: HellaSwag, LAMBADA and WikiText from local files, and any task that lm-eval has."""
 
 import logging
 import math
@@ -22,20 +22,20 @@ from unnorm.json_text import digest
 from unnorm.progress import Watch
 
 LOCAL = "local_"
-"""What the names of the tasks in `tasks/` begin with."""
+"""Prefix of the names of the tasks in `tasks/`."""
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One lm-eval task, ready to run, and the items of it that are evaluated.
+    """One lm-eval task, ready to run, and its items that are evaluated.
 
     Attributes:
-        name: lm-eval's name of it.
-        task: lm-eval's object.
+        name: its name in lm-eval.
+        task: lm-eval's task object.
         source: the local file, or `hub`.
-        items: numbers of the chosen items, in order.
-        of: how many there are.
-        seed: that they were drawn with.
+        items: indices of the chosen items, in order.
+        of: number of items in the whole task.
+        seed: seed of the draw.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Benchmark:
 
     @property
     def requests(self) -> int:
-        """Sequences that a model scores, about."""
+        """Approximate number of sequences that a model scores."""
         doc = self.task.eval_docs[self.items[0]]
         choices = len(self.task.doc_to_choice(doc)) if self.task.OUTPUT_TYPE == "multiple_choice" else 1
         return choices * len(self.items)
@@ -72,13 +72,13 @@ class Benchmark:
 
 
 def open_benchmarks(names: Sequence[str], files: dict[str, str], most: int | None, seed: int) -> list[Benchmark]:
-    """Load tasks, from local files where there are, else from the hub.
+    """Load tasks, from local files where given, otherwise from the hub.
 
     Args:
-        names: lm-eval's names; a group gives all of its tasks.
-        files: local file of a benchmark, by its name.
-        most: items of each at most, drawn at random; None for all.
-        seed: of that draw.
+        names: lm-eval's task names; a group stands for all of its tasks.
+        files: local files keyed by benchmark name.
+        most: maximum number of items of each, drawn at random; None for all.
+        seed: seed of that draw.
 
     Raises:
         UnnormError: lm-eval is not installed, has no such task, or its data can't be read.
@@ -91,7 +91,7 @@ def open_benchmarks(names: Sequence[str], files: dict[str, str], most: int | Non
             "or leave them out with --tasks none."
         )
     for name in files:
-        READERS[name](**{name: files[name]})  # Refused here by its own message, and not in the middle of lm-eval.
+        READERS[name](**{name: files[name]})  # Refuses a bad file with its own message, not deep inside lm-eval.
     with _quiet():
         tasks = {name: task for asked in names for name, task in _load(asked, files).items()}
         sizes = {name: len(task.eval_docs) for name, task in tasks.items()}
@@ -110,15 +110,15 @@ def run_benchmark(
     batch_size: int = 4,
     watch: Watch | None = None,
 ) -> list[Score]:
-    """Every metric of one benchmark, as lm-eval gives it.
+    """Every metric of one benchmark, as lm-eval computes it.
 
     Args:
         benchmark: what to run.
         model: in evaluation mode.
         tokenizer: its tokenizer.
-        name: stands in the scores.
-        context: tokens that the model sees at most; longer requests lose their beginning.
-        batch_size: sequences in one forward pass.
+        name: the model's name in the scores.
+        context: maximum sequence length; longer requests are truncated from the left.
+        batch_size: sequences per forward pass.
         watch: called with `{"kind": "progress", "tokens": requests so far}`.
 
     Raises:
@@ -136,7 +136,7 @@ def run_benchmark(
                 samples={benchmark.task.task_name: list(benchmark.items)},
                 bootstrap_iters=0,
                 log_samples=True,
-                task_manager=TaskManager(include_defaults=False),  # It is loaded; finding all others takes seconds.
+                task_manager=TaskManager(include_defaults=False),  # It is loaded; indexing all others takes seconds.
             )
     except UnnormError:
         raise
@@ -177,7 +177,9 @@ def _scores(benchmark: Benchmark, results: dict[str, Any], name: str, truncated:
 
 
 def with_difference(score: Score, original: Score) -> Score:
-    """The score with its difference from the original's on the same items.
+    """The score with its paired difference from the original's score.
+
+    The interval is None where either has no per-item values.
 
     Raises:
         UnnormError: they share no item.
@@ -202,7 +204,7 @@ def _draw(of: int, most: int | None, seed: int) -> tuple[int, ...]:
 
 
 def _load(name: str, files: dict[str, str]) -> dict[str, Any]:
-    """lm-eval's tasks for one name, by the name that is shown."""
+    """lm-eval's tasks for one name, keyed by the displayed name."""
     from lm_eval.tasks import TaskManager
 
     if name in files:
@@ -233,13 +235,13 @@ def _all_tasks() -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """For a while lm-eval says nothing of choices that are made here; what matters (cut requests) is counted."""
+    """Silence lm-eval's warnings about choices made on purpose here; truncated requests, which matter, are counted."""
     from lm_eval import evaluator
 
     logger = logging.getLogger("lm_eval")
     level, get_git_commit_hash = logger.level, evaluator.get_git_commit_hash
     logger.setLevel(logging.ERROR)
-    evaluator.get_git_commit_hash = lambda: None  # It asks git, which complains outside a repository.
+    evaluator.get_git_commit_hash = lambda: None  # It calls git, which complains outside a repository.
     try:
         yield
     finally:
@@ -253,7 +255,7 @@ def _language_model(
     from lm_eval.models.huggingface import HFLM
 
     class Watched(HFLM):
-        """lm-eval's own model, which counts what it cuts and tells how far it is."""
+        """lm-eval's own model wrapper, which also counts truncated requests and reports progress."""
 
         truncated = 0
         seen = 0
@@ -275,7 +277,7 @@ def _language_model(
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
         def tok_batch_encode(self, strings: Any, *args: Any, left_truncate_len: Any = None, **kwargs: Any) -> Any:
-            """Of the prompts of generated answers, which are cut here."""
+            """Count the truncated prompts of generation tasks."""
             if left_truncate_len:
                 self.truncated += sum(len(self.tok_encode(string)) > left_truncate_len for string in strings)
             return super().tok_batch_encode(strings, *args, left_truncate_len=left_truncate_len, **kwargs)
@@ -293,9 +295,9 @@ def _language_model(
 
 
 def _interval(values: dict[int, Any], reported: float) -> tuple[Interval | None, dict[int, float]]:
-    """95% interval of a metric from its values by item; and these, if the metric is their mean.
+    """95% interval of a metric from its per-item values, and those values if the metric is their mean.
 
-    Which aggregation lm-eval used is told by what gives the number that it reports.
+    lm-eval's aggregation is inferred: it is the one that reproduces the number that lm-eval reports.
     """
     rows = list(values.values())
     if not rows:
@@ -310,7 +312,7 @@ def _interval(values: dict[int, Any], reported: float) -> tuple[Interval | None,
             return _exp(bootstrap_interval([-row for row in rows])), {}
     elif all(isinstance(row, tuple | list) and [*map(_is_number, row)] == [True, True] for row in rows):
         sums, weights = np.array([(-total, weight) for total, weight in rows], dtype=np.float64).T
-        if not (weights > 0).all():  # Pairs of another kind, such as a class and its prediction.
+        if not (weights > 0).all():  # Other pairs, e.g. a class and its prediction.
             return None, {}
         mean = float(sums.sum() / weights.sum())
         found = bootstrap_interval(sums, weights)
@@ -322,7 +324,7 @@ def _interval(values: dict[int, Any], reported: float) -> tuple[Interval | None,
 
 
 def _exp(interval: Interval | None) -> Interval | None:
-    """Of a mean loss, for a perplexity's."""
+    """Interval of a perplexity from that of a mean loss."""
     return interval and (math.exp(min(interval[0], 700)), math.exp(min(interval[1], 700)))
 
 

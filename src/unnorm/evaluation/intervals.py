@@ -1,4 +1,4 @@
-"""Confidence intervals of a mean over tokens or items, by bootstrap over what is independent."""
+"""Confidence intervals of a mean over tokens or items, by bootstrap over independent units."""
 
 import math
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ RESAMPLES = 2000
 Interval = tuple[float, float]
 
 _FEW = 10
-# Quantile 0.975 of Student's t for 1 to 9 degrees of freedom.
+# 97.5% quantile of Student's t for 1 to 9 degrees of freedom.
 _STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 _DRAWN_AT_ONCE = 2**22
 _ROUNDING = 1e-6
-"""A resample whose standard error is below this share of the sample's has equal units: what is left is rounding."""
+"""A resample whose standard error is below this fraction of the sample's drew equal units; the rest is rounding."""
 
 
 def bootstrap_interval(
@@ -27,16 +27,18 @@ def bootstrap_interval(
 ) -> Interval | None:
     """95% interval of sum(sums) / sum(counts), by the studentized bootstrap, seeded.
 
-    What is resampled are units: documents, or blocks, with the sum of a measure over each unit's tokens and their
-    number. Tokens within one correlate, so that an interval over tokens would be too narrow. The statistic of a
-    resample is (r* - r) / se(r*), with the standard error of a ratio of means; its quantiles, and not those of r*
-    itself, hold the stated rate with few units or skewed ones too (Davison and Hinkley, Bootstrap Methods and their
-    Application, 1997, section 5.2.1). Below 10 units its tails are made of too few different resamples, and Student's
-    t takes its place. One unit has no interval, nor has a mean that is no number: None.
+    Resampling is over units (documents or blocks), each with the sum of a measure over its tokens and their number.
+    Tokens within a unit are correlated, so an interval over tokens would be too narrow. The statistic of a resample
+    is (r* - r) / se(r*), with the standard error of a ratio of means; unlike the quantiles of r* itself, its quantiles
+    keep the nominal coverage with few or skewed units (Davison and Hinkley, Bootstrap Methods and their Application,
+    1997, section 5.2.1). Below 10 units too few distinct resamples make up the tails, and Student's t is used instead.
 
     Args:
-        sums: of the measure, by unit.
-        counts: tokens by unit; by default 1 each, so that `sums` are values.
+        sums: sum of the measure in each unit.
+        counts: tokens in each unit; by default 1 each, so that `sums` are values.
+
+    Returns:
+        The interval, or None for a single unit or a mean that is not finite.
     """
     values = np.asarray(sums, dtype=np.float64)
     sizes = np.ones_like(values) if counts is None else np.asarray(counts, dtype=np.float64)
@@ -60,9 +62,9 @@ def bootstrap_interval(
 
 
 def share_interval(successes: float, trials: int) -> Interval:
-    """95% interval of a share of independent yes-or-no items: Wilson's score interval (1927).
+    """95% interval of a proportion of independent binary items: Wilson's score interval (1927).
 
-    A bootstrap of all wrong or all right items would have no width.
+    A bootstrap would have zero width if all items were right or all were wrong.
     """
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     share = successes / trials
@@ -72,10 +74,10 @@ def share_interval(successes: float, trials: int) -> Interval:
 
 
 def paired_share_interval(changes: Sequence[float]) -> Interval:
-    """95% interval of the difference of two shares of the same items, each item's change being -1, 0 or 1.
+    """95% interval of the difference of two proportions over the same items, where each item changes by -1, 0 or 1.
 
-    Wald's interval with half an item added to each cell of the 2 by 2 table (Agresti and Min, 2005), which holds its
-    rate where few items change; a bootstrap of no change at all would have no width.
+    Wald's interval with half an item added to each cell of the 2 by 2 table (Agresti and Min, 2005), which keeps its
+    nominal coverage where few items change; a bootstrap would have zero width if none did.
     """
     n, better, worse = (len(changes) + 2, *(sum(change == by for change in changes) + 0.5 for by in (1, -1)))
     middle = (better - worse) / n
@@ -84,7 +86,7 @@ def paired_share_interval(changes: Sequence[float]) -> Interval:
 
 
 def _resampled(rows: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sums of rows over every resample, (resamples, columns)."""
+    """Sum of the rows drawn in each resample, (resamples, columns)."""
     if len(rows) * RESAMPLES <= _DRAWN_AT_ONCE:
         return _draws(len(rows)) @ rows
     generator = np.random.default_rng(0)
@@ -96,5 +98,5 @@ def _resampled(rows: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @lru_cache(maxsize=4)
 def _draws(n: int) -> NDArray[np.float64]:
-    """How often each of n units is in every resample."""
+    """How often each of n units is drawn in each resample, (resamples, n)."""
     return np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), RESAMPLES).astype(np.float64)

@@ -1,4 +1,4 @@
-"""What is measured at every token: loss, distance to the original, entropy, confidence."""
+"""Per-token measurements: loss, distance to the original, entropy, confidence."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ from unnorm.models.running import evaluating
 from unnorm.progress import Watch
 
 CALIBRATION_BINS = 15
-"""Bins of equal width in confidence, as in arXiv 1706.04599."""
+"""Number of equal-width confidence bins, as in arXiv 1706.04599."""
 TOP = 5
 
 _AT_ONCE, _AT_ONCE_GPU = 2**20, 2**26
-"""Logits that are worked on at once: a softmax of all of them would be several times the model's memory."""
+"""Logits processed at once, on a CPU and on a GPU: a softmax of all would take several times the model's memory."""
 
 Floats = NDArray[np.float32]
 
@@ -31,13 +31,13 @@ Floats = NDArray[np.float32]
 class ModelTokens:
     """One model on packed blocks; entry [block, t] is about its prediction after token t.
 
-    The last entry of a block predicts a token that is not in it, so there is no `loss` for it.
+    The last prediction of a block is of a token outside it, so it has no `loss`.
 
     Attributes:
-        loss: nats; one position less than the others.
-        entropy: of the predicted distribution, in nats.
+        loss: nats; one position shorter than the others.
+        entropy: entropy of the predicted distribution, in nats.
         guess: id of its most likely token.
-        confidence: probability of that one.
+        confidence: probability of that token.
     """
 
     loss: Floats
@@ -71,17 +71,17 @@ def measure_tokens(
     batch_size: int = 4,
     watch: Watch | None = None,
 ) -> tuple[ModelTokens, ModelTokens | None, Distances | None]:
-    """Run a model, and the original beside it, over packed blocks.
+    """Run a model, and the original if there is one, over packed blocks.
 
     Args:
-        model: any causal language model; it computes in its own dtype, its logits are used in float32 at least.
+        model: any causal language model; it runs in its own dtype, and its logits are used in at least float32.
         blocks: rows of `input_ids`, all of one length.
         original: the model to compare with, on the same device.
-        batch_size: blocks in one forward pass.
+        batch_size: blocks per forward pass.
         watch: called with `{"kind": "progress", "tokens": …, "loss": …}` after every batch.
 
     Returns:
-        What the model gave; with an original, also what that gave, and the distances between them.
+        The model's measurements; with an original, also the original's and the distances between them.
     """
     parts: list[tuple[dict[str, Tensor], ...]] = []
     seen, total = 0, 0.0
@@ -117,7 +117,7 @@ def _in_pieces(
     reference: Float[Tensor, "batch position vocab"] | None,
     ids: Int[Tensor, "batch position"],
 ) -> Iterator[list[dict[str, Float[Tensor, " row"]]]]:
-    """The measures of a few rows of logits at a time: of the model; with a reference of that, and their distances."""
+    """Measure a few rows of logits at a time: the model, and with a reference also the reference and the distances."""
     targets = F.pad(ids[:, 1:], (0, 1)).flatten()
     precision = torch.promote_types(logits.dtype, torch.float32)
     sides = [x.flatten(0, 1) for x in (logits, reference) if x is not None]
@@ -135,7 +135,7 @@ def _in_pieces(
 def _of_model(log_p: Float[Tensor, "row vocab"], likeliest: Any, targets: Int[Tensor, " row"]) -> dict[str, Tensor]:
     return {
         "loss": -log_p.gather(-1, targets[:, None]).squeeze(-1),
-        # A probability that underflows to 0 counts nothing, though its log is -inf.
+        # A probability that underflows to 0 contributes 0, although its log is -inf.
         "entropy": -torch.linalg.vecdot(log_p.exp(), log_p.clamp(min=torch.finfo(log_p.dtype).min)),
         "guess": likeliest.indices[:, 0].int(),
         "confidence": likeliest.values[:, 0].exp(),
@@ -148,7 +148,7 @@ def _distances(
     top_q: Int[Tensor, "row top"],
     top_p: Int[Tensor, "row top"],
 ) -> dict[str, Tensor]:
-    """Of the model's distribution q from the original's p.
+    """Distances between the model's distribution q and the original's p.
 
     KL(p || q) = sum p (log p - log q); JSD = (KL(p || m) + KL(q || m)) / 2 with m = (p + q) / 2.
     """
@@ -167,9 +167,9 @@ class CalibrationBin:
     """Predictions whose confidence lies in one range.
 
     Attributes:
-        low: smallest confidence, 0 to 1.
-        high: largest.
-        tokens: how many predictions.
+        low: lower edge of the range, 0 to 1.
+        high: upper edge.
+        tokens: number of predictions.
         confidence: their mean confidence.
         accuracy: share of them that were right.
     """
@@ -184,8 +184,8 @@ class CalibrationBin:
 def calibration(confidence: NDArray[Any], correct: NDArray[Any]) -> tuple[float, tuple[CalibrationBin, ...]]:
     """Expected calibration error of the most likely token, and its bins (arXiv 1706.04599, equation 3).
 
-    ECE = sum over bins of (tokens in it / all tokens) |accuracy - confidence|. Empty bins are left out. NaN, without
-    bins, for a model some of whose probabilities are not numbers.
+    ECE = sum over bins of (tokens in the bin / all tokens) |accuracy - confidence|. Empty bins are left out. NaN and
+    no bins if any confidence is not finite.
     """
     bins = CALIBRATION_BINS
     confidence, correct = confidence.ravel().astype(np.float64), correct.ravel().astype(np.float64)

@@ -1,4 +1,4 @@
-"""Measurements on disk, each written when it is made, so that an interrupted evaluation goes on."""
+"""Measurements on disk, each written as soon as it is made, so that an interrupted evaluation can be resumed."""
 
 import json
 import re
@@ -21,16 +21,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Record:
-    """Where measurements are kept; nowhere without a directory."""
+    """Directory in which measurements are kept; None keeps nothing."""
 
     directory: Path | None
 
     @classmethod
     def open(cls, directory: str | Path | None) -> "Record":
-        """The record in a directory, new or begun before.
+        """Open a new or existing record.
 
         Raises:
-            UnnormError: something else is there.
+            UnnormError: the path holds something other than an evaluation, or the directory can't be made.
         """
         if directory is None:
             return cls(None)
@@ -41,12 +41,15 @@ class Record:
         return cls(path)
 
     def recall(self, kind: type[T], key: dict[str, Any], measure: Callable[[], T]) -> T:
-        """What was measured before under the same key, else what `measure` gives, which is written at once.
+        """The measurement recorded under this key, otherwise the result of `measure`, which is written at once.
 
         Args:
             kind: dataclass of the measurement, or a list of one.
-            key: all that the measurement depends on, as plain values.
-            measure: makes it.
+            key: everything the measurement depends on, as plain values.
+            measure: makes the measurement.
+
+        Raises:
+            UnnormError: the directory can't be written to.
         """
         if self.directory is None:
             return measure()
@@ -74,7 +77,7 @@ class Record:
 
 
 def _read(path: Path, kind: type[T], key: dict[str, Any]) -> T | None:
-    """The measurement in a file, if there is one of this key; one that is damaged is made again."""
+    """The measurement in a file, or None if the file is missing, damaged or of another key."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         whole = found["key"] == key and found["sha256"] == digest(found["measured"])
@@ -84,6 +87,6 @@ def _read(path: Path, kind: type[T], key: dict[str, Any]) -> T | None:
 
 
 def _slug(key: dict[str, Any]) -> str:
-    """A file name that a person can tell, and no two keys share."""
+    """A readable file name that is unique to the key."""
     words = "--".join(re.sub(r"[^\w.-]+", "_", str(key[name])).strip("_.")[-40:] for name in ("model", "on"))
     return f"{words}--{digest(key)[:12]}"

@@ -1,4 +1,4 @@
-"""What an evaluation gives: numbers of each model on each corpus and benchmark, as plain values too."""
+"""Results of an evaluation: each model on each corpus and benchmark, also as plain values."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,33 +17,33 @@ class Evaluation:
 
     Attributes:
         model: its name.
-        data: the corpus.
-        loss: of the next token.
+        data: name of the corpus.
+        loss: mean next-token loss.
         loss_ci: 95% confidence interval of the loss, by bootstrap over documents or blocks (`interval_over`);
-            None for a single one, or a loss that is no number.
+            None for a single one, or a loss that is not finite.
         perplexity: exp(loss).
-        tokens: predicted tokens.
-        context: tokens in a block; each block is evaluated on its own.
+        tokens: number of predicted tokens.
+        context: tokens per block; each block is evaluated on its own.
         kl: KL(original || model), or None without an original.
         jsd: Jensen-Shannon divergence to the original, at most log 2.
         top1_agreement: share of tokens where both have the same most likely next token.
         position_loss: mean loss at each predicted position, context - 1 of them.
         top5_agreement: share of the original's five likeliest tokens that are among the model's five.
-        bits_per_byte: loss in bits per byte of text, or None where the bytes are not known.
-        entropy: of the predicted distribution.
-        entropy_difference: the model's entropy less the original's.
+        bits_per_byte: loss in bits per byte of text, or None if the number of bytes is unknown.
+        entropy: mean entropy of the predicted distribution.
+        entropy_difference: the model's entropy minus the original's.
         ece: expected calibration error of the most likely token, 0 to 1.
         calibration: its bins.
-        difference: the model's loss less the original's on the same tokens.
-        difference_ci: 95% confidence interval of that, paired: by bootstrap over the units' differences.
-        interval_over: what intervals are over, `documents` or `blocks`.
-        units: how many of them.
-        unit_losses: sum of the losses in each.
-        unit_tokens: predicted tokens in each.
-        blocks: how many blocks.
-        overflowed_blocks: those with a prediction that is not a number; one of them, and no mean over all is.
-        loss_elsewhere: loss in the other blocks, where some overflow and some do not.
-        kl_elsewhere: KL in the blocks where neither model nor original overflows, where there are others.
+        difference: the model's loss minus the original's on the same tokens.
+        difference_ci: paired 95% confidence interval of the difference, by bootstrap over the units' differences.
+        interval_over: the bootstrap unit, `documents` or `blocks`.
+        units: number of units.
+        unit_losses: sum of the losses in each unit.
+        unit_tokens: predicted tokens in each unit.
+        blocks: number of blocks.
+        overflowed_blocks: number of blocks with a prediction that is not finite; one makes means over all non-finite.
+        loss_elsewhere: mean loss in the other blocks; None if no block or every block overflows.
+        kl_elsewhere: mean KL in the blocks where it is finite; None if that is every block or none.
         comparison: model and original token by token, for the page.
     """
 
@@ -77,7 +77,7 @@ class Evaluation:
     comparison: Comparison | None = field(default=None, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values, without the losses of single units and tokens."""
+        """Plain values, without the per-unit and per-token data."""
         values = asdict(self)
         for key in ("unit_losses", "unit_tokens", "comparison"):
             del values[key]
@@ -93,14 +93,14 @@ class Score:
         task: lm-eval's name of the benchmark.
         metric: lm-eval's name of the metric.
         value: as lm-eval reports it.
-        ci: 95% confidence interval over items; None where lm-eval gives no value for each item.
-        items: how many were evaluated.
-        of: how many there are.
-        higher_is_better: whether it is, or None where lm-eval does not say.
-        truncated: requests that lost their beginning, being longer than the context.
-        difference: the value less the original's on the same items.
-        difference_ci: 95% confidence interval of that, paired; for perplexities none is given.
-        item_values: what each item adds to the metric, by its number in the benchmark.
+        ci: 95% confidence interval over items; None where lm-eval's per-item values do not yield one.
+        items: number of items evaluated.
+        of: number of items in the benchmark.
+        higher_is_better: None where lm-eval does not say.
+        truncated: number of requests longer than the context, which lost their beginning.
+        difference: the value minus the original's on the same items.
+        difference_ci: paired 95% confidence interval of the difference; None where `item_values` is empty.
+        item_values: the metric on each item, keyed by item index; empty where it is not their mean (perplexity).
     """
 
     model: str
@@ -117,7 +117,7 @@ class Score:
     item_values: dict[int, float] = field(default_factory=dict, repr=False)
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values, without those of single items."""
+        """Plain values, without the per-item ones."""
         values = asdict(self)
         del values["item_values"]
         return values
@@ -129,9 +129,9 @@ class Results(Sequence[Evaluation]):
 
     Attributes:
         evaluations: one for each model and corpus.
-        original: the original's own on each corpus; empty without one.
+        original: the original on each corpus; empty without an original.
         scores: one for each model, benchmark and metric.
-        protocol: what was evaluated on what and how, as plain values.
+        protocol: what was evaluated, on what and how, as plain values.
     """
 
     evaluations: tuple[Evaluation, ...]
@@ -154,7 +154,7 @@ class Results(Sequence[Evaluation]):
 
     @property
     def rows(self) -> list[Evaluation]:
-        """The original's, then every model's; where the original is one of the models, once."""
+        """The original's evaluations, then every model's; an original that is also a model comes only once."""
         once: dict[tuple[str, str], Evaluation] = {}
         for row in (*self.original, *self.evaluations):
             once.setdefault((row.model, row.data), row)
@@ -162,7 +162,7 @@ class Results(Sequence[Evaluation]):
 
     @property
     def short_names(self) -> dict[str, str]:
-        """Every model by its name and as tables show it: of a path as little of its end as tells it from the others."""
+        """Table label of each model, keyed by name: a path is cut to its shortest unambiguous tail."""
         rows = [*self.original, *self.evaluations, *self.scores]
         names = list(dict.fromkeys(row.model for row in rows))
         parts = {name: PurePath(name).parts for name in names}
@@ -176,7 +176,7 @@ class Results(Sequence[Evaluation]):
         return {name: short if alike[short] == 1 else name for name, short in shorts.items()}
 
     def with_short_names(self) -> "Results":
-        """The same, with models called by their short names."""
+        """The same results with models called by their short names."""
         short = self.short_names
         protocol = dict(self.protocol)
         for key in ("models", "original"):
@@ -189,7 +189,7 @@ class Results(Sequence[Evaluation]):
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values: what `unnorm evaluate --json` prints."""
+        """Plain values, as `unnorm evaluate --json` prints them."""
         return {
             "results": [row.to_json() for row in self.evaluations],
             "original": [row.to_json() for row in self.original],

@@ -1,4 +1,4 @@
-"""`unnorm evaluate`: models side by side on corpora and benchmarks, one measurement after the other."""
+"""`unnorm evaluate`: models side by side on corpora and benchmarks, one measurement at a time."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
@@ -53,35 +53,35 @@ def evaluate(
 
     Args:
         models: run directories, model directories, hub ids or `demo`.
-        against: the original that fidelity and differences are measured to; by default that of the finished runs
-            among the models, where they have one and the same. Where there is none, or it can't be loaded, they are
-            left out.
+        against: the original, relative to which fidelity and differences are measured; by default the one original
+            that the finished runs among the models share. Without one, or if that default can't be loaded, these
+            measurements are left out.
         data: corpora, each as for `remove` or `NAME=SOURCE`, of which the held-out part is used; `hellaswag=FILE`,
-            `lambada=FILE` and `wikitext=FILE` give a benchmark's items. By default the suite's corpora; where it has
-            none the text of the first finished run among the models, else the standard library.
+            `lambada=FILE` and `wikitext=FILE` give a benchmark's items. By default the suite's corpora; if it has
+            none, the text of the first finished run among the models, otherwise the standard library.
         suite: `quick`, `full` or `paper`: a choice of corpora, benchmarks and their sizes.
         tasks: further lm-eval tasks; `none` leaves the suite's out.
-        text_field: column that holds the text; by default the run's, where its text is taken.
-        split: split that the text comes from, where the source names no validation split; likewise.
-        tokens: how many of each corpus at most.
-        items: items of each benchmark at most, drawn at random, or `all`.
-        context: tokens in a block; by default the longest that all models take, at most 1024.
-        batch_size: blocks in one forward pass.
+        text_field: column that holds the text; by default the run's, if the run's text is used.
+        split: split that the text comes from, if the source has no validation split; same default.
+        tokens: number of tokens of each corpus at most, rounded up to whole blocks.
+        items: number of items of each benchmark at most, drawn at random, or `all`.
+        context: tokens per block; by default the longest that all models take, at most 1024.
+        batch_size: blocks per forward pass.
         device: `auto`, `cpu`, `cuda` or `mps`.
-        seed: of the draw of benchmark items.
-        out: directory for every measurement as it is made, the results and a page; what it holds already is not
-            measured again.
+        seed: seed of the draw of benchmark items.
+        out: directory for the measurements (each written as it is made), the results and a page; measurements that
+            it already holds are not repeated.
         trust_remote_code: run modeling code that comes with a model.
         watch: called with `{"kind": "phase", "text": …}` and `{"kind": "progress", "tokens": …}`.
 
     Returns:
-        A sequence of `Evaluation`, each model on each corpus; with it the original's own, the benchmarks' `scores`
-        and the `protocol`.
+        A sequence of `Evaluation`, one per model and corpus, which also holds the original's own, the benchmark
+        `scores` and the `protocol`.
 
     Raises:
         UnnormError: a model, a corpus or a benchmark can't be used, the models' tokenizers differ, there is no such
             suite, a number is out of range, or `out` holds something else.
-        RunInterruptedError: it was stopped, and the same call goes on with what is in `out`.
+        RunInterruptedError: it was interrupted; the same call resumes from what is in `out`.
     """
     several = models if isinstance(models, Iterable) and not isinstance(models, str) else [models]
     names = [model_name(model) for model in several]
@@ -94,7 +94,7 @@ def evaluate(
     choice = choose(suite, sources, [tasks] if isinstance(tasks, str) else tasks, most, items, place)
     named = {source.rpartition("=")[2] for source in sources}
     settings: dict[str, Any] = {}
-    if choice.corpora == {STDLIB: STDLIB} and STDLIB not in named:  # No text was.
+    if choice.corpora == {STDLIB: STDLIB} and STDLIB not in named:  # No text was named.
         settings = next(filter(None, map(settings_of, names)), {})
         own = choose_text(settings, None, text_field, split)
         choice = replace(choice, corpora={short_name(own.data): own.data})
@@ -173,7 +173,7 @@ def _measure(session: Session, suite: str | None) -> Results:
 def _evaluate(
     session: Session, model: LoadedModel, original: LoadedModel | None, corpus: Corpus
 ) -> tuple[Evaluation, Evaluation | None]:
-    """A model on a corpus, and the original on it if there is one."""
+    """Evaluate a model, and the original if there is one, on a corpus."""
 
     def measure() -> list[Evaluation]:
         session.say(f"{model.entrant.name} on {corpus.name}", len(corpus.blocks) * corpus.context)
@@ -195,7 +195,7 @@ def _evaluate(
 
 
 def _scores(session: Session, model: LoadedModel) -> dict[str, list[Score]]:
-    """A model's scores, by benchmark."""
+    """A model's scores, keyed by benchmark."""
 
     def measure(benchmark: Benchmark) -> list[Score]:
         session.say(f"{model.entrant.name} on {benchmark.name}", benchmark.requests)

@@ -1,4 +1,4 @@
-"""What takes part in one evaluation: models that are checked once and loaded when their turn comes."""
+"""Participants of one evaluation: models that are checked up front and loaded again only when needed."""
 
 import hashlib
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from unnorm.runs.directory import MODEL, named_path
 
 @dataclass(frozen=True)
 class Entrant:
-    """One model that takes part, with digests of its weights and its config; it is loaded when its turn comes."""
+    """One model that takes part, not loaded: its name and digests of its weights and its config."""
 
     name: str
     weights: str
@@ -32,7 +32,7 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Session:
-    """What all measurements of one evaluation share."""
+    """State shared by all measurements of one evaluation."""
 
     entrants: tuple[Entrant, ...]
     original: Entrant | None
@@ -48,30 +48,30 @@ class Session:
 
     @cached_property
     def tokenizer_digest(self) -> str:
-        """SHA-256 of what makes tokens of text: also how it is cut before a vocabulary is looked up."""
+        """SHA-256 of the tokenizer backend, pre-tokenization included, or of the vocabulary alone without one."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         return digest({"backend": backend.to_str() if backend is not None else self.tokenizer.get_vocab()})
 
     @property
     def computed_by(self) -> dict[str, str]:
-        """What else numbers hang on, in their last digits."""
+        """What else the last digits of the numbers depend on."""
         return {"device": self.device, "torch": version("torch"), "unnorm": version("unnorm")}
 
     def say(self, text: str, tokens: int | None = None) -> None:
-        """Tell whoever watches what is measured, and how many tokens that takes."""
+        """Announce a measurement to the watch, and how many tokens it takes."""
         say(self.watch, text, tokens)
 
 
 @dataclass(frozen=True)
 class Entered:
-    """Models that can be compared, each loaded once and let go.
+    """Models found to be comparable; each was loaded once and released.
 
     Attributes:
-        entrants: the models that are evaluated.
-        original: what they are compared with, or None.
-        tokenizer: that of all of them.
-        vocab_size: rows of their embeddings.
-        context: the longest sequence that all of them take, at most the one that was asked for.
+        entrants: the models to evaluate.
+        original: the model they are compared with, or None.
+        tokenizer: the tokenizer they share.
+        vocab_size: rows of their token embeddings.
+        context: tokens per block: as asked for, otherwise the longest that all of them take, at most 1024.
     """
 
     entrants: tuple[Entrant, ...]
@@ -91,18 +91,18 @@ class _Candidate(NamedTuple):
 def enter(
     names: Sequence[str], against: str | None, context: int | None, trust_remote_code: bool, watch: Watch
 ) -> Entered:
-    """Load every model once, so that what can't be compared is refused before anything is measured.
+    """Load every model once, so that models that can't be compared are refused before anything is measured.
 
     Args:
         names: the models.
-        against: the original; by default that of the finished runs among the models, where they have one and the
-            same and it can be loaded.
-        context: tokens in a sequence, or None for the longest.
+        against: the original; by default the one that the finished runs among the models share, if it can be loaded.
+        context: tokens per block, or None for the longest, at most 1024.
         trust_remote_code: run modeling code that comes with a model.
         watch: told what is loaded.
 
     Raises:
-        UnnormError: no model is named, one can't be loaded, or their tokens or vocabularies differ.
+        UnnormError: no model is named, one can't be loaded or takes fewer tokens than `context`, or their
+            vocabulary sizes or tokenizers differ.
     """
     if not names:
         raise UnnormError("Evaluate which models? Name one at least.")
@@ -137,16 +137,16 @@ def enter(
 
 
 def _own_original(names: Sequence[str]) -> str | None:
-    """The original of the finished runs among models, where there is one alone."""
+    """The one original that the finished runs among the models share; None if there is none or several."""
     try:
         originals = {str(settings["model"]) for settings in map(settings_of, names) if settings.get("model")}
-    except UnnormError:  # Settings that can't be read: of use only for what was not named.
+    except UnnormError:  # Unreadable settings are no error: they only supply defaults.
         return None
     return originals.pop() if len(originals) == 1 else None
 
 
 def settings_of(name: str) -> dict[str, Any]:
-    """Those of a finished run; none of another model."""
+    """Settings of a finished run; empty for any other model."""
     directory = named_path(name)
     return run_settings(directory) if name != DEMO and (directory / MODEL).is_dir() else {}
 
@@ -161,7 +161,7 @@ def _check_comparable(first: _Candidate, other: _Candidate) -> None:
 
 
 def _weights_digest(model: PreTrainedModel) -> str:
-    """SHA-256 of all weights with their names, in float32."""
+    """SHA-256 of the names and float32 values of all weights."""
     sha256 = hashlib.sha256()
     for key, value in sorted(model.state_dict().items()):
         sha256.update(key.encode())
@@ -170,23 +170,23 @@ def _weights_digest(model: PreTrainedModel) -> str:
 
 
 def _config_digest(model: PreTrainedModel) -> str:
-    """SHA-256 of the config, which says what else the model computes: activations, rotary angles, epsilons."""
+    """SHA-256 of the config, which sets what weights do not: activations, rotary angles, epsilons."""
     return digest({key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"})
 
 
 class LoadedModel:
-    """A model that is loaded when it is first needed: what is on record needs none."""
+    """A model loaded on first use, so never if all of its measurements are on record."""
 
     def __init__(self, session: Session, entrant: Entrant) -> None:
         self.session, self.entrant = session, entrant
 
     @cached_property
     def model(self) -> PreTrainedModel:
-        """On the session's device."""
+        """The model, on the session's device."""
         return load_original(self.entrant.name, self.session.trust_remote_code)[0].to(self.session.device)
 
     def on(self, name: str) -> dict[str, Any]:
-        """What a measurement of it on a corpus or benchmark depends on, by which it is found on record."""
+        """What a measurement of the model on a corpus or benchmark depends on: part of its key on record."""
         weights, config = self.entrant.weights, self.entrant.config
         measured = {"model": self.entrant.name, "on": name, "weights": weights, "config": config}
         return measured | self.session.computed_by

@@ -1,4 +1,4 @@
-"""What is evaluated on: suites by name, and what the user names with --data and --tasks."""
+"""What to evaluate on: named suites, and what the user names with --data and --tasks."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from unnorm.evaluation.benchmarks import ALIASES, READERS
 from unnorm.evaluation.corpora import EVALUATION_TOKENS
 
 PILE_FILTERED = "pile-filtered"
-"""Blocks of the corpus `pile` that have only tokens that occur in `openwebtext`."""
+"""Blocks of the corpus `pile` all of whose tokens occur in `openwebtext`."""
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class Suite:
     """A named choice of corpora and benchmarks.
 
     Attributes:
-        corpora: sources by name; none means what the user names, or the default.
+        corpora: sources keyed by name; empty means what the user names, or the default.
         tasks: lm-eval's names of benchmarks.
-        tokens: predicted tokens of each corpus, about.
+        tokens: approximate number of predicted tokens of each corpus, on a CPU.
         gpu_tokens: the same on a GPU.
-        items: items of each benchmark on a CPU, drawn at random.
-        gpu_items: items on a GPU; None means all.
+        items: items of each benchmark on a CPU, drawn at random; None means all.
+        gpu_items: the same on a GPU.
     """
 
     corpora: dict[str, str] = field(default_factory=dict)
@@ -54,13 +54,13 @@ SUITES = {
 
 @dataclass(frozen=True)
 class Choice:
-    """What one evaluation runs on.
+    """Corpora and benchmarks of one evaluation.
 
     Attributes:
-        corpora: sources by name.
+        corpora: sources keyed by name.
         tasks: lm-eval's names of benchmarks.
-        files: local files by a benchmark's name.
-        tokens: predicted tokens of each corpus, about.
+        files: local files keyed by benchmark name.
+        tokens: approximate number of predicted tokens of each corpus.
         items: items of each benchmark, or None for all.
     """
 
@@ -79,18 +79,18 @@ def choose(
     items: int | str | None,
     device: str,
 ) -> Choice:
-    """Put together what the user asked for.
+    """Combine a suite with what the user asked for.
 
     Args:
-        suite: name of a suite, or None for corpora only.
-        data: sources, `NAME=SOURCE` or plain; the name of a benchmark gives its file.
+        suite: name of a suite, or None.
+        data: sources, `NAME=SOURCE` or plain; with the name of a benchmark, its file.
         tasks: more benchmarks; `none` leaves the suite's out.
         tokens: predicted tokens of each corpus; by default the suite's.
         items: items of each benchmark, or `all`; by default the suite's.
-        device: `cpu` or another.
+        device: `cpu`, or another for the suite's GPU sizes.
 
     Raises:
-        UnnormError: there is no such suite, a name stands twice, or a number is wrong.
+        UnnormError: there is no such suite, `data` gives a name twice, or a number is out of range.
     """
     if suite is not None and suite not in SUITES:
         raise UnnormError(f"There is no suite '{suite}'. There is: {', '.join(SUITES)}.")
@@ -127,13 +127,13 @@ def _sources(data: Sequence[str]) -> dict[str, str]:
 
 def _named(given: str) -> tuple[str, str]:
     match = re.fullmatch(r"([\w.-]+)=(.+)", given)
-    if match is None or os.path.exists(given):  # noqa: PTH110 (pathlib raises where a name is too long)
+    if match is None or os.path.exists(given):  # noqa: PTH110 (pathlib raises if a name is too long)
         return given, given
     return ALIASES.get(match[1], match[1]), match[2]
 
 
 def _corpora(suite: Suite, named: dict[str, str]) -> dict[str, str]:
-    """The suite's corpora, from where the user says; then the user's own."""
+    """The suite's corpora, with sources overridden by the user's, then the user's own corpora."""
     if not suite.corpora:
         return named or {STDLIB: STDLIB}
     of_suite = {name: named.get(name, source) for name, source in suite.corpora.items()}

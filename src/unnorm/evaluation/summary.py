@@ -1,4 +1,4 @@
-"""One model on one corpus: what its tokens' numbers come to."""
+"""Summary of the per-token measurements of one model on one corpus."""
 
 import math
 from dataclasses import replace
@@ -27,17 +27,17 @@ def evaluate_model(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Evaluation:
-    """Evaluate a model on packed blocks, in its own dtype, sums in float64.
+    """Evaluate a model on packed blocks, in its own dtype with sums in float64.
 
     Args:
         model: any causal language model.
-        blocks: rows of `input_ids`, all of one length; where `document` says which document each token belongs to and
-            there are 30 of them, intervals are over documents, else over blocks.
+        blocks: rows of `input_ids`, all of one length. Intervals are over documents if a column `document` numbers
+            each token's document and there are at least 30, otherwise over blocks.
         original: the model to compare with, on the same device.
-        name: stands in the result.
-        data: stands in the result.
-        batch_size: blocks in one forward pass.
-        tokenizer: makes text of the tokens: for bits per byte, and for the comparison token by token.
+        name: the model's name in the result.
+        data: the corpus's name in the result.
+        batch_size: blocks per forward pass.
+        tokenizer: decodes tokens, for bits per byte and the token-by-token comparison; None leaves both out.
     """
     ids = np.asarray(blocks["input_ids"][:])
     text_bytes = 0 if tokenizer is None else count_bytes(ids, tokenizer)
@@ -54,15 +54,15 @@ def summarize(
     distances: Distances | None,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Evaluation:
-    """The means of a model's tokens on a corpus, with their intervals.
+    """Means over a model's tokens on a corpus, with intervals.
 
     Args:
-        name: the model's.
-        corpus: what was measured; its units are what the bootstrap draws.
-        ours: loss in nats, confidence and entropy of every predicted token.
-        theirs: the same of the original; None leaves out what compares.
-        distances: from the original's predictions to the model's; goes with `theirs`.
-        tokenizer: makes text of tokens for the comparison; None leaves it out.
+        name: the model's name.
+        corpus: the corpus measured on; its units are those of the bootstrap.
+        ours: the model's per-token measurements.
+        theirs: the same of the original; None leaves out everything relative to the original.
+        distances: distances between the original's and the model's predictions; goes with `theirs`.
+        tokenizer: decodes tokens for the comparison; None leaves it out.
     """
     ids = np.asarray(corpus.blocks["input_ids"][:])
     kind, units = corpus.units()
@@ -114,7 +114,7 @@ def _beside_original(
     ids: Int[NDArray[np.int32], "block position"],
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> Evaluation:
-    """With what is measured of each token's two predictions."""
+    """Add the measurements relative to the original."""
     comparable = np.isfinite(distances.kl).all(1)
     return replace(
         evaluation,

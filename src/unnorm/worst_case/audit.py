@@ -1,4 +1,4 @@
-"""Worst-case audit: a twin beside a model with norms on inputs that may blow it up, class by class."""
+"""Worst-case audit: compare a twin with a model with norms on classes of inputs that may blow it up."""
 
 import inspect
 import math
@@ -32,15 +32,15 @@ from unnorm.worst_case.inputs import InputClass, Inputs, Material, input_classes
 from unnorm.worst_case.measure import Measured, is_finite, largest_residuals, measure
 
 AUDIT_TOKENS = 32_768
-"""Tokens of one class. Tokens after text are the whole vocabulary if it fits; tokens alone are so in any case."""
+"""Approximate tokens per class. `token after text` covers the vocabulary if it fits, `token alone` always does."""
 MOST_AUDIT_CONTEXT = 4096
-"""Longest sequences by default: logits of more positions at once fill the memory."""
+"""Longest sequence by default: the logits of longer ones would fill the memory."""
 HALF_CPU_TOKENS = 1024
-"""Tokens of a class in float16 on a CPU, ten times slower there than float32: those with the largest residuals."""
+"""Tokens per class in float16 on a CPU (ten times slower than float32 there): those with the largest residuals."""
 LOSS_MARGIN = 1.1
-"""The 99.99th percentile of the twin's loss may be this many times the reference's."""
+"""The 99.99th percentile of the twin's loss may be at most this many times the reference's."""
 BLOW_UP = 2.0
-"""Times the reference's that the twin's largest loss may be. Percentiles miss one bad token among very many."""
+"""The twin's largest loss may be at most this many times the reference's. Percentiles miss a single bad token."""
 PERCENTILES = (99.9, 99.99)
 
 _WORST, _SHOWN_TOKENS = 3, 12
@@ -61,31 +61,32 @@ def audit(
     trust_remote_code: bool = False,
     watch: Watch | None = None,
 ) -> dict[str, Any]:
-    """Measure an LN-free model on inputs that may blow it up, beside a model with norms; `unnorm audit`.
+    """Compare an LN-free model with a model with norms on inputs that may blow it up; `unnorm audit`.
 
-    A class passes where the twin's 99.99th percentile of per-token loss is at most 1.1 times, and its largest loss
-    at most twice, the reference's on the same tokens, and where no logit and no residual is NaN or infinite in
-    float32, bfloat16 and float16 (float16 only where the reference's are finite; on a CPU, on the inputs with the
-    largest residuals).
+    A class passes if the twin's 99.99th percentile of per-token loss is at most 1.1 times, and its largest loss at
+    most twice, the reference's on the same tokens, and if none of its logits and residuals is NaN or infinite in
+    float32, bfloat16 and float16. float16 counts only where the reference is finite in it; on a CPU it is tried on the
+    inputs with the largest residuals only.
 
     Args:
-        directory: a finished run.
-        against: the reference; by default the run's control if it saved one, else its original.
-        tokens: tokens of each class, about. Each token alone is always tried, each after text only if the vocabulary
-            is no longer than this.
-        context: tokens in the longest sequences; by default all that both models take, at most 4096.
+        directory: directory of a finished run.
+        against: the reference; by default the run's control if it saved one, otherwise its original.
+        tokens: approximate tokens per class. Each token alone is always tried, each after text only if the vocabulary
+            is no larger than this.
+        context: tokens in the longest sequences; by default the most that both models take, at most 4096.
         data: ordinary text, of which the held-out part is used; by default the run's.
         text_field: column that holds the text; by default the run's.
         split: split that the text comes from; by default the run's.
         device: `auto`, `cpu`, `cuda` or `mps`.
-        seed: of everything random.
+        seed: seed of all random inputs.
         trust_remote_code: run modeling code that comes with the reference.
-        watch: called with `{"kind": "phase", "text": …}` as the audit goes on.
+        watch: called with `{"kind": "phase", "text": …}` as the audit progresses.
 
     Returns:
-        `passed`, what was compared, and in `classes` one entry each: `passed` with its `reason`; `loss` in nats and
-        `residual_norm`, each with its percentiles and `largest` (None where infinite); the same of the reference;
-        `finite` by dtype; and the `worst` inputs decoded, those with the largest excess over the reference's loss.
+        `passed`, what was compared, and `classes` with one entry per class: `passed` and the `reason` if it failed;
+        `loss` in nats and `residual_norm`, each with its percentiles and `largest` (None where infinite); the same for
+        the reference; `finite` by dtype; and the `worst` inputs, decoded: those with the largest excess over the
+        reference's loss.
 
     Raises:
         UnnormError: there is no finished run, or the reference or the text can't be used.
@@ -135,7 +136,7 @@ def audit_models(
     tokenizer: PreTrainedTokenizerBase,
     watch: Watch,
 ) -> list[dict[str, Any]]:
-    """The rows of `audit` for models in memory, both in float32 on one device; `reader` as in `measure`."""
+    """The entries of `audit`'s `classes` for models in memory, in float32 on one device; `reader` as for `measure`."""
     measured = []
     for kind in classes:
         say(watch, f"{kind.name}: {kind.what}")
@@ -155,7 +156,7 @@ def audit_models(
 
 
 def _residual_reader(twin: PreTrainedModel, sites: Sequence[NormSite]) -> str:
-    """Path of what reads the residual stream last: the final norm, removed or kept, else the unembedding."""
+    """Path of the last reader of the residual stream: the final norm, removed or kept, otherwise the unembedding."""
     final = next((site.name for site in sites if site.role == "final"), None)
     if final is not None:
         return final
@@ -202,14 +203,14 @@ def _row(
 
 
 def summarize(values: Float[Tensor, " read"]) -> dict[str, float]:
-    """Percentiles and the largest, each a value that was measured; NaN counts as infinite."""
+    """Percentiles (without interpolation) and the largest value; NaN counts as infinite."""
     array = values.nan_to_num(nan=math.inf, posinf=math.inf).numpy()
     found = {f"p{q}": float(np.percentile(array, q, method="inverted_cdf")) for q in PERCENTILES}
     return found | {"largest": float(array.max())}
 
 
 def verdict(twin: Measured, reference: Measured, finite: dict[str, bool], reference_finite: dict[str, bool]) -> str:
-    """Why the twin fails a class, or nothing."""
+    """Why the twin fails a class; empty if it passes."""
     judged = [name for name in finite if name != "float16" or reference_finite[name]]
     overflowed = [name for name in judged if not finite[name]]
     if overflowed:
@@ -225,7 +226,7 @@ def verdict(twin: Measured, reference: Measured, finite: dict[str, bool], refere
 def _worst(
     inputs: Sequence[Inputs], ours: Measured, theirs: Measured, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
-    """Where the twin's loss exceeds the reference's most: the tokens up to there, and the one that came next."""
+    """Where the twin's loss exceeds the reference's most: the last tokens of the input and the token that follows."""
     excess = torch.nan_to_num(ours.loss - theirs.loss, nan=0.0, posinf=math.inf)
     places = _places(inputs)
     rows = []
@@ -248,13 +249,13 @@ def _worst(
 
 
 def _decode(ids: Int[Tensor, " token"], tokenizer: PreTrainedTokenizerBase) -> str:
-    """Text, or the tokens' own names where each is but a part of a character."""
+    """The tokens as text, or as vocabulary entries if they decode to parts of characters only."""
     text = str(tokenizer.decode(ids))
     return text if text.strip("\ufffd") else " ".join(map(str, tokenizer.convert_ids_to_tokens(ids.tolist())))
 
 
 def _places(inputs: Sequence[Inputs]) -> Callable[[int], tuple[int, int, int]]:
-    """From the index of a read position to its part, sequence and position."""
+    """Map the index of a measured position to its part, sequence and position."""
     ends = np.cumsum([int(part.read.sum()) for part in inputs])
 
     def place(index: int) -> tuple[int, int, int]:
@@ -266,7 +267,7 @@ def _places(inputs: Sequence[Inputs]) -> Callable[[int], tuple[int, int, int]]:
 
 
 def _trained_context(directory: Path, settings: dict[str, Any]) -> int | None:
-    """Tokens in a training block: as the plan had it, else as it was asked for."""
+    """Tokens per training block: from the run's plan, otherwise from its settings."""
     try:
         return int(finished_result(directory)["plan"]["context"])
     except (UnnormError, ValueError, KeyError, TypeError):

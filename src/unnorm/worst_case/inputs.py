@@ -1,4 +1,4 @@
-"""Inputs unlike the training text, by class: what a model without norms may blow up on."""
+"""Classes of inputs unlike the training text, on which a model without norms may blow up."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,13 +49,13 @@ _WHITE_SPACE = (" ", "  ", "    ", " " * 16, "\n", "\n\n", "\t", "\r\n", " \n", 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Sequences of one length, and what is measured on them.
+    """Sequences of one length, and the positions measured in them.
 
     Attributes:
         ids: token ids.
         targets: the token whose loss is measured at each position, or -100 where nothing is measured.
-        attention_mask: 0 at padding; None where there is none.
-        position_ids: position of each token, where it is not its index.
+        attention_mask: 0 at padding; None without padding.
+        position_ids: position of each token; None where it is the token's index.
     """
 
     ids: Int[Tensor, "sequence position"]
@@ -65,11 +65,11 @@ class Inputs:
 
     @property
     def read(self) -> Bool[Tensor, "sequence position"]:
-        """Positions that are measured."""
+        """Mask of the positions that are measured."""
         return self.targets != IGNORED
 
     def take(self, rows: slice | Int[Tensor, " row"]) -> "Inputs":
-        """Some of the sequences."""
+        """A subset of the sequences."""
         mask, positions = self.attention_mask, self.position_ids
         return Inputs(
             self.ids[rows],
@@ -81,7 +81,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class InputClass:
-    """One kind of input: its name, what it is in words with how much of it there is, and the sequences."""
+    """One kind of input: its name, a description with its amount, and the sequences."""
 
     name: str
     what: str
@@ -90,7 +90,7 @@ class InputClass:
 
 @dataclass(frozen=True)
 class Material:
-    """What inputs are made of; those made of text start with `begin`, if the model's texts do."""
+    """What inputs are made from. Those made from text start with `begin`, if the tokenizer starts texts with it."""
 
     tokenizer: PreTrainedTokenizerBase
     text: Int[Tensor, " token"]
@@ -103,12 +103,12 @@ class Material:
 
     @property
     def rows(self) -> int:
-        """Sequences of full length in one class."""
+        """Number of full-length sequences per class."""
         return max(1, self.tokens // self.context)
 
     @property
     def end(self) -> int | None:
-        """End-of-text, or what the tokenizer has in its place."""
+        """The end-of-text token, otherwise the beginning-of-text token, or None."""
         ids = (self.tokenizer.eos_token_id, self.tokenizer.bos_token_id)
         return next((int(i) for i in ids if isinstance(i, int)), None)
 
@@ -118,7 +118,7 @@ class Material:
 
 
 def input_classes(material: Material, positions: bool) -> Iterator[InputClass]:
-    """Every class, made when its turn comes; `positions` says whether the models take `position_ids`."""
+    """Generate every class lazily; `positions` says whether the models take `position_ids`."""
     yield _text(material)
     yield _alone(material)
     yield _repeated(material)
@@ -174,7 +174,7 @@ def _random_tokens(m: Material) -> InputClass:
 
 
 def _strings(m: Material, name: str, what: str, text: str) -> Iterator[InputClass]:
-    """One class, or none where the tokenizer drops such text, or can't take it."""
+    """One class, or none if the tokenizer drops such text or fails on it."""
     stream = torch.tensor(token_ids(text, m.tokenizer), dtype=torch.long)
     if len(stream):
         inputs = _windows(m, stream, m.rows)
@@ -216,7 +216,7 @@ def _lengths(m: Material) -> InputClass:
 
 
 def _left_padded(m: Material, positions: bool) -> InputClass:
-    """As `generate` makes them: positions count from the first real token and are 0 before it."""
+    """Left padding as in `generate`: positions count from the first real token and are 0 before it."""
     inputs = _windows(m, m.text, m.rows)
     padding = m.below(m.context, len(inputs.ids))
     mask = (torch.arange(m.context) >= padding[:, None]).long()
@@ -259,12 +259,12 @@ def _end(m: Material) -> int:
 
 
 def _draw(m: Material, count: int) -> Int[Tensor, " token"]:
-    """Tokens as frequent as they are in ordinary text."""
+    """Tokens drawn at their frequency in ordinary text."""
     return m.text[m.below(len(m.text), count)]
 
 
 def _sample(m: Material, count: int) -> Int[Tensor, " token"]:
-    """So many different tokens, end-of-text first; the whole vocabulary in order where it is no larger."""
+    """`count` different tokens, end-of-text first; the whole vocabulary in order if it is no larger."""
     if count >= m.vocabulary:
         return torch.arange(m.vocabulary)
     order = torch.randperm(m.vocabulary, generator=m.random)
@@ -277,7 +277,7 @@ def _of(m: Material, tokens: Tensor) -> str:
 
 
 def _rows(m: Material, stream: Int[Tensor, " token"], count: int) -> Int[Tensor, "sequence position"]:
-    """Windows of the context and one more, evenly spaced; a short stream goes round, and then gives fewer."""
+    """Evenly spaced windows of context + 1 tokens; a short stream wraps around and gives fewer."""
     count = min(count, max(1, len(stream) // _LITERAL_STRIDE))
     starts = torch.arange(count) * len(stream) // count
     return _begun(m, stream[(starts[:, None] + torch.arange(m.context + 1)) % len(stream)])
@@ -294,5 +294,5 @@ def _windows(m: Material, stream: Int[Tensor, " token"], count: int) -> Inputs:
 
 
 def _shifted(rows: Int[Tensor, "sequence position"]) -> Inputs:
-    """Each token and the one after it."""
+    """Inputs whose targets are the next tokens."""
     return Inputs(rows[:, :-1].contiguous(), rows[:, 1:].clone())

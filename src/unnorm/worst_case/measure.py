@@ -1,4 +1,4 @@
-"""A model on odd inputs: the loss and the residual norm at every position, and whether all of it is finite."""
+"""Loss and residual norm of a model at every measured position, and whether everything is finite."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,12 +20,12 @@ _LOGITS_AT_ONCE = 2**24
 
 @dataclass(frozen=True)
 class Measured:
-    """A model on one class, read position by read position, on the CPU in float64; NaN counts as infinite.
+    """A model on one class, one value per measured position, on the CPU in float64; NaN counts as infinite.
 
     Attributes:
         loss: nats.
-        norm: L2 norm of the residual vector that the final norm site reads, or read.
-        finite: whether every logit and every residual was.
+        norm: L2 norm of the residual vector that the final norm site reads, or read before its removal.
+        finite: whether every logit and residual is finite.
     """
 
     loss: Float[Tensor, " read"]
@@ -35,9 +35,9 @@ class Measured:
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, inputs: Sequence[Inputs], reader: str) -> Measured:
-    """Loss and residual norm at every position that is read, in the order of the inputs.
+    """Loss and residual norm at every measured position, in the order of the inputs.
 
-    `reader` is the path of the module that reads the residual stream last: the final norm, or what stands there.
+    `reader` is the path of the last module to read the residual stream: the final norm, or what replaces it.
     """
     losses, norms, finite = [], [], True
     for logits, residual, targets in _passes(model, inputs, reader):
@@ -50,20 +50,20 @@ def measure(model: PreTrainedModel, inputs: Sequence[Inputs], reader: str) -> Me
 
 @torch.no_grad()
 def is_finite(model: PreTrainedModel, inputs: Sequence[Inputs], reader: str) -> bool:
-    """Whether the model, in the dtype that it has, gives finite logits and residuals wherever they are read."""
+    """Whether the model, in its own dtype, gives finite logits and residuals at every measured position."""
     return all(_all_finite(logits, residual) for logits, residual, _ in _passes(model, inputs, reader))
 
 
 def largest_residuals(
     inputs: Sequence[Inputs], norms: Sequence[Float[Tensor, " read"]], tokens: int
 ) -> tuple[Inputs, ...]:
-    """The sequences with the largest residuals of any of the models, `tokens` tokens of them or a little more.
+    """The sequences with the largest residuals in any of the models, up to `tokens` tokens or slightly more.
 
-    What overflows in float16 is large in float32. Norms count relative to each model's median.
+    What overflows in float16 is large in float32. Norms are taken relative to each model's median.
     """
     relative = torch.stack([norm / norm.median().clamp_min(1e-30) for norm in norms]).amax(0)
     relative = torch.nan_to_num(relative, nan=math.inf, posinf=math.inf)
-    peaks = [  # By sequence: its largest norm, the part it is in, and its row there.
+    peaks = [  # Per sequence: its largest norm, its part and its row there.
         (peak, part, index)
         for part, values in enumerate(_unflatten(relative, inputs))
         for index, peak in enumerate(values.amax(1).tolist())
@@ -81,7 +81,7 @@ def largest_residuals(
 def _passes(
     model: PreTrainedModel, inputs: Iterable[Inputs], reader: str
 ) -> Iterator[tuple[Float[Tensor, "read vocab"], Float[Tensor, "read width"], Int[Tensor, " read"]]]:
-    """Logits, residuals and targets of the positions that are read, batch by batch."""
+    """Logits, residuals and targets at the measured positions, batch by batch."""
     device = model.device
     vocabulary = vocabulary_size(model)
     with evaluating(model), _residuals(model, reader) as residuals:
@@ -91,7 +91,7 @@ def _passes(
                 batch = part.take(slice(start, start + size))
                 logits = model(**_arguments(batch, device), use_cache=False).logits
                 read = batch.read.to(device)
-                residual = residuals[-1].view(*batch.ids.shape, -1)  # OPT's has batch and position as one.
+                residual = residuals[-1].view(*batch.ids.shape, -1)  # OPT flattens batch and position.
                 yield logits[read], residual[read], batch.targets.to(device)[read]
                 residuals.clear()
 
@@ -107,7 +107,7 @@ def _arguments(batch: Inputs, device: torch.device) -> dict[str, Tensor]:
 
 @contextmanager
 def _residuals(model: PreTrainedModel, reader: str) -> Iterator[list[Tensor]]:
-    """What the module at the path `reader` reads in the passes that follow."""
+    """Collects the input of the module at `reader` in every forward pass inside the context."""
     found: list[Tensor] = []
     module = model.get_submodule(reader)
     with module.register_forward_pre_hook(lambda _, args: found.append(args[0].detach())):
@@ -115,7 +115,7 @@ def _residuals(model: PreTrainedModel, reader: str) -> Iterator[list[Tensor]]:
 
 
 def _unflatten(values: Float[Tensor, " read"], inputs: Sequence[Inputs]) -> list[Float[Tensor, "sequence position"]]:
-    """Values of read positions back in their places, 0 elsewhere."""
+    """Values at measured positions put back in place, 0 elsewhere."""
     pieces = values.split([int(part.read.sum()) for part in inputs])
     return [
         torch.zeros(part.ids.shape, dtype=values.dtype).masked_scatter(part.read, piece)
