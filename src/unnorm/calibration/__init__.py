@@ -1,1 +1,1 @@
-"""Before any gradient: constant scales from forward passes, and what makes scales more even."""
+"""Steps before training: constant scales from forward passes, and what makes scales more even."""

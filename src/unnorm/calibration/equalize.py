@@ -1,10 +1,10 @@
-"""A closed-form step before any gradient: embeddings rescaled so that the first norm sees one scale for all tokens.
+"""A closed-form step before training: rescale embeddings so that tokens' scales at the first norm are more equal.
 
-What the first norm reads is the embedding, so its scale depends on the token, and a norm ignores the scale of what it
-reads. Rescaling the rows of the embedding therefore leaves the first sublayer as it is and spares it the removal; what
-it costs is that the rest of the residual stream gets the rescaled embedding too. Half way (in log scale) is a good
-compromise, and it is kept only where it brings naive removal closer to the original: of all norms or, where the model
-then overflows, of the first alone.
+The first norm reads the embedding, so its scale depends on the token, and a norm ignores the scale of what it reads.
+Rescaling the rows of the embedding therefore leaves the first sublayer unchanged and spares it the removal; the cost is
+that the rest of the residual stream gets the rescaled embedding too. Going half way (in log scale) is a good
+compromise, and it is kept only if it brings the model closer to the original under naive removal of all norms or, if
+the model then overflows, of the first alone.
 """
 
 import math
@@ -25,10 +25,10 @@ from unnorm.sites.site import NormSite
 from unnorm.taper.norms import Estimator, TaperedNorm, removed
 
 STRENGTH = 0.5
-"""How far rows go towards equal scales, in log scale. Naive KL of removing the demo's first norm: 0.065 at 0, 0.049 at
-0.5, 0.055 at 1."""
+"""How far rows go towards equal scales, in log scale. KL of naive removal of the demo's first norm: 0.065 at 0, 0.049
+at 0.5, 0.055 at 1."""
 PASSES = 4
-"""Times that every token is met, each time at another position."""
+"""How many times each token is measured, each time at a different position."""
 
 
 def equalize_embedding(
@@ -39,18 +39,18 @@ def equalize_embedding(
     blocks: Dataset,
     estimator: Estimator,
 ) -> bool:
-    """Rescale the student's token embedding, untied from its unembedding, if that brings naive removal closer.
+    """Rescale the student's token embedding, untied from its unembedding, if that lowers the KL of naive removal.
 
     Args:
         student: the model with calibrated stand-ins; changed in place only if it helps.
         original: the original, on the same device.
         sites: its norm sites, in the order of a forward pass.
-        stand_ins: theirs.
+        stand_ins: the stand-ins at these sites.
         blocks: calibration text.
-        estimator: of the constant scales, which are measured again.
+        estimator: estimator of the constant scales, which are measured again.
 
     Returns:
-        Whether it was kept.
+        Whether the rescaling was kept.
     """
     embedding = student.get_input_embeddings()
     first = sites[0]
@@ -79,7 +79,7 @@ def equalize_embedding(
 
 
 def untie(model: PreTrainedModel) -> None:
-    """Give the model an unembedding of its own, with the weights that it shares."""
+    """Give the model an unembedding of its own, a copy of the shared weights."""
     _unembed_by(model, nn.Parameter(model.get_output_embeddings().weight.detach().clone()), tied=False)
 
 
@@ -90,7 +90,7 @@ def _unembed_by(model: PreTrainedModel, unembedding: nn.Parameter, tied: bool) -
 
 @torch.no_grad()
 def token_log_scales(model: PreTrainedModel, first: NormSite) -> Float[Tensor, " vocab"]:
-    """Mean log scale of every token of the vocabulary at the first norm site."""
+    """Mean log scale of each token of the vocabulary at the first norm site."""
     vocab = vocabulary_size(model)
     length = min(context_length(model), MOST_CONTEXT, vocab)
     rows = math.ceil(vocab / length)
@@ -108,14 +108,14 @@ def token_log_scales(model: PreTrainedModel, first: NormSite) -> Float[Tensor, "
 def naive_kl(
     student: PreTrainedModel, original: PreTrainedModel, stand_ins: dict[str, TaperedNorm], blocks: Dataset
 ) -> float:
-    """KL(original || student) with these norms replaced by constants, nats per token; infinite if not a number."""
+    """KL(original || student) with these norms replaced by constants, in nats per token; infinite if not finite."""
     with removed(stand_ins.values()):
         return mean_kl(student, original, blocks)
 
 
 @torch.no_grad()
 def mean_kl(student: PreTrainedModel, original: PreTrainedModel, blocks: Dataset) -> float:
-    """KL(original || student) as they are, nats per token; infinite if not a number."""
+    """KL(original || student), both as they are, in nats per token; infinite if not finite."""
     total = 0.0
     together = blocks_at_once(student, len(blocks[0]["input_ids"]), most=4)
     with evaluating(student), evaluating(original):

@@ -1,14 +1,14 @@
 """Limits on MLPs' neurons, so that without norms no token can run away.
 
-Some MLPs are quadratic: what they write grows with the square of what they read. Gated ones multiply two reads of the
-residual stream, others have a squared ReLU. A norm holds that down. Without one a token that comes to a layer at some
-times the usual scale leaves it at more, and overflows some layers on (`docs/smollm2.md`). So neuron j of a layer is
-kept between -m_j and m_j,
+Some MLPs are quadratic: what they write grows with the square of what they read. Gated MLPs multiply two reads of the
+residual stream, others use a squared ReLU. A norm holds that down. Without one, a token that reaches a layer at several
+times the usual scale leaves it at an even larger multiple, and overflows a few layers later (`docs/smollm2.md`). So the
+activation of neuron j of a layer is clamped between -m_j and m_j,
 
     m_j = ROOM * max(a_j, q)
 
-where a_j is the largest activation that it has in the original on calibration text, and q the one that three quarters
-of the layer's neurons stay under. It is one elementwise nonlinearity more between an MLP's read and its
+where a_j is the neuron's largest absolute activation in the original on calibration text, and q the value of a_j that
+three quarters of the layer's neurons stay below. This adds one elementwise nonlinearity between an MLP's read and its
 write: every read stays affine in the stream, and what the MLP adds stays a sum over its neurons.
 """
 
@@ -30,28 +30,28 @@ from unnorm.sites.site import NormSite
 from unnorm.sites.tracing import trace_inputs
 
 ROOM = 2.0
-"""Times the largest activation in the original that a neuron may have."""
+"""How large a neuron may become, relative to its largest activation in the original."""
 COMMON = 0.75
-"""Quantile of a layer's largest activations: no limit is below ROOM times it, so that rare neurons have room.
-At 0.99 runaway tokens stay finite and are far off, at 0.9 and below they are right; figures in `docs/smollm2.md`."""
+"""Quantile of a layer's largest activations: no limit is below ROOM times it, so that rarely active neurons have room.
+At 0.99 runaway tokens stay finite but are far off, at 0.9 and below they are right; figures in `docs/smollm2.md`."""
 FAR = 1e3
-"""Times the usual output of a norm at which it is plain whether what reads it is linear there, or quadratic."""
+"""Multiple of a norm's usual output at which its readers are clearly either linear or quadratic."""
 BATCH = 4
 
 
 def set_limits(
     student: PreTrainedModel, original: PreTrainedModel, sites: Sequence[NormSite], blocks: Dataset
 ) -> list[str]:
-    """Give the neurons of the student's quadratic MLPs their limits, in place.
+    """Limit the neurons of the student's quadratic MLPs, in place.
 
     Args:
-        student: the model that norms are taken from.
-        original: the original, whose neurons are measured; its norms are on.
+        student: the model that loses its norms.
+        original: the original, with its norms on, whose neurons are measured.
         sites: its norm sites.
         blocks: calibration text.
 
     Returns:
-        Paths of the linear layers whose inputs have limits now; none where no MLP is quadratic.
+        Paths of the linear layers whose inputs are now limited; empty if no MLP is quadratic.
     """
     limits = measure_limits(original, quadratic_writers(original, sites), blocks)
     limit_neurons(student, list(limits), limits)
@@ -60,9 +60,9 @@ def set_limits(
 
 @torch.no_grad()
 def quadratic_writers(original: PreTrainedModel, sites: Sequence[NormSite]) -> list[str]:
-    """Paths of the linear layers that MLPs write with whose neurons grow with the square of what the MLP reads.
+    """Paths of the output projections of those MLPs whose neurons grow with the square of what the MLP reads.
 
-    They are known by what happens when all norms put out much more.
+    They are found by doubling already large outputs of all norms: the largest activation then more than triples.
     """
     writers, _ = stream_writers(original, sites)
     mlps = [writer.name for writer in writers if writer.kind == "mlp" and writer.linear]
@@ -78,7 +78,7 @@ def quadratic_writers(original: PreTrainedModel, sites: Sequence[NormSite]) -> l
 def measure_limits(
     original: PreTrainedModel, writers: Sequence[str], blocks: Dataset
 ) -> dict[str, Float[Tensor, " neuron"]]:
-    """The limits m_j of this file's equation, by path of the writer."""
+    """The limits m_j of the equation at the top of this file, by path of the writer."""
     largest = _largest(original, writers, batches(blocks, BATCH, original.device))
     return {name: ROOM * torch.maximum(a, a.quantile(COMMON)) for name, a in largest.items()}
 
@@ -99,7 +99,7 @@ def _largest(
 
 @contextmanager
 def _norms_times(model: PreTrainedModel, sites: Sequence[NormSite], factor: float) -> Iterator[None]:
-    """For a while every norm puts out that many times as much."""
+    """Within the context, every norm's output is multiplied by `factor`."""
     norms = [model.get_submodule(site.name) for site in sites]
     with hooked(norm.register_forward_hook(lambda _, args, output: factor * output) for norm in norms):
         yield
@@ -107,7 +107,7 @@ def _norms_times(model: PreTrainedModel, sites: Sequence[NormSite], factor: floa
 
 @torch.no_grad()
 def share_at_limit(model: PreTrainedModel, blocks: Dataset) -> float | None:
-    """Share of all neurons' activations on text that a limit holds; None where there are no limits."""
+    """Share of limited neurons' activations on text that are at their limit; None if there are no limits."""
     limits = limits_of(model)
     if not limits:
         return None

@@ -1,21 +1,22 @@
-"""Massive activations made smaller before any gradient: a few neurons write less, and the norms hide it.
+"""Shrink massive activations before training: a few neurons write less, and the norms hide the change.
 
 Large models write a vector tens to thousands of times longer than the median into the residual stream at position 0 and
-on a few other tokens, with one or two neurons of an early MLP, and take it out again in the last layers (Sun et al.
-2024, arXiv 2402.17762). What reads such a vector through a norm gets little but its direction, so that a tenth of it
-says nearly the same; without a norm it would get all of it. So the columns of the neurons that write it, and of those
-that take it out, are scaled down together. The factors come from one pass over a little text: with a_j the neurons'
-activations, w_j their columns and x the stream at a site as they are, the stream would be
+on a few other tokens, with one or two neurons of an early MLP, and remove it again in the last layers (Sun et al. 2024,
+arXiv 2402.17762). What reads such a vector through a norm gets little but its direction, so a vector a tenth as long
+has nearly the same effect; without a norm readers would get its full length. So the columns of the neurons that write
+it, and of those that remove it, are scaled down together. The factors come from one pass over a little text. With the
+neurons' recorded activations a_j, their columns w_j and the recorded stream x at a site, factors f_j would change the
+stream to
 
     x' = x + sum_j (f_j - 1) a_j w_j
 
-and the factors f_j are those that minimize
+and the factors chosen minimize
 
     mean over sites and tokens of |x'/s(x') - x/s(x)|^2 / width  +  EVENNESS (log s(x') - log c)^2
 
-The first term keeps what the readers get through the norms, the second brings the scale s near the site's constant c.
-What the second counts for is the most with which the model, its norms still on, stays within a limit on KL. Some tens
-of training steps with the norms on make good what that costs, so the limit is well over the KL budget.
+The first term preserves what the readers get through the norms, the second brings the scale s near the site's constant
+c. EVENNESS is the largest of the values tried with which the model, its norms still on, stays within a limit on KL. A
+few tens of training steps with the norms on make good what that costs, so the limit is well above the KL budget.
 """
 
 import math
@@ -38,15 +39,15 @@ from unnorm.sites.site import NormSite
 from unnorm.taper.norms import Estimator, TaperedNorm, centered, log_scale_of
 
 MASSIVE = 10.0
-"""A neuron is massive where it adds a vector this many times as long as the stream at the next site usually is."""
+"""A neuron is massive if it adds a vector over this many times as long as the stream usually is at the next site."""
 EVENNESS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
-"""What even scales may count for, tried in this order."""
+"""Weights of the second term, tried in this order."""
 MADE_GOOD = 2.0
-"""KL budgets that scaling down may cost at first, before training with the norms on makes it good."""
+"""KL that scaling down may cost at first, in KL budgets; training with the norms on then makes it good."""
 POSITIONS = 32
-"""Positions of each block that are looked at: massive activations sit on the first and on frequent tokens."""
+"""Leading positions of each block that are used: massive activations sit on the first and on frequent tokens."""
 TOKENS = 128
-"""Tokens that the factors are fitted on: half of them those with the longest massive vectors."""
+"""Tokens that the factors are fitted on; half of them are those with the longest massive vectors."""
 MOST_NEURONS = 64
 KL_BLOCKS = 8
 STEPS, RATE = 200, 0.1
@@ -57,9 +58,9 @@ class Neuron:
     """A neuron that writes a massive vector.
 
     Attributes:
-        writer: path of the linear layer whose column it has.
-        index: of the column.
-        length: the longest vector that it adds in the original, in usual scales of the next site.
+        writer: path of the linear layer that contains its column.
+        index: index of the column.
+        length: the longest vector that it adds in the original, relative to the constant scale of the next site.
         factor: what its column was multiplied by.
     """
 
@@ -81,16 +82,16 @@ def shrink_massive(
     """Scale down the columns of massive neurons in the student, as far as its KL to the original allows.
 
     Args:
-        student: the model with calibrated stand-ins, which are norms still; changed in place.
+        student: the model with calibrated stand-ins, which still act as norms; changed in place.
         original: the original, on the same device.
         sites: its norm sites.
-        stand_ins: theirs.
+        stand_ins: the stand-ins at these sites.
         blocks: calibration text.
-        estimator: of the constant scales, which are measured again.
+        estimator: estimator of the constant scales, which are measured again.
         kl_limit: how far the student may be from the original, nats per token.
 
     Returns:
-        The neurons whose columns were scaled, longest vectors first; none where there are none.
+        The neurons whose columns were scaled, longest vectors first; empty if none were.
     """
     stream = _record(original, sites, blocks)
     constants = {site.name: float(stand_ins[site.name].log_constant[0]) for site in stream.sites}
@@ -113,7 +114,7 @@ def shrink_massive(
 
 @dataclass(frozen=True)
 class _Stream:
-    """One pass over a little text: what every site of the residual stream reads, and what every MLP's neurons are at.
+    """One pass over a little text: what each site reads from the residual stream, and the activations of MLPs' neurons.
 
     Attributes:
         sites: those that read the stream, in the order of a forward pass.
@@ -144,7 +145,7 @@ def _record(model: PreTrainedModel, sites: Sequence[NormSite], blocks: Dataset) 
 
 
 def _massive_neurons(model: PreTrainedModel, stream: _Stream, constants: dict[str, float]) -> list[Neuron]:
-    """Those that add a vector `MASSIVE` times as long as usual, longest first."""
+    """Neurons that add a vector more than `MASSIVE` times as long as usual, longest first."""
     found = []
     for writer, activations in stream.activations.items():
         site = next((site for site in stream.sites if writer in stream.before[site.name]), None)
@@ -159,14 +160,14 @@ def _massive_neurons(model: PreTrainedModel, stream: _Stream, constants: dict[st
 def _columns(
     model: PreTrainedModel, stream: _Stream, writer: str, which: int | slice = slice(None)
 ) -> Float[Tensor, "width *neuron"]:
-    """What each neuron, or one of them, adds to the stream where its activation is 1."""
+    """What each neuron, or one of them, adds to the stream when its activation is 1."""
     return linear_weight(model.get_submodule(writer)).detach()[:, which].float() * stream.factors[writer]
 
 
 def _fit_factors(
     model: PreTrainedModel, stream: _Stream, neurons: Sequence[Neuron], constants: dict[str, float], evenness: float
 ) -> Float[Tensor, " neuron"]:
-    """The factors of this file's equation."""
+    """The factors that minimize the objective at the top of this file."""
     activations = torch.stack([stream.activations[n.writer][:, n.index] for n in neurons], dim=1)
     columns = torch.stack([_columns(model, stream, n.writer, n.index) for n in neurons])
     tokens = _tokens(activations * columns.norm(dim=1))
@@ -203,7 +204,7 @@ def _tokens(vectors: Float[Tensor, "token neuron"]) -> Int[Tensor, " token"]:
 
 
 def _normed(x: Float[Tensor, "token width"], site: NormSite) -> tuple[Tensor, Float[Tensor, "token 1"]]:
-    """What the site's norm gives before its gain, x / s(x), and log s(x)."""
+    """Output of the site's norm before its gain, x / s(x), and log s(x)."""
     x = centered(x, site.centered)
     log_scale = log_scale_of(x, site.eps)
     return x * torch.exp(-log_scale), log_scale

@@ -1,4 +1,4 @@
-"""Scale statistics of every norm site, and the constant scale from them."""
+"""Scale statistics of every norm site, and the constant scales measured from them."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -24,12 +24,12 @@ from unnorm.sites.site import NormSite
 from unnorm.taper.norms import Estimator, TaperedNorm, centered, estimate_log_constant, log_scale_of
 
 CALIBRATION_BLOCKS = 32
-"""Blocks of training data that the first constants are measured on."""
+"""Blocks of training data on which the first constants are measured."""
 
 
 @dataclass(frozen=True)
 class ScaleStatistics:
-    """Distribution of one site's scale over tokens, position 0 apart from the rest.
+    """Distribution of one site's scale over tokens, with position 0 separate from the rest.
 
     The scale is what the norm divides a token x by: sqrt(var(x) + eps) for LayerNorm, sqrt(mean(x^2) + eps) for
     RMSNorm, in the units of the residual stream.
@@ -38,7 +38,7 @@ class ScaleStatistics:
         site: the norm's path.
         position_0: mean scale at position 0.
         mean: mean scale of the other tokens.
-        geometric_mean: theirs in log space.
+        geometric_mean: their geometric mean scale.
         spread: standard deviation of their log scale; 0 would mean that the norm is already affine.
         smallest: their smallest scale.
         largest: their largest.
@@ -72,18 +72,18 @@ def stats(
 
     Args:
         model: as for `remove`.
-        data: text, as for `remove`, of which the first training blocks are read.
+        data: text, as for `remove`; its first training blocks are read.
         text_field: column that holds the text.
-        split: split that it comes from.
-        context: tokens in a block; by default all that the model takes, at most 1024.
+        split: split that the text comes from.
+        context: tokens in a block; by default as many as the model takes, at most 1024.
         device: `auto`, `cpu`, `cuda` or `mps`.
         trust_remote_code: run modeling code that comes with the model.
 
     Returns:
-        In the order in which a forward pass meets the sites.
+        Each site with its statistics, in the order of a forward pass.
 
     Raises:
-        UnnormError: the model has no norms, or it or the data can't be used.
+        UnnormError: the model has no norms, or the model or the data cannot be used.
     """
     original, tokenizer = load_original(model_name(model), trust_remote_code)
     sites = find_sites(original, in_place=True)
@@ -105,17 +105,17 @@ def collect_log_scales(
 ) -> dict[str, Float[Tensor, "block position"]]:
     """Log scale of every token at every site, from forward passes only.
 
-    The sites may hold the original norms or stand-ins; hooks read what comes in.
+    The sites may hold the original norms or stand-ins; hooks read their inputs.
 
     Args:
         model: the model, on any device.
         sites: where to measure.
         blocks: rows of `input_ids`, all of one length.
-        batch_size: blocks in one forward pass, at most; fewer where the vocabulary is large.
-        cut_short: end each pass where all sites have been reached, which must be no norms that are called twice.
+        batch_size: blocks in one forward pass, at most; fewer if the vocabulary is large.
+        cut_short: end each pass once all sites have been reached; no site may be called twice in a pass.
 
     Returns:
-        By site name, on the CPU in float32.
+        Log scales by site name, on the CPU in float32.
     """
     found: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     length = len(blocks[0]["input_ids"])
@@ -126,7 +126,7 @@ def collect_log_scales(
             log_scale = log_scale_of(centered(x, site.centered), site.eps).squeeze(-1).cpu()
             if log_scale.ndim == 3 and log_scale.shape[1] == length:
                 log_scale = log_scale.transpose(1, 2)
-            # Every head counts as a block of its own; OPT's norms see blocks and positions as one.
+            # Each head counts as a block of its own; OPT flattens blocks and positions before its norms.
             found[site.name].append(log_scale.reshape(-1, length))
             if cut_short and len({len(parts) for parts in found.values()}) == 1:
                 raise _AllReachedError
@@ -142,11 +142,11 @@ def collect_log_scales(
 
 
 class _AllReachedError(Exception):
-    """Ends a forward pass; never leaves this file."""
+    """Ends a forward pass early; never raised out of this file."""
 
 
 def scale_statistics(log_scales: dict[str, Float[Tensor, "block position"]]) -> list[ScaleStatistics]:
-    """Summarize `collect_log_scales`, one row for each site."""
+    """Summarize the result of `collect_log_scales`, one row per site."""
     rows = []
     for name, log_scale in log_scales.items():
         rest = log_scale[:, 1:]
@@ -169,7 +169,7 @@ def set_constants(
     log_scales: dict[str, Float[Tensor, "block position"]],
     estimator: Estimator,
 ) -> None:
-    """Give each stand-in its first constants: one for ordinary tokens, one for position 0."""
+    """Set each stand-in's initial constants: one for ordinary tokens, one for position 0."""
     for name, stand_in in stand_ins.items():
         log_scale = log_scales[name].double()
         stand_in.estimator = estimator

@@ -16,21 +16,21 @@ Estimator = Literal["geometric", "mean", "least-squares"]
 Interpolation = Literal["log", "linear", "bounded"]
 
 MOMENTUM = 0.9
-"""Share of the old constant that stays when an optimizer step's tokens have moved the running estimate."""
+"""Share of the old constant that is kept when an optimizer step's tokens update the running estimate."""
 CEILING = 10.0
-"""While training, no token gets more than this many times what the norm would give it, where stand-ins are bounded."""
+"""In training, a bounded stand-in gives no token more than this many times what the norm would give it."""
 
 
 def estimate_log_constant(
     log_scale: Float[Tensor, "*tokens"], weight: Float[Tensor, "*tokens"], estimator: Estimator
 ) -> Float[Tensor, ""]:
-    """Log of the one constant that stands for many tokens' scales s, each token counted by `weight`.
+    """Log of the constant that replaces many tokens' scales s, each token weighted by `weight`.
 
     - `geometric` (default): exp(E[log s]), the constant nearest to all scales in log space, where the taper
-      interpolates. A massive activation moves it least.
+      interpolates. It is affected least by massive activations.
     - `mean`: E[s], the papers' "average std" (arXiv 2409.13710).
-    - `least-squares`: E[s^2] / E[s], which minimizes E|x/s - x/c|^2: the reader's input error,
-      ruled by the longest vectors.
+    - `least-squares`: E[s^2] / E[s], which minimizes E|x/s - x/c|^2, the error of the readers' input. The longest
+      vectors dominate it.
     """
     weight = weight / weight.sum()
     if estimator == "geometric":
@@ -45,19 +45,19 @@ def estimate_log_constant(
 
 
 def centered(x: Float[Tensor, "*token width"], removes_mean: bool) -> Float[Tensor, "*token width"]:
-    """What a norm divides: x less its mean for LayerNorm, x for RMSNorm."""
+    """What a norm divides: x minus its mean for LayerNorm, x for RMSNorm."""
     return x - x.mean(-1, keepdim=True) if removes_mean else x
 
 
 def log_scale_of(centered_x: Float[Tensor, "*token width"], eps: float) -> Float[Tensor, "*token 1"]:
-    """Log of the scale, from x as it is divided (already centered for LayerNorm)."""
+    """Log of the scale, computed from what the norm divides (x already centered for LayerNorm)."""
     return 0.5 * torch.log(centered_x.square().mean(-1, keepdim=True) + eps)
 
 
 class TokenMask:
-    """Which tokens of the running batch divide by the special constant (position 0, end-of-text).
+    """Which tokens of the current batch are divided by the special constant (position 0, end-of-text).
 
-    One object is shared by all stand-ins of a model; None means that no token is special.
+    All stand-ins of a model share one object; a mask of None means that no token is special.
     """
 
     def __init__(self) -> None:
@@ -71,15 +71,15 @@ class TaperedNorm(nn.Module):
 
         y = gain * x / (s(x)^(1 - alpha) * c^alpha) + bias
 
-    so alpha = 0 is the norm and alpha = 1 is affine in x. That is interpolation in log scale; there are two more.
-    Linear, as in TaperNorm, x is multiplied by (1 - alpha) / s(x) + alpha / c. Bounded, it is divided by c, but no
-    token gets more than 1 / (1 - alpha) times what the norm would give it, nor less than 1 - alpha times: ordinary
-    tokens lose their norm first, massive activations last, and meanwhile none can grow from layer to layer. While
-    training, even at alpha = 1 and once removed, no token gets more than `CEILING` times what the norm would give it:
-    one that would run away overflows, and a step that overflows teaches nothing.
+    so alpha = 0 is the norm and alpha = 1 is affine in x. This is the `log` interpolation, in log scale; there are two
+    others. With `linear`, as in TaperNorm, x is multiplied by (1 - alpha) / s(x) + alpha / c. With `bounded`, x is
+    divided by c, but no token gets more than 1 / (1 - alpha) times what the norm would give it, nor less than 1 - alpha
+    times: ordinary tokens lose their norm first, massive activations last, and meanwhile no token can grow from layer
+    to layer. In training a bounded stand-in, even at alpha = 1 and once removed, gives no token more than `CEILING`
+    times what the norm would give it: a token that runs away overflows, and a step that overflows teaches nothing.
 
     A stand-in with two `paths` (query/key and value, which arXiv 2409.13710 removes one after the other) has an alpha
-    for each and gives both outputs, joined along the last dimension; `PathReader` picks them apart.
+    for each and returns both outputs, concatenated along the last dimension; `PathReader` separates them.
     """
 
     gain: Float[Tensor, "*heads width"]
@@ -100,15 +100,15 @@ class TaperedNorm(nn.Module):
         """Start as the exact norm, with constant scale 1.
 
         Args:
-            gain: what the norm multiplies by (for a norm that stores w and multiplies by 1 + w, the sum); of query and
-                key norms, which get every head's features, there may be one for each head.
+            gain: what the norm multiplies by (1 + w if the norm stores w and multiplies by 1 + w); query and key norms,
+                which get every head's features, may have one gain per head.
             bias: what it adds, or None.
             eps: added to the variance or mean square, inside the root.
             centered: True for LayerNorm, False for RMSNorm.
-            paths: how many alphas; see the class.
-            token_mask: where special tokens are marked, if they have a constant of their own.
-            interpolation: of the divisor in log scale, or of its inverse; or a bound on how far tokens may go.
-            fixed_gain: the norm has no weight, so there is none to train and nowhere to store one.
+            paths: number of alphas; see the class.
+            token_mask: marks the special tokens, if they have a constant of their own.
+            interpolation: of the divisor in log scale, of its inverse, or by bounds; see the class.
+            fixed_gain: the norm has no weight, so the gain is not trained: there would be nowhere to store it.
         """
         super().__init__()
         if fixed_gain:
@@ -120,7 +120,7 @@ class TaperedNorm(nn.Module):
         self.centered = centered
         self.token_mask = token_mask or TokenMask()
         self.estimator: Estimator = "geometric"
-        self.momentum = MOMENTUM  # Of one training pass; those that add up gradients take roots of it.
+        self.momentum = MOMENTUM  # Per training pass; gradient accumulation takes a root of it.
         self.interpolation: Interpolation = interpolation
         self.estimating = False
         self.removed = False
@@ -137,16 +137,16 @@ class TaperedNorm(nn.Module):
         return float(self.log_constant[0].cpu().double().exp())
 
     def log_scale(self, centered_x: Float[Tensor, "batch position width"]) -> Float[Tensor, "batch position 1"]:
-        """Log of the scale, from x as it is divided (already centered for LayerNorm)."""
+        """Log of the scale, computed from what the norm divides (x already centered for LayerNorm)."""
         return log_scale_of(centered_x, self.eps)
 
     def departure(self, x: Float[Tensor, "*token width"]) -> Float[Tensor, "*token"]:
-        """How far the log scale of what the site reads is from the constant's."""
+        """Log scale of what the site reads, minus the log constant."""
         return self.log_scale(self._centered(x)).squeeze(-1) - self.log_constant[0]
 
     @property
     def held(self) -> Float[Tensor, ""] | None:
-        """Share of the last training tokens that the bound holds down; None where no scale is kept or none is bound."""
+        """Share of the last training tokens held down by the bound; None if unbounded, removed or no scale is kept."""
         if self.interpolation != "bounded" or self.removed or self.kept_log_scale is None:
             return None
         departure = self.kept_log_scale.detach() - self.log_constant[0]
@@ -154,11 +154,11 @@ class TaperedNorm(nn.Module):
 
     @property
     def has_ceiling(self) -> bool:
-        """Whether tokens that would run away are held down, for training alone."""
+        """Whether tokens that would run away are held down, which happens only in training."""
         return self.interpolation == "bounded" and self.training
 
     def forward(self, x: Float[Tensor, "batch position width"]) -> Float[Tensor, "batch position out"]:
-        """The class's equation, in the parameters' precision; `out` is `width` for each path."""
+        """The class's equation, in the parameters' precision; `out` is `width` times the number of paths."""
         dtype = x.dtype
         x = self._centered(x)
         keeps = self.keep_log_scale and self.training
@@ -213,28 +213,28 @@ class TaperedNorm(nn.Module):
             new = torch.stack([ordinary, ordinary])
         else:
             new = torch.stack([ordinary, estimate_log_constant(log_scale, special, self.estimator)])
-        # A path that has arrived shares the constant, so from then on it stays as it is; and no batch that overflows
-        # may spoil it, for the guard that refuses its step brings only weights back.
+        # Paths share the constant, so once one of them has arrived it stays fixed. Batches that overflow must not
+        # spoil it: the guard refuses their step, but that does not undo an update made in the forward pass.
         moving = (self.alpha < 1).all() & new.isfinite()
         self.log_constant.copy_(torch.where(moving, self.log_constant.lerp(new, 1 - self.momentum), self.log_constant))
 
 
 def _reach(alpha: Tensor) -> Tensor:
-    """How far a bounded stand-in lets a log scale go from the constant's; infinite at alpha = 1."""
+    """How far from the log constant a bounded stand-in lets a log scale be; infinite at alpha = 1."""
     return -torch.log1p(-alpha)
 
 
 def as_scales(mask: Bool[Tensor, "batch position"], shape: torch.Size) -> Bool[Tensor, "*token_wise"]:
-    """A mask of tokens in the shape of a site's scales: with heads before or after positions, or all as one."""
+    """A token mask in the shape of a site's scales: with heads before or after positions, or flattened."""
     if len(shape) == 3:
         mask = mask.unsqueeze(2 if shape[1] == mask.shape[1] else 1)
         return mask.expand(shape)
-    return mask.view(shape)  # OPT's norms see batch and position as one.
+    return mask.view(shape)  # OPT flattens batch and position before its norms.
 
 
 @contextmanager
 def removed(stand_ins: Iterable[TaperedNorm]) -> Iterator[None]:
-    """For a while all of them divide by their constants alone."""
+    """Within the context, all of them divide by their constants alone."""
     stand_ins = list(stand_ins)
     for stand_in in stand_ins:
         stand_in.removed = True
@@ -246,7 +246,7 @@ def removed(stand_ins: Iterable[TaperedNorm]) -> Iterator[None]:
 
 
 def use_bounds(stand_ins: Iterable[TaperedNorm]) -> None:
-    """From now on no token gets far more from any of them than its norm would give it; see `TaperedNorm`."""
+    """Switch all of them to `bounded`, so that no token gets far more than its norm would give; see `TaperedNorm`."""
     for stand_in in stand_ins:
         stand_in.interpolation = "bounded"
 

@@ -1,4 +1,4 @@
-"""The recipes, in one table: what each lays out over a run, how it removes a norm, and how it optimizes."""
+"""The recipes, in one table: the schedule of each, how it removes a norm, and how it optimizes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,20 +17,21 @@ class Optimization:
     """What a recipe minimizes, and the settings of its optimizer.
 
     Attributes:
-        least_lr: share of the peak learning rate at the end of the cosine; 0 stands for a straight line to zero.
-        warmup: share of the steps with rising learning rate.
+        least_lr: share of the peak learning rate at the end of the cosine; 0 means linear decay to zero.
+        warmup: share of the steps during which the learning rate rises.
         weight_decay: AdamW's.
         betas: AdamW's.
-        distil: minimize KL to the teacher's logits; else next-token loss.
-        label_weight: weight of the next-token loss beside KL.
-        penalty: what else is minimized at the final norm; see `scale_penalty`.
+        distil: minimize KL to the teacher's logits; otherwise next-token loss.
+        label_weight: weight of the next-token loss that is added to KL.
+        penalty: additional loss at the final norm; see `scale_penalty`.
         penalty_weight: its weight.
-        read_weight: weight of `read_mismatch`, averaged over all sites; it falls to 0 over the first `READS_SHARE`.
+        read_weight: weight of `read_mismatch`, averaged over all sites; falls to 0 over the first `READS_SHARE` of the
+            run.
         massive_even_weight: weight of `massive_unevenness`, averaged over all bounded sites. It brings massive
-            activations, once scaled down, to the constant scale.
+            activations, already scaled down, to the constant scale.
         even_weight: weight of `unevenness`, averaged over all bounded sites, times alpha^4: while much is still held
-            down it would only stand in the way. Once all are removed KL says the same of ordinary tokens, and those
-            alone count that are beyond `RUNAWAY`, first tokens among them (`FirstTokens`).
+            down it would only get in the way. Once all norms are removed, KL does the same for ordinary tokens, and
+            only tokens beyond `RUNAWAY` count, including first tokens (`FirstTokens`).
     """
 
     least_lr: float
@@ -48,17 +49,17 @@ class Optimization:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way from norms to constants. What is not named is as the published recipes have it.
+    """One way from norms to constants. The defaults are those of the published recipes.
 
     Attributes:
-        lay_out: the schedule for a model's sites, and for the names of those whose paths go apart.
+        lay_out: makes the schedule from a model's sites and the names of those whose paths are removed separately.
         optimization: what is minimized, and how.
-        controlled: the schedule's clock waits for KL and goes back after spikes (`FidelityController`).
-        equalizes: scales are made more even before training, while the norms are on.
-        splits_paths: attention's query/key and value paths lose their norm apart.
+        controlled: whether the schedule's clock waits for KL and goes back after spikes (`FidelityController`).
+        equalizes: whether scales are made more even before training, while the norms are on.
+        splits_paths: whether attention's query/key and value paths lose their norm separately.
         interpolation: between norm and constant, see `TaperedNorm`.
-        steps_wanted: optimizer steps that a run's tokens are divided into, as far as the limits on tokens a step allow.
-        lr_at_768: peak learning rate for a model that is 768 wide.
+        steps_wanted: optimizer steps that a run's tokens are divided into, within the limits on tokens per step.
+        lr_at_768: peak learning rate for a model of width 768.
     """
 
     lay_out: Callable[[Sequence[NormSite], Sequence[str]], Schedule]
@@ -68,7 +69,7 @@ class Recipe:
     splits_paths: bool = False
     interpolation: Interpolation = "log"
     steps_wanted: int = PAPER_STEPS
-    lr_at_768: float = 6e-4  # That of arXiv 2409.13710 for GPT-2 small.
+    lr_at_768: float = 6e-4  # From arXiv 2409.13710, for GPT-2 small.
 
 
 SEQUENTIAL = Recipe(
@@ -83,12 +84,12 @@ SEQUENTIAL = Recipe(
         distil=False,
     ),
 )
-"""That of arXiv 2409.13710."""
+"""The recipe of arXiv 2409.13710."""
 
 SEQUENTIAL_AUX = replace(
     SEQUENTIAL, optimization=replace(SEQUENTIAL.optimization, penalty="spread", penalty_weight=0.1)
 )
-"""The same with the auxiliary loss of arXiv 2507.02559, at the weight of its published configuration."""
+"""The same plus the auxiliary loss of arXiv 2507.02559, weighted as in its published configuration."""
 
 TAPERNORM = Recipe(
     lay_out=lambda sites, _: tapernorm(sites),
@@ -103,7 +104,7 @@ TAPERNORM = Recipe(
         penalty_weight=0.1,
     ),
 )
-"""That of arXiv 2602.10408."""
+"""The recipe of arXiv 2602.10408."""
 
 TAPER = Recipe(
     lay_out=lambda sites, _: taper(sites),
@@ -112,8 +113,8 @@ TAPER = Recipe(
     # The bundled model ends at KL 0.027 after 12,500 steps of 512 tokens, at 0.037 after 3,125 of 4,096
     # (`benchmarks/steps.json`).
     steps_wanted=12_800,
-    # Less than the papers', since its steps are more and smaller and must not carry the model off where there is
-    # nothing to learn (`docs/method.md`).
+    # Lower than the papers', since its steps are smaller and more numerous and must not make the model drift where
+    # there is nothing to learn (`docs/method.md`).
     lr_at_768=1.25e-4,
     optimization=Optimization(
         least_lr=0.0,

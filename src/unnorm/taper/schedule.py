@@ -1,4 +1,4 @@
-"""Schedules: which site has which alpha when, as pure functions of a clock; and the controller that runs the clock."""
+"""Schedules, which give each site's alpha as a pure function of a clock, and the controller that runs the clock."""
 
 import math
 from collections.abc import Sequence
@@ -8,13 +8,13 @@ from typing import ClassVar
 from unnorm.sites.site import NormSite
 
 TAPER_SHARE = 0.1
-"""Share of the run in which `taper` brings alpha from 0 to 1; the rest heals."""
+"""Share of the run over which `taper` raises alpha from 0 to 1; the rest of the run heals."""
 
 KL_BUDGET = 0.9
-"""How far the model may be from the original on the way, in nats per token, before the taper waits."""
+"""KL to the original, in nats per token, above which the taper waits."""
 
 TAPERNORM_START, TAPERNORM_END = 0.1, 0.6
-"""Share of the run in which `tapernorm` holds its gate at 1, and at which the gate reaches 0."""
+"""Shares of the run until which `tapernorm` holds its gate at 1, and at which the gate reaches 0."""
 
 # arXiv 2409.13710 for GPT-2 small, 300 steps in all, as in the table of its successor 2507.02559: the first switch
 # comes at step 20; MLP norms then go every 2 steps, query/key paths every 2, value paths every 3; the final norm
@@ -47,12 +47,12 @@ class PathRemoval:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a recipe lays out over one run.
+    """When each path of each site is removed, and how long tokens are special, over one run.
 
     Attributes:
-        removals: one for each path of each site.
-        special_end_of_text: until when end-of-text tokens divide by the special constant.
-        special_position_0: until when position 0 does.
+        removals: one per path of each site.
+        special_end_of_text: share of the run until which end-of-text tokens are divided by the special constant.
+        special_position_0: the same for position 0.
     """
 
     removals: tuple[PathRemoval, ...]
@@ -74,42 +74,42 @@ class Schedule:
 
 @dataclass
 class FidelityController:
-    """The clock of a schedule, which goes on only while the model stays faithful to the original.
+    """The clock of a schedule, which advances only while the model stays faithful to the original.
 
-    At full speed `position` is the share of the run that is done. It slows down from half the budget on and waits while
-    the running KL is over it; it goes back, and on more slowly, when the loss spikes or a step was refused. Where
-    stand-ins are bounded it starts only once training has made good what scaling massive activations down has cost (KL
-    under `STARTS` of the budget); and when their bounds hold down next to no token any more, it no longer waits for KL.
-    All of this is state that a checkpoint holds.
+    At full speed `position` is the share of the run that is done. The clock slows down once the running KL exceeds half
+    the budget, and waits while it exceeds the budget. When KL spikes or a step is refused, the clock goes back and
+    continues more slowly. If stand-ins are bounded, it starts only once training has made good what scaling down
+    massive activations cost (KL under `STARTS` of the budget), and it no longer waits for KL once the bounds hold down
+    almost no token. Checkpoints hold all of this state.
 
     Attributes:
-        kl_budget: how far the model may drift on the way, nats per token.
-        end: position at which the schedule has removed everything; after it the clock always runs.
-        position: what the schedule is asked for.
-        speed: share of full speed.
-        running_kl: average KL of the last steps, None before the first.
-        waited: steps that the clock stood still.
-        set_back: times that it went back.
-        best_kl: least running KL since everything was removed.
+        kl_budget: KL above which the clock waits, in nats per token.
+        end: position at which the schedule has removed everything; from there on the clock no longer waits.
+        position: the clock's time, at which the schedule is evaluated.
+        speed: as a share of full speed.
+        running_kl: running average of KL over steps; None before the first.
+        waited: steps during which the clock stood still.
+        set_back: how many times it went back.
+        best_kl: lowest running KL since everything was removed.
         stale: steps since `best_kl` last fell by `LEAST_GAIN`.
-        bad_in_a_row: steps up to now that were refused or spiked.
-        healed: share of the run that was spent after everything was removed, before the clock last went back.
-        running_held: average share of the last steps' tokens that bounds held down, None where nothing is bounded.
-        started: whether it has ever moved.
+        bad_in_a_row: most recent consecutive steps that were refused or spiked.
+        healed: share of the run spent past `end` before the clock went back, summed over all such times.
+        running_held: running average of the share of tokens held down by bounds; None if nothing is bounded.
+        started: whether the clock has ever moved.
     """
 
-    MEMORY: ClassVar[float] = 0.9  # Share of the old running KL that stays at each step.
+    MEMORY: ClassVar[float] = 0.9  # Share of the old running averages that is kept at each step.
     SPIKE: ClassVar[float] = 4.0  # A step whose KL is this many times the running one is a spike,
     NO_SPIKE: ClassVar[float] = 0.5  # unless it is under this share of the budget.
-    STARTS: ClassVar[float] = 0.3  # Share of the budget under which it first moves, where stand-ins are bounded.
+    STARTS: ClassVar[float] = 0.3  # Share of the budget under which it first moves, if stand-ins are bounded.
     SLOWS: ClassVar[float] = 0.5  # Share of the budget that must be left for full speed.
     BACK: ClassVar[float] = 0.03  # How far the clock goes back, as a share of `end`.
-    SLOWER: ClassVar[float] = 0.5  # Change of speed when the clock goes back,
-    FASTER: ClassVar[float] = 1.05  # and with each step that goes well.
+    SLOWER: ClassVar[float] = 0.5  # Speed is multiplied by this when the clock goes back,
+    FASTER: ClassVar[float] = 1.05  # and by this with each step that advances it.
     SLOWEST: ClassVar[float] = 1 / 64
     BAD_AFTER_END: ClassVar[int] = 3
-    LANDING: ClassVar[float] = 0.93  # Share of `end` where alpha is 0.988: from there on waiting is for nothing.
-    FEW: ClassVar[float] = 3e-4  # Share of tokens held down under which the bounds do nothing.
+    LANDING: ClassVar[float] = 0.93  # Share of `end` at which alpha is 0.988: from there on waiting gains nothing.
+    FEW: ClassVar[float] = 3e-4  # Share of tokens held down below which the bounds do nothing.
     LEAST_GAIN: ClassVar[float] = 0.01  # Relative fall of the running KL that still counts as healing.
 
     kl_budget: float = KL_BUDGET
@@ -127,17 +127,17 @@ class FidelityController:
     started: bool = False
 
     def advance(self, kl: float, refused: bool, steps: int, held: float | None = None) -> None:
-        """Take in one step.
+        """Update the clock after one step.
 
         Args:
-            kl: its KL, nats per token; may be NaN or infinite.
-            refused: it was not applied.
-            steps: in the whole run.
-            held: share of its tokens that bounds held down, None where nothing is bounded.
+            kl: the step's KL, nats per token; may be NaN or infinite.
+            refused: whether the guard refused the step.
+            steps: number of steps in the whole run.
+            held: share of the step's tokens held down by bounds; None if nothing is bounded.
         """
         if refused or not math.isfinite(kl) or self._spikes(kl):
             self.bad_in_a_row += 1
-            # With everything removed a lone bad batch is no reason to go back.
+            # Once everything is removed, a single bad batch is no reason to go back.
             if self.position < self.end or self.bad_in_a_row >= self.BAD_AFTER_END:
                 self._go_back()
             return
@@ -157,23 +157,23 @@ class FidelityController:
             self.speed = min(1.0, self.speed * self.FASTER)
 
     def late(self, step: int, steps: int) -> int:
-        """By how many steps the clock is behind the run, `step` of whose `steps` are done."""
+        """How many steps the clock is behind the run, which has done `step` of its `steps`."""
         return max(0, round(step - (self.position + self.healed) * steps))
 
     @property
     def arrived(self) -> bool:
-        """Whether everything is removed, or so nearly that waiting is for nothing."""
+        """Whether everything is removed, or so nearly that waiting gains nothing."""
         few_held = self.running_held is not None and self.running_held < self.FEW
         return few_held or self.position >= self.LANDING * self.end
 
     @property
     def only_heals(self) -> bool:
-        """Whether no norm was there to begin with: a twin is healed further."""
+        """Whether there was no norm to begin with, as when a twin is healed further."""
         return self.end == 0
 
     @property
     def _limit(self) -> float:
-        """KL over which the clock stands still."""
+        """KL above which the clock stands still."""
         starting = self.running_held is not None and not self.started
         return self.STARTS * self.kl_budget if starting else self.kl_budget
 
@@ -200,19 +200,19 @@ class FidelityController:
 
 
 def taper(sites: Sequence[NormSite], share: float = TAPER_SHARE) -> Schedule:
-    """Every site from norm to constant together, smoothly, over the first `share` of the run."""
+    """Take all sites from norm to constant together, smoothly, over the first `share` of the run."""
     return Schedule(tuple(PathRemoval(site.name, 0, 0.0, share) for site in sites))
 
 
 def healing(sites: Sequence[NormSite]) -> Schedule:
-    """Every site removed from the first step on: for a twin that is to be healed further."""
+    """Every site removed from the first step on, for healing a twin further."""
     return taper(sites, share=0.0)
 
 
 def tapernorm(sites: Sequence[NormSite]) -> Schedule:
-    """One gate for all sites, held at 1 and then lowered as a cosine, as in arXiv 2602.10408 (alpha is 1 - gate).
+    """One gate for all sites, held at 1 and then lowered along a cosine, as in arXiv 2602.10408 (alpha is 1 - gate).
 
-    The paper tapers along pretraining; the shares of a short fine-tuning run are our choice.
+    The paper tapers during pretraining; the shares for a short fine-tuning run are our choice.
     """
     return Schedule(tuple(PathRemoval(site.name, 0, TAPERNORM_START, TAPERNORM_END) for site in sites))
 
@@ -223,10 +223,10 @@ def sequential(sites: Sequence[NormSite], split: Sequence[str]) -> Schedule:
     MLP norms one by one from the first layer, then attention's query/key paths, then its value paths, then the
     final norm; last, end-of-text tokens and then position 0 lose their own constant.
 
-    Differences from the published code: its constant for position 0 lands on hidden unit 0 (a buffer as
-    long as the model is wide, broadcast over the last dimension), ours on position 0; its schedule is in
-    steps of 2^19 tokens, ours in shares of the run, so that any `--tokens` keeps its proportions; and its constants
-    are averages of the scale, ours geometric means unless `--estimator mean` is asked for.
+    Differences from the published code: its constant for position 0 is applied to hidden unit 0 (a buffer as long as
+    the model is wide, broadcast over the last dimension), ours to position 0; its schedule is in steps of 2^19 tokens,
+    ours in shares of the run, so that any `--tokens` keeps its proportions; and its constants are arithmetic means of
+    the scale, ours geometric means unless `--estimator mean` is given.
 
     Args:
         sites: all norm sites.

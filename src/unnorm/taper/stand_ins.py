@@ -1,4 +1,4 @@
-"""Stand-ins into a model where its norms were, and their paths joined again."""
+"""Install stand-ins in place of a model's norms, and join split paths again."""
 
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ def install(
     token_mask: TokenMask | None = None,
     interpolation: Interpolation = "log",
 ) -> dict[str, TaperedNorm]:
-    """Put a stand-in where each norm was, in place; at first each computes exactly what the norm did.
+    """Replace each norm by a stand-in, in place; at first it computes exactly what the norm did.
 
     Args:
         model: the original model.
@@ -31,12 +31,12 @@ def install(
         The stand-ins by site name.
     """
     stand_ins: dict[str, TaperedNorm] = {}
-    shared: dict[nn.Parameter, nn.Parameter] = {}  # What norms share (Zamba), their stand-ins share.
+    shared: dict[nn.Parameter, nn.Parameter] = {}  # Norms that share parameters (Zamba) get stand-ins that do too.
     for site in sites:
         norm = model.get_submodule(site.name)
         gain, bias = affine_parameters(norm, site)
         weightless = getattr(norm, "weight", None) is None
-        if weightless:  # OLMo's norms have nothing to take dtype and device from.
+        if weightless:  # OLMo's norms have no parameter to take dtype and device from.
             gain = gain.to(model.device, model.dtype)
         values = value_features(model, site) if split_paths else None
         stand_in = TaperedNorm(
@@ -61,7 +61,7 @@ def install(
 
 
 def uninstall_paths(model: nn.Module) -> None:
-    """Join the paths of attention sites again, in place: every reader is its plain linear layer."""
+    """Join the paths of attention sites again, in place: every reader becomes its plain linear layer again."""
     for name, module in list(model.named_modules()):
         if isinstance(module, PathReader):
             model.set_submodule(name, module.linear)

@@ -26,21 +26,21 @@ from unnorm.taper.schedule import FidelityController, Schedule
 QUICK_EVALUATIONS = 12
 """Quick evaluations along a run, besides the one before its first step."""
 MOST_BAD_STEPS = 25
-"""Refused steps in a row after which a run is given up."""
+"""Consecutive refused steps after which a run is given up."""
 RESTORE_AFTER = 3
-"""Refused steps in a row after which the last good weights come back."""
+"""Consecutive refused steps after which the last good weights are restored."""
 SNAPSHOTS = 50
-"""Times along a run that good weights are remembered."""
+"""Snapshots of good weights taken along a run."""
 PATIENCE, LEAST_PATIENCE = 0.5, 100
-"""Share of the run, and steps at least, without any gain in KL after which healing ends."""
+"""Healing ends after this share of the run, and at least this many steps, without a gain in KL."""
 
 
 @dataclass
 class Removal:
     """What is being removed: the stand-ins, when each arrives, and where special tokens are marked.
 
-    Without a controller the clock of the schedule is the share of the run that is done. `phase` is what a step decides
-    in Python: what is removed, and which tokens are special.
+    Without a controller the schedule's clock is the share of the run that is done. `phase` holds what a step decides in
+    Python: whether the norms are removed, and which tokens are special.
     """
 
     stand_ins: dict[str, TaperedNorm]
@@ -51,18 +51,18 @@ class Removal:
     phase: Hashable = None
 
     def alphas(self) -> dict[str, float]:
-        """Alpha of each site now, the mean over its paths."""
+        """Current alpha of each site, averaged over its paths."""
         return {name: float(stand_in.alpha.mean()) for name, stand_in in self.stand_ins.items()}
 
 
 def saved_attributes(callback: ExportableState, state: TrainerState) -> dict[str, Any]:
-    """What a callback's `state` put in the checkpoint that a run goes on from; nothing at the start of a run."""
+    """What a callback's `state` stored in the checkpoint being resumed; empty at the start of a run."""
     saved: Any = (state.stateful_callbacks or {}).get(type(callback).__name__) if state.global_step else None
     return dict(saved["attributes"]) if isinstance(saved, dict) else {}
 
 
 class ScheduleCallback(TrainerCallback):
-    """Sets every alpha before each step, keeps the constants alike on all processes, and lands the removal."""
+    """Sets every alpha before each step, averages the constants over all processes, and completes the removal."""
 
     def __init__(self, removal: Removal, model: PreTrainedModel) -> None:
         self.removal = removal
@@ -83,21 +83,21 @@ class ScheduleCallback(TrainerCallback):
         self._share_constants()  # Before one process writes a checkpoint.
 
     def apply(self, progress: float) -> None:
-        """Put the model in the state that belongs to `progress`, a position of the schedule's clock."""
+        """Put the model in its state at `progress`, a position on the schedule's clock."""
         schedule = self.removal.schedule
         for name, alphas in schedule.alphas(progress).items():
             for path, alpha in zip(self.removal.stand_ins[name].alpha, alphas, strict=True):
                 path.fill_(alpha)
         self.mask_position_0 = progress < schedule.special_position_0
         self.mask_end_of_text = progress < schedule.special_end_of_text
-        # All at once, so that a compiled model recompiles once and not for every site.
+        # All at once, so that a compiled model recompiles once rather than for every site.
         removed = progress >= max(removal.end for removal in schedule.removals)
         for stand_in in self.removal.stand_ins.values():
             stand_in.estimating, stand_in.removed = not removed, removed
         self.removal.phase = removed, self.mask_position_0, self.mask_end_of_text
 
     def finish(self) -> None:
-        """Land everything and let go of the model."""
+        """Complete the removal and detach from the model."""
         self.apply(1.0)
         self.removal.token_mask.mask = None
         self.hook.remove()
@@ -124,10 +124,10 @@ class ScheduleCallback(TrainerCallback):
 class GuardCallback(TrainerCallback, ExportableState):
     """Clips gradients, never lets a non-finite or exploding step be applied, and runs the fidelity controller.
 
-    A step explodes when its gradient norm is over 100 times the median of the last steps, or of the clip where
-    they were smaller: distillation starts at no loss at all, and its gradients rise from nothing. When several
-    steps in a row are refused, the last good weights come back: those of which the next step's gradients were sound.
-    `norm` is that of the last step's gradients, unclipped.
+    A step explodes when its gradient norm is over 100 times the median of recent steps, or 100 times the clip if that
+    median is smaller: distillation starts at zero loss, so its gradients rise from zero. After several refused steps in
+    a row the last good weights are restored: those at which the next step's gradients were sound. `norm` is the
+    gradient norm of the last step before clipping.
     """
 
     CLIP, EXPLODES, REMEMBERED = 1.0, 100.0, 50
@@ -141,9 +141,9 @@ class GuardCallback(TrainerCallback, ExportableState):
         """Guard a run.
 
         Args:
-            controller: told of every step.
-            take_kl: gives the KL of the step that was just done, over all processes; None where there was no text.
-            held: gives the share of its tokens that bounds held down, None where nothing is bounded.
+            controller: advanced at every step.
+            take_kl: returns the KL of the last step over all processes; None if it had no text.
+            held: returns the share of its tokens that bounds held down; None if nothing is bounded.
         """
         self.controller, self.take_kl, self.held = controller, take_kl, held
         self.norm, self.norms = 0.0, list[float]()
@@ -172,10 +172,10 @@ class GuardCallback(TrainerCallback, ExportableState):
             if self.controller is not None:
                 budget = self.controller.kl_budget
                 vars(self.controller).update(controller)
-                if budget != self.controller.kl_budget:  # It slowed down by another measure.
+                if budget != self.controller.kl_budget:  # Its speed was reduced under another budget.
                     self.controller.kl_budget, self.controller.speed = budget, 1.0
         self._remember(model)
-        self.to_remember = True  # Once they are known to be sound; until then there is nothing else.
+        self.to_remember = True  # Again once known to be sound; until then there is nothing else.
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
@@ -188,7 +188,7 @@ class GuardCallback(TrainerCallback, ExportableState):
             if self.to_remember:
                 self._remember(model)
             return
-        # Optimizers pass over parameters that have no gradient.
+        # Optimizers skip parameters that have no gradient.
         for parameter in model.parameters():
             parameter.grad = None
         self.skipped += 1
@@ -206,22 +206,22 @@ class GuardCallback(TrainerCallback, ExportableState):
             set_back = controller.set_back
             kl = self.take_kl()
             self.kl = self.kl if kl is None else kl
-            # A step that was applied and has no text tells nothing of the bad one before it.
+            # An applied step without text says nothing about the bad step before it.
             silent = kl is None and healthy and controller.bad_in_a_row > 0
             if (self.kl is not None or not healthy) and not silent:
                 known = math.nan if self.kl is None else self.kl
                 controller.advance(known, not healthy, state.max_steps, self.held())
             healthy = healthy and controller.set_back == set_back
-            # A twin that is healed further starts at its best, and is there again only as the learning rate falls.
+            # A twin being healed further starts at its best KL and gets back to it only as the learning rate falls.
             if not controller.only_heals and controller.stale > max(PATIENCE * state.max_steps, LEAST_PATIENCE):
                 control.should_training_stop = True
         if healthy and state.global_step % max(1, state.max_steps // SNAPSHOTS) == 0:
             self.to_remember = True
-        if self.in_a_row:  # What the last step gave may be what spoils the gradients since.
+        if self.in_a_row:  # The last applied step's weights may be what spoils the gradients.
             control.should_save = False
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.to_remember = True  # As in a run that goes on from this checkpoint.
+        self.to_remember = True  # As a run resumed from this checkpoint does.
 
     @torch.no_grad()
     def _remember(self, model: nn.Module) -> None:
@@ -235,15 +235,15 @@ class GuardCallback(TrainerCallback, ExportableState):
 
 
 def _learned(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Weights, and the constant scales, which are estimated along the way."""
+    """Weights, and the constant scales, which are estimated during training."""
     yield from model.named_parameters()
     yield from ((name, value) for name, value in model.named_buffers() if name.endswith("log_constant"))
 
 
 class InterruptCallback(TrainerCallback):
-    """On Ctrl-C or SIGTERM, finishes the step, saves a checkpoint and stops; a second Ctrl-C stops at once.
+    """On Ctrl-C or SIGTERM, finishes the step, saves a checkpoint and stops; a second signal stops at once.
 
-    While steps are refused the weights may be broken, so it waits until one is sound, or the guard gives the run up.
+    While steps are refused the weights may be broken, so it waits until a step is sound or the guard gives up the run.
     """
 
     def __init__(self, guard: GuardCallback) -> None:
@@ -255,7 +255,7 @@ class InterruptCallback(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
     def is_asked(self, device: torch.device) -> bool:
-        """Whether any of the processes was told to stop; all of them must ask together."""
+        """Whether any process was told to stop; all processes must call this together."""
         self.asked = bool(processes.total(torch.tensor(float(self.asked), device=device)) > 0)
         return self.asked
 
@@ -270,7 +270,7 @@ class InterruptCallback(TrainerCallback):
 
         try:
             before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # Only the main thread may handle signals; elsewhere they stay as they are.
+        except ValueError:  # Only the main thread may set handlers; elsewhere they stay unchanged.
             before = {}
         try:
             yield
@@ -280,14 +280,14 @@ class InterruptCallback(TrainerCallback):
 
 
 def seconds_of_steps(row: dict[str, Any]) -> float:
-    """Seconds that the steps up to a row of metrics took, quick evaluations left out."""
+    """Seconds spent on the steps up to a row of metrics, excluding quick evaluations."""
     return float(row["tokens"] / row["tokens_per_second"]) if row["tokens"] else 0.0
 
 
 class MetricsCallback(TrainerCallback):
-    """Writes `metrics.jsonl`, one row a log line or quick evaluation, and tells the watcher.
+    """Writes `metrics.jsonl`, one row per log line or quick evaluation, and passes each row to the watcher.
 
-    `seconds` are all that have passed; `tokens_per_second` leaves quick evaluations out.
+    `seconds` is all elapsed time; `tokens_per_second` excludes quick evaluations.
     """
 
     def __init__(
@@ -317,7 +317,7 @@ class MetricsCallback(TrainerCallback):
             self._quick(state)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        # Where healing ends early, the guard before this has said so; on Ctrl-C nothing is measured.
+        # The guard has run by now, so an early end of healing is known here; Ctrl-C is not, so nothing is measured.
         last = state.global_step >= state.max_steps or control.should_training_stop
         if last or state.global_step % max(1, state.max_steps // QUICK_EVALUATIONS) == 0:
             self._quick(state)
@@ -331,7 +331,7 @@ class MetricsCallback(TrainerCallback):
 
     @property
     def seconds(self) -> float:
-        """Training time so far, that of earlier, interrupted parts too."""
+        """Training time so far, including earlier, interrupted parts."""
         return self.seconds_before + time.perf_counter() - self.started
 
     def _quick(self, state: TrainerState) -> None:

@@ -1,4 +1,4 @@
-"""The Trainer: what is minimized in a step."""
+"""The Trainer, which defines the loss of a step."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -29,22 +29,22 @@ from unnorm.training.losses import (
 from unnorm.training.recorded_step import RecordedStep
 
 READS_SHARE = 0.7
-"""Share of the run in which reads are matched; what they cost of the final KL is then made good.
+"""Share of the run during which reads are matched; the rest makes good what matching costs in final KL.
 
-Steps by which the taper is late do not count: what it waits for is what matching brings about."""
+Steps by which the taper is late do not count: matching brings about what the taper waits for."""
 
 MASSIVE_SCALE = 3.0
-"""A token is massive at a site where its scale in the original is this many times the constant."""
+"""A token is massive at a site if its scale in the original is more than this many times the constant."""
 
 STRESS_TEMPERATURE = 2.0
-"""Stress blocks are distilled at it: worst losses are of tokens that the teacher gives next to no probability."""
+"""Temperature for stress blocks: the worst losses are on tokens that the teacher gives almost no probability."""
 
 
 class DistillationTrainer(Trainer):
-    """Trainer whose loss is KL to the teacher's logits; without a teacher it is next-token loss.
+    """Trainer whose loss is KL to the teacher's logits, or next-token loss without a teacher.
 
-    On top come, as the recipe asks for them: a little next-token loss, the mismatch of what sites read, unevenness of
-    scales at bounded stand-ins, KL on first tokens alone, and a penalty at the final norm.
+    Depending on the recipe it adds a little next-token loss, the mismatch of what sites' readers get, unevenness of
+    scales at bounded stand-ins, KL on single first tokens, and a penalty at the final norm.
     """
 
     def __init__(
@@ -76,12 +76,12 @@ class DistillationTrainer(Trainer):
         self.first_tokens: FirstTokens | None = None
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Those of weights: neither of biases nor, which transformers tells by class and name, of norms."""
+        """Weights, but neither biases nor norms; transformers knows norms by class and name and can miss stand-ins."""
         norms = {name for name, module in model.named_modules() if isinstance(module, TaperedNorm)}
         return [name for name in super().get_decay_parameter_names(model) if name.rpartition(".")[0] not in norms]
 
     def record_steps(self) -> None:
-        """From now on, replay steps from a record."""
+        """From now on, record steps and replay them; see `RecordedStep`."""
 
         def step(inputs: dict[str, Tensor]) -> Tensor:
             return cast(Tensor, Trainer.training_step(self, self.model_wrapped, inputs))
@@ -90,17 +90,17 @@ class DistillationTrainer(Trainer):
         self.recorded = RecordedStep(step, list(self.model.parameters()))
 
     def learn_first_tokens(self, first_tokens: FirstTokens) -> None:
-        """From when the norms are gone on, also learn tokens alone."""
+        """Once the norms are gone, also train on single tokens."""
         self.first_tokens = first_tokens
         self.add_callback(first_tokens)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, **_: Any
     ) -> Tensor | tuple[Tensor, Any]:
-        """Loss of a batch of `input_ids`, (batch, position); sums up what the next log line shows, of `text` rows.
+        """Loss of a batch of `input_ids`, (batch, position); adds up what the next log line shows for `text` rows.
 
-        What else changes from step to step comes with the batch, see `_add_step_inputs`: a recorded step is not asked
-        again.
+        Anything else that changes from step to step comes with the batch (`_add_step_inputs`), since a recorded step
+        does not run this code again.
         """
         ids, is_text = inputs["input_ids"], inputs["text"]
         with self.accelerator.autocast():
@@ -129,12 +129,12 @@ class DistillationTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing where all steps are done: a run that was stopped after its last one would take one more."""
+        """Do nothing if all steps are done: a run resumed after its last step would otherwise take one more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        # As prepared the model gives logits in float32: with a large vocabulary twice the memory of all else here. The
-        # losses widen them a few at a time.
+        # The prepared model converts its logits to float32, which with a large vocabulary takes twice the memory of
+        # everything else here. The losses convert them a few at a time.
         plain = self._plain_model()
         plain.forward = vars(plain).pop("_original_forward", plain.forward)
         super()._run_epoch(*args, **kwargs)
@@ -142,7 +142,7 @@ class DistillationTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Tensor], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        """Forward and backward of one batch; on a GPU replayed from a record, where that is possible."""
+        """Forward and backward pass of one batch; on a GPU replayed from a recorded graph, if possible."""
         inputs = self._add_step_inputs(inputs)
         if self.recorded is None:
             return cast(Tensor, super().training_step(model, inputs, num_items_in_batch))
@@ -150,7 +150,7 @@ class DistillationTrainer(Trainer):
         return self.recorded(phase, self._prepare_inputs(inputs))
 
     def _add_step_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch, with the weight of matching reads and tokens that are looked at alone, where there are any."""
+        """The batch, plus the weight of matching reads and the single tokens to examine, if any."""
         inputs = dict(inputs)
         if share := self._read_match_share():
             inputs["read_share"] = torch.tensor(share)
@@ -159,7 +159,7 @@ class DistillationTrainer(Trainer):
         return inputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as the Trainer does, but loss and KL on text, and the norm of the gradients that the guard found."""
+        """Log as the Trainer does, but with loss and KL on text and the gradient norm that the guard measured."""
         if "learning_rate" in logs:
             logs.pop("loss", None)
             logs |= {**self.take_means(), "grad_norm": self.guard.norm}
@@ -168,14 +168,13 @@ class DistillationTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """Write a checkpoint's weights under the names that they have in the model, where resuming looks for them.
 
-        The Trainer would write them as the hub has them, and in some families the unembedding or the experts have
-        other names there.
+        The Trainer would use the Hub's names, which in some families differ for the unembedding or the experts.
         """
         if self.args.should_save:
             self._plain_model().save_pretrained(output_dir, state_dict=state_dict, save_original_format=False)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Refuse a checkpoint that lacks weights; those that are another's too are not in it.
+        """Refuse a checkpoint that lacks weights; tied weights count as present under any of their names.
 
         Raises:
             UnnormError: weights are missing.
@@ -190,18 +189,18 @@ class DistillationTrainer(Trainer):
         return cast(PreTrainedModel, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """None: the Trainer would measure, and scale by 1, all gradients once more than the guard does."""
+        """None: otherwise the Trainer would measure all gradients, and scale them by 1, in addition to the guard."""
         return grad_norm
 
     @contextmanager
     def matching_reads(self) -> Iterator[None]:
-        """Keep what the norms of the teacher and their stand-ins give in each training pass, if the loss needs it."""
+        """In each training pass keep the outputs of the teacher's norms and their stand-ins, if the loss needs them."""
 
         def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
             def hook(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
                 self.teacher_reads[name] = output
                 stand_in = self.stand_ins[name]
-                # Once the norms are gone the weight of few tokens is only in the way of all others.
+                # Once the norms are gone, extra weight on a few tokens only hinders all the others.
                 told_apart = self.bounded and not stand_in.removed
                 self.massive[name] = stand_in.departure(args[0]) > math.log(MASSIVE_SCALE) if told_apart else None
 
@@ -225,8 +224,8 @@ class DistillationTrainer(Trainer):
             self.massive.clear()
 
     def _read_match_share(self) -> float:
-        """Share of `read_weight` in force: 1 at first, 0 after `READS_SHARE` of the run; a late taper delays it."""
-        # Matching prepares for norms to go; a twin that has long lost them has nothing to prepare for.
+        """Share of `read_weight` in force: falls from 1 to 0 over `READS_SHARE` of the run; a late taper delays it."""
+        # Matching prepares for the removal; a twin that is only healed has nothing left to prepare for.
         if not self.stand_ins or (self.controller is not None and self.controller.only_heals):
             return 0.0
         step, steps = self.state.global_step, max(1, self.state.max_steps)
@@ -257,7 +256,7 @@ class DistillationTrainer(Trainer):
         return torch.stack(uneven).mean()
 
     def _first_token_loss(self, model: nn.Module, drawn: Int[Tensor, "drawn 1"]) -> Float[Tensor, ""]:
-        """Of tokens alone, each counted like one of the batch. Overwrites the log scales that are kept."""
+        """Loss on single tokens, each weighted like one token of the batch. Overwrites the kept log scales."""
         assert self.teacher is not None and self.first_tokens is not None
         plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         with self.accelerator.autocast():
@@ -265,7 +264,7 @@ class DistillationTrainer(Trainer):
         return LEARNED * (kl + self.optimization.even_weight * uneven)
 
     def held(self) -> float | None:
-        """Share of the last batch's tokens that bounds held down, over all sites and processes; None without bounds."""
+        """Share of the last batch's tokens held down by bounds, over all sites and processes; None without bounds."""
         shares = [share for stand_in in self.bounded if (share := stand_in.held) is not None]
         if not shares:
             return None
@@ -281,14 +280,14 @@ class DistillationTrainer(Trainer):
         return self.optimization.penalty_weight * penalty
 
     def take_step_kl(self) -> float | None:
-        """Mean KL on text since the last call, over all processes; None where all rows were stress blocks."""
+        """Mean KL on text since the last call, over all processes; None if all rows were stress blocks."""
         sums = processes.total(self.step_kl)
         self.step_kl.zero_()
         kl, count = sums.tolist()
         return float(kl / count) if count else None
 
     def take_means(self) -> dict[str, float]:
-        """Means of loss and KL on text since the last call, over all processes; none, where there was no text."""
+        """Mean loss and KL on text since the last call, over all processes; empty if there was no text."""
         sums = processes.total(self.sums)
         self.sums.zero_()
         loss, kl, count = sums.tolist()

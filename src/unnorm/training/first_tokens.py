@@ -1,9 +1,9 @@
-"""Any token of the vocabulary may come first, and there is only one first position a block.
+"""Training on first tokens: any token of the vocabulary may come first, but a block has only one first position.
 
-A model with massive activations treats whatever stands there apart, and without norms some tokens grow there from layer
-to layer until they overflow. They are few (220 of SmolLM2-135M's 49,152), so a block hardly ever starts with one. Nor
-does a short run draw any one of them more than a few times, so those that a step finds furthest off are learned again
-by the next, until others are further.
+A model with massive activations treats whatever stands there specially, and without norms some tokens in that position
+grow from layer to layer until they overflow. They are few (220 of SmolLM2-135M's 49,152), so a block rarely starts with
+one. A short run also draws each of them only a few times, so the tokens with the largest KL in one step are learned
+again in the next, until others have a larger one.
 """
 
 from collections.abc import Collection
@@ -22,26 +22,26 @@ from unnorm.training.callbacks import saved_attributes
 from unnorm.training.losses import RUNAWAY, unevenness
 
 DRAWN = 1 / 2
-"""Tokens of the vocabulary that are looked at alone, for each token of a batch."""
+"""Tokens of the vocabulary that are run alone and examined, per token of a batch."""
 LEARNED = 1 / 32
-"""Tokens alone that are trained on, for each token of a batch."""
+"""Tokens that are trained on alone, per token of a batch."""
 AGAIN = 1 / 2
-"""Share of them that are those with the largest KL of the step before; the others are those drawn that run furthest."""
+"""Share of these taken from the largest KL of the step before; the rest are the drawn tokens furthest from constant."""
 
 
 class FirstTokens(TrainerCallback, ExportableState):
-    """What a step learns of tokens alone, and which of them the next step learns again.
+    """Chooses the single tokens that a step learns, and remembers which of them the next step learns again.
 
     Attributes:
-        worst: ids of those that the next step learns again, over all processes; it keeps its place in memory.
+        worst: ids of those that the next step learns again, over all processes; updated in place.
     """
 
     def __init__(self, vocabulary: int, batch_tokens: int, device: torch.device) -> None:
-        """Nothing is known of any token yet.
+        """Start with nothing known about any token.
 
         Args:
             vocabulary: its size.
-            batch_tokens: of a batch on one process.
+            batch_tokens: tokens in a batch on one process.
             device: where the model is.
         """
         self.vocabulary = vocabulary
@@ -52,7 +52,7 @@ class FirstTokens(TrainerCallback, ExportableState):
         self.worst = torch.arange(self.again * processes.count(), device=device) % vocabulary
 
     def draw(self) -> Int[Tensor, "drawn 1"]:
-        """Tokens to look at, this process's; all processes must draw at once, with one seed."""
+        """Tokens for this process to examine; all processes must draw together, with the same seed."""
         return torch.randint(self.vocabulary, (processes.count(), self.drawn, 1))[processes.rank()]
 
     def losses(
@@ -62,16 +62,16 @@ class FirstTokens(TrainerCallback, ExportableState):
         stand_ins: Collection[TaperedNorm],
         drawn: Int[Tensor, "drawn 1"],
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Of tokens alone, those of `drawn` that run furthest and the worst of the step before.
+        """Losses on single tokens: those of `drawn` furthest from the constants, and the worst of the last step.
 
         Args:
-            model: in training mode, with its norms removed, so that a ceiling keeps everything finite.
+            model: in training mode with its norms removed, so that a ceiling keeps everything finite.
             teacher: the original.
-            stand_ins: the model's own, which must keep log scales.
-            drawn: ids of tokens.
+            stand_ins: the model's, which must keep log scales.
+            drawn: token ids.
 
         Returns:
-            Mean KL(teacher || model) in nats, and the mean over all sites of `unevenness` beyond `RUNAWAY`.
+            Mean KL(teacher || model) in nats, and `unevenness` beyond `RUNAWAY`, averaged over all sites.
         """
         with torch.no_grad():
             model.base_model(input_ids=drawn, use_cache=False)
@@ -88,7 +88,7 @@ class FirstTokens(TrainerCallback, ExportableState):
         return kl.mean(), torch.stack(uneven).mean()
 
     def _remember(self, ids: Int[Tensor, " token"], kl: Float[Tensor, " token"]) -> None:
-        """Which of the tokens that this step learned, on all processes, have the largest KL."""
+        """Keep the tokens with the largest KL among those that this step learned on all processes."""
         ids, kl = processes.gathered(ids), processes.gathered(kl)
         twice = (ids[:, None] == ids).tril(-1).any(-1)
         self.worst.copy_(ids[kl.nan_to_num(0.0).masked_fill(twice, -1.0).topk(len(self.worst)).indices])
@@ -98,13 +98,13 @@ class FirstTokens(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"worst": self.worst.tolist()}}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Go on with what a checkpoint remembers."""
-        # On another number of processes there may be room for fewer, or for more.
+        """Restore the worst tokens from a checkpoint."""
+        # With a different number of processes there may be room for fewer or for more.
         worst = saved_attributes(self, state).get("worst", [])[: len(self.worst)]
         self.worst[: len(worst)] = torch.tensor(worst, dtype=self.worst.dtype)
 
 
 def _departures(stand_ins: Collection[TaperedNorm], tokens: int) -> list[Float[Tensor, "token _"]]:
-    """How far each token's log scale was from the constant's in the last pass, at each site."""
+    """Each token's log scale in the last pass minus the log constant, for each site."""
     kept = [(stand_in.kept_log_scale, stand_in.log_constant[0]) for stand_in in stand_ins]
     return [(log_scale - constant).view(tokens, -1) for log_scale, constant in kept if log_scale is not None]

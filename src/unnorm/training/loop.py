@@ -1,4 +1,4 @@
-"""One training run: of the model that loses its norms, or of the control that keeps them."""
+"""One training run, either of the model that loses its norms or of the control that keeps them."""
 
 import math
 import shutil
@@ -38,7 +38,7 @@ from unnorm.training.losses import distillation_losses, next_token_loss
 from unnorm.training.token_clip import clipping_tokens
 
 QUICK_BLOCKS = 16
-"""Validation blocks in the quick evaluations along the way."""
+"""Validation blocks in each quick evaluation."""
 CHECKPOINTS_PER_RUN = 10
 LOG_LINES = 100
 
@@ -48,12 +48,12 @@ class Outcome:
     """How a training run ended.
 
     Attributes:
-        steps: optimizer steps done, of interrupted parts too.
+        steps: optimizer steps done, including those of interrupted parts.
         tokens: training tokens they took.
-        skipped_steps: steps that the guard did not let through.
-        interrupted: stopped by Ctrl-C or SIGTERM, with a checkpoint to go on from.
-        diverged: given up, because the guard refused too many steps in a row.
-        unfinished: sites that are still norms, and their alpha: the KL budget held them up.
+        skipped_steps: steps that the guard refused.
+        interrupted: whether Ctrl-C or SIGTERM stopped it, with a checkpoint to resume from.
+        diverged: whether it was given up because the guard refused too many steps in a row.
+        unfinished: sites that are still norms because the KL budget held them up, with their alpha.
         rows: all rows of `metrics.jsonl`.
     """
 
@@ -79,24 +79,24 @@ def train(
     watch: Watch,
     report_to: Sequence[str] = (),
 ) -> Outcome:
-    """Train `model` in place for `plan.steps` steps, going on from the last checkpoint in `directory` if there is one.
+    """Train `model` in place for `plan.steps` steps, resuming from the last checkpoint in `directory` if there is one.
 
     Args:
         model: the model with its stand-ins, or the plain original to train the control.
-        teacher: the original, frozen; the loss of distilling recipes, and the yardstick of the quick evaluations.
+        teacher: the original, frozen; the target of distilling recipes and the reference of the quick evaluations.
         removal: what to remove and when; None trains the control with next-token loss.
-        optimization: the recipe's.
+        optimization: the recipe's loss and optimizer settings.
         plan: sizes, precision and device.
-        train_blocks: rows of `input_ids`; gone over again if they are fewer than the plan's tokens. Rows whose
-            `stress` is true are trained on, but do not count in the losses that are shown and that hold the taper.
-        validation_blocks: `QUICK_BLOCKS` of them, evenly spaced, show how it goes.
-        directory: gets `metrics.jsonl` and `checkpoints/`.
-        seed: of the order of the blocks.
-        watch: told every row of metrics.
+        train_blocks: rows of `input_ids`; repeated if they hold fewer tokens than the plan. Rows whose `stress` is true
+            are trained on, but do not count in the logged losses or in the KL that holds up the taper.
+        validation_blocks: `QUICK_BLOCKS` of them, evenly spaced, are used in the quick evaluations.
+        directory: the run directory, which gets `metrics.jsonl` and `checkpoints/`.
+        seed: seed for the order of the blocks.
+        watch: called with every row of metrics.
         report_to: transformers' names of experiment trackers.
 
     Raises:
-        UnnormError: memory or disk ran out, or a tracker gave up.
+        UnnormError: memory or disk ran out, or an experiment tracker failed.
     """
     checkpoints = directory / CHECKPOINTS
     trainer = _trainer(
@@ -173,7 +173,7 @@ def _trainer(
 
 @contextmanager
 def _cache_setting_kept(model: PreTrainedModel) -> Iterator[None]:
-    """A Trainer that is made turns `use_cache` off for good; some configs have none."""
+    """Restore `use_cache`, which constructing a Trainer turns off for good; some configs do not have it."""
     use_cache = vars(model.config).get("use_cache")
     yield
     if use_cache is None:
@@ -183,13 +183,13 @@ def _cache_setting_kept(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _as_many(blocks: Dataset, rows: int) -> Dataset:
-    """The blocks over and over where they are fewer than the run takes: the end of an epoch would cut a batch short."""
+    """Repeat the blocks if the run takes more of them: the end of an epoch would cut a batch short."""
     return blocks if rows <= len(blocks) else blocks.select([row % len(blocks) for row in range(rows)])
 
 
 @contextmanager
 def _as_unnorm_errors(plan: Plan, checkpoints: Path, report_to: Sequence[str]) -> Iterator[None]:
-    """What runs out, and trackers that give up, in words that say what to do."""
+    """Turn lack of memory or disk, and failing trackers, into errors that say what to do."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -218,7 +218,7 @@ def _as_unnorm_errors(plan: Plan, checkpoints: Path, report_to: Sequence[str]) -
 
 @torch.no_grad()
 def quick_evaluation(model: PreTrainedModel, teacher: PreTrainedModel, blocks: Dataset, plan: Plan) -> dict[str, float]:
-    """KL to the teacher, next-token loss and the teacher's, of a few blocks, in the run's precision."""
+    """KL to the teacher and the next-token loss of both models on a few blocks, in the run's precision."""
     totals = torch.zeros(3, dtype=torch.float64)
     with evaluating(model), torch.autocast(plan.device.partition(":")[0], torch.bfloat16, enabled=plan.bfloat16):
         for ids in batches(blocks, plan.micro_batch, model.device):
@@ -231,9 +231,9 @@ def quick_evaluation(model: PreTrainedModel, teacher: PreTrainedModel, blocks: D
 
 
 def last_checkpoint(checkpoints: Path) -> str | None:
-    """The last checkpoint that is whole, if there is one; those that a kill or a full disk cut short are deleted."""
+    """The last complete checkpoint, if any; checkpoints cut short by a kill or a full disk are deleted."""
     for checkpoint in checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
-        try:  # What the Trainer writes last.
+        try:  # The Trainer writes this file last.
             TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         except (OSError, ValueError):
             shutil.rmtree(checkpoint)
@@ -263,7 +263,7 @@ def _arguments(
         weight_decay=optimization.weight_decay,
         adam_beta1=optimization.betas[0],
         adam_beta2=optimization.betas[1],
-        max_grad_norm=0.0,  # The guard clips, so that it sees the norm before.
+        max_grad_norm=0.0,  # The guard clips, since it needs the norm before clipping.
         bf16=plan.bfloat16,
         torch_compile=plan.compile,
         tf32=False,  # With torch_compile it would be switched on for good, and the run's evaluation is in float32.
@@ -282,6 +282,6 @@ def _arguments(
         disable_tqdm=True,
         log_level="error",
     )
-    # Of several devices it would take all, by replicas that have no reads and no bounds; `torchrun` is for that.
+    # With several devices the Trainer would use DataParallel, whose replicas have no reads or bounds; use `torchrun`.
     arguments._n_gpu = min(1, arguments.n_gpu)
     return arguments

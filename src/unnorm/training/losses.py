@@ -1,4 +1,4 @@
-"""What is minimized: next-token loss or distillation from the teacher, and what published recipes add to it."""
+"""Loss terms: next-token loss, distillation from the teacher, and what the recipes add to them."""
 
 import math
 from collections.abc import Iterator
@@ -12,13 +12,13 @@ from torch import Tensor
 Penalty = Literal["spread", "target"]
 
 EVEN_ENOUGH = 0.25
-"""Distance of a log scale from the constant's, either way, that `unevenness` leaves alone."""
+"""Distance between a log scale and the log constant, in either direction, up to which `unevenness` is zero."""
 
 RUNAWAY = math.log(3.0)
-"""The same once the norms are removed: a token further off may grow from layer to layer, others KL looks after."""
+"""The same distance once the norms are removed: tokens beyond it may grow from layer to layer; KL handles the rest."""
 
 _CACHED, _CACHED_GPU = 2**18, 2**26
-"""Logits that are worked on at once."""
+"""Logits processed at a time, on a CPU and on other devices."""
 
 
 def next_token_loss(
@@ -36,20 +36,19 @@ def distillation_losses(
     temperature: float = 1.0,
     label_weight: float = 0.0,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""], Float[Tensor, ""]]:
-    """What is minimized, with its gradient; and, to show, KL(teacher || model) and next-token loss of the text in it.
+    """The loss to minimize, with its gradient, and, for display, KL(teacher || model) and next-token loss on the text.
 
-    Minimized is the mean of T^2 KL(teacher^(1/T) || model^(1/T)), with T = 1 in blocks of text (Hinton et
-    al. 2015, arXiv 1503.02531), and `label_weight` times the next-token loss. Every position counts for KL, the last
-    too: unlike the next-token loss it needs no label. All in nats per token.
+    The loss is the mean of T^2 KL(teacher^(1/T) || model^(1/T)), with T = 1 in blocks of text (Hinton et al. 2015,
+    arXiv 1503.02531), plus `label_weight` times the next-token loss. KL covers every position including the last, since
+    unlike the next-token loss it needs no label. All in nats per token.
 
     Args:
         logits: the model's.
         teacher_logits: the teacher's.
         input_ids: what both were given.
-        is_text: which blocks are text. They are distilled at temperature 1, and the KL and the loss that are shown are
-            theirs alone (NaN if there are none). None: all are text.
-        temperature: T of all other blocks. Above 1, tokens that the teacher gives next to no probability count for
-            more.
+        is_text: which blocks are text. They are distilled at temperature 1, and the displayed KL and loss cover them
+            alone (NaN if there are none). None: all are text.
+        temperature: T of all other blocks. Above 1, tokens that the teacher gives almost no probability count more.
         label_weight: weight of the next-token loss.
     """
     labels = F.pad(input_ids[:, 1:].long(), (0, 1), value=-1)
@@ -67,7 +66,7 @@ _Part = tuple[slice, float | Float[Tensor, "row 1"]]
 def _parts(
     logits: Float[Tensor, "batch position vocab"], is_text: Bool[Tensor, " batch"] | None, temperature: float
 ) -> Iterator[_Part]:
-    """Rows, one a token, that are worked on at once, and at what temperature."""
+    """Slices of rows (one row per token) to process at a time, with their temperature."""
     batch, positions, vocab = logits.shape
     if logits.device.type != "cpu":
         yield from _parts_unasked(batch, positions, vocab, is_text, temperature)
@@ -82,7 +81,7 @@ def _parts(
 def _parts_unasked(
     batch: int, positions: int, vocab: int, is_text: Bool[Tensor, " batch"] | None, temperature: float
 ) -> Iterator[_Part]:
-    """The same for a GPU. Which blocks are text stays there: to ask would be to wait for it."""
+    """The same for a GPU, without copying `is_text` to the CPU, which would have to wait for the GPU."""
     at_once = max(1, _CACHED_GPU // vocab)
     of_rows: Tensor | None = None
     if is_text is not None:
@@ -94,10 +93,10 @@ def _parts_unasked(
 
 
 class _Distillation(torch.autograd.Function):
-    """What is minimized, with its gradient, computed together and a few positions at a time.
+    """The loss to minimize and its gradient, computed together and a few positions at a time.
 
-    The gradient of KL by the logits is T (q - p), that of the next-token loss q less 1 at the label. Nothing as large
-    as the logits is made but the gradient, and what is worked on stays in the processor's cache.
+    With respect to the logits, the gradient of T^2 KL is T (q - p), and that of the next-token loss is q minus 1 at the
+    label. Nothing but the gradient is as large as the logits, and the working set stays in the processor's cache.
     """
 
     @staticmethod
@@ -127,7 +126,7 @@ class _Distillation(torch.autograd.Function):
                 q, log_total = _softmax(x)
             p, log_teacher_total = _softmax(teacher_x)
             distance = torch.linalg.vecdot(p, teacher_x - x)[:, None] + log_total - log_teacher_total
-            kl[part] = temperature**2 * distance.clamp(min=0)  # Rounding of next to nothing may be negative.
+            kl[part] = temperature**2 * distance.clamp(min=0)  # Rounding may make a tiny KL negative.
             of_kl = q.sub_(p).mul_(temperature / labels.numel())
             of_rows[part] = of_kl.add_(of_loss).scatter_add_(-1, label, -weight)
         minimized, kl, loss = kl.mean() + (weights * loss).sum(), kl.view_as(labels), loss.view_as(labels)
@@ -142,9 +141,9 @@ class _Distillation(torch.autograd.Function):
 
 
 def _softmax(x: Float[Tensor, "row vocab"]) -> tuple[Float[Tensor, "row vocab"], Float[Tensor, "row 1"]]:
-    """Probabilities and the log of their total, log sum exp(x): where x is largest one follows from the other.
+    """Probabilities and log sum exp(x), which follows from the largest logit and its probability.
 
-    With one exponential of each logit, which is what most of the time goes into on a CPU.
+    This takes a single exponential per logit, which is where most of the time goes on a CPU.
     """
     p = F.softmax(x, dim=-1)
     return p, x.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
@@ -156,16 +155,17 @@ def scale_penalty(
     log_constant: Float[Tensor, ""],
     penalty: Penalty,
 ) -> Float[Tensor, ""]:
-    """Mean squared distance of a site's scales from one number, in the square of the residual stream's units.
+    """Mean squared distance of a site's scales from one number, in squared units of the residual stream.
 
     - `spread` (arXiv 2507.02559, at the final norm): from the mean scale of the batch's ordinary tokens.
-    - `target` (TaperNorm, arXiv 2602.10408, at the final norm): from the constant scale, fixed once it is.
+    - `target` (TaperNorm, arXiv 2602.10408, at the final norm): from the constant scale, which is fixed once alpha
+      reaches 1.
 
     Args:
         log_scale: log scale of every token.
-        special: position 0 and end-of-text tokens, which don't count for the mean but are drawn to it.
+        special: position 0 and end-of-text tokens, which do not count in the mean but are pulled towards it.
         log_constant: log of the site's constant scale.
-        penalty: which.
+        penalty: which of the two.
     """
     scale = log_scale.exp()
     ordinary = (~special).to(scale.dtype)
@@ -176,10 +176,10 @@ def scale_penalty(
 def unevenness(
     log_scale: Float[Tensor, "*token"], log_constant: Float[Tensor, ""], even_enough: float = EVEN_ENOUGH
 ) -> Float[Tensor, ""]:
-    """Mean squared distance of log scales from the constant's, beyond `even_enough`.
+    """Mean square of how far log scales are from the log constant beyond `even_enough`.
 
-    In logs, so that a massive activation has a gradient that says which way, and no more than that; ordinary tokens
-    have none.
+    In log space the gradient of a massive activation gives the direction without being blown up by its size; ordinary
+    tokens have no gradient.
     """
     return ((log_scale - log_constant).abs() - even_enough).clamp(min=0).square().mean()
 
@@ -187,10 +187,10 @@ def unevenness(
 def massive_unevenness(
     log_scale: Float[Tensor, "*token"], log_constant: Float[Tensor, ""], massive: Bool[Tensor, "*token"]
 ) -> Float[Tensor, ""]:
-    """Mean squared distance of massive tokens' log scales from the constant's; 0 where there is no such token.
+    """Mean squared distance of massive tokens' log scales from the log constant; 0 if there is no such token.
 
-    Over massive tokens alone: among all others the one at position 0 counts for next to nothing, and what attention
-    reads of it by a constant is wrong for every token that follows.
+    The mean is over massive tokens alone: among all tokens the one at position 0 would count for almost nothing, yet
+    what attention reads from it through a constant is wrong for every token that follows.
     """
     return ((log_scale - log_constant).square() * massive).sum() / massive.sum().clamp(min=1)
 
@@ -202,10 +202,10 @@ def read_mismatch(
 ) -> Float[Tensor, ""]:
     """Squared distance between what a site's readers get and what they got from the teacher's norm.
 
-    As a share of the teacher's, |read - teacher_read|^2 / |teacher_read|^2 over all tokens, so that sites of any width
-    and gain count alike. Where massive tokens are told apart their mean is added to that of the others: there is one of
-    them in a block or so, and all that follows it attends to it. Both are shares of the mean over all tokens, since an
-    MLP is given next to nothing of a massive token.
+    Relative to the teacher's, |read - teacher_read|^2 / |teacher_read|^2 over all tokens, so that sites of any width
+    and gain count alike. If `massive` is given, the mean over massive tokens is added to the mean over the others: a
+    block has about one massive token, and everything after it attends to it. Both are relative to the mean over all
+    tokens, since an MLP's norm gives it almost nothing of a massive token.
     """
     teacher_read = teacher_read.to(read.dtype)
     if massive is None:

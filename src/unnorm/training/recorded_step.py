@@ -1,7 +1,7 @@
-"""On a GPU, a training step is thousands of small kernels, and starting them takes longer than running them.
+"""On a GPU, a training step is thousands of small kernels, which take longer to launch than to run.
 
-So forward and backward are recorded once as a CUDA graph and replayed as a whole, for as long as the shapes and the
-phase of the removal stay what they were.
+So forward and backward are recorded once as a CUDA graph and replayed as a whole, as long as the shapes and the phase
+of the removal stay the same.
 """
 
 import warnings
@@ -11,26 +11,26 @@ import torch
 from torch import Tensor, nn
 
 WARM_UP = 3
-"""Steps that run as usual before one is recorded, so that what libraries set up at first use is there."""
+"""Steps that run as usual before one is recorded, so that libraries have done their first-use setup."""
 
 
 class RecordedStep:
     """Forward and backward of a step, recorded and replayed.
 
-    What the step reads must be its inputs or tensors that keep their place in memory; what it decides in Python is
-    decided once for each phase. Where it can't be recorded, since it has to know a value on the CPU, as some mixtures
-    of experts do, steps run as usual.
+    The step may read only its inputs and tensors that keep their place in memory; what it decides in Python is decided
+    once for each phase. If it cannot be recorded because it needs a value on the CPU, as some mixtures of experts do,
+    steps run as usual.
 
     Attributes:
-        possible: whether recording has not failed yet.
+        possible: False once recording has failed.
     """
 
     def __init__(self, step: Callable[[dict[str, Tensor]], Tensor], parameters: Sequence[nn.Parameter]) -> None:
-        """Nothing is recorded yet.
+        """Start with nothing recorded.
 
         Args:
-            step: gives the loss of a batch, and leaves its gradients in the parameters that had none.
-            parameters: those that it trains.
+            step: returns the loss of a batch, and leaves its gradients in the parameters, which must have none before.
+            parameters: the parameters that it trains.
         """
         self.step, self.parameters = step, parameters
         self.possible = True
@@ -42,7 +42,7 @@ class RecordedStep:
         self._gradients: list[Tensor | None] = []
 
     def __call__(self, phase: Hashable, inputs: dict[str, Tensor]) -> Tensor:
-        """The loss of a batch; its gradients are in the parameters then."""
+        """The loss of a batch; its gradients are then in the parameters."""
         key = phase, tuple((name, value.shape) for name, value in inputs.items())
         if key != self._key:
             self._forget()
@@ -63,11 +63,11 @@ class RecordedStep:
         self._graph, self._inputs, self._loss, self._gradients, self._runs = None, {}, None, [], 0
 
     def _record(self, inputs: dict[str, Tensor]) -> bool:
-        """Record a step, which does not run it; whether that worked."""
+        """Record a step without running it; return whether that worked."""
         graph = torch.cuda.CUDAGraph()
         self._inputs = {name: value.clone() for name, value in inputs.items()}
         try:
-            # Steps before ran on another stream; that their gradients are gone is what the warning asks for.
+            # Earlier steps ran on another stream. The warning asks for their gradients to be gone, and they are.
             with warnings.catch_warnings(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 warnings.filterwarnings("ignore", "The AccumulateGrad node's stream")
                 self._loss = self.step(self._inputs)

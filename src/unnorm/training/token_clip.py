@@ -1,8 +1,8 @@
-"""No token's gradient drowns the others': what comes back through each linear layer is clipped token by token.
+"""Clip gradients token by token at the output of each linear layer, so that no token drowns out the others.
 
-Where a model has massive activations the gradients of a few tokens, position 0 above all, are hundreds of times those
-of the rest. Clipping the whole gradient then takes from all tokens alike, and every step follows those few:
-SmolLM2-135M was driven 1.0 nats from the original in 200 steps, and was at 0.96 with its norms back on.
+In a model with massive activations the gradients of a few tokens, position 0 above all, are hundreds of times those of
+the rest. Clipping the whole gradient shrinks all tokens alike, and every step still follows those few: SmolLM2-135M was
+driven 1.0 nats from the original in 200 steps, and was still at 0.96 with its norms back on.
 """
 
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ from unnorm.hooks import hooked
 from unnorm.models.linear import is_linear
 
 TOKEN_CLIP = 20.0
-"""A token's gradient may be this many times as long as the batch's median."""
+"""A token's gradient may be at most this many times as long as the batch's median."""
 
 
 class _ClipTokens(torch.autograd.Function):
-    """Its input forward; backward, gradients that are no longer than `TOKEN_CLIP` times the median over tokens."""
+    """Identity in the forward pass; in the backward pass, `clip_tokens`."""
 
     @staticmethod
     def forward(ctx: Any, x: Float[Tensor, "*token width"]) -> Float[Tensor, "*token width"]:
@@ -34,9 +34,9 @@ class _ClipTokens(torch.autograd.Function):
 
 
 def clip_tokens(grad: Float[Tensor, "*token width"]) -> Float[Tensor, "*token width"]:
-    """Each token's gradient, shortened to `TOKEN_CLIP` times the median length where it is longer.
+    """Shorten each token's gradient to at most `TOKEN_CLIP` times the median length over tokens.
 
-    Left as it is where most tokens have none: there is no usual length then.
+    If most tokens have no gradient there is no typical length, and nothing is changed.
     """
     length = grad.to(torch.promote_types(grad.dtype, torch.float32)).norm(dim=-1, keepdim=True)
     most = TOKEN_CLIP * length.median()
@@ -46,7 +46,7 @@ def clip_tokens(grad: Float[Tensor, "*token width"]) -> Float[Tensor, "*token wi
 
 @contextmanager
 def clipping_tokens(model: nn.Module, unembedding: nn.Module | None) -> Iterator[None]:
-    """Clip the gradient of what each linear layer of `model` puts out, but for the unembedding's logits."""
+    """Clip the gradient at the output of each linear layer of `model`, except at the unembedding's logits."""
 
     def clip(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         clipped: Tensor = _ClipTokens.apply(output)
