@@ -1,1 +1,1 @@
-"""Constant maps into weights, and the checkpoints that come of it."""
+"""Folding constant maps into weights, and the checkpoints that result."""

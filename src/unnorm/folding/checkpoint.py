@@ -34,7 +34,7 @@ from unnorm.taper.norms import TaperedNorm
 from unnorm.taper.stand_ins import install
 
 SHARD = "500MB"
-"""Size of a weight file; writing one takes up to twice as much memory."""
+"""Target size of a weight file; writing one takes up to twice as much memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,31 +46,31 @@ _SAVED = TypeAdapter(list[_SavedSite])
 
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load an LN-free model from a run directory, from the `model/` in it, or from the hub, where `push` put it.
+    """Load a twin from a run directory, from the `model/` in it, or from the hub after `push`.
 
-    A directory with another model, such as the `control/` of a run, gives that, with its norms.
+    A directory with another model, such as the `control/` of a run, loads that model, with its norms.
 
     Args:
         path: a directory, or `OWNER/NAME` on the hub.
-        dtype: of its weights, whatever they were saved in.
+        dtype: dtype of the loaded weights, whatever they were saved in.
 
     Returns:
         A transformers model on the CPU, in evaluation mode.
 
     Raises:
-        UnnormError: there is none, or its files are damaged.
+        UnnormError: there is no model, or its files are damaged.
     """
     path = fetched(Path(path).expanduser())
     return _load(path / MODEL if (path / MODEL).is_dir() else path, dtype)
 
 
 def fetched(path: Path) -> Path:
-    """The path itself where there is something; else the files of the hub model that is called so, as OWNER/NAME.
+    """The path itself if it exists or can't be a hub id (OWNER/NAME); otherwise the files of that hub model.
 
     Raises:
-        UnnormError: there is neither.
+        UnnormError: the hub model can't be reached or does not exist.
     """
-    of_a_run = (path.parent / SITES).is_file()  # What is missing of it is on no hub.
+    of_a_run = (path.parent / SITES).is_file()  # What a run directory lacks is not on the hub.
     if path.exists() or path.is_absolute() or len(path.parts) != 2 or of_a_run:
         return path
     try:
@@ -114,12 +114,12 @@ def save_model(
     directory: Path,
     state_dict: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write a model with its tokenizer in transformers' form, in files of `SHARD` at most.
+    """Write a model with its tokenizer in transformers' format, in files of at most `SHARD`.
 
     Args:
         model: what to write.
         tokenizer: its tokenizer.
-        directory: where.
+        directory: where to write it.
         state_dict: weights to write instead of its own.
 
     Raises:
@@ -139,7 +139,7 @@ def save_model(
 def save_folded(
     model: PreTrainedModel, sites: Sequence[NormSite], tokenizer: PreTrainedTokenizerBase, directory: Path
 ) -> None:
-    """Fold a model whose stand-ins have arrived, and write the twin a shard at a time; no more is ever held.
+    """Fold a model with affine stand-ins and write the twin shard by shard, with only one in memory at a time.
 
     Raises:
         UnnormError: the disk is full or can't be written to.
@@ -150,7 +150,7 @@ def save_folded(
 
 
 class _OneByOne(dict[str, torch.Tensor]):
-    """A state dict of tensors without memory; each is folded when transformers takes it out to write its shard."""
+    """A state dict of meta tensors; each is folded when transformers pops it to write its shard."""
 
     def __init__(self, twin: PreTrainedModel, weights: FoldedWeights) -> None:
         super().__init__(twin.state_dict())
@@ -158,7 +158,7 @@ class _OneByOne(dict[str, torch.Tensor]):
 
     def pop(self, key: str, *default: Any) -> torch.Tensor:
         super().pop(key, *default)
-        # A copy, since what was tied in the model must not be in the file.
+        # A copy, since weights tied in the model must not be tied in the file.
         return self.weights[key].clone(memory_format=torch.contiguous_format)
 
 
@@ -169,10 +169,10 @@ def save_unfolded(
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
 ) -> None:
-    """Write a model with stand-ins as one of the original's class, whose norms carry the trained gain and bias.
+    """Write a model with stand-ins as a model of the original's class, its norms with the trained gain and bias.
 
-    Loaded by stock code its norms would divide by each token's own scale, and its neurons would have no limits;
-    `load_unfolded` puts the constants and the limits in.
+    Loaded by stock code, its norms would divide by each token's own scale, and its neurons would have no limits;
+    `load_unfolded` restores the constants and the limits.
 
     Raises:
         UnnormError: the disk is full or can't be written to.
@@ -187,7 +187,7 @@ def save_unfolded(
 
 
 def save_limits(limits: dict[str, torch.Tensor], directory: Path) -> None:
-    """Write neurons' limits beside the weights of an unfolded model.
+    """Write neuron limits next to the weights of an unfolded model.
 
     Raises:
         UnnormError: the disk is full or can't be written to.
@@ -209,7 +209,7 @@ def _stock(model: PreTrainedModel, original: PreTrainedModel, sites: Sequence[No
             del weights[key]
         offset = gain_offset(original.get_submodule(site.name), site)
         weights |= _norm_weights(site.name, stand_in, offset, plain)
-    if not model.config.tie_word_embeddings:  # Nothing at all is tied then, when it is loaded again.
+    if not model.config.tie_word_embeddings:  # Then no weights are tied when it is loaded again.
         weights = _none_shared(weights)
     return with_weights(original, deepcopy(model.config), weights, model.generation_config)
 
@@ -217,7 +217,7 @@ def _stock(model: PreTrainedModel, original: PreTrainedModel, sites: Sequence[No
 def with_weights(
     like: PreTrainedModel, config: PreTrainedConfig, weights: dict[str, torch.Tensor], generation: GenerationConfig
 ) -> PreTrainedModel:
-    """A model of the class of another one, with these very weights: they are not copied."""
+    """A model of the class of `like` that holds the given weights themselves, not copies."""
     with init_empty_weights(include_buffers=False):
         model = type(like)(config)
     model.load_state_dict(weights, assign=True)
@@ -227,7 +227,7 @@ def with_weights(
 
 
 def _none_shared(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies of those that are others of them under another name, as in Zamba, which would not be written."""
+    """The weights, with copies of those that share memory with an earlier one (Zamba), which would not be written."""
     first: dict[int, str] = {}
     return {
         key: weight if first.setdefault(weight.data_ptr(), key) == key else weight.clone()
@@ -236,7 +236,7 @@ def _none_shared(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def load_trained(directory: Path) -> tuple[PreTrainedModel, list[NormSite], dict[str, float]]:
-    """The trained weights in the original's class, whose norms still normalize, with sites and constant scales.
+    """The trained model in the original's class, its norms still normalizing, with sites and constant scales.
 
     Raises:
         UnnormError: files are missing or damaged.
@@ -300,7 +300,7 @@ def _load(path: Path, dtype: torch.dtype) -> PreTrainedModel:
             trust_remote_code=False,
             output_loading_info=True,
         )
-    except Exception as error:  # Whatever a damaged config makes transformers do.
+    except Exception as error:  # A damaged config can make transformers raise anything.
         raise UnnormError(f"{damaged}: {short(error)} Do the run again, or copy it again.") from error
     if wrong := missing_weights(info):
         raise UnnormError(

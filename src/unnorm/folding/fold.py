@@ -1,15 +1,15 @@
-"""Constant maps into the weights beside them, exactly: stand-ins in, LN-free model out.
+"""Folding constant maps exactly into adjacent weights, which turns a model with stand-ins into an LN-free model.
 
 For a site with gain g, bias b, constant scale c and reader W, beta (y = W x + beta):
 
     W' = W diag(g) C / c        beta' = beta + W b
 
-where C removes the mean (LayerNorm) or is the identity (RMSNorm). A norm that follows its one writer (query/key norms,
-norms after a sublayer or after the embedding) folds into that one, head by head where it covers one head:
+where C removes the mean (LayerNorm) or is the identity (RMSNorm). A norm after its only writer (query/key norms,
+norms after a sublayer or after the embedding) folds into that writer, head by head if it spans one head:
 
     W' = diag(g) C W / c        beta' = diag(g) C beta / c + b
 
-What fits neither way stays where the norm was, as an affine map. All of it is computed in float64.
+A map that fits neither case stays where the norm was, as an affine map. Folding is computed in float64.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,15 +37,15 @@ _NOT_CARRIED = {
     "auto_map",
     "limited_neurons",
 }
-"""Settings of the original that its twin has otherwise."""
+"""Config settings of the original that are not copied to its twin."""
 
 
 @torch.no_grad()
 def fold(model: PreTrainedModel, sites: Sequence[NormSite]) -> PreTrainedModel:
-    """The LN-free twin of a model whose norms are stand-ins that have all arrived.
+    """The LN-free twin of a model whose stand-ins are all affine (alpha = 1).
 
     Args:
-        model: the model with stand-ins, its paths joined; it is not changed.
+        model: the model with stand-ins, split paths joined again; it is not changed.
         sites: its norm sites.
 
     Returns:
@@ -56,20 +56,20 @@ def fold(model: PreTrainedModel, sites: Sequence[NormSite]) -> PreTrainedModel:
     """
     weights = FoldedWeights(model, sites)
     twin = empty_twin(model, sites, weights)
-    # Copies, since a weight that nothing was folded into is still the model's, and perhaps tied.
+    # Copies, since weights that nothing was folded into are still the model's own, and may be tied.
     copies = {key: value.clone(memory_format=torch.contiguous_format) for key, value in weights.items()}
     twin.load_state_dict(copies, assign=True)
     return twin.to(dtype=model.dtype, device=model.device)
 
 
 class FoldedWeights(Mapping[str, Tensor]):
-    """The state dict of a twin, each entry folded when it is asked for, so that they need never be held all at once."""
+    """The state dict of a twin; each entry is folded on access, so that not all have to be in memory at once."""
 
     def __init__(self, model: PreTrainedModel, sites: Sequence[NormSite], dtype: torch.dtype | None = None) -> None:
-        """Set out what is folded where.
+        """Determine what is folded where.
 
         Args:
-            model: the model with stand-ins, its paths joined.
+            model: the model with stand-ins, split paths joined again.
             sites: its norm sites.
             dtype: of the entries; by default each keeps its own.
         """
@@ -98,7 +98,7 @@ class FoldedWeights(Mapping[str, Tensor]):
 
     @property
     def added_biases(self) -> list[str]:
-        """Paths of the modules that get a bias which they had not."""
+        """Paths of the modules that had no bias and get one."""
         return [key.rpartition(".")[0] for key in self.added]
 
     def _add_bias(self, module: nn.Module, key: str) -> None:
@@ -114,7 +114,7 @@ class FoldedWeights(Mapping[str, Tensor]):
 
     @torch.no_grad()
     def __getitem__(self, key: str) -> Tensor:
-        """One entry; raises `KeyError` where the twin has none of that name."""
+        """One entry; raises `KeyError` if the twin has none of that name."""
         name, _, leaf = key.rpartition(".")
         if name in self.maps and key not in self.plain:
             weight, bias = affine_map(self.maps[name])
@@ -124,7 +124,7 @@ class FoldedWeights(Mapping[str, Tensor]):
             return entry.to(self.dtype or self.model.dtype)
         if name not in self.beside:
             return self._stored(key)
-        if self._last[0] != name:  # Weight and bias are asked for one after the other.
+        if self._last[0] != name:  # Weight and bias are requested one after the other.
             module = self.model.get_submodule(name)
             entries = {key: self._stored(key) for key in (*self.plain, *self.added) if key.rpartition(".")[0] == name}
             for stand_in, site in self.beside[name]:
@@ -202,7 +202,7 @@ def _bias_name(module: nn.Module) -> str:
 
 
 def kept_norms(model: PreTrainedModel, sites: Sequence[NormSite]) -> set[str]:
-    """Norms of a model with stand-ins that are none of the sites."""
+    """Norms left in a model with stand-ins: those that are not among the sites."""
     return set(norm_modules(model)) - {site.name for site in sites}
 
 
@@ -211,7 +211,7 @@ def _fold_beside(module: nn.Module, name: str, norm: TaperedNorm, site: NormSite
     read = read_weight(module) or ReadWeight("weight", "bias", False, True)
     weight_key, bias_key = f"{name}.{read.weight}", f"{name}.{read.bias}"
     stored, bias = weights[weight_key], weights.get(bias_key)
-    # The family's own way of storing: Conv1D keeps (in, out).
+    # To (out, in): Conv1D, for one, stores (in, out).
     weight = stored.transpose(-1, -2) if read.turned else stored
     if isinstance(module, nn.Embedding):  # A row for each token, so the norm's bias goes into the rows.
         rows, _ = fold_writer(weight.T, None, norm)
@@ -233,7 +233,7 @@ def _fold_beside(module: nn.Module, name: str, norm: TaperedNorm, site: NormSite
 def fold_reader(
     weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None, norm: TaperedNorm
 ) -> tuple[Float[Tensor, "out in"], Float[Tensor, " out"] | None]:
-    """One reader's new weight and bias (None where neither had one), in the reader's dtype."""
+    """One reader's new weight and bias (None if neither it nor the norm had one), in the reader's dtype."""
     w = weight.double()
     gain, shift = affine_map(norm)
     folded = w * gain
@@ -249,7 +249,7 @@ def fold_reader(
 def fold_writer(
     weight: Float[Tensor, "out in"], bias: Float[Tensor, " out"] | None, norm: TaperedNorm
 ) -> tuple[Float[Tensor, "out in"], Float[Tensor, " out"] | None]:
-    """A writer's new weight and bias (None where neither had one), in its dtype; `out` is one or more norms' widths."""
+    """A writer's new weight and bias (None if neither had one), in its dtype; `out` is a multiple of the width."""
     gain, shift = affine_map(norm)
     width = gain.shape[-1]
     heads = weight.shape[0] // width
@@ -267,6 +267,6 @@ def fold_writer(
 
 
 def affine_map(norm: TaperedNorm) -> tuple[Float[Tensor, "*heads width"], Float[Tensor, " width"] | None]:
-    """What an arrived stand-in multiplies (centered) features by, and what it adds; in float64."""
+    """What an affine stand-in multiplies (centered) features by and what it adds, in float64."""
     gain = norm.gain.double() * torch.exp(-norm.log_constant[0].double())
     return gain, None if norm.bias is None else norm.bias.double()

@@ -11,12 +11,12 @@ from unnorm.modeling.modeling_unnorm import PREFIX
 
 
 def ln_free_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The class of a stock class's LN-free twin, known to the Auto classes from then on.
+    """The LN-free twin's class for a stock class, registered with the Auto classes.
 
-    Checkpoints of it carry the modeling file and the `auto_map` that names it.
+    Its checkpoints carry the modeling file and the `auto_map` that names it.
 
     Raises:
-        AttributeError: transformers itself has no such class, so that the checkpoint could not load it.
+        AttributeError: transformers itself has no such stock class, so a checkpoint could not be loaded.
     """
     made: type[PreTrainedModel] = getattr(modeling_unnorm, PREFIX + stock.__name__)
     config: Any = made.config_class
@@ -28,13 +28,13 @@ def ln_free_class(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def register_twin_class(checkpoint: str | Path) -> None:
-    """Make the class of a twin's checkpoint known to the Auto classes, of whatever family; others are left alone.
+    """Register the class of a twin's checkpoint, of any family, with the Auto classes; ignore other checkpoints.
 
     Args:
         checkpoint: a local directory or a hub id.
 
     Raises:
-        OSError: it has no config that can be read.
+        OSError: the checkpoint has no readable config.
     """
     config, _ = PretrainedConfig.get_config_dict(checkpoint)
     for name in config.get("architectures") or ():
@@ -65,7 +65,7 @@ FAMILIES = (
     "SmolLM3ForCausalLM",
     "GraniteForCausalLM",
 )
-"""Stock classes whose twins the Auto classes know once `unnorm.modeling` is imported; others from their first use."""
+"""Stock classes whose twins are registered when `unnorm.modeling` is imported; others are on first use."""
 
 for _family in FAMILIES:
     ln_free_class(getattr(transformers, _family))

@@ -1,13 +1,13 @@
-"""Transformers classes for models whose norms have been folded away, of every family that transformers has.
+"""Transformers classes for models whose norms have been folded away, for every family in transformers.
 
 This file travels with every checkpoint (`trust_remote_code=True` loads it from there), so it needs torch and
 transformers only. An LN-free model is its stock class with a few differences, all named in its config: an identity
-where each removed norm was (or, where no weight could take it up, its constant affine map), a bias on the linear layers
-that took over a norm's bias, an unembedding of its own, and in some quadratic MLPs a limit on each neuron's activation.
+where each removed norm was (or, if no weight could absorb it, its constant affine map), a bias on the linear layers
+that absorbed a norm's bias, an untied unembedding, and in some quadratic MLPs a limit on each neuron's activation.
 
-The classes are made when they are asked for: `UnnormGPT2Config` and `UnnormGPT2LMHeadModel` from `GPT2Config` and
-`GPT2LMHeadModel`, and so on. Each is a subclass of its stock class, so that module names, `generate` and the tools
-that know the family stay as they are.
+The classes are created on demand: `UnnormGPT2Config` and `UnnormGPT2LMHeadModel` from `GPT2Config` and
+`GPT2LMHeadModel`, and so on. Each is a subclass of its stock class, so that module names, `generate` and tools
+that know the family keep working.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,14 +18,14 @@ from torch import Tensor, full, inf, nn, ones, zeros
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 10):  # 4 would miss rotary angles, and go on.
+if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 10):  # Version 4 silently misses rotary angles.
     raise ImportError("A checkpoint of unnorm needs transformers 5.10 or later: pip install 'transformers>=5.10'.")
 
 PREFIX = "Unnorm"
 
 
 class AffineMap(nn.Module):
-    """What is left of a norm that no weight could take up: y = weight * x + bias, x centered first for LayerNorm."""
+    """What is left of a norm that no weight could absorb: y = weight * x + bias, x centered first for LayerNorm."""
 
     def __init__(self, width: int, bias: bool, centered: bool) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def strip_norms(
         model: the stock model.
         removed_norms: paths of the norm modules; each becomes an `nn.Identity`.
         added_biases: paths of linear layers without a bias; each gets one, at zero.
-        affine_maps: arguments of the `AffineMap` that stands at some of the removed norms.
+        affine_maps: by path, arguments of the `AffineMap` that replaces some removed norms instead.
     """
     kept = affine_maps or {}
     for name in removed_norms:
@@ -65,14 +65,14 @@ def strip_norms(
 
 
 def limit_neurons(model: nn.Module, writers: Sequence[str], limits: Mapping[str, Tensor] | None = None) -> None:
-    """Give MLPs' neurons limits, in place: each is kept between -limit and limit before the MLP writes it.
+    """Limit the neurons of MLPs, in place: each is clamped to [-limit, limit] before the MLP's output projection.
 
-    The limits are buffers of the linear layers that write.
+    The limits are buffers of these projections.
 
     Args:
         model: any model.
         writers: paths of linear layers whose inputs are an MLP's neurons.
-        limits: those of each, shaped (neuron); if left out infinite, until a checkpoint fills them in.
+        limits: by path, shaped (neuron); by default infinite, until a checkpoint fills them in.
     """
     for name in writers:
         writer = model.get_submodule(name)
@@ -89,12 +89,12 @@ def _limited(writer: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def limits_of(model: nn.Module) -> dict[str, Tensor]:
-    """The limits of each linear layer whose inputs have some, shaped (neuron), by path."""
+    """Neuron limits, shaped (neuron), by path of the linear layer whose inputs they bound."""
     return {name: module.limit for name, module in model.named_modules() if "limit" in module._buffers}
 
 
 def ln_free_config(stock: type[PretrainedConfig]) -> type[PretrainedConfig]:
-    """The stock class's config, plus what is different: norms gone, biases added for them, neurons with limits."""
+    """The stock class's config plus the differences of the twin, such as norms removed and biases added."""
     body = {
         "__module__": __name__,
         "__doc__": f"The config of a {stock.__name__.removesuffix('Config')} without norms.",
@@ -143,17 +143,17 @@ def ln_free_model(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         "from_pretrained": classmethod(from_pretrained),
         "config_class": _made(PREFIX + stock.config_class.__name__),
         "_tied_weights_keys": None,
-        # Buffers that no checkpoint has are computed by the stock class's own code, which skips them in custom classes.
+        # Buffers that no checkpoint holds are computed by the stock class's code, which skips custom classes.
         "is_custom_code": classmethod(lambda _: False),
     }
     made: type[Any] = type(PREFIX + stock.__name__, (stock,), body)
-    if stock.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():  # By which the Trainer and pipelines go.
+    if stock.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():  # The Trainer and pipelines look here.
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[made.config_class.model_type] = made.__name__
     return made
 
 
 def __getattr__(name: str) -> Any:
-    """An LN-free class by name, made from the stock class without the prefix."""
+    """An LN-free class by name, made from the stock class of that name minus the prefix."""
     return _made(name)
 
 

@@ -1,1 +1,1 @@
-"""Models and tokenizers: loaded and checked, and what holds of a model in memory."""
+"""Models and tokenizers: loading and checking them, and helpers for models in memory."""

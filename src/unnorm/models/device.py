@@ -9,8 +9,8 @@ from unnorm.errors import UnnormError
 
 
 def free_memory(device: str) -> int:
-    """Bytes of memory that are free on the device, with what earlier work left in it given back."""
-    gc.collect()  # A Trainer and its callbacks hold each other.
+    """Free memory on the device, in bytes, after releasing what earlier work left there."""
+    gc.collect()  # A Trainer and its callbacks reference each other.
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info()[0])
@@ -18,16 +18,16 @@ def free_memory(device: str) -> int:
 
 
 def choose_device(device: str) -> str:
-    """The device a run takes place on.
+    """The device that a run uses.
 
     Raises:
-        UnnormError: it is not on this machine.
+        UnnormError: this machine does not have it.
     """
     present = ["cpu"]
     present += ["cuda"] if torch.cuda.is_available() else []
     present += ["mps"] if torch.backends.mps.is_available() else []
     if device == "auto":
-        return "cuda" if "cuda" in present else "cpu"  # Nothing was ever run on Apple GPUs.
+        return "cuda" if "cuda" in present else "cpu"  # Apple GPUs are untested.
     if device not in present:
         raise UnnormError(f"No device '{device}' here. There is: {', '.join(present)}.")
     return device

@@ -11,10 +11,10 @@ def linear_weight(module: nn.Module) -> Float[Tensor, "out in"]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is a linear layer, as torch or as GPT-2 in transformers has them."""
+    """Whether a module is a linear layer of torch, or GPT-2's kind in transformers."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is GPT-2's kind of linear layer, which keeps its weight as (in, out)."""
+    """Whether a module is GPT-2's kind of linear layer, which stores its weight as (in, out)."""
     return type(module).__name__ == "Conv1D"

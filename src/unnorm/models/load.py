@@ -44,9 +44,9 @@ def model_name(model: str | Path) -> str:
 
 
 def model_path(model: str) -> str:
-    """What transformers is asked for: the bundled model's directory for `demo`, `model/` of a run, else the name.
+    """What to ask transformers for: the bundled model's directory for `demo`, a run's `model/`, otherwise the name.
 
-    A directory that is named demo is `./demo`, so that one name does not mean one thing here and another there.
+    A local directory named demo has to be written `./demo`, so that `demo` means the same everywhere.
     """
     if model == DEMO:
         return str(resources.files("unnorm") / "demo")
@@ -64,8 +64,8 @@ def load_original(model: str, trust_remote_code: bool = False) -> tuple[PreTrain
         trust_remote_code: run modeling code that comes with the model.
 
     Raises:
-        UnnormError: it is not there, its files are damaged, it is no causal language model, its weights
-            are not finite, or the tokenizer has ids that the model has no embedding for.
+        UnnormError: the model is missing, its files are damaged, it is not a causal language model, its weights are
+            quantized or not finite, or the tokenizer is missing or has ids that the model has no embedding for.
     """
     path = model_path(model)
     if Path(path).suffix == ".gguf" and Path(path).is_file():
@@ -75,7 +75,7 @@ def load_original(model: str, trust_remote_code: bool = False) -> tuple[PreTrain
         loaded = _load_weights(model, path, config, trust_remote_code)
         tokenizer = load_tokenizer(model, path, trust_remote_code)
     loaded.config.return_dict = True
-    # Some configs say tied beside an unembedding of its own, which transformers then loads.
+    # Some configs say tied although there is a separate unembedding, which transformers then loads.
     loaded.config.tie_word_embeddings = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     _check_finite(model, loaded)
     _check_causal(model, loaded)
@@ -86,10 +86,10 @@ def load_original(model: str, trust_remote_code: bool = False) -> tuple[PreTrain
 def load_beside(
     directory: Path, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The twin of a finished run with its tokenizer, to be compared with the model that is called `name`.
+    """The twin of a finished run with its tokenizer, for comparison with the model called `name`.
 
     Raises:
-        UnnormError: its files are damaged, or the two have not the same tokens.
+        UnnormError: the twin's files are damaged, or the two models have different tokenizers or vocabulary sizes.
     """
     twin, its_tokenizer = load_original(str(directory / MODEL), trust_remote_code)
     _check_same_vocabulary(str(directory), twin, name, model)
@@ -98,7 +98,7 @@ def load_beside(
 
 
 def _check_same_vocabulary(name: str, model: PreTrainedModel, other: str, its_model: PreTrainedModel) -> None:
-    """Raise an UnnormError where two models have embeddings of different numbers of tokens."""
+    """Raise an UnnormError if two models have different numbers of token embeddings."""
     ours, theirs = vocabulary_size(model), vocabulary_size(its_model)
     if ours != theirs:
         raise UnnormError(
@@ -110,7 +110,7 @@ def _check_same_vocabulary(name: str, model: PreTrainedModel, other: str, its_mo
 def check_same_tokenizer(
     name: str, tokenizer: PreTrainedTokenizerBase, other: str, its_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Raise an UnnormError where two models' tokens have different ids."""
+    """Raise an UnnormError if two tokenizers give tokens different ids or split text differently."""
     ours, theirs = tokenizer.get_vocab(), its_tokenizer.get_vocab()
     apart = [token for token in ours.keys() | theirs.keys() if ours.get(token) != theirs.get(token)]
     if apart:
@@ -129,7 +129,7 @@ def check_same_tokenizer(
 
 
 def missing_weights(loading_info: Mapping[str, Any]) -> list[str]:
-    """Weights that a checkpoint lacks or has in another shape, by what `from_pretrained` says of its loading."""
+    """Weights that a checkpoint lacks or has in another shape, according to the loading info of `from_pretrained`."""
     return sorted([*loading_info["missing_keys"], *(key for key, *_ in loading_info["mismatched_keys"])])
 
 
@@ -173,7 +173,7 @@ def _load_weights(model: str, path: str, config: PretrainedConfig, trust_remote_
             path,
             dtype=torch.float32,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # They are named below.
+            ignore_mismatched_sizes=True,  # Reported below.
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
@@ -216,7 +216,7 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:
-    """The weights in memory are plain numbers: the Trainer must not refuse them, nor what is saved say otherwise."""
+    """Mark the weights as dequantized, so that the Trainer accepts the model and saved configs agree."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)
@@ -224,14 +224,14 @@ def _forget_quantization(model: PreTrainedModel) -> None:
 
 
 def load_tokenizer(model: str, path: str | Path, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, that is called `model` in messages.
+    """The tokenizer of a model, which messages call `model`.
 
     Raises:
-        UnnormError: there is none that can be loaded, or it comes with code that is not trusted.
+        UnnormError: no tokenizer can be loaded, or it comes with code that is not trusted.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        if type(tokenizer).__name__ == "MistralCommonBackend":  # Taken where mistral-common is installed; not savable.
+        if type(tokenizer).__name__ == "MistralCommonBackend":  # Used if mistral-common is installed; not savable.
             return PreTrainedTokenizerFast.from_pretrained(path)
         return tokenizer
     except Exception as error:
@@ -260,7 +260,7 @@ def _check_causal(name: str, model: PreTrainedModel) -> None:
     except Exception as error:
         raise UnnormError(f"'{name}' can't run on token ids alone: {short(error)}") from error
     finite = before.isfinite() & after.isfinite()
-    # A twin may overflow at a token; to measure where is what it is loaded for.
+    # A twin may overflow at some tokens; measuring where is a reason to load it.
     if not finite.all() and not getattr(model.config, "removed_norms", None):
         raise UnnormError(
             f"'{name}' gives logits that are not finite: its weights are too large. The checkpoint is damaged; "
@@ -280,7 +280,7 @@ def _check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTok
             "the model."
         )
     rows = vocabulary_size(model)
-    # Special tokens may lie beyond, such as padding and what stands for images: text that has one is refused when read.
+    # Special tokens, e.g. padding or image placeholders, may have larger ids: text with one is refused when read.
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     top = max(set(tokenizer.get_vocab().values()) - special, default=-1)
     if top >= rows:

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 
 def cast_as_loaded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Put a model into another dtype as loading it in that one does.
+    """Cast a model to another dtype, with the same result as loading it in that dtype.
 
-    Buffers that no file holds keep their precision: rotary frequencies in bfloat16 turn late positions by wrong angles.
+    Non-persistent buffers keep their precision: rotary frequencies in bfloat16 would rotate late positions by wrong
+    angles.
     """
     computed = [(module, key, module._buffers[key]) for module in model.modules() for key in _computed_buffers(module)]
     model.to(dtype)
@@ -27,7 +28,7 @@ def _computed_buffers(module: nn.Module) -> set[str]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, and back as it was."""
+    """Put the model in evaluation mode inside the context; afterwards its mode is as before."""
     was_training = model.training
     model.eval()
     try:
@@ -38,9 +39,9 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(model: PreTrainedModel) -> Iterator[None]:
-    """No dropout while this lasts: distillation wants the teacher's function, not a noisy one.
+    """Turn off dropout inside the context: distillation needs the teacher's function, not a noisy version of it.
 
-    Families keep its probability in a `nn.Dropout`, as a number of their own modules, or read it from the config.
+    Depending on the family, the probability is in an `nn.Dropout`, an attribute of another module, or the config.
     """
     before = [(module, "p", module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
     for holder in (model.config, model.config.get_text_config(), *model.modules()):
@@ -59,7 +60,7 @@ def _is_share(value: object) -> bool:
 
 
 def fuse_activations(model: PreTrainedModel) -> None:
-    """GPT-2's GELU as torch's one operation in place of transformers' eight: same function, a tenth of a CPU step."""
+    """Run GPT-2's GELU as one torch operation, not transformers' eight: same function, saves a tenth of a CPU step."""
     for name, module in list(model.named_modules()):
         if type(module).__name__ == "NewGELUActivation":
             model.set_submodule(name, nn.GELU(approximate="tanh"))
@@ -68,16 +69,16 @@ def fuse_activations(model: PreTrainedModel) -> None:
 def copy_model(model: PreTrainedModel, share: bool = False) -> PreTrainedModel:
     """An independent copy in the same dtype and on the same device.
 
-    With `share` only the modules are copied: its parameters are new ones over the same memory.
+    With `share` only the modules are copied: the parameters are new objects over the same memory.
     """
-    # What stands here is taken instead of a copy.
+    # The memo of `deepcopy`: what is in here is used instead of a copy.
     taken: dict[int, torch.Tensor] = {}
     if share:
         taken = {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()}
-    for module in model.modules():  # States that some families keep from the last pass can't be copied with its graph.
+    for module in model.modules():  # Some families keep states of the last pass, which can't be copied with a graph.
         kept = (value for value in vars(module).values() if isinstance(value, torch.Tensor) and value.grad_fn)
         taken |= {id(value): value.detach() for value in kept}
     copy = deepcopy(model, taken)
-    # Not in a config's own copy, since it depends on the machine.
+    # Copying a config leaves this out, since it depends on the machine.
     copy.config._experts_implementation = model.config._experts_implementation
     return copy.eval()

@@ -1,4 +1,4 @@
-"""How many tokens a model knows, and how many it takes at once."""
+"""Vocabulary size and context length of a model, and how many blocks to run at once."""
 
 from transformers import PreTrainedModel
 
@@ -6,16 +6,16 @@ from unnorm.errors import UnnormError
 
 MOST_CONTEXT = 1024
 LOGITS_AT_ONCE = 2**28
-"""Of all blocks that run together."""
+"""Most logits of all blocks that run together; a gigabyte in float32."""
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:
-    """Rows of the token embedding: ids are below it, and the tokenizer may have fewer."""
+    """Rows of the token embedding: all ids are below this, and the tokenizer may have fewer tokens."""
     return int(model.get_input_embeddings().weight.shape[0])
 
 
 def context_length(model: PreTrainedModel) -> int:
-    """Most tokens that the model takes at once, or was trained on (BLOOM), or 1024 where its config does not say."""
+    """Most tokens that the model takes at once, or was trained on (BLOOM); 1024 if its config does not say."""
     return _told_context(model) or 1024
 
 
@@ -27,22 +27,22 @@ def _told_context(model: PreTrainedModel) -> int | None:
 
 
 def check_fits(model: PreTrainedModel, tokens: int) -> None:
-    """Raise an UnnormError where a sequence has more tokens than the model takes."""
+    """Raise an UnnormError if a sequence has more tokens than the model takes."""
     longest = _told_context(model)
     if longest is not None and tokens > longest:
         raise UnnormError(f"A sequence has {tokens} tokens, and the model takes {longest}. Shorten it.")
 
 
 def blocks_at_once(model: PreTrainedModel, length: int, most: int) -> int:
-    """How many blocks to run together, so that their logits take no more than a gigabyte in float32."""
+    """How many blocks to run together: at most `most`, with at most a gigabyte of float32 logits, and at least one."""
     return max(1, min(most, LOGITS_AT_ONCE // (length * vocabulary_size(model))))
 
 
 def choose_context(asked: int | None, *models: PreTrainedModel) -> int:
-    """Tokens in a block: as asked for, else the longest that all models take, at most `MOST_CONTEXT`.
+    """Tokens in a block: `asked`, or by default the longest that all models take, at most `MOST_CONTEXT`.
 
     Raises:
-        UnnormError: a model can't take as many, or there would be nothing to predict.
+        UnnormError: a model can't take that many, or there would be nothing to predict.
     """
     longest = min(context_length(model) for model in models)
     context = min(longest, MOST_CONTEXT) if asked is None else asked

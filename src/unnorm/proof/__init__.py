@@ -1,1 +1,1 @@
-"""That sites are found right, when a model is loaded, and that a finished twin is what it is said to be."""
+"""Proofs: at load, that the sites found are right; later, that a finished twin is what it is said to be."""

@@ -1,4 +1,4 @@
-"""Proof, before anything is trained, that the norm sites found are right and that the fold of each is exact."""
+"""Proof, before any training, that the norm sites found are right and that each folds exactly."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,22 +21,22 @@ from unnorm.taper.norms import TaperedNorm, centered
 from unnorm.taper.stand_ins import install
 
 PROOF_TOLERANCE = 1e-10
-"""Largest difference of logits, relative to the largest logit, that float64 may show at load."""
+"""Largest difference of float64 logits accepted at load, relative to the largest logit (or to 1 if that is larger)."""
 
 
 @torch.no_grad()
 def prove_sites(model: PreTrainedModel, sites: Sequence[NormSite]) -> float:
-    """Show that the sites, and the fold of each, are right for this model, before anything is trained.
+    """Prove that the sites, and the fold of each, are right for this model, before any training.
 
-    In float64: stand-ins reproduce the norms; then, with random constant scales, folded and unfolded logits
-    agree.
+    Everything runs in float64: stand-ins must reproduce the norms; then, with random constant scales, folded and
+    unfolded logits must agree; and the folded model must run no norm operation, unless it keeps norms.
 
     Returns:
-        The largest absolute difference of logits between folded and unfolded.
+        The largest absolute difference between folded and unfolded logits.
 
     Raises:
-        UnnormError: they don't agree (the message names the first site that can't be folded), the model's class is not
-            one of transformers' own, or it is a twin that kept norms.
+        UnnormError: one of these fails (if the fold does, the message names the first site that can't be folded), the
+            model can't compute in float64, its class is not one of transformers' own, or it is a twin that kept norms.
     """
     twin_class(model)
     ids = trace_inputs(model, batch=2, length=16)
@@ -44,7 +44,7 @@ def prove_sites(model: PreTrainedModel, sites: Sequence[NormSite]) -> float:
     before = _float64_logits(work, ids)
     stand_ins = install(work, sites)
     after = _logits(work, ids)
-    # A norm that computes in float32 whatever it is given agrees to float32 only.
+    # Some norms compute in float32 whatever their input is, and agree only to that precision.
     if not torch.allclose(before, after, rtol=1e-4, atol=1e-4 * float(before.abs().max())):
         raise UnnormError(f"Stand-ins for the norms of {type(model).__name__} don't reproduce its logits.")
     with _random_constants(stand_ins):
@@ -86,10 +86,10 @@ def _float64_logits(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) 
 
 @contextmanager
 def _random_constants(stand_ins: dict[str, TaperedNorm]) -> Iterator[None]:
-    """In the pass that follows every stand-in is removed; its constant is the scale it meets, times a number near 1.
+    """In a pass inside the context, remove each stand-in; its constant is the scale it meets times a number near 1.
 
-    Without constants that fit what the removed norms before them made, deep models with gated MLPs, whose output grows
-    with the cube of their input, would overflow.
+    The constants have to fit what comes from the norms removed before them. Otherwise deep models with gated MLPs,
+    whose output grows with the cube of their input, would overflow.
     """
     generator = torch.Generator().manual_seed(0)
     chosen: dict[TaperedNorm, Tensor] = {}
@@ -97,7 +97,7 @@ def _random_constants(stand_ins: dict[str, TaperedNorm]) -> Iterator[None]:
     def remove(stand_in: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(stand_in, TaperedNorm)
         x = centered(args[0].double(), stand_in.centered)
-        # Over all tokens, so that the longest, too, comes out not much longer than a norm would leave it.
+        # Over all tokens, so that even the longest comes out not much longer than from a norm.
         log_scale = 0.5 * torch.log(x.square().mean() + stand_in.eps)
         chosen[stand_in] = log_scale + 0.3 * torch.randn((), generator=generator, dtype=torch.float64)
         stand_in.log_constant.fill_(chosen[stand_in])
@@ -107,7 +107,7 @@ def _random_constants(stand_ins: dict[str, TaperedNorm]) -> Iterator[None]:
         with hooked(stand_in.register_forward_pre_hook(remove) for stand_in in stand_ins.values()):
             yield
     finally:
-        for stand_in, log_constant in chosen.items():  # What the hook wrote to may be gone with its block.
+        for stand_in, log_constant in chosen.items():  # The hook may have written to a block's temporary copy.
             stand_in.log_constant.fill_(log_constant)
 
 
@@ -116,7 +116,7 @@ def _logits(
 ) -> Float[Tensor, "batch position vocab"]:
     try:
         return float64_logits(model, ids, weights)
-    except Exception as error:  # Whatever code that was written for a norm does without one.
+    except Exception as error:  # Code written for a norm may fail in any way without one.
         raise UnnormError(
             f"{type(model).__name__.removeprefix(PREFIX)} does more with its norms than call them ({short(error)}), so "
             "nothing can take their place. It would need modeling code that only calls them; the model is refused."
@@ -124,7 +124,7 @@ def _logits(
 
 
 def _what_is_wrong(model: PreTrainedModel, sites: Sequence[NormSite]) -> str:
-    """The first site that changes the logits when it is folded alone, or whatever else does."""
+    """In words, the first site that changes the logits when folded alone, or what else changes them."""
     ids = trace_inputs(model)
     work = copy_model(model, share=True)
     if not _folds(work, [], ids):

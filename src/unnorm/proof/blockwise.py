@@ -1,4 +1,4 @@
-"""Computing in float64 without a copy of the model in float64: one block's weights at a time."""
+"""Computing in float64 without a float64 copy of the model: weights are widened one transformer block at a time."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,21 +14,21 @@ from unnorm.hooks import hooked
 
 @contextmanager
 def in_float64(model: PreTrainedModel, weights: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-    """The model computes in float64 while this lasts, and is as it was afterwards.
+    """Inside the context the model computes in float64; afterwards it is as it was.
 
-    Each transformer block gets its weights in float64 just before it runs and its own back right after; what lies
-    outside of the blocks (embeddings, unembedding) has its own in float64 all the while. Widening is exact, so this
-    computes what a whole copy in float64 would.
+    Each transformer block gets float64 weights just before it runs and its own back right after; modules outside the
+    blocks (embeddings, unembedding) have float64 weights throughout. Widening is exact, so the result is that of a
+    full float64 copy.
 
     Args:
         model: a model in any precision, or one whose parameters are on the meta device.
-        weights: what to take instead of the model's own, by their names in its state dict.
+        weights: used instead of the model's own, by their names in its state dict.
     """
     taken: dict[nn.Module, list[tuple[dict[str, Any], str, Any]]] = {}
     paths = {module: name for name, module in model.named_modules()}
 
     def take(top: nn.Module, parts: Iterable[nn.Module]) -> None:
-        wide: dict[int, Tensor] = {}  # By what it was made from, so that what is tied takes room once.
+        wide: dict[int, Tensor] = {}  # By id of the original tensor, so that tied weights are widened once.
         for part in parts:
             tables: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
             for held in tables:
@@ -50,7 +50,7 @@ def in_float64(model: PreTrainedModel, weights: Mapping[str, Tensor] | None = No
     handles = [block.register_forward_pre_hook(lambda block, _: take(block, block.modules())) for block in blocks]
     handles += [block.register_forward_hook(lambda block, *_: give_back(block), always_call=True) for block in blocks]
     take(model, others)
-    model.config._experts_implementation = "eager"  # The fused experts know no float64.
+    model.config._experts_implementation = "eager"  # The fused experts do not support float64.
     try:
         with hooked(handles):
             yield
@@ -64,7 +64,7 @@ def in_float64(model: PreTrainedModel, weights: Mapping[str, Tensor] | None = No
 def float64_logits(
     model: PreTrainedModel, ids: Int[Tensor, "batch position"], weights: Mapping[str, Tensor] | None = None
 ) -> Float[Tensor, "batch position vocab"]:
-    """Logits in float64, of the model or of one like it with other `weights`."""
+    """Logits in float64, of the model with its own weights or with `weights` instead."""
     with in_float64(model, weights):
         return model(input_ids=ids, use_cache=False).logits
 

@@ -31,7 +31,7 @@ from unnorm.taper.norms import centered
 FLOAT64_LIMIT = 1e-10
 FLOAT32_LIMIT = 1e-4
 WEIGHT_LIMIT = 1e-6
-"""Of weights in float32, whose rounding alone is 6e-8 of each."""
+"""For weights in float32, whose rounding alone is 6e-8 relative to each."""
 _PARTS_AT_ONCE = 64
 
 _PROBE_SHAPE = (2, 16)
@@ -63,19 +63,18 @@ class Check:
 
 @isolated
 def verify(directory: str | Path) -> list[Check]:
-    """Prove a run directory: norm-free, folded exactly, read linearly, a plain sum, with a modeling file of unnorm's.
+    """Prove that a run's twin is norm-free, exactly folded, linearly read, a plain sum, with unnorm's modeling file.
 
     Args:
         directory: a finished run.
 
     Returns:
-        One row for each check: two on what is left of norms (one, where some were kept with `--keep`), then the fold
-        in float64, every weight of the checkpoint, its logits, the reads, the sum of contributions, and the modeling
-        file that the checkpoint brings along. A check that does not hold is a row whose `passed` is False, not an
-        error.
+        One row for each check: two on norms that remain (one, if some were kept with `--keep`), then the fold in
+        float64, every weight of the checkpoint, its logits, the reads, the sum of contributions, and the modeling file
+        that comes with the checkpoint. A failed check is a row whose `passed` is False, not an error.
 
     Raises:
-        UnnormError: it holds no finished run, or files of it are missing or damaged.
+        UnnormError: the directory holds no finished run, or files of it are missing or damaged.
     """
     directory = Path(directory).expanduser()
     sites, _ = load_sites(directory)
@@ -85,7 +84,7 @@ def verify(directory: str | Path) -> list[Check]:
 
 
 def check_twin(twin: PreTrainedModel, unfolded: PreTrainedModel, sites: Sequence[NormSite]) -> list[Check]:
-    """The rows of `verify` for models in memory: the LN-free one, and the one with stand-ins that it came from."""
+    """The rows of `verify` for models in memory: the twin, and the model with stand-ins that it was folded from."""
     ids = trace_inputs(twin, *_PROBE_SHAPE)
     norm_free = [_no_norm_modules(twin), _no_norm_operations(twin, ids)]
     return [
@@ -136,19 +135,19 @@ def _fold_float64(unfolded: PreTrainedModel, sites: Sequence[NormSite], ids: Int
 
 @torch.no_grad()
 def _weights(twin: PreTrainedModel, unfolded: PreTrainedModel, sites: Sequence[NormSite]) -> Check:
-    """Every tensor of the checkpoint beside the unfolded model's, folded anew in float64: logits see few of them."""
+    """Every tensor of the checkpoint against a new fold in float64; the logits of a few tokens depend on only some."""
     name = "weights = those of the fold"
     stored, folded = twin.state_dict(), FoldedWeights(unfolded, sites, torch.float64)
     if odd := sorted(stored.keys() ^ set(folded)):
         return Check(name, False, math.inf, WEIGHT_LIMIT, f"on one side alone: {first_few(odd)}")
-    # In the twin's order: weight and bias, which are folded together, one after the other.
+    # In the twin's order, in which weight and bias, which are folded together, are neighbours.
     errors = {key: _relative_error(value, folded[key]) for key, value in stored.items()}
     worst = max(errors, key=lambda key: errors[key])
     return _row(name, errors[worst], WEIGHT_LIMIT, f"relative; worst of {len(errors)}: {worst}")
 
 
 def _relative_error(found: Tensor, expected: Tensor) -> float:
-    """The largest difference over the largest finite entry; limits on neurons are infinite where there is none."""
+    """The largest difference relative to the largest finite entry; infinite entries are neurons without a limit."""
     if found.shape != expected.shape:
         return math.inf
     found, expected = found.double(), expected.double()
@@ -168,7 +167,7 @@ def _fold_float32(twin: PreTrainedModel, unfolded: PreTrainedModel, ids: Int[Ten
 def _reads_affine(twin: PreTrainedModel, sites: Sequence[NormSite], ids: Int[Tensor, "batch position"]) -> Check:
     """f(ax + by) = a f(x) + b f(y) + (1 - a - b) f(0) for the readers of every site, at random residuals.
 
-    Where a map stayed in place, f is that map; where it went into the writer there is nothing left to read.
+    For a map that stayed in place, f is that map; sites folded into their writer have no reader left to check.
     """
     sites = [site for site in sites if site.folds_into != "writer"]
     generator = torch.Generator().manual_seed(0)
@@ -177,7 +176,7 @@ def _reads_affine(twin: PreTrainedModel, sites: Sequence[NormSite], ids: Int[Ten
     shape = {name: x.shape for name, (x, _) in record.items()}
 
     def residuals() -> dict[str, Tensor]:
-        # Lengths from token to token differ by orders of magnitude, so that no norm could pass.
+        # Token lengths differ by orders of magnitude, so that no norm could pass.
         def draw(*size: int) -> Tensor:
             return torch.randn(size, generator=generator, dtype=torch.float64)
 
@@ -190,7 +189,7 @@ def _reads_affine(twin: PreTrainedModel, sites: Sequence[NormSite], ids: Int[Ten
         )
     errors = {
         reader: _number((f_mixed[reader] - (a * f_x[reader] + b * f_y[reader] + (1 - a - b) * f_0[reader])).abs().max())
-        / max(float(f_mixed[reader].abs().max()), torch.finfo(torch.float64).tiny)  # One of zeros is affine too.
+        / max(float(f_mixed[reader].abs().max()), torch.finfo(torch.float64).tiny)  # All zeros is affine too.
         for reader in f_mixed
     }
     if not errors:
@@ -206,7 +205,7 @@ def _read(
 
     def put(name: str) -> Callable[[Tensor], Tensor]:
         def edit(x: Tensor) -> Tensor:
-            # A norm that is called twice, for queries and for keys, may be given two shapes; then one is looked at.
+            # A norm called twice, for queries and for keys, may get two shapes; then only the last call is checked.
             at = residuals[name].to(x.device)
             return at if at.shape == x.shape else torch.zeros_like(x)
 
@@ -220,7 +219,7 @@ def _read(
 
 
 def _looked_at(twin: PreTrainedModel, site: NormSite) -> Iterator[str]:
-    """A site's readers; for experts, which read some rows each and give no linear function of them, the site itself."""
+    """A site's readers; the site itself for experts, which read only some tokens each and are not linear in them."""
     if site.folds_into != "readers":
         yield site.name
         return
@@ -232,10 +231,10 @@ def _looked_at(twin: PreTrainedModel, site: NormSite) -> Iterator[str]:
 
 @torch.no_grad()
 def _contributions_add_up(twin: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Check:
-    """Embeddings, heads, MLPs and biases, each through the unembedding alone, sum to what the unembedding gives.
+    """Embeddings, heads, MLPs and biases, each passed through the unembedding on its own, sum to the logits.
 
-    Between them and the unembedding there may be linear maps: those that stayed in place of a post-norm model's norms,
-    or OPT's projection of what it unembeds. Where the final norm was kept, they sum to what that norm reads.
+    There may be linear maps before the unembedding: those that stayed in place of a post-norm model's norms, or OPT's
+    `project_out`. If the final norm was kept, the contributions sum to what that norm reads.
     """
     last = unembedding_name(twin)
     sources, reader = _linear_sources(twin, last)
@@ -251,7 +250,7 @@ def _contributions_add_up(twin: PreTrainedModel, ids: Int[Tensor, "batch positio
     if expected.shape[:-1] != ids.shape:
         return not_a_sum  # ProphetNet unembeds several streams at once.
     parts = _contributions(twin, sources, reader, record, ids)
-    # Large models have a thousand parts, and each goes through the whole unembedding: at the ends of sequences only.
+    # Large models have a thousand parts, and each goes through the whole unembedding: first and last positions only.
     ends, batch = [0, ids.shape[1] - 1], ids.shape[0]
     rows = [(part if part.ndim < 3 else part[:, ends]).expand(batch, len(ends), -1) for part in parts]
     together = (torch.stack(rows[at : at + _PARTS_AT_ONCE]) for at in range(0, len(rows), _PARTS_AT_ONCE))
@@ -268,9 +267,9 @@ def _contributions_add_up(twin: PreTrainedModel, ids: Int[Tensor, "batch positio
 
 
 def _linear_sources(twin: PreTrainedModel, last: str) -> tuple[dict[str, dict[str, float]], str]:
-    """What the unembedding and every linear map read, as `stream_sources`; and who reads the stream last.
+    """`stream_sources` of the unembedding and of every linear map, and the last reader of the residual stream.
 
-    That is the unembedding, or a final norm that was kept.
+    The last reader is the unembedding, or the final norm if it was kept.
     """
     maps = [name for name, module in twin.named_modules() if is_linear(module) or isinstance(module, AffineMap)]
     sources = stream_sources(twin, [last, *maps, *twin.config.kept_norms])
@@ -282,7 +281,7 @@ def _linear_sources(twin: PreTrainedModel, last: str) -> tuple[dict[str, dict[st
 
 
 def _is_sum(sources: dict[str, dict[str, float]], reader: str) -> bool:
-    """Whether what a module reads is a sum, be it one that a linear map lies over."""
+    """Whether what a module reads is a sum, possibly one that linear maps were applied to."""
     found = sources.get(reader, {})
     return len(found) > 1 or any(_is_sum(sources, name) for name in found)
 
@@ -294,7 +293,7 @@ def _contributions(
     record: dict[str, tuple[Tensor, Any]],
     ids: Int[Tensor, "batch position"],
 ) -> list[Float[Tensor, "..."]]:
-    """What adds up to what a module reads; a map of a whole sum is a map of each of its terms, and a bias."""
+    """The terms that add up to what `reader` reads; a linear map of a sum is split into its terms' maps and a bias."""
     parts: list[Tensor] = []
     for name, factor in sources[reader].items():
         if _is_sum(sources, name):
@@ -309,14 +308,14 @@ def _contributions(
 
 
 def _linear(module: nn.Module, x: Float[Tensor, "*token in"]) -> Float[Tensor, "*token out"]:
-    """A linear layer or an affine map without its bias."""
+    """A linear layer or an affine map, applied without its bias."""
     if isinstance(module, AffineMap):
         return centered(x, module.centered) * module.weight.double()
     return x @ linear_weight(module).double().T
 
 
 def _modeling_file(checkpoint: Path, twin: PreTrainedModel) -> Check:
-    """Whoever loads the checkpoint with `trust_remote_code=True` runs the file in it, and not this package's."""
+    """Check the checkpoint's own modeling file: `trust_remote_code=True` runs that one, not this package's."""
     name, own = "its modeling file is unnorm's", Path(modeling_unnorm.__file__)
     module = own.stem
     expected = {
@@ -337,14 +336,14 @@ def _modeling_file(checkpoint: Path, twin: PreTrainedModel) -> Check:
 
 
 def _with_batch(part: Float[Tensor, "..."], batch: int, length: int) -> Float[Tensor, "..."]:
-    """OPT's MLP gives batch and position as one; Blenderbot's position embedding gives positions alone."""
+    """Restore a batch dimension: OPT's MLP merges batch and position, Blenderbot's position embedding has no batch."""
     if part.ndim == 2 and len(part) == batch * length:
         return part.view(batch, length, -1)
     return part[None] if part.ndim == 2 and len(part) == length else part
 
 
 def _first(output: Any) -> Tensor:
-    """A router gives its logits first."""
+    """A module's first output; a router returns several, its logits first."""
     return output if isinstance(output, Tensor) else output[0]
 
 

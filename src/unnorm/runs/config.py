@@ -21,7 +21,7 @@ from unnorm.taper.schedule import KL_BUDGET
 
 
 class RemoveConfig(BaseModel):
-    """Every option of `unnorm remove`; None means: chosen from the model, the recipe and the machine."""
+    """Every option of `unnorm remove`; None means that it is chosen from the model, the recipe and the machine."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -91,7 +91,7 @@ class RemoveConfig(BaseModel):
             try:
                 for tracker in get_reporting_integration_callbacks(name):
                     tracker()
-            except Exception as error:  # What transformers finds missing, it says in errors of many kinds.
+            except Exception as error:  # transformers reports what is missing with many kinds of errors.
                 raise ValueError(" ".join(str(error).split()).removesuffix(".")) from error
         return names
 
@@ -100,7 +100,7 @@ class RemoveConfig(BaseModel):
         """Check options.
 
         Raises:
-            UnnormError: an option is unknown or has no valid value; all of them are named.
+            UnnormError: options are unknown or have invalid values; the message names all of them.
         """
         try:
             return cls(**options)
@@ -113,7 +113,7 @@ class RemoveConfig(BaseModel):
             raise UnnormError(f"Wrong settings: {'; '.join(wrong)}.{known}") from error
 
     def to_saved(self) -> dict[str, Any]:
-        """The settings as they are saved: paths are absolute, so that they hold wherever the run is gone on with."""
+        """The settings as they are saved: paths are absolute, so that the run can be resumed from any directory."""
         saved = self.model_dump(mode="json")
         names = {"model": (DEMO,), "data": (STDLIB, OWN_TEXT), "twin": (), "out": ()}
         for key, no_paths in names.items():
@@ -122,7 +122,7 @@ class RemoveConfig(BaseModel):
         return saved
 
     def save(self, path: Path) -> None:
-        """Write the settings as YAML, unless they are there.
+        """Write the settings as YAML, unless the file holds them already.
 
         Raises:
             UnnormError: the disk is full or can't be written to.
@@ -133,7 +133,7 @@ class RemoveConfig(BaseModel):
 
 
 def _absolute(source: str) -> str:
-    """The absolute path of a local file, directory or glob; anything else, such as a hub id, as it is."""
+    """The absolute path of a local file, directory or glob; anything else, such as a hub id, is returned as it is."""
     path = os.path.abspath(os.path.expanduser(source))  # noqa: PTH100, PTH111 (pathlib's raise, or follow links)
     return path if os.path.lexists(path) or glob.glob(path) else source  # noqa: PTH207 (Path.glob takes no absolute pattern)
 
@@ -142,7 +142,7 @@ def parse_count(text: str) -> int:
     """`150M` -> 150000000; also k, B/G, decimals and underscores.
 
     Raises:
-        ValueError: the text is no such number.
+        ValueError: the text is not such a number.
     """
     match = re.fullmatch(r"\s*([\d_]*\.?\d+)\s*([kKmMbBgG]?)\s*", text)
     if not match or ("." in match[1] and not match[2]):
@@ -155,10 +155,10 @@ def parse_count(text: str) -> int:
 
 
 def read_count(tokens: int | str) -> int:
-    """A number of tokens, also written as `parse_count` reads it.
+    """A number of tokens, given as an integer or as text for `parse_count`.
 
     Raises:
-        UnnormError: the text is no such number.
+        UnnormError: the text is not such a number.
     """
     try:
         return parse_count(tokens) if isinstance(tokens, str) else int(tokens)
@@ -170,11 +170,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
     """Options from a YAML file.
 
     Raises:
-        UnnormError: it can't be read or holds no mapping.
+        UnnormError: the file can't be read, is not a mapping, or has unknown options.
     """
     try:
         options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:  # A date that there is not is a ValueError.
+    except (OSError, ValueError, yaml.YAMLError) as error:  # An impossible date raises ValueError.
         said = " ".join(str(error).split())
         raise UnnormError(f"Could not read the settings in '{path}': {said}. Give a YAML file.") from error
     if options is None:
@@ -192,7 +192,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def run_settings(directory: Path) -> dict[str, Any]:
-    """The settings that a run was started with; none, where its file is missing.
+    """The settings that a run was started with; empty if their file is missing.
 
     Raises:
         UnnormError: the file can't be read.

@@ -1,4 +1,4 @@
-"""The names of the files of one run, and its result."""
+"""The names of a run's files, and reading its result."""
 
 import json
 import os
@@ -15,39 +15,39 @@ MODEL, UNFOLDED = "model", "unfolded"
 SITES = "sites.json"
 """The former norm sites and their constant scales."""
 LIMITS = "limits.safetensors"
-"""Neurons' limits, in `UNFOLDED`."""
+"""Neuron limits, in `UNFOLDED`."""
 CONTROL = "control"
 RESULT, REPORT, CARD = "result.json", "report.html", "README.md"
-"""Numbers; the page to look at; the model card, in `MODEL`."""
+"""Numbers; the HTML report; the model card, in `MODEL`."""
 METRICS, EARLIER = "metrics.jsonl", "earlier.jsonl"
-"""Rows of the run's training, and of the runs that brought its twin to where it was taken up."""
+"""Metrics of the run's own training, and of the earlier runs whose twin it continues from."""
 
 # Deleted when the run is finished.
 CHECKPOINTS, DATA = "checkpoints", "data"
 LAYOUT = "layout.json"
-"""In `CHECKPOINTS`: what was decided before the first step, which the checkpoints' weights belong to."""
+"""In `CHECKPOINTS`: what was decided before the first step and is needed to load the checkpoints' weights."""
 LOGS = "runs"
-"""Of TensorBoard, where it follows the run; in `CHECKPOINTS` until then, as the Trainer names it."""
+"""TensorBoard's logs, if it is used: in `CHECKPOINTS`, where the Trainer puts them, until the run is finished."""
 HELD_OUT = "held_out.txt"
-"""In `DATA`, when its blocks are written: how validation text was held out."""
+"""In `DATA`, written once all blocks are: how validation text was held out."""
 FACTS = "facts.json"
-"""In `DATA`, when the twin is saved: what was measured and done before training and in it."""
+"""In `DATA`, written once the twin is saved: what was measured and done before and during training."""
 CONTROL_DONE = "control.txt"
-"""In `DATA`, when the control is saved."""
+"""In `DATA`, written once the control is saved."""
 
 
 def short_name(source: str) -> str:
-    """What a model or data is called: a resumed run knows local ones by their whole path, whose end is the name."""
+    """Display name of a model or of data: the last part of an absolute path, which resumed runs use for local ones."""
     return Path(source).name if Path(source).is_absolute() else source
 
 
 def named_path(source: str) -> Path:
-    """The path that a name would be, whether there is anything or not; `~` of an unknown user stays as it is."""
+    """A name as a path, whether or not it exists; `~` is expanded unless its user is unknown."""
     return Path(os.path.expanduser(source))  # noqa: PTH111 (pathlib's raises where there is no such user)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all: that it is there says that what it tells of is done.
+    """Write a text file atomically, since its existence is the sign that what it describes is complete.
 
     Raises:
         UnnormError: the disk is full or can't be written to.
@@ -64,9 +64,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of metrics, one a line; none, where there is no file.
+    """Rows of metrics, one per line; none if there is no file.
 
-    A last line that was cut short, by a kill or a full disk, is passed over.
+    A last line that was cut short, by a kill or a full disk, is skipped.
 
     Raises:
         UnnormError: another line is damaged.
@@ -85,17 +85,17 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def resume_command(directory: Path) -> str:
-    """What goes on with a run, as it is to be pasted into a shell."""
+    """The shell command that resumes a run."""
     return f"unnorm remove --resume --out {quote(str(directory))}"
 
 
 def nearest_existing(directory: Path) -> Path:
-    """A directory, or what it would be made in."""
+    """The directory itself if it exists, otherwise its nearest parent that does."""
     return next(path for path in (directory, *directory.absolute().parents) if path.exists())
 
 
 def check_can_be_made(directory: Path) -> None:
-    """Raise an UnnormError where a directory, that may be there already, can't be made or written to."""
+    """Raise an UnnormError if a directory can't be created or, where it exists, written to."""
     place = nearest_existing(directory)
     if not place.is_dir():
         raise UnnormError(f"'{directory}' can't be made: '{place}' is a file. Choose another --out.")

@@ -1,4 +1,4 @@
-"""A finished run's twin beside a model with norms, for what is measured on both."""
+"""A finished run's twin and the model with norms that it is compared with."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,16 +18,16 @@ from unnorm.sites.site import NormSite
 
 @dataclass(frozen=True)
 class Pair:
-    """A twin and a model with norms, with the same tokens, both in float32.
+    """A twin and a reference model with norms, both in float32, with the same tokenizer.
 
     Attributes:
-        name: what the model with norms is called.
-        reference: that model.
-        twin: the run's.
-        tokenizer: of both.
+        name: name of the reference.
+        reference: the model with norms.
+        twin: the run's twin.
+        tokenizer: the tokenizer of both.
         sites: the twin's former norm sites.
-        constants: the constant scale of each, as folded.
-        settings: the run's, as saved.
+        constants: the constant scale of each site, as folded.
+        settings: the run's settings, as saved.
     """
 
     name: str
@@ -47,19 +47,19 @@ def open_pair(
     trust_remote_code: bool,
     watch: Watch,
 ) -> Pair:
-    """Load the twin of a finished run and what it is compared with.
+    """Load the twin of a finished run and the reference it is compared with.
 
     Args:
-        directory: the run's.
-        against: the model with norms; by default the run's own.
-        control_first: by default the run's control, where there is one, else its original; or its original at once.
-        device: that both are put on.
-        trust_remote_code: run modeling code that comes with the model with norms.
+        directory: the run directory.
+        against: the reference; by default the run's control or original.
+        control_first: whether the default is the run's control, if it has one, rather than its original.
+        device: device that both are put on.
+        trust_remote_code: run modeling code that comes with the models.
         watch: told what is loaded.
 
     Raises:
-        UnnormError: there is no finished run, the model with norms can't be loaded or is not named, or the two have
-            not the same tokens.
+        UnnormError: there is no finished run, the reference can't be loaded or is not named, or the two models have
+            different tokenizers or vocabulary sizes.
     """
     sites, constants = load_sites(directory)
     settings = run_settings(directory)

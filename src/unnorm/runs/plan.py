@@ -1,4 +1,4 @@
-"""The plan of one run: what is chosen for the user, from the model, the recipe and the machine."""
+"""The plan of one run: settings the user left open, chosen from the model, the recipe and the machine."""
 
 import time
 from typing import Literal
@@ -17,20 +17,20 @@ from unnorm.taper.recipes import RECIPES, RecipeName
 CPU_TOKENS = 1_600_000
 GPU_TOKENS = 20_000_000
 CONTROL_STEP_TOKENS = 4096
-"""Tokens that the control's steps have at least."""
+"""Tokens that a step of the control should have at least; short runs use fewer."""
 LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 512, 2**19
 MOST_LR = 2e-3
 MEMORY_SHARE = 0.5
-"""Share of the memory that the states leave free which activations may take."""
+"""Share of the memory not taken by weights, gradients and optimizer states that activations may use."""
 STATE_BYTES = 20
-"""For each parameter: weight, gradient and AdamW's two moments; on a GPU the original's too, on a CPU the last good."""
+"""Per parameter: weight, gradient, AdamW's two moments, and the original's weight (GPU) or the last good one (CPU)."""
 LEAST_BFLOAT16_GAIN = 1.5
-"""How many times as fast a linear layer must be in bfloat16 for the whole step to gain."""
+"""Least speedup of a linear layer in bfloat16 with which the whole step gets faster."""
 TIMED_WIDTH, TIMED_TURNS = 512, 10
 
 
 class Plan(BaseModel):
-    """The settings with nothing left open: what a run was really done with."""
+    """The settings with nothing left open: what the run actually uses."""
 
     device: str
     bfloat16: bool
@@ -61,12 +61,12 @@ class Plan(BaseModel):
 
     @property
     def records_steps(self) -> bool:
-        """Whether steps are replayed from a record: not those that add up gradients, or share them with others."""
+        """Whether steps are replayed as a recorded CUDA graph; not with gradient accumulation or several processes."""
         return self.cuda_graph and self.processes == 1 and self.accumulation == 1
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches that each process adds up for one optimizer step."""
+        """Micro-batches that each process accumulates for one optimizer step."""
         return self.batch_size // (self.micro_batch * self.processes)
 
 
@@ -74,8 +74,8 @@ def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) 
     """Choose what the user left open.
 
     Raises:
-        UnnormError: the device is not there, the context is longer than the model's, or a step takes more tokens than
-            there are.
+        UnnormError: the device is missing, the context is longer than the model's or too short, a step takes more
+            tokens than there are, or training does not fit in memory.
     """
     device = choose_device(config.device)
     context = choose_context(config.context, model)
@@ -105,36 +105,36 @@ def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) 
 
 
 def control_plan(plan: Plan) -> Plan:
-    """The same tokens in larger steps, where steps are small: labels are noisier than a teacher's logits.
+    """The same tokens in larger steps where steps are small, since labels are noisier than a teacher's logits.
 
-    With 1.6 million tokens the bundled model's control ends at 3.072 nats with 4,096 tokens a step (original: 3.099,
+    With 1.6 million tokens the bundled model's control ends at 3.072 nats with 4,096 tokens per step (original: 3.099,
     `benchmarks/demo.json`); with 512 it ended above the original. A weaker control would flatter the twin.
     """
     wanted = max(1, min(round(CONTROL_STEP_TOKENS / plan.step_tokens), plan.steps // 10))
-    # In a short run smaller ones: ten of them, where the twin takes as many, and its tokens to a few hundredths.
+    # Smaller ones in a short run: at least ten if the twin takes that many, and the twin's tokens to within 3%.
     factor = next(n for n in range(wanted, 0, -1) if abs(round(plan.steps / n) * n - plan.steps) <= 0.03 * plan.steps)
     return plan.model_copy(update={"batch_size": plan.batch_size * factor, "steps": round(plan.steps / factor)})
 
 
 def healing_plan(plan: Plan, spent: int) -> Plan:
-    """The learning rate starts where it would stand in one run of all tokens, `spent` ones and those of the plan.
+    """The plan with the learning rate that a single run over all tokens, `spent` and planned, would have reached.
 
-    After 300 thousand tokens of the bundled model (KL 0.0529) as many more bring KL to 0.0473 from half the usual rate,
-    to 0.0476 from 0.7 times and to 0.0485 from all of it.
+    For the bundled model after 300 thousand tokens (KL 0.0529), as many again bring KL to 0.0473 when started at half
+    the usual rate, to 0.0476 at 0.7 times and to 0.0485 at the full rate.
     """
     return plan.model_copy(update={"lr": plan.lr * plan.tokens / max(1, plan.tokens + spent)})
 
 
 def default_lr(model: PreTrainedModel, recipe: RecipeName) -> float:
-    """Peak learning rate: the recipe's, by the inverse root of the model's width."""
+    """Peak learning rate: the recipe's at width 768, scaled by 1 / sqrt(width), at most `MOST_LR`."""
     return min(MOST_LR, RECIPES[recipe].lr_at_768 * (768 / int(model.config.get_text_config().hidden_size)) ** 0.5)
 
 
 def _micro_batch(model: PreTrainedModel, context: int, most: int, device: str, asked: int | None) -> int:
-    """Blocks at once: the largest divisor of `most` that is not more than was asked for, else whose activations fit.
+    """Blocks at once: the largest divisor of `most` that is at most `asked`, or by default whose activations fit.
 
-    Activations of a block's pass, in float32: some 40 widths a layer and token, and the logits and their softmax,
-    of student and teacher, 6 times over.
+    Float32 activations of a block, per token: about 40 times the width for each layer, and 6 times the vocabulary for
+    logits and their softmax, of student and teacher.
     """
     config = model.config.get_text_config()
     numbers = context * (40 * config.hidden_size * config.num_hidden_layers + 6 * config.vocab_size)
@@ -163,7 +163,7 @@ def _fast_bfloat16(device: str) -> bool:
 
 @torch.no_grad()
 def _bfloat16_gain() -> float:
-    """How many times as fast as in float32 a linear layer is under autocast, here and now."""
+    """Measured speedup of a linear layer under bfloat16 autocast over float32, on this machine."""
     layer, x = nn.Linear(TIMED_WIDTH, TIMED_WIDTH), torch.ones(LEAST_STEP_TOKENS, TIMED_WIDTH)
 
     def seconds(bfloat16: bool) -> float:
@@ -172,6 +172,6 @@ def _bfloat16_gain() -> float:
             layer(x)
             return time.perf_counter() - start
 
-    # By turns, so that other work on the machine slows both; the first turn is for warming up.
+    # Alternating, so that other work on the machine slows both; the first turn is a warm-up.
     turns = [(seconds(False), seconds(True)) for _ in range(TIMED_TURNS + 1)][1:]
     return min(turn[0] for turn in turns) / min(turn[1] for turn in turns)

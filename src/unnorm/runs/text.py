@@ -1,4 +1,4 @@
-"""The text of a finished run, for what is measured on its twin afterwards."""
+"""The text of a finished run, for later measurements on its twin."""
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -13,12 +13,12 @@ from unnorm.errors import explained
 
 
 def blaming_the_run(is_own: bool) -> AbstractContextManager[None]:
-    """Text that can't be read is said to be the run's, where it `is_own`: its user named none."""
+    """Make errors about unreadable text say that it is the run's if it `is_own`, i.e. the user named none."""
     return explained(is_own, "The run's own text can't be read.", "Or name other text with --data.")
 
 
 class TextSource(NamedTuple):
-    """Where text comes from, as `open_documents` takes it; `is_own`: it is the run's, since none was named."""
+    """A source of text as `open_documents` takes it; `is_own` if it is the run's, since the user named none."""
 
     data: str
     text_field: str | None
@@ -29,7 +29,7 @@ class TextSource(NamedTuple):
         """At most `count` blocks of its held-out part.
 
         Raises:
-            UnnormError: the text can't be read, or it is not this vocabulary's.
+            UnnormError: the text can't be read, or does not fit this vocabulary.
         """
         with blaming_the_run(self.is_own):
             source = self.data, tokenizer, vocab_size, context, count, self.text_field, self.split
@@ -39,13 +39,13 @@ class TextSource(NamedTuple):
 def choose_text(
     settings: Mapping[str, Any], data: object = None, text_field: str | None = None, split: str | None = None
 ) -> TextSource:
-    """The text that was named, else the run's.
+    """The text that the user named, otherwise the run's.
 
     Args:
-        settings: the run's, as saved; none where it has none.
-        data: other text, or None; its field and split are then not the run's either.
+        settings: the run's settings, as saved; empty if it has none.
+        data: other text, or None; if given, the run's field and split are not used either.
         text_field: column that holds the text.
-        split: split that it comes from.
+        split: split that the text comes from.
     """
     own = settings if not data else {}
     return TextSource(

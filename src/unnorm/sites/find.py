@@ -21,25 +21,25 @@ _VALUE_PROJECTIONS = ("v_proj", "value")
 def find_sites(model: PreTrainedModel, in_place: bool = False, keep: str | None = None) -> list[NormSite]:
     """Every norm site of a decoder-only language model, in the order in which a forward pass meets them.
 
-    Norms are known by behaviour: a leaf module whose output does not change when its input is scaled. One
+    Norms are recognized by behaviour: leaf modules whose output does not change when their input is scaled. One
     traced pass shows which linear layers read each norm's output and which modules wrote its input, and so which
-    weights can take its constant map up.
+    weights can absorb its constant map.
 
     Args:
         model: the model, in any dtype.
         in_place: allow sites that fold into no weight; each keeps its constant map as a module.
-        keep: regular expression; norms with a match in their path are left out and stay norms.
+        keep: regular expression; norms whose path contains a match are left out and stay norms.
 
     Raises:
-        UnnormError: there is no norm, or none that is not to be kept, or (unless `in_place`) one that folds into no
-            weight (post-norm models).
+        UnnormError: there are no norms, `keep` is invalid or matches none or all of them, a norm can't be traced or
+            takes a gate, or (unless `in_place`) one folds into no weight, as in post-norm models.
     """
     trace = traced(model)
     names = _norm_names(model, trace)
     if not names:
         raise _no_norms(model)
     for name in names:
-        if name in trace.hidden:  # Not to be kept either: what is beside it may read other norms, untraced as well.
+        if name in trace.hidden:  # Even one to keep: modules beside it may read other norms untraced.
             raise UnnormError(
                 f"The norm '{name}' ({type(model.get_submodule(name)).__name__}) is called where no gradient flows, so "
                 "what is read there can't be traced. That would need modeling code without gradient functions of its "
@@ -84,8 +84,8 @@ def unembedding_name(model: PreTrainedModel) -> str:
 def value_features(model: nn.Module, site: NormSite) -> dict[str, int] | None:
     """For each reader of an attention site, how many of its last outputs are values; None if that isn't known.
 
-    None also where something besides the readers takes the norm's output, which then must be one path. Tracing can't
-    tell a fused projection's parts, so their layout is declared here.
+    Also None where something besides the readers takes the norm's output, since the norm then needs a single path.
+    Tracing can't tell the parts of a fused projection apart, so their layout is declared here.
     """
     if site.folds_into != "readers" or site.role != "attention":
         return None
@@ -93,7 +93,7 @@ def value_features(model: nn.Module, site: NormSite) -> dict[str, int] | None:
     for reader in site.readers:
         leaf, module = reader.rpartition(".")[2], model.get_submodule(reader)
         out = linear_weight(module).shape[0]
-        if leaf in _FUSED_QKV_THIRDS and is_conv1d(module):  # GPT-BigCode's of that name have other parts.
+        if leaf in _FUSED_QKV_THIRDS and is_conv1d(module):  # GPT-BigCode's `c_attn` has another layout.
             features[reader] = out // 3
         elif leaf.startswith(("q_", "k_")) or leaf in ("query", "key"):
             features[reader] = 0
@@ -135,7 +135,7 @@ def _features(writer: nn.Module) -> int:
 
 
 def _with_folded_writers(site: NormSite, sites: Sequence[NormSite]) -> NormSite:
-    """With the writer named in place of each norm that folds into it."""
+    """The site, with each writer that is a norm folding into its own writer replaced by that writer."""
     folded = {other.name: other.writers[0] for other in sites if other.folds_into == "writer"}
     return replace(site, writers=tuple(folded.get(writer, writer) for writer in site.writers))
 
@@ -160,7 +160,7 @@ def _gated(model: PreTrainedModel, name: str) -> UnnormError:
 
 
 def _no_norms(model: PreTrainedModel) -> UnnormError:
-    """What a model has instead of norms."""
+    """The error for a model without norms: what it has instead."""
     said = f"{type(model).__name__} has no normalization layers"
     if getattr(model.config, "removed_norms", None):
         count = len(model.config.removed_norms)
@@ -209,9 +209,9 @@ def _role(model: PreTrainedModel, name: str, readers: Sequence[str], writers: Se
 
 
 def inside_attention(model: PreTrainedModel, name: str) -> bool:
-    """Whether a module is part of an attention layer, by its parents' classes."""
+    """Whether a module is part of an attention layer, judged by its parents' class names."""
     parts = name.split(".")
     parents = (model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts)))
     classes = [type(parent).__name__.lower() for parent in parents]
-    # A layer is more than attention, also where it is called after that, as in Jamba.
+    # A transformer layer is more than attention, even where its class is named after it, as in Jamba.
     return any("attention" in kind and not kind.endswith("layer") for kind in classes)

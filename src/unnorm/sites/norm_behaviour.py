@@ -1,4 +1,4 @@
-"""What a norm is, by what it computes: told apart from other modules, its kind, eps, gain and bias."""
+"""Norms by what they compute: recognizing them, and finding their kind, eps, gain and bias."""
 
 import re
 from typing import Any
@@ -15,17 +15,17 @@ from unnorm.models.linear import is_linear
 from unnorm.sites.site import Kind, NormSite
 from unnorm.taper.norms import centered
 
-# What ATen calls the operations that norms are made of, and nothing else in these models is.
+# ATen names of the operations that norms are made of and that nothing else in these models uses.
 _NORM_OPERATIONS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "rsqrt", "var", "std", "var_mean", "norm"}
 
 
 @torch.no_grad()
 def is_norm(module: nn.Module, width: int, gated: bool = False) -> bool:
-    """Whether a module normalizes: same shape out as in, the same for 8 times the input, but not for another one.
+    """Whether a module normalizes: same output shape, same output for 8 times the input, another for another input.
 
-    One that is `gated` is called with a second tensor, all ones.
+    A `gated` module is called with a second tensor of ones.
     """
-    if not _like(module).is_floating_point() or is_linear(module):  # One whose inputs have limits may be all at them.
+    if not _like(module).is_floating_point() or is_linear(module):  # Limits may clamp all inputs of a linear layer.
         return False
     x = _probe(module, width)
     gate = [torch.ones_like(x)] if gated else []
@@ -42,17 +42,17 @@ def is_norm(module: nn.Module, width: int, gated: bool = False) -> bool:
 
 @torch.no_grad()
 def kind_of(module: nn.Module, width: int) -> Kind:
-    """Whether a norm removes the mean before it divides."""
+    """`layernorm` if a norm removes the mean before it divides, otherwise `rmsnorm`."""
     x = _probe(module, width)
     y = module(x)
-    # As long as its outputs differ, whatever its gain and bias are.
+    # The size of the outputs, which scales with the gain; the bias cancels.
     length = float((y - module(-x)).abs().max())
     return "layernorm" if torch.allclose(y, module(x + 1), rtol=0, atol=1e-2 * length) else "rmsnorm"
 
 
 @torch.no_grad()
 def eps_of(module: nn.Module, width: int) -> float:
-    """The module's own eps; where it has none by a known name, what its outputs for short vectors say."""
+    """The module's own eps; where it has none by a known name, an estimate from its outputs for short vectors."""
     for name in ("eps", "variance_epsilon"):
         if isinstance(getattr(module, name, None), float):
             return float(getattr(module, name))
@@ -66,9 +66,9 @@ def eps_of(module: nn.Module, width: int) -> float:
 
 
 def affine_parameters(module: nn.Module, site: NormSite) -> tuple[Tensor, Tensor | None]:
-    """Gain and bias that a norm applies, as the model holds them (so that training goes on from them).
+    """Gain and bias that a norm applies, with the model's own values, from which training continues.
 
-    The gain is `weight`, `1 + weight` or all ones, whichever explains what the module computes.
+    The gain is `weight`, `1 + weight` or all ones, whichever reproduces the module's output.
 
     Raises:
         UnnormError: none of them does.
@@ -92,22 +92,22 @@ def affine_parameters(module: nn.Module, site: NormSite) -> tuple[Tensor, Tensor
 
 
 def gain_offset(module: nn.Module, site: NormSite) -> int:
-    """What the norm adds to its stored weight to have its gain: 1 for Gemma's kind, else 0.
+    """What the norm adds to its stored weight to get its gain: 1 for Gemma's kind, otherwise 0.
 
     Raises:
-        UnnormError: neither explains what the module computes.
+        UnnormError: neither reproduces the module's output.
     """
     weight = getattr(module, "weight", None)
     return 0 if weight is None or affine_parameters(module, site)[0] is weight else 1
 
 
 def stays_with_keep(name: str) -> str:
-    """What to say of norms that can only stay."""
+    """The hint, in messages about norms that can't be removed, of how to keep them."""
     return f"With --keep '{re.sub('[0-9]+', '[0-9]+', re.escape(name))}$' such norms stay (join several kinds by |)."
 
 
 class _Operations(TorchDispatchMode):
-    """Records the ATen operations of norms that run, each with the innermost module that it runs in."""
+    """Records which norm operations of ATen run, each with the innermost module that it runs in."""
 
     def __init__(self, modules: ModuleTracker) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         kind = name.removeprefix("native_").removeprefix("_fused_").removeprefix("linalg_vector_")
-        is_sum = kind == "norm" and args[1:2] == (1,)  # Of a router's probabilities, in DBRX.
+        is_sum = kind == "norm" and args[1:2] == (1,)  # DBRX sums a router's probabilities with it.
         if kind in _NORM_OPERATIONS and not is_sum:
             self.found[name, max(self.modules.parents, key=len).partition(".")[2]] = None
         return func(*args, **(kwargs or {}))
@@ -125,7 +125,7 @@ class _Operations(TorchDispatchMode):
 
 @torch.no_grad()
 def norm_operations(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> list[tuple[str, str]]:
-    """Operations that norms are made of and that a forward pass runs, each with every module that it runs in."""
+    """The norm operations that a forward pass runs, each paired with every innermost module that it runs in."""
     with ModuleTracker() as modules, _Operations(modules) as operations:
         model(input_ids=ids, use_cache=False)
     return list(operations.found)
@@ -137,16 +137,16 @@ def _norm(x: Float[Tensor, "*batch width"], site: NormSite) -> Float[Tensor, "*b
 
 
 def _like(module: nn.Module) -> Tensor:
-    """What has the dtype and the device that a module computes in."""
+    """A tensor with the dtype and the device that a module computes in."""
     return next(iter(module.parameters()), torch.ones(()))
 
 
 def _probe(module: nn.Module, width: int) -> Float[Tensor, "2 3 *heads width"]:
-    """Tokens of variance near 1 at any width, so that eps hardly counts; cut into heads, where each has a gain."""
+    """Tokens of variance near 1 at any width, so that eps hardly counts; one copy per head where each has a gain."""
     generator = torch.Generator().manual_seed(0)
     rows = [torch.linspace(-1.7, 1.7, width)[torch.randperm(width, generator=generator)] for _ in range(6)]
     x = torch.stack(rows).view(2, 3, width).to(_like(module))
     weight = getattr(module, "weight", None)
-    if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == width:  # Cohere's, of queries and keys.
+    if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == width:  # Cohere's query/key norms.
         x = x.unsqueeze(-2).expand(2, 3, *weight.shape)
     return x

@@ -15,10 +15,10 @@ class ReadWeight:
     """The parameter that reads a module's input.
 
     Attributes:
-        weight: its name, of shape (out, in), or (expert, out, in).
-        bias: the name of what is added to its product, there or not.
-        turned: stored as (…, in, out).
-        takes_bias: the module adds a bias, or would if it had one.
+        weight: its name; the shape is (out, in), or (expert, out, in).
+        bias: the name of the bias added to its product, whether or not the module has one.
+        turned: whether it is stored as (…, in, out).
+        takes_bias: whether the module adds a bias, or would if it had one.
     """
 
     weight: str
@@ -28,7 +28,7 @@ class ReadWeight:
 
 
 def read_weight(module: nn.Module) -> ReadWeight | None:
-    """The weight that alone reads the module's input; None if there is none, or it is not known to be all."""
+    """The only weight that reads the module's input; None if there is none, or something else may read it too."""
     if is_experts(module):
         experts = "gate_up_proj" if module.has_gate else "up_proj"
         return ReadWeight(experts, f"{experts}_bias", bool(module.is_transposed), bool(module.has_bias))
@@ -43,7 +43,7 @@ def read_weight(module: nn.Module) -> ReadWeight | None:
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Whether a module is a layer of experts that are stacked in 3-D tensors, as transformers' decorator marks them."""
+    """Whether a module is a layer of experts stacked in 3-D tensors, as marked by transformers' decorator."""
     names = ("gate_up_proj", "up_proj")
     return hasattr(module, "is_transposed") and any(_ndim(module, name) == 3 for name in names)
 
@@ -55,7 +55,7 @@ def _ndim(module: nn.Module, name: str) -> int:
 
 @torch.no_grad()
 def _is_linear(module: nn.Module) -> bool:
-    """Whether a module with a matrix, such as a router, gives that matrix's product first, in any precision."""
+    """Whether the first output of a module with a matrix, such as a router, is its product, exact even in float64."""
     double = deepcopy(module).cpu().double()  # Apple GPUs have no float64.
     weight, bias = double.get_parameter("weight"), getattr(double, "bias", None)
     x = torch.linspace(-1.7, 1.7, 6 * weight.shape[1], dtype=torch.float64)
@@ -64,5 +64,5 @@ def _is_linear(module: nn.Module) -> bool:
         y = double(x)
         y = y if isinstance(y, Tensor) else y[0]
         return torch.allclose(y.view(6, -1), F.linear(x, weight, bias), rtol=1e-12, atol=1e-12)
-    except Exception:  # Whatever it is, it is no linear layer.
+    except Exception:  # Whatever it is, it is not a linear layer.
         return False

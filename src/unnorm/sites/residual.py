@@ -1,12 +1,12 @@
 """The residual stream as a sum: who writes to it, and what each head, MLP and bias adds.
 
-With W_O the weight of an attention's output projection, cut into one block of columns for each head, and z the
-projection's input, cut alike, the attention adds
+Let W_O be the weight of an attention layer's output projection, split into one block of columns for each head, and z
+the projection's input, split the same way. Then the attention layer adds
 
     sum over heads h of W_O[h] z[h]  +  bias
 
-(Elhage et al. 2021, *A Mathematical Framework for Transformer Circuits*). An MLP's projection adds W_out a + bias, a
-sum over neurons in the same way.
+(Elhage et al. 2021, *A Mathematical Framework for Transformer Circuits*). Likewise, an MLP's output projection adds
+W_out a + bias, a sum over neurons.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -37,9 +37,9 @@ class Writer:
         name: its path.
         kind: what it is part of.
         layer: number of its layer; None outside the layers.
-        factor: what its output is multiplied by before it is added; 1 but for a few families.
-        heads: into how many heads its input is cut, for an attention's projection; 0 where that can't be known.
-        linear: whether it is a linear layer, so that what it adds is a sum over its inputs: an MLP's neurons.
+        factor: what its output is multiplied by before it is added; 1 in all but a few families.
+        heads: for an attention's output projection, how many heads its input consists of; 0 otherwise or if unknown.
+        linear: whether it is a linear layer, so that what it adds is a sum over its inputs, e.g. an MLP's neurons.
     """
 
     name: str
@@ -52,14 +52,14 @@ class Writer:
 
 @dataclass(frozen=True)
 class Part:
-    """One term of the residual stream: an embedding, a head, an MLP, a bias, or an attention where heads are unknown.
+    """One term of the residual stream: an embedding, a head, an MLP, a bias, or an attention layer with unknown heads.
 
     Attributes:
-        name: for people, such as `head 1.3`.
+        name: readable label, such as `head 1.3`.
         kind: what it is.
         writer: path of the module that adds it.
         layer: number of the layer; None outside the layers.
-        head: number of the head; None for what is no head.
+        head: number of the head; None for other kinds.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Part:
 
 
 def residual_writers(model: PreTrainedModel, reader: str) -> list[Writer] | None:
-    """The modules whose outputs add up to what the module `reader` reads, in order; None if that is no plain sum."""
+    """The modules whose outputs add up to what the module `reader` reads, in order; None if that is not a plain sum."""
     factors = residual_sources(model, reader)
     if factors is None:
         return None
@@ -78,7 +78,7 @@ def residual_writers(model: PreTrainedModel, reader: str) -> list[Writer] | None
 
 
 def stream_writers(model: PreTrainedModel, sites: Sequence[NormSite]) -> tuple[list[Writer], dict[str, set[str]]]:
-    """All modules that write the residual stream, in order, and for each site that reads it those before it."""
+    """All writers of the residual stream, in order, and, by name of each site that reads it, the writers before it."""
     sources = stream_sources(model, [site.name for site in sites])
     factors = max(sources.values(), key=len, default={})
     before = {name: set(found) for name, found in sources.items() if found.keys() <= factors.keys()}
@@ -86,12 +86,12 @@ def stream_writers(model: PreTrainedModel, sites: Sequence[NormSite]) -> tuple[l
 
 
 def layer_number(name: str) -> int | None:
-    """Number of the layer that a module's path lies in."""
+    """Number of the layer that a module's path is in; None outside the layers."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
 def parts_of(model: PreTrainedModel, writer: Writer) -> list[Part]:
-    """The terms that a writer adds: by head where heads are known, and a linear layer's bias apart."""
+    """The terms that a writer adds: one for each head where heads are known, and a linear layer's bias separately."""
     name, layer = writer.name, writer.layer
     if writer.heads:
         parts = [Part(f"head {layer}.{head}", "head", name, layer, head) for head in range(writer.heads)]
@@ -106,7 +106,7 @@ def parts_of(model: PreTrainedModel, writer: Writer) -> list[Part]:
 def split_output(
     model: PreTrainedModel, writer: Writer, z: Float[Tensor, "*token inside"], output: Float[Tensor, "*token width"]
 ) -> list[Float[Tensor, "..."]]:
-    """What a writer adds to the residual stream, in the parts of `parts_of`; a bias is one vector for all tokens.
+    """What a writer adds to the residual stream, split as in `parts_of`; a bias is one vector for all tokens.
 
     Args:
         model: the model.
@@ -125,10 +125,10 @@ def split_output(
 
 @contextmanager
 def recorded(model: nn.Module, names: Sequence[str], copies: bool = False) -> Iterator[dict[str, tuple[Tensor, Any]]]:
-    """Input and output of each named module in the pass that follows.
+    """Record input and output of each named module in a forward pass inside the context.
 
-    With `copies` they are cloned, for families that go on to change them in place. The output stands for the input of
-    a module that is given no tensor.
+    With `copies` they are cloned, since some families later change them in place. For a module that is given no
+    tensor, the output is recorded as its input too.
     """
     record: dict[str, tuple[Tensor, Any]] = {}
 
@@ -148,7 +148,7 @@ def recorded(model: nn.Module, names: Sequence[str], copies: bool = False) -> It
 
 @contextmanager
 def replaced_inputs(model: nn.Module, edits: dict[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """The named modules read what their function makes of their input."""
+    """Inside the context, each named module reads what its function in `edits` returns for its input."""
 
     def put(edit: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
         return lambda module, args: (edit(args[0]), *args[1:])
@@ -158,7 +158,7 @@ def replaced_inputs(model: nn.Module, edits: dict[str, Callable[[Tensor], Tensor
 
 
 def writer_of(model: PreTrainedModel, name: str, factor: float) -> Writer:
-    """A module as a writer to the residual stream, whose output counts `factor` times."""
+    """The `Writer` for a module whose output is added to the residual stream `factor` times."""
     module, layer = model.get_submodule(name), layer_number(name)
     weight = getattr(module, "weight", torch.empty(0))
     linear = weight.ndim == 2 and not isinstance(module, nn.Embedding)
@@ -171,7 +171,7 @@ def writer_of(model: PreTrainedModel, name: str, factor: float) -> Writer:
 
 
 def _heads(model: PreTrainedModel, layer: int, width: int) -> int:
-    """The layer's number of heads, if it cuts the projection's input into heads of the config's size; else 0."""
+    """The layer's number of heads if they split the projection's input into the config's head size, otherwise 0."""
     config: Any = model.config.get_text_config()
     layers = getattr(config, "per_layer_config", None)  # Gemma 4's layers have heads of different sizes.
     config = config if layers is None else layers[layer]

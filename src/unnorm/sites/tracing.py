@@ -1,4 +1,4 @@
-"""One forward pass, traced: which module made what, who takes it, and of what sums the residual stream is made."""
+"""A traced forward pass: which module made each tensor, what uses it, and which sums form the residual stream."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from unnorm.models.running import evaluating
 from unnorm.models.sizes import context_length, vocabulary_size
 from unnorm.sites.reading import is_experts
 
-# Autograd nodes that hand a tensor on unchanged but for its shape or dtype.
+# Autograd nodes that pass a tensor on unchanged except for its shape or dtype.
 HANDS_ON: tuple[str, ...] = (
     "View",
     "UnsafeView",
@@ -32,28 +32,28 @@ HANDS_ON: tuple[str, ...] = (
 )
 HANDS_ON += ("Unsqueeze", "Expand", "Clone", "ToCopy", "NativeDropout", "T")
 ADDS = ("Add", *HANDS_ON)
-# Those of them after which every row of the writer's weight still makes one feature of the norm's input.
+# The subset after which each row of the writer's weight still produces one feature of the norm's input.
 RESHAPES = tuple(name for name in HANDS_ON if name not in ("Slice", "Select", "Index", "Expand", "NativeDropout"))
 
 _TRACE_TOKENS = 8
 UNKNOWN = "?"
-"""Where what a tensor is made of can't be followed."""
+"""Stands for a source that can't be traced."""
 
 
 @dataclass
 class Trace:
-    """One forward pass: what went in and out of each leaf module, which autograd node made it, and who uses that.
+    """One forward pass: inputs and outputs of leaf modules, the autograd nodes that made them, and the nodes' users.
 
     Attributes:
-        inputs: of each leaf module.
-        outputs: of each leaf module.
-        made_by: the module that a node is the output of.
-        used_by: the nodes that take a node's result.
-        blocks: the innermost module with parts of its own that a node is the output of.
+        inputs: the first input tensor of each leaf module.
+        outputs: the output of each leaf module that returns a single tensor.
+        made_by: for each node that is an output of a leaf module, that module.
+        used_by: for each node, the nodes that take its result.
+        blocks: for each node that is the (first) output of modules with children, the innermost of these.
         gated: leaf modules that take more than one tensor.
-        ends: the nodes of each leaf module's outputs, of those with several too.
+        ends: the nodes of all outputs of each leaf module, including those with several.
         begins: the nodes of all tensors that went into each leaf module.
-        hidden: leaf modules that were called where no gradient flows, with the width of what went in.
+        hidden: leaf modules that were called where no gradient flows, with the width of their input.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
@@ -68,7 +68,7 @@ class Trace:
 
 
 def trace_inputs(model: PreTrainedModel, batch: int = 1, length: int = _TRACE_TOKENS) -> Int[Tensor, "batch length"]:
-    """Token ids that any causal model takes: seeded, random, within the vocabulary, no longer than its context."""
+    """Seeded random token ids that any causal model takes: within its vocabulary, no longer than its context."""
     vocab = vocabulary_size(model)
     length = min(length, context_length(model))
     generator = torch.Generator().manual_seed(0)
@@ -76,10 +76,10 @@ def trace_inputs(model: PreTrainedModel, batch: int = 1, length: int = _TRACE_TO
 
 
 def traced(model: PreTrainedModel) -> Trace:
-    """Run the model on a few token ids and keep its graph; it is left as it was.
+    """Run the model on a few token ids and keep its autograd graph; the model is left as it was.
 
     Raises:
-        UnnormError: it can't run on token ids alone.
+        UnnormError: the model can't run on token ids alone.
     """
     trace = Trace()
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
@@ -98,7 +98,7 @@ def traced(model: PreTrainedModel) -> Trace:
 
 
 def _users(last: Node) -> dict[Node, list[Node]]:
-    """For every node that led to the last one, the nodes that take its result."""
+    """For every node that the last one depends on, the nodes that take its result."""
     users: dict[Node, list[Node]] = {last: []}
     waiting = [last]
     while waiting:
@@ -134,7 +134,7 @@ def _recording(model: nn.Module, trace: Trace) -> Iterator[None]:
             trace.outputs[name] = output
             if len(tensors) > 1:
                 trace.gated.add(name)
-            # A module that only hands its input on (dropout, identity) made nothing.
+            # A module that only passes its input through (dropout, identity) makes nothing.
             if output.grad_fn is not tensors[0].grad_fn:
                 trace.made_by[output.grad_fn] = name
 
@@ -142,13 +142,13 @@ def _recording(model: nn.Module, trace: Trace) -> Iterator[None]:
 
     def record_block(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            first = output[0] if isinstance(output, tuple) and output else output  # Experts give router's logits too.
+            first = output[0] if isinstance(output, tuple) and output else output  # MoE layers add router logits.
             if isinstance(first, Tensor) and first.grad_fn is not None:
                 trace.blocks.setdefault(first.grad_fn, name)
 
         return hook
 
-    # Experts have their weights themselves, and a child for their activation.
+    # Experts count as leaves: they hold their weights themselves, and have a child only for the activation.
     leaves = {n: m for n, m in model.named_modules() if not any(True for _ in m.children()) or is_experts(m)}
     blocks = {name: m for name, m in model.named_modules() if name and name not in leaves}
     handles = [m.register_forward_hook(record(name), with_kwargs=True) for name, m in leaves.items()]
@@ -158,15 +158,15 @@ def _recording(model: nn.Module, trace: Trace) -> Iterator[None]:
 
 
 def residual_sources(model: PreTrainedModel, reader: str) -> dict[str, float] | None:
-    """Modules whose outputs, each times its factor, add up to what a module reads; None if it is no such sum.
+    """Modules whose outputs, each times a factor, add up to what `reader` reads; None if that is not such a sum.
 
-    Factors other than 1 are what some families multiply embeddings and sublayers by.
+    Factors differ from 1 in families that multiply embeddings or sublayer outputs by a constant.
     """
     return stream_sources(model, [reader]).get(reader)
 
 
 def stream_sources(model: PreTrainedModel, readers: Sequence[str]) -> dict[str, dict[str, float]]:
-    """`residual_sources` of several modules, from one pass; those that read no such sum are left out."""
+    """`residual_sources` of several modules, from one pass; those that do not read such a sum are left out."""
     trace = traced(model)
     sources = {name: _summands(trace, trace.inputs[name].grad_fn) for name in readers if name in trace.inputs}
     return {name: factors for name, factors in sources.items() if factors is not None}
@@ -178,7 +178,7 @@ def _summands(trace: Trace, node: Node | None) -> dict[str, float] | None:
     if node in trace.made_by:
         return {trace.made_by[node]: 1.0}
     factor = _factor(node)
-    # A number that something is multiplied by has no node.
+    # The constant in a product has no node.
     parents = [parent for parent, _ in node.next_functions if parent is not None] if factor else []
     terms = [_summands(trace, parent) for parent in parents]
     if not terms or None in terms:
@@ -190,7 +190,7 @@ def _summands(trace: Trace, node: Node | None) -> dict[str, float] | None:
 
 
 def _factor(node: Node | None) -> float:
-    """What a node that adds, hands on, or multiplies by a number does to its input; 0 for any other node."""
+    """The factor that a node applies to its input by adding, passing on or scaling; 0 for any other kind of node."""
     if node is None:
         return 0.0
     if _operation(node) in ADDS:
@@ -202,7 +202,7 @@ def _factor(node: Node | None) -> float:
 
 
 def sources_of(trace: Trace, node: Node | None, through: tuple[str, ...]) -> list[str]:
-    """Modules whose outputs a tensor is made of, walking back through the kinds of node named in `through`."""
+    """Modules whose outputs a tensor is made of, found by walking back through the kinds of node in `through`."""
     found: dict[str, None] = {}
     waiting, seen = [node], set()
     while waiting:
@@ -236,7 +236,7 @@ def goes_only_to(trace: Trace, name: str, users: Sequence[str]) -> bool:
 
 
 def _inside(trace: Trace, name: str) -> set[Node]:
-    """The nodes that a module's own computation made."""
+    """The nodes of a module's own computation."""
     waiting: list[Node | None] = [*trace.ends[name]]
     inside: set[Node] = set()
     while waiting:
