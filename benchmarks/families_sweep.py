@@ -1,11 +1,11 @@
-"""Every causal language model of transformers, small and of random weights, through `unnorm remove --tokens 0`.
+"""Run `unnorm remove --tokens 0` on a small, randomly initialized model of every causal-LM class in transformers.
 
     python benchmarks/families_sweep.py > benchmarks/families_sweep.json
     python benchmarks/families_sweep.py --only bamba bart
 
-Each class ends as removed, with the largest difference of float64 logits between the saved twin and the unfolded model,
-relative to the largest logit; as refused, with the message; as not built, where no small configuration could be
-guessed; or as crashed, which must not happen. What is refused for want of --in-place is tried again with it.
+The outcome of each class is one of: removed, with the largest difference of float64 logits between the saved twin and
+the unfolded model, relative to the largest logit; refused, with the message; not built, where no small configuration
+could be guessed; crashed, which must not happen. Classes refused for lack of --in-place are retried with it.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from transformers.utils import logging
 
 import unnorm
 import unnorm.folding.fold
-import unnorm.removal.remove  # Once, for all families.
+import unnorm.removal.remove  # Imported once, before forking, for all families.
 from unnorm.errors import UnnormError, short
 from unnorm.folding.checkpoint import load, load_sites, load_unfolded
 from unnorm.json_text import json_text
@@ -62,7 +62,7 @@ SIZES = {
     "q_lora_rank kv_lora_rank mamba_d_head mamba_head_dim mamba_headdim": 16,
     "max_position_embeddings n_positions max_seq_len n_ctx": 64,
 }
-"""What every family's configuration is asked for, as far as it knows these names."""
+"""Sizes set in every family's configuration, where it has parameters of these names."""
 
 _FOUR_LAYERS = {"num_hidden_layers": 4}
 SPECIAL: dict[str, dict[str, Any]] = {
@@ -101,11 +101,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "zamba2": {"layer_types": ["mamba", "hybrid"], "layers_block_type": ["mamba", "hybrid"], "mamba_ngroups": 1},
     "zaya": {"num_experts_per_tok": 1},
 }
-"""What a family needs besides."""
+"""Additional settings that a family needs."""
 
 
 def small_config(model_type: str, vocab: int) -> PretrainedConfig:
-    """The family's own configuration, with every size that can be named made small."""
+    """The family's own configuration, with all sizes of known names made small."""
     config_class = type(AutoConfig.for_model(model_type))
     return config_class(**{**_settings(config_class, vocab), **SPECIAL.get(model_type, {})})
 
@@ -117,7 +117,7 @@ def _settings(config_class: type[PretrainedConfig], vocab: int) -> dict[str, Any
     )
     sizes |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
     settings: dict[str, Any] = {name: size for name, size in sizes.items() if name in known}
-    if "kv_lora_rank" in known:  # Latent attention has no groups of heads.
+    if "kv_lora_rank" in known:  # Latent attention has no grouped key/value heads.
         settings |= {"num_key_value_heads": sizes["num_attention_heads"]}
     if "is_decoder" in known:
         settings["is_decoder"] = True
@@ -128,10 +128,10 @@ def _settings(config_class: type[PretrainedConfig], vocab: int) -> dict[str, Any
 
 
 def build(model_type: str, vocab: int) -> PreTrainedModel:
-    """The class's own random weights with noise on top, so that no gain is one and no bias is zero.
+    """A model of the class's own random initialization plus noise, so that no gain is one and no bias is zero.
 
     Raises:
-        Exception: whatever the class makes of a configuration that was guessed.
+        Exception: whatever the class raises on a guessed configuration.
     """
     config = small_config(model_type, vocab)
     with torch.device("meta"):
@@ -148,7 +148,7 @@ def build(model_type: str, vocab: int) -> PreTrainedModel:
 
 
 def attempt(model_type: str, directory: Path, in_place: bool) -> dict[str, Any]:
-    """Remove every norm of the saved model, and compare the saved twin with what was folded, by themselves."""
+    """Remove every norm of the saved model, and compare the saved twin directly with the unfolded model."""
     out = directory / f"run-{in_place}"
     text = directory / "text.txt"
     text.write_text(inspect.getsource(inspect)[:10_000])
@@ -158,7 +158,7 @@ def attempt(model_type: str, directory: Path, in_place: bool) -> dict[str, Any]:
     sites, _ = load_sites(out)
     twin, unfolded = load(out).double(), load_unfolded(out).double()
     for model in (twin, unfolded):
-        model.config._experts_implementation = "eager"  # The fused experts know no float64.
+        model.config._experts_implementation = "eager"  # The fused experts do not support float64.
     checks = [check for check in unnorm.verify(out) if not check.passed]
     ids = trace_inputs(twin, 2, 24)
     with torch.no_grad():
@@ -178,18 +178,18 @@ def attempt(model_type: str, directory: Path, in_place: bool) -> dict[str, Any]:
 
 
 def alike(twin: PreTrainedModel, original: PreTrainedModel, ids: torch.Tensor) -> bool | None:
-    """Whether the twin generates the same with and without cache; None where the original does not, or has none."""
+    """Whether the twin generates the same with and without cache; None where the original does not, or fails."""
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(ids)}
     try:
         if not torch.equal(*(original.generate(ids, use_cache=cache, **options) for cache in (True, False))):
             return None
-    except Exception:  # Not ours to judge.
+    except Exception:  # A fault of the original, not of the removal.
         return None
     return torch.equal(*(twin.generate(ids, use_cache=cache, **options) for cache in (True, False)))
 
 
 def sweep_one(model_type: str, pipe: Any) -> None:
-    """One family, in a process of its own; the row goes down the pipe."""
+    """Try one family, in a process of its own; the row is sent through the pipe."""
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     logging.disable_progress_bar()
@@ -222,7 +222,7 @@ def sweep_one(model_type: str, pipe: Any) -> None:
 
 
 def sweep(model_type: str) -> dict[str, Any]:
-    """The row of one family, whatever it does to its process."""
+    """The row of one family, even if its process dies or hangs."""
     mine, other = multiprocessing.Pipe()
     process = multiprocessing.get_context("fork").Process(target=sweep_one, args=(model_type, other))
     process.start()
@@ -238,7 +238,7 @@ def sweep(model_type: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the sweep that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     families = sorted(name for name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if not name.startswith("unnorm_"))
     parser.add_argument("--only", nargs="+", choices=families, metavar="MODEL_TYPE")

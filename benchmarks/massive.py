@@ -1,12 +1,12 @@
-"""A small model with a massive activation at position 0, and what each recipe makes of it; prints JSON.
+"""Give a small model a massive activation at position 0, and run each recipe on it; prints JSON.
 
     python benchmarks/massive.py --keep massive-model > benchmarks/massive.json
 
 Large pretrained models write a vector tens to thousands of times longer than the median into the residual stream at
-position 0, early, and take it out again in the last layers (arXiv 2402.17762). The bundled model is too small to have
-learned that, so it is planted as large models have it: one neuron of the first MLP that fires at position 0 alone
-writes a long vector, one of the last MLP that sees nothing but this vector takes it out. The model is then trained with
-its norms on, to predict what it predicted before, so that it lives with the vector as those models do.
+position 0 in early layers, and remove it again in the last layers (arXiv 2402.17762). The bundled model is too small to
+have learned that, so the same mechanism is planted: one neuron of the first MLP, which fires at position 0 only, writes
+a long vector, and one neuron of the last MLP, which responds only to this vector, removes it. The model is then trained
+with its norms on to reproduce its earlier predictions, so that it adapts to the vector as large models have.
 """
 
 import argparse
@@ -32,33 +32,33 @@ from unnorm.terminal.progress import Progress
 from unnorm.training.losses import distillation_losses
 
 LENGTH = 60.0
-"""Of the planted vector, in scales of the stream where it is written."""
+"""Scale of the planted vector, relative to the mean scale of the residual stream where it is written."""
 THRESHOLD = 0.6
-"""Between a neuron's mean input elsewhere (0) and at position 0 (1)."""
+"""Firing threshold, on a scale from the neuron's mean input elsewhere (0) to that at position 0 (1)."""
 SHARPNESS = 20.0
 HEALING_STEPS, HEALING_BLOCKS, HEALING_LR = 600, 4, 1e-3
 UPSTREAM = ("transformer.wte", "transformer.wpe", "transformer.h.0.ln", "transformer.h.0.attn", "ln_2")
-"""What decides whether the planted neurons fire, and so is frozen while the model heals."""
+"""Parameters that decide whether the planted neurons fire; they are frozen while the model heals."""
 
 
 def weakest_neuron(mlp: Any) -> int:
-    """The one that does the least."""
+    """The neuron with the smallest product of input and output weight norms."""
     incoming, outgoing = mlp.c_fc.weight, mlp.c_proj.weight
     return int((incoming.norm(dim=0) * outgoing.norm(dim=1)).argmin())
 
 
 @torch.no_grad()
 def set_neuron(mlp: Any, neuron: int, reads: torch.Tensor, vector: torch.Tensor) -> None:
-    """Make a neuron fire where the mean read at position 0 is and not where it is elsewhere, and write `vector` there.
+    """Make a neuron fire on the mean input at position 0 but not on the mean input elsewhere, and write `vector`.
 
     Args:
-        mlp: where.
-        neuron: its index.
-        reads: what the MLP reads, (batch, position, width).
+        mlp: the MLP.
+        neuron: index of the neuron.
+        reads: inputs of the MLP, (batch, position, width).
         vector: what the neuron adds at position 0, (width).
     """
     at_0, elsewhere = reads[:, 0].mean(0), reads[:, 1:].mean((0, 1))
-    direction = (at_0 - elsewhere) / (at_0 - elsewhere).square().sum()  # 1 apart along it, on average.
+    direction = (at_0 - elsewhere) / (at_0 - elsewhere).square().sum()  # The two means are 1 apart along it.
     mlp.c_fc.weight[:, neuron] = SHARPNESS * direction
     mlp.c_fc.bias[neuron] = -SHARPNESS * (THRESHOLD + float(elsewhere @ direction))
     mlp.c_proj.weight[neuron] = vector / (SHARPNESS * (1 - THRESHOLD))
@@ -66,14 +66,14 @@ def set_neuron(mlp: Any, neuron: int, reads: torch.Tensor, vector: torch.Tensor)
 
 @torch.no_grad()
 def input_of(model: GPT2LMHeadModel, ids: torch.Tensor, name: str) -> torch.Tensor:
-    """What a module reads, (batch, position, width)."""
+    """The input of a module, (batch, position, width)."""
     with recorded(model, [name]) as record:
         model(input_ids=ids)
     return record[name][0]
 
 
 def plant(model: GPT2LMHeadModel, ids: torch.Tensor) -> list[tuple[Any, int]]:
-    """Write a long vector at position 0 in the first MLP, take it out in the last; both, each with its neuron."""
+    """Plant a neuron that writes a long vector in the first MLP, and one that removes it in the last; return both."""
     stream = input_of(model, ids, "transformer.h.1.ln_1")
     vector = torch.randn(stream.shape[-1], generator=torch.Generator().manual_seed(0))
     vector = (vector - vector.mean()) / vector.norm()
@@ -90,7 +90,7 @@ def plant(model: GPT2LMHeadModel, ids: torch.Tensor) -> list[tuple[Any, int]]:
 def heal(
     model: GPT2LMHeadModel, neurons: list[tuple[Any, int]], original: PreTrainedModel, blocks: torch.Tensor
 ) -> float:
-    """Train all but what makes the planted neurons fire, norms on, to give the original's logits; the last KL."""
+    """Train all but `UPSTREAM` and the planted neurons, norms on, to match the original's logits; returns last KL."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not any(part in name for part in UPSTREAM))
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=HEALING_LR, weight_decay=0.0)
@@ -113,7 +113,7 @@ def heal(
 
 
 def make_model(out: Path) -> tuple[float, PreTrainedModel, PreTrainedTokenizerBase]:
-    """The bundled model with its massive activation, saved to `out`, and the KL that it ended with."""
+    """The final KL of healing, and the bundled model with its massive activation (saved to `out`) and its tokenizer."""
     original, tokenizer = load_original("demo", False)
     original.requires_grad_(False)
     vocab_size, context = int(original.config.vocab_size), int(original.config.n_positions)
@@ -128,7 +128,7 @@ def make_model(out: Path) -> tuple[float, PreTrainedModel, PreTrainedTokenizerBa
 
 
 def measure(model: Path, recipe: str, tokens: int, directory: Path, console: Console) -> dict[str, Any]:
-    """One run with its control and its audit; or why there is none."""
+    """Results of one run with its control and its audit; the error message if it failed."""
     console.rule(recipe)
     with Progress(console) as progress:
         try:
@@ -147,7 +147,7 @@ def measure(model: Path, recipe: str, tokens: int, directory: Path, console: Con
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the benchmark that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tokens", type=parse_count, default=400_000)
     parser.add_argument("--recipes", nargs="+", default=["taper", "sequential"])

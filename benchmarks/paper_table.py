@@ -1,11 +1,11 @@
-"""The papers' tables for given models: the original, its control, and its LN-free twin by each recipe.
+"""The papers' tables for chosen models: the original, its control, and its LN-free twin by each recipe.
 
     python benchmarks/paper_table.py --suite quick --data hellaswag=FILE --data lambada=FILE
     python benchmarks/paper_table.py --model openai-community/gpt2{,-medium,-xl} --train-data Skylion007/openwebtext
 
-Offline it takes the bundled model, local directories and local files; online any model and data of the hub. Every run
-and every measurement is kept in --out, and the same command goes on where it was interrupted. Prints JSON; the table in
-Markdown goes to standard error and, with the published figures, to `paper_table.md`.
+Offline it takes the bundled model, local directories and local files; online also any model and data on the hub. All
+runs and measurements are kept in --out, and an interrupted command continues when repeated. Prints JSON; the table in
+Markdown goes to standard error and, with the published figures, to `paper_table.md` in --out.
 """
 
 import argparse
@@ -41,11 +41,11 @@ PUBLISHED = (
     ("GPT-2 XL", "control", 2.4799, 2.4673, 2.3821, None, "2507.02559"),
     ("GPT-2 XL", "LN-free", 2.5052, 130.2197, 2.3992, None, "2507.02559"),
 )
-"""Losses in nats per token, from the papers and the tables that their authors publish with the models."""
+"""Losses in nats per token, from the papers and from tables that their authors published with the models."""
 
 
 def make_runs(model: str, args: argparse.Namespace, console: Console) -> dict[str, Path]:
-    """A finished run by each recipe, the first of which also trained the control; recipes that fail are left out."""
+    """A finished run of each recipe, the first of which also trains the control; recipes that fail are left out."""
     runs: dict[str, Path] = {}
     for recipe in args.recipes:
         out = args.out / Path(model).name / recipe
@@ -70,7 +70,7 @@ def _options(model: str, recipe: str, control: bool, args: argparse.Namespace) -
 
 
 def table_of(model: str, args: argparse.Namespace, console: Console) -> tuple[list[dict[str, Any]], Results]:
-    """Rows of one model: losses by corpus, scores by benchmark, KL, each with what stands beside it in `Results`."""
+    """Rows of one model with its losses and KL by corpus and its scores by benchmark, and the full `Results`."""
     runs = make_runs(model, args, console)
     controls = [path / "control" for path in runs.values() if (path / "control").is_dir()]
     names = {model: "original", **{str(control): "control" for control in controls}}
@@ -98,7 +98,7 @@ def table_of(model: str, args: argparse.Namespace, console: Console) -> tuple[li
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
-    """One line for each model and recipe; behind a loss the interval of its paired difference from the original's."""
+    """One line per model and recipe; losses are followed by the interval of their paired difference to the original."""
     corpora = list(dict.fromkeys(row["data"] for line in rows for row in line["corpora"]))
     shown = [("hellaswag", "acc_norm"), ("lambada_openai", "acc"), ("wikitext", "word_perplexity")]
     tasks = [key for key in shown if any((s["task"], s["metric"]) == key for line in rows for s in line["scores"])]
@@ -147,7 +147,7 @@ def published() -> str:
 
 
 def main() -> None:
-    """Make what the command line asks for."""
+    """Make the table that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["demo"])
     parser.add_argument("--train-data", default="stdlib", help="data that twins and control are trained on")

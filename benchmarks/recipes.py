@@ -4,9 +4,9 @@
     python benchmarks/recipes.py --model openai-community/gpt2 --data Skylion007/openwebtext --tokens 1M 4M 16M 64M
     python benchmarks/recipes.py --tokens 160k 400k --lr 3e-4 1.5e-4  # The published recipes at other rates.
 
-The control (the original fine-tuned with its norms kept) is trained for each seed and number of tokens, with the
-optimizer of the published recipes beside `sequential`, and all gaps are measured from it; with several learning rates,
-from the best of them.
+The control (the original fine-tuned with its norms kept) is trained for each seed and number of tokens, in the runs of
+`sequential` and with the optimizer of the published recipes. All gaps are relative to it; with several learning rates,
+to the best control.
 """
 
 import argparse
@@ -35,7 +35,7 @@ KL_TICKS = [factor * 10**power for power in range(-4, 2) for factor in (1, 2, 5)
 def measure(
     recipe: str, tokens: int, seed: int, lr: float | None, options: dict[str, Any], console: Console
 ) -> dict[str, Any]:
-    """One run; its numbers, or why there are none."""
+    """Results of one run; the error message if it failed."""
     console.rule(f"{recipe}, {tokens:,} tokens, seed {seed}, lr {lr or 'its own'}")
     with tempfile.TemporaryDirectory() as directory, Progress(console) as progress:
         try:
@@ -57,7 +57,7 @@ def measure(
 
 
 def add_gaps(rows: list[dict[str, Any]]) -> None:
-    """Gaps of all recipes from the best control of their seed and tokens."""
+    """Set the gap of each run to the best control with the same seed and tokens."""
     controls: dict[tuple[int, int], float] = {}
     for row in rows:
         if row.get("control_loss") is not None:
@@ -85,7 +85,7 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tokens_to_reach(summary: list[dict[str, Any]]) -> dict[str, int | None]:
-    """Fewest tokens of ours whose mean gap is no larger than each other recipe's at its most tokens and best rate."""
+    """For each other recipe, the fewest taper tokens that match its gap at its most tokens and best learning rate."""
     by_tokens = sorted((row for row in summary if "gap" in row), key=lambda row: (row["tokens"], -row["gap"]))
     ours = [row for row in by_tokens if row["recipe"] == "taper"]
     last = {row["recipe"]: row for row in by_tokens}
@@ -105,7 +105,7 @@ def table(summary: list[dict[str, Any]]) -> str:
 
     def number(row: dict[str, Any], key: str, places: int) -> str:
         if key not in row:
-            return ""  # No gap where there is no control.
+            return ""  # Without a control there is no gap.
         spread = row.get(f"{key}_sd")
         return f"{row[key]:.{places}f}" + (f" ± {spread:.{places}f}" if spread is not None else "")
 
@@ -119,13 +119,13 @@ def table(summary: list[dict[str, Any]]) -> str:
 
 
 def at_best_rate(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One recipe's row of least loss for each number of tokens."""
+    """For each number of tokens, a recipe's row with the lowest loss."""
     best = {row["tokens"]: row for row in sorted(rows, key=lambda row: -row["lnfree_loss"])}
     return [best[tokens] for tokens in sorted(best)]
 
 
 def plot(summary: list[dict[str, Any]]) -> go.Figure:
-    """Gap and KL against tokens, both axes of KL logarithmic."""
+    """Gap and KL against tokens (log axis); KL on a log axis as well."""
     figure = make_subplots(rows=1, cols=2, subplot_titles=("gap to the control", "KL to the original"))
     colours = dict(zip(RECIPES, ("#0072B2", "#D55E00", "#E69F00", "#009E73"), strict=True))
     for recipe, colour in colours.items():
@@ -152,7 +152,7 @@ def plot(summary: list[dict[str, Any]]) -> go.Figure:
 
 
 def main() -> None:
-    """Run what the command line asks for."""
+    """Run the comparison that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="demo")
     parser.add_argument("--data", default="stdlib")

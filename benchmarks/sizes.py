@@ -1,12 +1,12 @@
-"""Seconds and peak memory of folding and proving large models of random weights; prints JSON.
+"""Time and peak memory of folding and proving large models with random weights; prints JSON.
 
     python benchmarks/sizes.py > benchmarks/sizes.json
     python benchmarks/sizes.py --only gpt2-medium
 
 For GPT-2 medium, large and XL: `unnorm remove DIR --tokens 0 --data TEXT`, then `unnorm verify`, each in a process of
-its own; TEXT is 8 kB, so that the time is that of loading, folding and proving, not of evaluating. The checkpoints are
-in bfloat16 and in shards. Memory that only mirrors a file (`file`) is given up under pressure; what a process holds
-besides (`anonymous`) is what has to fit. The weights' size is that of float32, in which models are loaded.
+its own. TEXT is 8 kB, so that loading, folding and proving dominate the time, not evaluation. The checkpoints are in
+bfloat16 and sharded. Memory that only mirrors files (`file`) is released under pressure; the rest (`anonymous`) has to
+fit. The size of the weights is given in float32, in which models are loaded.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def make(name: str, directory: Path) -> int:
 
 
 def measured(*arguments: object) -> dict[str, Any]:
-    """Run the command line; seconds, and the peaks of what the process holds, in GB."""
+    """Run the command line; return its seconds, the process's peak memory in GB, and its JSON output."""
     peaks = {"RssAnon": 0, "RssFile": 0, "VmHWM": 0}
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "unnorm", *map(str, arguments)], stdout=subprocess.PIPE)
@@ -76,7 +76,7 @@ def measured(*arguments: object) -> dict[str, Any]:
 
 
 def measure(name: str, above: Path) -> dict[str, Any]:
-    """One size: its checkpoint made, removed, verified and deleted."""
+    """Results for one size: make its checkpoint, remove its norms, verify the twin, and delete both."""
     original, run = above / name, above / f"{name}-run"
     parameters = make(name, original)
     text = above / "text.txt"
@@ -102,7 +102,7 @@ def measure(name: str, above: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run what the command line asks for, one after the other."""
+    """Measure the sizes that the command line asks for, one after the other."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(SIZES), default=list(SIZES))
     args = parser.parse_args()

@@ -2,14 +2,14 @@
 
     python scripts/pretrain_demo.py --out src/unnorm/demo
 
-Writes the model (safetensors), its tokenizer and `pretrain_log.jsonl`. Same seed, same Python version,
-same machine: same model. Takes about ten minutes on 2 otherwise idle CPU cores.
+Writes the model (safetensors), its tokenizer and `pretrain_log.jsonl`. The same seed, Python version and
+machine give the same model. Takes about ten minutes on 2 otherwise idle CPU cores.
 
 The benchmarks' second model is made by the same script from other text:
 
     python scripts/pretrain_demo.py --data books_val.jsonl.xz --out books-gpt2 --steps 400
 
-and those of other families from the same text and at the same size:
+and models of other families, from the same text and of the same size:
 
     python scripts/pretrain_demo.py --family llama --out demo-llama --steps 500
 """
@@ -61,7 +61,7 @@ def build_model(family: str, layers: int, width: int, heads: int) -> PreTrainedM
         "num_attention_heads": heads,
         "head_dim": width // heads,
         "num_key_value_heads": heads,
-        # A gated MLP has three matrices for two.
+        # A gated MLP has three matrices instead of two.
         "intermediate_size": 4 * width if family == "gpt_neox" else 8 * width // 3,
         "tie_word_embeddings": True,
     }
@@ -77,7 +77,7 @@ def build_optimizer(model: PreTrainedModel, lr: float) -> torch.optim.Optimizer:
 
 
 def learning_rate_share(step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine to one hundredth."""
+    """Linear warm-up, then cosine decay to one hundredth."""
     if step < WARMUP:
         return (step + 1) / WARMUP
     progress = (step - WARMUP) / max(1, steps - WARMUP)

@@ -1,4 +1,4 @@
-"""unnorm: a pretrained transformer language model in, its twin without normalization layers out."""
+"""unnorm: turns a pretrained transformer language model into a twin without normalization layers."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -70,7 +70,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import each name when it is first used, so that `unnorm --help` does not wait for torch."""
+    """Import each name on first use, so that `unnorm --help` does not wait for torch."""
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'unnorm' has no attribute '{name}'")

@@ -1,4 +1,4 @@
-"""The command line: arguments to calls, errors to messages. No logic."""
+"""The command line: turns arguments into calls and errors into messages. No logic."""
 
 import io
 import os
@@ -26,13 +26,13 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # Its tables cut the names of options at 80 columns.
+    rich_markup_mode=None,  # Rich help tables would cut option names at 80 columns.
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _progress = Console(stderr=True)
 MOST_SEED = 2**32 - 1
 STOPPED = 130
-"""Exit code after Ctrl-C, as shells have it."""
+"""Exit code after Ctrl-C, by shell convention."""
 BY_DEVICE = "1.6M on a CPU, 20M on a GPU"
 
 Json = Annotated[bool, typer.Option("--json", help="Results as JSON on standard output, all else on standard error.")]
@@ -445,14 +445,14 @@ def _version(
 
 
 def main() -> None:
-    """Run the command line; a message and exit code 2 for whatever the user can put right."""
+    """Run the command line; problems that the user can fix give a message and exit code 2."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # Read when tqdm is first imported; the bars of lm-eval and of GGUF files can't be turned off otherwise.
+    # tqdm reads this on first import; it is the only way to turn off the bars of lm-eval and of GGUF loading.
     os.environ.setdefault("TQDM_DISABLE", "1")
     signal.signal(signal.SIGTERM, _stop)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # What its encoding has no character for is escaped.
+        if isinstance(stream, io.TextIOWrapper):  # Characters outside the stream's encoding are escaped.
             stream.reconfigure(errors="backslashreplace")
     try:
         app()
@@ -461,7 +461,7 @@ def main() -> None:
             _say(str(error))
         sys.exit(error.exit_code)
     except SystemExit as leaving:
-        if leaving.code == STOPPED:  # typer says nothing.
+        if leaving.code == STOPPED:  # typer prints nothing.
             _progress.print("Stopped; nothing was saved.")
         raise
     except OSError as error:
@@ -492,7 +492,7 @@ def _say(message: str) -> None:
 
 
 def _quiet() -> None:
-    """One voice: the libraries' own progress bars would write over ours."""
+    """Turn off the libraries' own progress bars, which would overwrite ours."""
     import datasets
     from transformers.utils import logging
 
@@ -501,12 +501,12 @@ def _quiet() -> None:
 
 
 def _options(ctx: typer.Context) -> dict[str, Any]:
-    """What a command was called with, defaults included, by the names that the function of the same name has."""
+    """The arguments of a command, including defaults, under the parameter names of the function it calls."""
     return {key: value for key, value in ctx.params.items() if key != "json_"}
 
 
 def _given(ctx: typer.Context, left_out: set[str]) -> dict[str, Any]:
-    """The options that were really named on the command line, so that a settings file can hold the others."""
+    """The options given explicitly on the command line, so that a settings file can supply the others."""
     return {
         key: value
         for key, value in _options(ctx).items()
@@ -520,4 +520,4 @@ def _print(values: dict[str, Any], as_json: bool, table: Any) -> None:
 
         print(json_text(values))
     else:
-        Console().print(table, crop=False)  # Of paths nothing is cut.
+        Console().print(table, crop=False)  # Paths must not be cut.

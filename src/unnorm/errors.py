@@ -1,18 +1,18 @@
-"""The one exception that users see, and what it quotes of others."""
+"""The one exception that users see, and helpers for quoting other errors in it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 
 class UnnormError(Exception):
-    """Something the user can put right: the message says what was wrong, where, and what to do.
+    """A problem that the user can fix: the message says what was wrong, where, and what to do.
 
     The CLI prints the message without a traceback and exits with `exit_code`.
     """
 
     exit_code = 2
     told_elsewhere = False
-    """Whether another process of the run raises it too, and tells it."""
+    """Whether another process of the run raises the same error and prints it."""
 
 
 class RunInterruptedError(UnnormError):
@@ -23,7 +23,7 @@ class RunInterruptedError(UnnormError):
 
 @contextmanager
 def explained(applies: bool, before: str, after: str) -> Iterator[None]:
-    """Where it `applies`, an UnnormError's message is put between these sentences: whose fault it is, and a remedy."""
+    """If it `applies`, put an UnnormError's message between two sentences, such as the cause and a remedy."""
     try:
         yield
     except UnnormError as error:
@@ -33,11 +33,11 @@ def explained(applies: bool, before: str, after: str) -> Iterator[None]:
 
 
 def first_few(names: Sequence[str]) -> str:
-    """The first three of them, and whether there are more."""
+    """The first three names, with "and more" if there are others."""
     return ", ".join(names[:3]) + (" and more" if len(names) > 3 else "")
 
 
 def short(error: Exception) -> str:
-    """What another package's error says, in one line of at most 300 characters; its kind, if it says nothing."""
+    """Another package's error message in one line of at most 300 characters; its type if it has no message."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(lines[: 2 if lines[0].endswith(":") else 1])[:300]

@@ -1,4 +1,4 @@
-"""Hooks that are gone when a block of code ends, however it ends."""
+"""Hooks that are removed when a block of code ends, however it ends."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch.utils.hooks import RemovableHandle
 
 @contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """What registering hooks gave; they are removed at the end."""
+    """Keep the hooks with these handles for the duration of the block."""
     handles = list(handles)
     try:
         yield

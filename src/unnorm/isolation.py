@@ -1,4 +1,4 @@
-"""What a public function leaves alone in the process that calls it."""
+"""Isolation of public functions: they leave the global state of the calling process unchanged."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 class _WatchError(BaseException):
-    """Carries what a caller's `watch` raised past all that would take it for a fault of its own."""
+    """Carries an exception from the caller's `watch` past handlers that would treat it as an error of their own."""
 
     def __init__(self, raised: Exception) -> None:
         super().__init__(str(raised))
@@ -25,11 +25,11 @@ class _WatchError(BaseException):
 
 
 def isolated(function: Callable[P, T]) -> Callable[P, T]:
-    """Run a function alike whatever mode it is called in, and leave the process as it was.
+    """Make a function independent of the mode it is called in, and restore global state after it.
 
-    Gradients are recorded where they are needed, also within `torch.no_grad()` or `torch.inference_mode()`. Random
-    numbers of Python, NumPy and torch go on where they were, and so do precision and transformers' verbosity. What
-    `watch` raises comes out as it is.
+    Gradients work even when called within `torch.no_grad()` or `torch.inference_mode()`. The random states of Python,
+    NumPy and torch are restored, as are float32 precision and transformers' verbosity. Exceptions raised by `watch`
+    reach the caller unchanged.
     """
 
     @wraps(function)

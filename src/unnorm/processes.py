@@ -1,4 +1,4 @@
-"""One run on several processes, as `torchrun` or `accelerate launch` start them."""
+"""One run on several processes, started by `torchrun` or `accelerate launch`."""
 
 import gc
 import os
@@ -16,33 +16,33 @@ from unnorm.errors import UnnormError
 T = TypeVar("T")
 
 LONGEST_WAIT = timedelta(days=2)
-"""For the main process, which reads and tokenizes the text, evaluates and proves while all others wait."""
+"""Timeout of collectives: the others wait while the main process tokenizes the text, evaluates and proves."""
 
 
 def count() -> int:
-    """Processes in this launch."""
+    """Number of processes in this launch."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Which of them this is, from 0 on."""
+    """Index of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes and talks."""
+    """Whether this is the process that writes files and prints."""
     return rank() == 0
 
 
 def join(device: str) -> None:
-    """Meet the other processes of the launch, if there are any; gloo on the CPU, the device's own backend else."""
+    """Connect to the other processes, if there are any: with gloo on the CPU, otherwise with the device's backend."""
     if count() > 1 and not dist.is_initialized():
         backend = {"backend": "gloo"} if device == "cpu" else {}
         PartialState(cpu=device == "cpu", timeout=LONGEST_WAIT, **backend)
 
 
 def agree(make: Callable[[], T]) -> T:
-    """What `make` returns on the main process, on every process; so is the UnnormError that it raises."""
+    """Run `make` on the main process only, and return its result, or raise its UnnormError, on every process."""
     if not dist.is_initialized():
         return make()
     answer: list[Any] = [None, None]
@@ -59,7 +59,7 @@ def agree(make: Callable[[], T]) -> T:
 
 
 def total(values: Tensor) -> Tensor:
-    """Their sum over all processes, as a new tensor."""
+    """The sum of a tensor over all processes, as a new tensor."""
     values = values.clone()
     if dist.is_initialized():
         dist.all_reduce(values)
@@ -67,7 +67,7 @@ def total(values: Tensor) -> Tensor:
 
 
 def gathered(values: Tensor) -> Tensor:
-    """Those of all processes one after the other, along the first dimension."""
+    """The tensors of all processes, concatenated along the first dimension."""
     if not dist.is_initialized():
         return values
     of_all = [torch.empty_like(values) for _ in range(dist.get_world_size())]
@@ -78,8 +78,8 @@ def gathered(values: Tensor) -> Tensor:
 def leave() -> None:
     """Close the connections to the other processes.
 
-    A gloo thread that lets go of a tensor while the interpreter shuts down aborts the process, so its threads must
-    have ended by then. They end with the last reference to the group, and reference cycles (DDP, the Trainer) hold it.
+    A gloo thread that releases a tensor during interpreter shutdown aborts the process, so these threads must have
+    ended by then. They end with the last reference to the group, which reference cycles (DDP, the Trainer) keep alive.
     """
     if dist.is_initialized():
         gc.collect()

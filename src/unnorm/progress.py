@@ -1,16 +1,16 @@
-"""How a long call tells what it is at."""
+"""Progress reports of long calls."""
 
 from collections.abc import Callable
 from typing import Any
 
 Watch = Callable[[dict[str, Any]], None]
-"""Called with one row after another, each with its `kind`: a phase that begins, progress within it, metrics."""
+"""Called with one row at a time, each with a `kind`: the start of a phase, progress within it, or metrics."""
 
 
 def silent(row: dict[str, Any], /) -> None:
-    """The watch of a call that nobody watches."""
+    """A watch that does nothing."""
 
 
 def say(watch: Watch, text: str, tokens: int | None = None) -> None:
-    """Announce a phase, and the tokens that it will take where that is known."""
+    """Announce a phase, and the number of tokens it will take if known."""
     watch({"kind": "phase", "text": text, "tokens": tokens})

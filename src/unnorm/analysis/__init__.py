@@ -1,5 +1,5 @@
-"""What a norm-free model makes exact, measured in the twin and beside it in the original.
+"""Analyses that become exact in a norm-free model, run on the twin and on the original side by side.
 
-Each file is one analysis: a function that returns tensors, and `find`, which makes numbers and figures of them for
+Each file is one analysis: a function that returns tensors, and `find`, which turns them into numbers and figures for
 `unnorm analyze`.
 """

@@ -1,4 +1,4 @@
-"""`unnorm analyze`: what norms do to the analysis of a model, with the original and its twin side by side."""
+"""`unnorm analyze`: how norms affect interpretability analyses, shown on the original and its twin side by side."""
 
 import math
 import time
@@ -40,9 +40,9 @@ ANALYSES: dict[str, Callable[[Material], Finding]] = {
 }
 PAGE, NUMBERS = "analysis.html", "analysis.json"
 TOKENS, PROMPTS = 4096, 64
-"""Held-out tokens that are analyzed, and generated pairs of prompts."""
+"""Default number of held-out tokens to analyze, and number of generated prompt pairs."""
 MOST_CONTEXT = 256
-"""Longest blocks by default: attention weights of all pairs of positions are kept."""
+"""Default limit on the block length: attention weights of all pairs of positions are kept in memory."""
 
 
 @isolated
@@ -63,7 +63,7 @@ def analyze(
     trust_remote_code: bool = False,
     watch: Watch | None = None,
 ) -> dict[str, Any]:
-    """Analyze a twin and its original side by side; write `analysis.html` and `analysis.json`; `unnorm analyze`.
+    """Analyze a twin and its original side by side and write `analysis.html` and `analysis.json` (`unnorm analyze`).
 
     Args:
         directory: a finished run.
@@ -71,23 +71,24 @@ def analyze(
         what: which of attribution, patching, sinks, neurons, lens, scales and geometry; by default all that these
             models allow.
         data: text, of which the held-out part is used; by default the run's.
-        prompts: JSONL file of prompt pairs to patch between; by default indirect-object prompts that are generated.
+        prompts: JSONL file of prompt pairs to patch between; by default generated indirect-object prompts.
         out: directory to write; by default `analysis` in the run directory. Earlier results in it are replaced.
-        tokens: how many tokens of text at most.
+        tokens: number of text tokens, rounded up to whole blocks; fewer if the text is shorter.
         context: tokens in a block; by default the longest that both models take, at most 256.
         text_field: column that holds the text; by default the run's.
         split: split that the text comes from; by default the run's.
         device: `auto`, `cpu`, `cuda` or `mps`.
-        seed: of the generated prompts.
+        seed: seed for the generated prompts.
         trust_remote_code: run modeling code that comes with the original.
-        watch: called with `{"kind": "phase", "text": …}` as it goes on.
+        watch: called with `{"kind": "phase", "text": …}` at each phase.
 
     Returns:
-        What stands in `analysis.json`: settings, `findings` by name, `skipped` with reasons, `page` and `numbers`.
+        The contents of `analysis.json`: settings, `findings` by name, `skipped` with reasons, and the paths `page`
+        and `numbers`.
 
     Raises:
-        UnnormError: there is no finished run, the original is no model that the twin can come from, the text or the
-            prompts can't be used, an analysis is not known, or one that was named can't be made of these models.
+        UnnormError: there is no finished run, the twin can't have come from the original, the text or the prompts
+            can't be used, an analysis is unknown, or one that was named can't be run on these models.
     """
     watch = watch or silent
     started = time.perf_counter()
@@ -124,7 +125,7 @@ def analyze(
 
 
 def _find(names: Sequence[str], material: Material, must: bool, watch: Watch) -> tuple[list[Finding], list[Skipped]]:
-    """What the analyses find, and which can't be made of these models, unless they must."""
+    """Findings, and the analyses that these models do not allow; if `must`, such an analysis raises instead."""
     findings, skipped = [], []
     for key in names:
         say(watch, f"analyzing {key}")
@@ -151,7 +152,7 @@ def _chosen(what: Sequence[str] | None) -> list[str]:
 
 
 def _check_pair(original: PreTrainedModel, twin: PreTrainedModel, sites: Sequence[NormSite], name: str) -> None:
-    """That the twin can have come from the original."""
+    """Raise an UnnormError if the twin can't have come from the original."""
     kind = type(twin).__name__.removeprefix(PREFIX)
     if type(original).__name__ != kind:
         raise UnnormError(

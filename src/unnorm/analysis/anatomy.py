@@ -1,4 +1,4 @@
-"""Where layers, heads, neurons and the last norm of a model are, with norms or without, found by running it."""
+"""Locates the layers, heads, MLPs and final norm of a model, with or without norms, by running it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,13 +22,13 @@ from unnorm.taper.norms import centered
 
 @dataclass(frozen=True)
 class Anatomy:
-    """Parts of one model, as paths of its modules.
+    """Parts of one model, as module paths.
 
     Attributes:
         layers: the layers, in order; each reads and writes the residual stream.
-        final: what reads the residual stream last: the final norm, or the identity in its place.
-        norm: the final norm, if it still is one.
-        writers: all that is added to the residual stream, in the order of the model.
+        final: the last module to read the residual stream: the final norm, or the identity in its place.
+        norm: the final norm, if it is still a norm.
+        writers: all modules that write to the residual stream, in the order of the model.
     """
 
     layers: tuple[str, ...]
@@ -48,16 +48,16 @@ class Anatomy:
 
     @property
     def heads(self) -> int:
-        """Heads of a layer; 0 where they can't be known."""
+        """Heads per layer; 0 where unknown or not the same in all layers."""
         counts = {writer.heads for writer in self.attentions}
         return counts.pop() if len(counts) == 1 else 0
 
 
 def anatomy(model: PreTrainedModel) -> Anatomy:
-    """Find the parts of a decoder-only model, with its norms or without.
+    """Find the parts of a decoder-only model, with or without norms.
 
     Raises:
-        UnnormError: the residual stream is no plain sum up to a last (former) norm, as in a post-norm model.
+        UnnormError: the residual stream is not a plain sum read by a final (former) norm, as in a post-norm model.
     """
     sites = [] if is_norm_free(model) else find_sites(model, in_place=True)
     former = [*(getattr(model.config, "removed_norms", None) or ()), *(site.name for site in sites)]
@@ -67,7 +67,7 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
             f"The residual stream of {type(model).__name__} is no plain sum that a last norm reads (as in a post-norm "
             "model), so there are no contributions to it. This analysis is for pre-norm models."
         )
-    # A norm after a sublayer stands for what it reads.
+    # A norm after a sublayer is listed as the writer; its kind is that of the module whose output it reads.
     behind = {site.name: site.writers[0] for site in sites if site.writers}
     writers = [_named_by(model, writer, behind.get(writer.name)) for writer in writers]
     order = [name for name, _ in model.named_modules()]
@@ -86,7 +86,7 @@ def is_norm_free(model: PreTrainedModel) -> bool:
 def residual_stream(
     model: PreTrainedModel, parts: Anatomy, ids: Int[Tensor, "batch position"]
 ) -> tuple[Float[Tensor, "depth batch position width"], Float[Tensor, "batch position vocab"]]:
-    """What each layer reads, and at last the final norm (or the identity in its place); and the logits."""
+    """Inputs of each layer and, as the last depth, of the final norm (or the identity in its place); and the logits."""
     places = [*parts.layers, parts.final]
     with recorded(model, places) as record:
         logits = model(input_ids=ids, use_cache=False).logits
@@ -100,9 +100,9 @@ def logits_from(
     ids: Int[Tensor, "batch position"],
     residual: Float[Tensor, "batch position width"],
 ) -> Float[Tensor, "batch position vocab"]:
-    """The logits that the model gives if the last thing to read the residual stream reads this one.
+    """The model's logits when `residual` replaces the input of the final norm (or of the identity in its place).
 
-    The whole model runs, so that whatever it does after the final norm (projections, soft caps, scaling) is done.
+    The whole model runs, so that everything after the final norm (projections, soft caps, scaling) is included.
     """
     with replaced_inputs(model, {parts.final: lambda x: residual.view(x.shape)}):
         return model(input_ids=ids, use_cache=False).logits
@@ -112,9 +112,9 @@ def logits_from(
 class Readout:
     """How the unembedding reads the residual stream x: logit_t = (x . direction_t) / s(x) + bias_t.
 
-    s(x) is the final norm's scale, 1 in a twin; the direction has the norm's gain in it, and is centered where the
-    norm centers x. What all logits are multiplied by (Granite, Cohere) is in directions and biases. Where logits are
-    `capped` after that (a soft cap, as in Gemma 2), these are the ones before.
+    s(x) is the final norm's scale, 1 in a twin. Directions include the norm's gain, and are centered where the norm
+    centers x. A constant factor on all logits (Granite, Cohere) is included in directions and biases. If `capped` (a
+    soft cap follows, as in Gemma 2), logit_t is the logit before the cap.
     """
 
     directions: Float[Tensor, "vocab width"]
@@ -130,7 +130,7 @@ class Readout:
         return (x.square().mean(-1) + self.norm.eps).sqrt()
 
     def centered(self, x: Float[Tensor, "*token width"]) -> Float[Tensor, "*token width"]:
-        """A vector as the final norm sees it: less its mean, for LayerNorm."""
+        """A vector as the final norm sees it: minus its mean, for LayerNorm."""
         return centered(x, self.norm is not None and self.norm.centered)
 
 
@@ -169,7 +169,7 @@ def readout(model: PreTrainedModel, parts: Anatomy) -> Readout:
 
 
 def _factor(unembedded: Float[Tensor, "*token vocab"], logits: Float[Tensor, "*token vocab"]) -> float | None:
-    """The one number that makes logits of what the unembedding gives; None where there is none."""
+    """The constant factor from the unembedding's output to the logits; None if there is no such constant."""
     if torch.equal(unembedded, logits.to(unembedded.dtype)):
         return 1.0
     before, after = unembedded.double(), logits.double()
@@ -185,7 +185,7 @@ def attention_patterns(
     """Attention weights of every head, from the model's own eager attention.
 
     Raises:
-        UnnormError: the family doesn't give them, or for other heads than its projections have.
+        UnnormError: the family doesn't return them, or returns a different number of heads than its projections have.
     """
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
@@ -211,7 +211,7 @@ def without_heads(model: PreTrainedModel, parts: Anatomy) -> UnnormError | None:
 
 
 def _last_reader(model: PreTrainedModel, former: Sequence[str]) -> tuple[str | None, list[Writer]]:
-    """The (former) norm outside the layers that reads what the layers add up to, and what writes that."""
+    """The (former) norm outside the layers that reads the sum of all layers' outputs, and the writers of that sum."""
     for name in reversed([name for name in former if layer_number(name) is None]):
         writers = residual_writers(model, name) or []
         if len(writers) > 1 and any(writer.kind == "mlp" for writer in writers):

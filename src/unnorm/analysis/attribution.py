@@ -1,8 +1,8 @@
 """Direct logit attribution: what each head, MLP, neuron and bias adds to a logit, and how exact that is.
 
-In a twin the logit of token t is x . w_t + b_t with x the last residual vector, a sum of contributions, so that the
-direct effect of a contribution c, the change of the logit when c is taken out of x, is c . w_t exactly. In a model with
-a final norm of gain g and scale s(x), with w'_t = C diag(g) w_t (C removes the mean, for LayerNorm),
+In a twin the logit of token t is x . w_t + b_t, where x, the final residual vector, is a sum of contributions. The
+direct effect of a contribution c, i.e. how much the logit falls when c is removed from x, is therefore exactly c . w_t.
+In a model with a final norm of gain g and scale s(x), with w'_t = C diag(g) w_t (C removes the mean, for LayerNorm),
 
     attribution, scale frozen        DLA(c) = c . w'_t / s(x)
     direct effect                    DE(c)  = x . w'_t / s(x) - (x - c) . w'_t / s(x - c)
@@ -46,14 +46,15 @@ class Attribution:
     """Contributions to the logit of one token at each position.
 
     Attributes:
-        parts: what is attributed to; the last one is the bias of the unembedding, with what the final norm's bias adds.
-        contributions: to the logit, the final norm's scale frozen where there is one; they sum to `logits`.
-        direct_effects: the change of the logit when the part is taken out of the last residual vector; not known for
-            the last part, so one fewer.
-        neurons: by layer, those of its MLP's neurons; they sum to its MLP's. Layers whose MLP is not one linear
-            projection of neurons are left out.
-        logits: what is attributed: the model's own; before the soft cap, where it has one.
-        capped: whether it has one.
+        parts: parts of the residual stream; the last is the unembedding's bias, including what the final norm's bias
+            adds.
+        contributions: to the logit, with the final norm's scale frozen if there is one; they sum to `logits`.
+        direct_effects: how much the logit falls when the part is removed from the final residual vector; undefined
+            for the last part, so one row fewer.
+        neurons: contributions of MLP neurons, by layer; they sum to the MLP's contribution (its bias is a
+            separate part). Layers whose MLP is not one linear projection of neurons are left out.
+        logits: the attributed logits: the model's own, before its soft cap if it has one.
+        capped: whether the model has a soft cap.
     """
 
     parts: list[Part]
@@ -70,17 +71,17 @@ def attribute(
 ) -> Attribution:
     """Attribute a logit at each position to the parts of the residual stream, in the model's own dtype.
 
-    The equations are in the head of this file. The logit is the model's, before any soft cap.
+    The equations are in the module docstring. The logit is the model's, before any soft cap.
 
     Args:
         model: a twin, or a model with norms.
         ids: token ids.
-        targets: the token whose logit is attributed, at each position; by default the next one, so that the last
-            position is left out.
+        targets: the token whose logit is attributed, at each position; by default the next token, which leaves out
+            the last position.
 
     Raises:
-        UnnormError: the model's residual stream is no plain sum that the unembedding reads, or the ids are more than
-            it takes.
+        UnnormError: the residual stream is not a plain sum that the unembedding reads, or the sequences are longer
+            than the model's context.
     """
     check_fits(model, ids.shape[1])
     parts = anatomy(model)
@@ -118,7 +119,7 @@ def attribute(
 def frozen_scale_error(
     contributions: Float[Tensor, "part *token"], direct_effects: Float[Tensor, "part *token"]
 ) -> Float[Tensor, " part"]:
-    """NMAE of attributions against direct effects, over tokens, for each part; 0 where the part does nothing."""
+    """NMAE of attributions relative to direct effects, over tokens, for each part; 0 where a part has no effect."""
     miss = (contributions - direct_effects).abs().flatten(1).sum(1)
     return _share(miss, direct_effects.abs().flatten(1).sum(1))
 
@@ -128,7 +129,7 @@ def _share(miss: Float[Tensor, " part"], effect: Float[Tensor, " part"]) -> Floa
 
 
 def find(material: Material) -> Finding:
-    """Attribution in both models on the material's text, in float64."""
+    """Attribution in both models on the held-out text, in float64."""
     measured: dict[str, Any] = {s.name: _measure(s, material) for s in material.subjects_in_float64()}
     twin, original = measured["twin"], measured["original"]
     heads = original["heads"]
@@ -163,7 +164,7 @@ def find(material: Material) -> Finding:
 
 
 def _told_apart(parts: list[Part]) -> list[Part]:
-    """Where a layer has several MLPs (experts, and a shared one beside them), each by its module's path."""
+    """Rename duplicates by module path, e.g. where a layer has several MLPs (experts and a shared expert)."""
     times = Counter(part.name for part in parts)
     return [replace(part, name=part.writer) if times[part.name] > 1 else part for part in parts]
 
@@ -171,7 +172,7 @@ def _told_apart(parts: list[Part]) -> list[Part]:
 def _tensors(pair: tuple[Tensor, Any], ids: Tensor) -> tuple[Tensor, Tensor]:
     z, output = pair
     output = output[0] if isinstance(output, tuple) else output
-    # Positions are embedded once for all sequences.
+    # Position embeddings are computed once for all sequences.
     if output.shape[0] == 1 and output.ndim == 3:
         output = output.expand(len(ids), -1, -1)
     return (z if z.is_floating_point() else output), output.reshape(*ids.shape, -1)
@@ -180,7 +181,7 @@ def _tensors(pair: tuple[Tensor, Any], ids: Tensor) -> tuple[Tensor, Tensor]:
 def _effects(
     vector: Float[Tensor, "..."], x: Float[Tensor, "batch position width"], direction: Tensor, last: Readout
 ) -> tuple[Float[Tensor, "batch position"], Float[Tensor, "batch position"]]:
-    """DLA and DE of one part, a vector for each token or one for all."""
+    """DLA and DE of one part, given as one vector per token or one for all tokens."""
     scale = last.scale(x)
     frozen = (vector * direction).sum(-1) / scale
     if last.norm is None:

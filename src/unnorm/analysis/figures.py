@@ -1,4 +1,4 @@
-"""The kinds of figure that analyses draw: the original in soft grey, the twin in the accent colour."""
+"""Figure types shared by the analyses: the original in soft grey, the twin in the accent colour."""
 
 from collections.abc import Mapping, Sequence
 
@@ -21,18 +21,18 @@ from unnorm.report.numbers import finite_or_none
 
 COLOURS = {"original": SOFT, "twin": ACCENT}
 WRITTEN_CELLS = 120
-"""Most cells of a heat map that have their number written in them."""
+"""Heat maps with at most this many cells show the number in each cell."""
 
 Grid = Sequence[Sequence[float | None]]
 
 
 def heat_map(grid: Grid, columns: Sequence[str], rows: Sequence[str], form: str, what: str) -> Figure:
-    """One value for each layer (from the top down) and head, with the numbers in the cells where there is room."""
+    """One value per layer (from the top down) and head, with the numbers in the cells where there is room."""
     return heat_maps({"": grid}, columns, rows, form, what)
 
 
 def heat_maps(grids: Mapping[str, Grid], columns: Sequence[str], rows: Sequence[str], form: str, what: str) -> Figure:
-    """Several of them below one another, on one scale of colours."""
+    """Several heat maps, one below the other, on a common colour scale."""
     height = len(grids) * (70 + 26 * min(len(rows), 18)) + 50
     figure = panels([1 / len(grids)] * len(grids), 44 / height)  # Room for a panel's name.
     values = [v for grid in grids.values() for row in grid for v in row if v is not None]
@@ -42,7 +42,7 @@ def heat_maps(grids: Mapping[str, Grid], columns: Sequence[str], rows: Sequence[
             z=grid,
             customdata=[[f"{row}, {column}" for column in columns] for row in rows],
             zmin=0,
-            zmax=1.7 * max([1e-9, *values]),  # So that numbers can be read on the darkest cell.
+            zmax=1.7 * max([1e-9, *values]),  # Keeps numbers readable on the darkest cell.
             colorscale=[[0, PAPER], [1, ACCENT]],
             showscale=False,
             xgap=2,
@@ -65,11 +65,11 @@ def heat_maps(grids: Mapping[str, Grid], columns: Sequence[str], rows: Sequence[
 def dot_rows(
     names: Sequence[str], values: Mapping[str, Sequence[float | None]], title: str, log: bool = False
 ) -> Figure:
-    """A dot for each name (along the x axis) and model."""
+    """One dot for each name (along the x axis) and model."""
     figure = panels([1.0])
     places = list(range(len(names)))
     for model, column in values.items():
-        # A log axis has no place for zero.
+        # Zero can't be shown on a log axis.
         shown = [v if not log or (finite_or_none(v) or 0) > 0 else None for v in column]
         figure.add_scatter(
             x=places,
@@ -93,13 +93,13 @@ def dot_rows(
 def range_rows(
     names: Sequence[str], ranges: Mapping[str, Sequence[Sequence[float | None]]], title: str, at: float | None = None
 ) -> Figure:
-    """For each name and model a bar from low to high with a dot between, and maybe a diamond; on a log axis.
+    """A bar from low to high with a dot for the median and an optional diamond, by name and model, on a log axis.
 
     Args:
-        names: along the x axis.
-        ranges: by model, low, middle, high and diamond (or None) for each name.
-        title: of the y axis.
-        at: where to draw a level line.
+        names: labels along the x axis.
+        ranges: by model: low, median, high and diamond (or None) for each name.
+        title: title of the y axis.
+        at: where to draw a horizontal line.
     """
     figure = panels([1.0])
     if at is not None:
@@ -123,7 +123,7 @@ def scatter(
     log_y: bool = False,
     marked: dict[str, list[int]] | None = None,
 ) -> Figure:
-    """Points by model, with their names; some of them may be marked, and equality drawn."""
+    """Named points by model, optionally with some drawn larger (`marked`) and with the line y = x (`diagonal`)."""
     figure = panels([1.0])
     if diagonal:
         ends = [v for x, y, _ in points.values() for v in (*x, *y)]
@@ -161,9 +161,9 @@ def bundle(
 
     Args:
         lines: model, name, weight from 0 (thin) to 1 (thick), and values.
-        x_title: of the x axis.
-        y_title: of the y axis.
-        places: x of each line's values; by default 1, 2, 3, …
+        x_title: title of the x axis.
+        y_title: title of the y axis.
+        places: x coordinates of each line's values; by default 1, 2, 3, …
     """
     figure = panels([1.0])
     at = places or [[float(i + 1) for i in range(len(values))] for *_, values in lines]
@@ -172,7 +172,7 @@ def bundle(
             x=list(x),
             y=[v if v > 0 else None for v in values],
             mode="lines",
-            # The original's under the twin's and wider, so that it is seen where they are the same.
+            # The original's lines are wider, so that they stay visible under the twin's where the two coincide.
             line={"color": COLOURS[model], "width": (0.8 + 2 * weight) * (2.5 if model == "original" else 1)},
             opacity=0.5 + 0.5 * weight,
             name=name,
@@ -187,7 +187,7 @@ def bundle(
 
 
 def line_panels(names: Sequence[str], by_panel: Mapping[str, Mapping[str, Sequence[float]]], x_title: str) -> Figure:
-    """Panels below one another with a line for each model over the same named places."""
+    """Panels one below the other, each with one line per model over the same named x positions."""
     figure = panels([1 / len(by_panel)] * len(by_panel))
     for panel, (title, lines) in enumerate(by_panel.items(), start=1):
         for model, values in lines.items():

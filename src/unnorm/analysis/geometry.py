@@ -1,17 +1,18 @@
-"""Weight geometry: what the fold, and the training before it, did to each weight beside a former norm.
+"""Weight geometry: how training and the fold changed each weight next to a former norm.
 
-For a site with gain g and constant scale c, and a reader whose weight was W in the original and is W' in the twin,
+For a site with gain g and constant scale c, and a reader with weight W in the original and W' in the twin,
 
-    original, gain in it     M  = W diag(g) C       (reads the vector divided by its own scale)
+    original, gain included  M  = W diag(g) C       (reads the vector divided by its own scale)
     twin, times c            M' = c W'              (reads the residual vector divided by c)
 
-so that without training M' = M (C removes the mean, for LayerNorm). Singular values of both, and the effective gain of
-each residual feature j: how strongly it is read, over the original's weight as stored,
+so that without training M' = M (C removes the mean, for LayerNorm). Compared are the singular values of both, and the
+effective gain of each residual feature j, i.e. how strongly it is read relative to the original's stored weight,
 
-    original |M_j| / |W_j|         twin |M'_j| / |W_j|        (norms of columns)
+    original |M_j| / |W_j|         twin |M'_j| / |W_j|        (column norms)
 
-For a norm that folded into the layer before it (query/key norms), M has rows centered and times g, and M' another
-factor c; where a layer took no other norm up, gains are of rows in place of columns.
+For a norm that was folded into the layer before it (query/key norms), the mean of M's rows is removed and the rows are
+multiplied by g, and M' has another factor c; if no other norm was folded into that layer, gains are of rows instead of
+columns.
 """
 
 from collections.abc import Sequence
@@ -38,13 +39,13 @@ SHOWN_VALUES = 48
 
 @dataclass(frozen=True)
 class Geometry:
-    """One weight beside a former norm; see the head of this file for M, M' and gains.
+    """One weight next to a former norm; see the module docstring for M, M' and gains.
 
     Attributes:
-        sites: paths of the norms whose maps folded into the weight: the one it reads, the one that reads it, or both.
+        sites: paths of the norms folded into the weight: the one it reads, the one that reads it, or both.
         weight: path of the layer.
         singular_values: of M, and of M', in descending order.
-        gain: effective gain of each feature, of M and of M'; NaN where the stored weight is zero.
+        gain: effective gain of each feature, for M and M'; NaN where the stored weight is zero.
         change: |M' - M| / |M|, in Frobenius norms.
     """
 
@@ -59,13 +60,13 @@ class Geometry:
 def geometry(
     original: PreTrainedModel, twin: PreTrainedModel, sites: Sequence[NormSite], constants: dict[str, float]
 ) -> list[Geometry]:
-    """Compare every matrix that took a norm's constant map up, in float64 on the CPU; stacked experts are left out.
+    """Compare every matrix that a norm was folded into, in float64 on the CPU; stacked experts are left out.
 
     Args:
         original: the model with norms.
         twin: its norm-free twin.
         sites: the former norm sites.
-        constants: the constant scale of each.
+        constants: the constant scale of each site.
     """
     beside: dict[str, list[NormSite]] = {}
     for site in sites:
@@ -86,7 +87,7 @@ def geometry(
 
 
 def find(material: Material) -> Finding:
-    """The geometry of every weight that a norm folded into."""
+    """The geometry of every weight that a norm was folded into."""
     found = geometry(material.original, material.twin, material.sites, material.constants)
     if not found:
         raise UnnormError("No norm of this model folded into a weight, so there are no weights to compare.")
@@ -118,19 +119,19 @@ def find(material: Material) -> Finding:
 
 
 def _weight(module: nn.Module) -> Float[Tensor, "out in"]:
-    if isinstance(module, nn.Embedding):  # A row for each token: features are its columns.
+    if isinstance(module, nn.Embedding):  # One row per token: features are its columns.
         return module.weight.T.cpu().double()
     return linear_weight(module).cpu().double()
 
 
 def _mapped(weight: Tensor, site: NormSite, gain: Tensor) -> Tensor:
-    """The weight with the norm's gain and centering in it."""
+    """The weight with the norm's gain and centering applied."""
     if site.folds_into == "readers":
         weight = weight * gain
         return weight - weight.mean(1, keepdim=True) if site.centered else weight
     blocks = weight.view(-1, site.width, weight.shape[1])
     blocks = blocks - blocks.mean(1, keepdim=True) if site.centered else blocks
-    return (blocks * gain.view(-1, site.width, 1)).view(weight.shape)  # Cohere has a gain for every head.
+    return (blocks * gain.view(-1, site.width, 1)).view(weight.shape)  # Cohere has a separate gain for each head.
 
 
 def _compare(sites: Sequence[NormSite], name: str, stored: Tensor, before: Tensor, now: Tensor) -> Geometry:
@@ -160,7 +161,7 @@ def _numbers(row: Geometry) -> dict[str, Any]:
 
 
 def _thinned(values: Tensor) -> tuple[list[int], list[float]]:
-    """At most `SHOWN_VALUES` of them, denser at the largest; with their places, from 1."""
+    """At most `SHOWN_VALUES` of the values, denser among the largest, preceded by their ranks (from 1)."""
     ends = torch.logspace(0, 1, SHOWN_VALUES, base=float(len(values))).round().long().clamp(1, len(values))
     places = sorted(set(ends.tolist()))
     return places, [float(values[place - 1]) for place in places]
@@ -171,7 +172,7 @@ def _singular_figure(found: list[Geometry]) -> Figure:
     lines, places = [], []
     for place, name in enumerate(("original", "twin")):
         for row, label in zip(found, labels, strict=True):
-            # A centered weight has no rank along one direction.
+            # A centered weight is rank-deficient: one singular value is zero up to rounding.
             of_rank = row.singular_values[place] > 1e-5 * row.singular_values[place, 0]
             at, values = _thinned(row.singular_values[place][of_rank])
             lines.append((name, f"{name}, {label}", 0.3, values))

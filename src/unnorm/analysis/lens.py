@@ -1,8 +1,8 @@
-"""The logit lens: what the model would say if the layers after some depth wrote nothing.
+"""The logit lens: what the model would predict if the layers after some depth wrote nothing.
 
-lens_d(x) = unembed(norm(x_d)), with x_d what layer d reads (nostalgebraist 2020, *interpreting GPT: the logit lens*).
+lens_d(x) = unembed(norm(x_d)), with x_d the input of layer d (nostalgebraist 2020, *interpreting GPT: the logit lens*).
 In the original the final norm divides each intermediate vector by that vector's own scale, which the later layers would
-have changed; in a twin the lens is the last residual vector's linear read with the later terms left out.
+have changed; in a twin the lens is the same linear map as at the output, applied to the sum without the later terms.
 """
 
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ from unnorm.report.numbers import fixed
 
 @dataclass(frozen=True)
 class Lens:
-    """What each depth says; depth d is before layer d, the last one is the model's own output.
+    """Lens predictions by depth; depth d is before layer d, the last is the model's own output.
 
     Attributes:
-        loss: of the next token, in nats.
+        loss: loss of the next token, in nats.
         kl: KL(the model's output ‖ lens), in nats.
-        agrees: whether the lens has the same most likely token as the model's output.
-        forms_at: the first depth from which on all agree.
+        agrees: whether the lens and the model's output have the same most likely token.
+        forms_at: the first depth such that it and all later depths agree.
     """
 
     loss: Float[Tensor, "depth batch predicted"]
@@ -41,11 +41,11 @@ class Lens:
 
 @torch.no_grad()
 def lens(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Lens:
-    """Read every depth of a model on a batch of sequences of at least 2 tokens.
+    """Apply the lens at every depth of a model, on a batch of sequences of at least 2 tokens.
 
     Raises:
-        UnnormError: the model's residual stream is no plain sum that a last norm reads, or the ids are more than it
-            takes.
+        UnnormError: the residual stream is not a plain sum read by a final norm, or the sequences are longer than the
+            model's context.
     """
     check_fits(model, ids.shape[1])
     parts = anatomy(model)
@@ -59,13 +59,13 @@ def lens(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Lens:
         kl = F.kl_div(log_q, final, log_target=True, reduction="none").sum(-1)
         rows.append((token_losses(read, ids), kl, log_q.argmax(-1) == best))
     loss, kl, agrees = (torch.stack(values).float().cpu() for values in zip(*rows, strict=True))
-    # From the end: how many depths in a row agree.
+    # Counted from the end: how many consecutive depths agree.
     streak = agrees.flip(0).cumprod(0).sum(0).long()
     return Lens(loss, kl, agrees, len(stream) - streak)
 
 
 def find(material: Material) -> Finding:
-    """The lens in both models on the material's text."""
+    """The lens in both models on the held-out text."""
     measured = {}
     for name, model in material.models.items():
         found = [lens(model, ids) for ids in material.batches(model.device)]

@@ -1,4 +1,4 @@
-"""What every analysis gets, and what it gives back."""
+"""The input and the result of every analysis."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -30,16 +30,16 @@ class Subject:
 
 @dataclass(frozen=True)
 class Material:
-    """What an analysis works on.
+    """The input of an analysis.
 
     Attributes:
         original: the model with norms.
         twin: its norm-free twin, on the same device.
-        tokenizer: of both.
-        blocks: rows of `input_ids`, held-out text, all of one length.
-        prompts: pairs of prompts, or why there are none.
+        tokenizer: the tokenizer of both.
+        blocks: held-out text as rows of `input_ids`, all of the same length.
+        prompts: pairs of prompts, or the reason why there are none.
         sites: the former norm sites of the twin.
-        constants: the constant scale of each, as folded.
+        constants: the constant scale of each site, as folded.
         batch_size: blocks in one forward pass.
     """
 
@@ -54,51 +54,51 @@ class Material:
 
     @property
     def models(self) -> dict[str, PreTrainedModel]:
-        """Both, by name, as they are loaded (float32)."""
+        """Both models by name, in float32 as loaded."""
         return {"original": self.original, "twin": self.twin}
 
     @property
     def keeps_final_norm(self) -> bool:
-        """Whether the twin reads its last residual vector through a norm, which the removal was told to keep."""
+        """Whether the twin still has its final norm, because the removal was told to keep it."""
         _, twin = self.subjects
         return twin.anatomy.norm is not None
 
     @cached_property
     def subjects(self) -> list[Subject]:
-        """Both, with what they are made of."""
+        """Both models with their parts."""
         return [Subject(name, model, anatomy(model)) for name, model in self.models.items()]
 
     def subjects_in_float64(self) -> Iterator[Subject]:
-        """Copies of both in float64, one at a time; where the device has none, as they are."""
+        """Float64 copies of both models, one at a time; the models as loaded where the device has no float64 (MPS)."""
         for subject in self.subjects:
             exact = subject.model if subject.model.device.type == "mps" else float64_copy(subject.model)
             yield Subject(subject.name, exact, subject.anatomy)
 
     def batches(self, device: torch.device) -> Iterator[Int[Tensor, "batch position"]]:
-        """The held-out text."""
+        """Batches of the held-out text."""
         return batches(self.blocks, self.batch_size, device)
 
 
 def float64_copy(model: PreTrainedModel) -> PreTrainedModel:
     """An independent copy that computes in float64."""
     copy = copy_model(model).double()
-    copy.config._experts_implementation = "eager"  # The fused experts know no float64.
+    copy.config._experts_implementation = "eager"  # The fused experts do not support float64.
     return copy
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one analysis shows.
+    """The result of one analysis.
 
     Attributes:
         key: its name on the command line.
         title: its heading.
         text: what is shown, and how it is computed.
-        numbers: plain values, as they stand in `analysis.json`.
+        numbers: plain values, as in `analysis.json`.
         figures: by name.
-        captions: of figures, by name.
-        legends: of figures, by name: each a label, a colour of the page and a shape of its legend keys.
-        headline: name, value and explanation of its one number.
+        captions: by figure name.
+        legends: legend entries by figure name: label, key of a page colour, and shape of the legend key.
+        headline: name, value and explanation of its headline number.
     """
 
     key: str

@@ -1,15 +1,15 @@
-"""Entropy neurons: neurons of the last MLP that write much and, but for the final norm, say nothing.
+"""Entropy neurons: neurons of the last MLP that write long vectors but affect predictions only through the final norm.
 
-A neuron with output weights w writes a * w into the residual stream. Its effect on the logits before the norm's scale
-is W w, with W the unembedding with the final norm's gain in it. An entropy neuron has a long w and a W w that is nearly
-the same for all tokens, so that it shifts no logit against another, but lengthens the residual vector, and so makes the
-final norm flatten the distribution (Gurnee et al. 2024, arXiv 2401.12181; Stolfo et al. 2024, *Confidence Regulation
-Neurons*, arXiv 2406.16254). They are found, as there, by
+A neuron with activation a and output weights w writes a * w into the residual stream. Its effect on the logits before
+the norm's scale is proportional to W w, with W the unembedding including the final norm's gain. An entropy neuron has a
+long w and a W w that is nearly the same for all tokens: it shifts no logit relative to another, but it lengthens the
+residual vector and so makes the final norm flatten the distribution (Gurnee et al. 2024, arXiv 2401.12181; Stolfo et
+al. 2024, *Confidence Regulation Neurons*, arXiv 2406.16254). As in those papers, they are the neurons with the lowest
 
     LogitVar(w) = Var over tokens t of  W_t . w / (|W_t| |w|)
 
-the lowest among the neurons with the longest w. A neuron is ablated by putting its mean activation in its place.
-Without a norm to act through, it should do nothing (Baroni et al. 2025, arXiv 2507.02559).
+among those with the longest w. A neuron is ablated by replacing its activation with its mean. Without a norm to act
+through, it should have no effect (Baroni et al. 2025, arXiv 2507.02559).
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -34,16 +34,16 @@ from unnorm.sites.residual import Writer, recorded, replaced_inputs
 FOUND = 8
 LONGEST_SHARE = 0.25
 ABLATION_TOKENS = 2048
-"""Tokens that neurons are ablated on: the model runs anew for each of them."""
+"""Number of tokens for ablations, rounded up to whole batches: each ablated neuron needs another forward pass."""
 
 
 @dataclass(frozen=True)
 class OutputWeights:
-    """The neurons of the last MLP by what they write.
+    """Statistics of the output weights of the last MLP's neurons.
 
     Attributes:
         norm: |w| of each neuron.
-        logit_variance: LogitVar(w), see the head of this file.
+        logit_variance: LogitVar(w), see the module docstring.
     """
 
     norm: Float[Tensor, " neuron"]
@@ -57,12 +57,13 @@ class OutputWeights:
 
 @dataclass(frozen=True)
 class Ablation:
-    """What putting neurons at their means does, at each predicted token.
+    """Effects of mean-ablating neurons, at each predicted token.
 
     Attributes:
-        entropy: of the prediction, after less before, in nats.
-        loss: likewise.
-        direct_entropy: as `entropy`, with the final norm's scale held where it was before; the same without a norm.
+        entropy: change of the prediction's entropy (after minus before), in nats.
+        loss: change of the loss, in nats.
+        direct_entropy: as `entropy`, with the final norm's scale frozen at its value before the ablation; equal to
+            `entropy` in a model without a final norm.
     """
 
     entropy: Float[Tensor, " token"]
@@ -75,8 +76,8 @@ def output_weights(model: PreTrainedModel) -> OutputWeights:
     """|w| and LogitVar of each neuron of the last MLP.
 
     Raises:
-        UnnormError: the last MLP's output is no linear projection of neurons, or no plain term that the unembedding
-        reads.
+        UnnormError: the last MLP's output is not a linear projection of neurons, or the residual stream is not a plain
+            sum that the unembedding reads.
     """
     writer = _last_mlp(model)
     last = readout(model, anatomy(model))
@@ -84,7 +85,7 @@ def output_weights(model: PreTrainedModel) -> OutputWeights:
     norm = written.norm(dim=0)
     unit = written / norm.clamp_min(1e-12)
     tokens = last.directions / last.directions.norm(dim=1, keepdim=True).clamp_min(1e-12)
-    # Of 50,000 tokens and 3,000 neurons all products at once would fill the memory.
+    # In chunks: all products of, say, 50,000 tokens and 3,000 neurons at once would exhaust the memory.
     variances = [(tokens @ some).var(0, correction=0) for some in unit.split(256, dim=1)]
     return OutputWeights(norm, torch.cat(variances))
 
@@ -95,18 +96,19 @@ def ablate(
     batches: Iterable[Int[Tensor, "batch position"]],
     sets: list[Int[Tensor, " neuron"]],
 ) -> list[Ablation]:
-    """Put each set of neurons of the last MLP at its means over the text, one set at a time.
+    """Mean-ablate each set of neurons of the last MLP, one set at a time.
 
     Args:
         model: a twin, or a model with norms.
         batches: token ids, over which the means are taken and the effects measured.
-        sets: numbers of neurons of the last MLP.
+        sets: indices of neurons of the last MLP.
 
     Returns:
         The effects of each set, at each predicted token of all batches.
 
     Raises:
-        UnnormError: the last MLP's output is no linear projection of neurons.
+        UnnormError: the last MLP's output is not a linear projection of neurons, or the residual stream is not a plain
+            sum that the unembedding reads.
     """
     parts, writer = anatomy(model), _last_mlp(model)
     texts = list(batches)
@@ -146,7 +148,7 @@ def _mean_activations(model: PreTrainedModel, writer: Writer, texts: Iterable[Te
 
 
 def _measured(material: Material, weights: dict[str, OutputWeights], chosen: Int[Tensor, " found"]) -> dict[str, Any]:
-    """Effects of the chosen neurons, and of as many random ones, each alone and all together, in both models."""
+    """Effects of the chosen neurons and of equally many random ones, alone and all together, in both models."""
     others = torch.randperm(len(weights["original"].norm), generator=torch.Generator().manual_seed(0))
     random = others[~torch.isin(others, chosen.cpu())][: len(chosen)]
     neurons = [*chosen.cpu(), *random]
@@ -166,7 +168,7 @@ def _measured(material: Material, weights: dict[str, OutputWeights], chosen: Int
 
 
 def find(material: Material) -> Finding:
-    """Entropy neurons of the original, ablated in it and, the same ones, in the twin; beside as many random ones."""
+    """The original's entropy neurons and equally many random neurons, ablated in the original and in the twin."""
     weights = {n: output_weights(m) for n, m in material.models.items()}
     chosen = weights["original"].entropy_neurons()
     numbers = _measured(material, weights, chosen)
@@ -233,7 +235,7 @@ def _last_mlp(model: PreTrainedModel) -> Writer:
 
 @contextmanager
 def _held_scale(model: PreTrainedModel, parts: Anatomy, last: Readout, scale: Tensor) -> Iterator[None]:
-    """The final norm divides by the given scale and not by its input's."""
+    """Make the final norm divide by the given scale instead of its input's."""
 
     def hold(norm: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         bias = getattr(norm, "bias", None)

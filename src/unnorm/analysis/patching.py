@@ -1,13 +1,13 @@
 """Attribution patching against activation patching, head by head.
 
-The metric m is the logit of the right answer less that of the wrong one, at the last token of the prompt. With z_h what
-head h hands to its projection, at all positions,
+The metric m is the logit of the right answer minus that of the wrong one, at the last token of the prompt. With z_h the
+output of head h before the output projection, at all positions,
 
     activation patching       m(corrupted prompt with z_h of the clean one) - m(corrupted)
     attribution patching      (z_h(clean) - z_h(corrupted)) . dm/dz_h (corrupted)
 
-The second is the first to first order, for all heads at once from one backward pass (Nanda 2023, *Attribution
-Patching*; Syed et al. 2023, arXiv 2310.10348). What norms do to it is what original and twin differ in.
+The second is the first-order approximation of the first, for all heads from one backward pass (Nanda 2023, *Attribution
+Patching*; Syed et al. 2023, arXiv 2310.10348). The difference between original and twin shows what norms do to it.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,10 +35,10 @@ class Patching:
     """Effects of patching each head, in nats of the logit difference.
 
     Attributes:
-        activation: what patching does.
-        attribution: what the gradient says that it would do.
+        activation: the measured effect.
+        attribution: the effect predicted by the gradient.
         clean: the metric on the clean prompts.
-        corrupted: on the corrupted ones.
+        corrupted: the metric on the corrupted prompts.
     """
 
     activation: Float[Tensor, "prompt layer head"]
@@ -48,18 +48,18 @@ class Patching:
 
     @property
     def head_error(self) -> Float[Tensor, "layer head"]:
-        """Mean over prompts of |attribution - activation|, over the mean of |activation|; 0 where nothing is done."""
+        """Mean of |attribution - activation| over prompts, relative to mean |activation|; 0 if there is no effect."""
         miss, effect = (self.attribution - self.activation).abs().mean(0), self.activation.abs().mean(0)
         return torch.where(effect > 0, miss / effect.clamp_min(1e-12), torch.zeros(()).to(miss))
 
     @property
     def error(self) -> float:
-        """The same over all heads."""
+        """The same ratio, with both means over all prompts and heads."""
         return float((self.attribution - self.activation).abs().mean() / self.activation.abs().mean().clamp_min(1e-12))
 
     @property
     def head_correlation(self) -> Float[Tensor, "layer head"]:
-        """Pearson correlation of the two over prompts, for each head; NaN with fewer than 3 prompts."""
+        """Pearson correlation of activation and attribution over prompts, by head; NaN with fewer than 3 prompts."""
         if len(self.activation) < 3:
             return torch.full_like(self.activation[0], torch.nan)
         a, b = (value - value.mean(0) for value in (self.activation, self.attribution))
@@ -68,7 +68,7 @@ class Patching:
 
     @property
     def correlation(self) -> float:
-        """Pearson correlation of the two over heads, each averaged over prompts."""
+        """Pearson correlation of activation and attribution over heads, each averaged over prompts."""
         pair = torch.stack([self.activation.mean(0).flatten(), self.attribution.mean(0).flatten()])
         return float(torch.corrcoef(pair)[0, 1])
 
@@ -76,20 +76,20 @@ class Patching:
 def patch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PromptPair], batch_size: int = 32
 ) -> Patching:
-    """Patch every head from clean prompts into corrupted ones, really and to first order.
+    """Patch every head from clean prompts into corrupted ones, both exactly and to first order.
 
     Args:
         model: a twin, or a model with norms.
         tokenizer: its tokenizer.
-        pairs: clean and corrupted prompts of equal lengths in tokens, with two answers.
+        pairs: clean and corrupted prompts with equally many tokens, each pair with two answers.
         batch_size: prompts in one forward pass.
 
     Returns:
         Effects in the order of the pairs.
 
     Raises:
-        UnnormError: the model's heads can't be told apart, the two prompts of a pair differ in length or their answers
-            begin alike, or they are longer than the model takes.
+        UnnormError: the model's heads can't be told apart, a pair can't be used (prompts of different lengths, or
+            answers that start with the same token), or a prompt is longer than the model's context.
     """
     for pair in pairs:
         problem = problem_with(pair, tokenizer)
@@ -116,7 +116,7 @@ def patch(
 
 
 def find(material: Material) -> Finding:
-    """Patching in both models on the material's prompts."""
+    """Patching in both models on the given prompts."""
     if isinstance(material.prompts, str):
         raise UnnormError(material.prompts)
     measured = {
@@ -174,7 +174,7 @@ def _patch_batch(
 
     def as_leaf(name: str) -> Callable[[Tensor], Tensor]:
         def edit(z: Tensor) -> Tensor:
-            # So that a gradient reaches every z though no weight asks for one.
+            # Ensures a gradient for every z although the weights are frozen.
             leaves[name] = z if z.requires_grad else z.detach().requires_grad_(True)
             return leaves[name]
 
@@ -225,7 +225,7 @@ def _numbers(found: Patching) -> dict[str, Any]:
 
 
 def _right(found: Patching) -> float:
-    """Share of clean prompts on which the right answer has the higher logit of the two."""
+    """Share of clean prompts on which the right answer has a higher logit than the wrong one."""
     return float((found.clean > 0).double().mean())
 
 

@@ -1,9 +1,9 @@
-"""Pairs of prompts to patch between: indirect-object identification, generated for a tokenizer, or a file's own.
+"""Pairs of prompts to patch between: indirect-object identification generated for a tokenizer, or read from a file.
 
-Indirect-object identification (Wang et al. 2022, arXiv 2211.00593): "When Anna and Mark sat down, Mark gave the book
-to" is to go on with the name that was not said again. The corrupted prompt says the other name again, so that the other
-answer is right; names are one token each, so that both prompts have the same tokens but one. Where a tokenizer cuts up
-people's names, as one trained on code does, the same task is set with the arguments of a function.
+Indirect-object identification (Wang et al. 2022, arXiv 2211.00593): the right continuation of "When Anna and Mark sat
+down, Mark gave the book to" is the name that was not repeated. The corrupted prompt repeats the other name, so that the
+other answer is right. Names are single tokens, so both prompts differ in one token only. For a tokenizer that splits
+people's names, such as one trained on code, the same task is posed with the arguments of a function.
 """
 
 import json
@@ -49,13 +49,13 @@ _CODE = (
 
 @dataclass(frozen=True)
 class PromptPair:
-    """Two prompts of the same number of tokens, and the two answers.
+    """Two prompts with the same number of tokens, and their answers.
 
     Attributes:
         clean: the prompt that `answer` follows.
         corrupted: the prompt that `wrong_answer` follows.
-        answer: with the space before it, if there is one.
-        wrong_answer: likewise.
+        answer: answer to `clean`, including the leading space if there is one.
+        wrong_answer: answer to `corrupted`, likewise.
     """
 
     clean: str
@@ -65,7 +65,7 @@ class PromptPair:
 
 
 def indirect_object_prompts(tokenizer: PreTrainedTokenizerBase, count: int = 64, seed: int = 0) -> list[PromptPair]:
-    """Prompts whose names are one token each: people where enough names are, else arguments of functions.
+    """Prompts with single-token names: people's if enough of those are single tokens, otherwise function arguments.
 
     Raises:
         UnnormError: the tokenizer has too few such names of either kind.
@@ -88,11 +88,11 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[PromptP
     """Prompts from a JSONL file with the fields `clean`, `corrupted`, `answer` and `wrong_answer`.
 
     Raises:
-        UnnormError: it can't be read, or a line has other fields, prompts of different lengths or the same answer
-        twice.
+        UnnormError: the file can't be read or is empty, or a line has other fields, prompts of different lengths, or
+            answers that merge with the prompt or start with the same token.
     """
     try:
-        # Not by splitlines(), which cuts at characters that JSON may hold.
+        # Not splitlines(), which also splits at characters that may occur inside JSON strings.
         lines = {n: line for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1) if line.strip()}
     except (OSError, UnicodeDecodeError) as error:
         raise UnnormError(f"Could not read the prompts in '{path}': {short(error)}. Give a JSONL file.") from error
@@ -107,7 +107,7 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[PromptP
 
 
 def one_token(tokenizer: PreTrainedTokenizerBase, before: str, word: str) -> bool:
-    """Whether a word after a space is one token, and leaves the tokens before it alone."""
+    """Whether a word after a space is one token and does not change the tokens before it."""
     start, both = (tokenizer(text, verbose=False)["input_ids"] for text in (before, f"{before} {word}"))
     return both[: len(start)] == start and len(both) == len(start) + 1 and both[-1] != tokenizer.unk_token_id
 
@@ -121,7 +121,7 @@ def answer_token(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -
 def by_length(
     pairs: Iterable[PromptPair], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[list[int], list[list[int]], list[list[int]]]]:
-    """Groups of one number of tokens: which pairs, and the ids of their two prompts. So nothing is padded."""
+    """Pairs grouped by length, so that nothing is padded: their indices and the ids of both prompts."""
     groups: dict[int, tuple[list[int], list[list[int]], list[list[int]]]] = {}
     for number, pair in enumerate(pairs):
         clean, corrupted = (tokenizer(text, verbose=False)["input_ids"] for text in (pair.clean, pair.corrupted))
@@ -160,7 +160,7 @@ def _parsed(path: Path, number: int, line: str) -> PromptPair:
 
 
 def problem_with(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Why a pair can't be patched between; None if it can."""
+    """Why a pair can't be used for patching; None if it can."""
     clean, corrupted = (tokenizer(text, verbose=False)["input_ids"] for text in (pair.clean, pair.corrupted))
     if len(clean) != len(corrupted):
         return f"'clean' has {len(clean)} tokens and 'corrupted' {len(corrupted)}"

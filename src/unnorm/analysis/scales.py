@@ -1,8 +1,8 @@
-"""Scale spread: how far from one constant each former norm site's divisor was over tokens, and is.
+"""Scale spread: how much the divisor of each former norm site varies over tokens, in the original and in the twin.
 
 The scale of a token is sqrt(var + eps) (LayerNorm) or sqrt(mean(x^2) + eps) (RMSNorm) of what the site reads. The
-spread is the standard deviation of its log over tokens: 0 would mean that the norm was affine to begin with. Position 0
-apart.
+spread is the standard deviation of its log over tokens after position 0; a spread of 0 would mean that the norm was
+affine to begin with.
 """
 
 from typing import Any
@@ -23,10 +23,10 @@ QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
 
 
 def log_scales(material: Material) -> dict[str, dict[str, Float[Tensor, "block position"]]]:
-    """Log scale of every token at every site that folded into its readers, in `original` and `twin`.
+    """Log scale of every token at every site that was folded into its readers, by model (`original` and `twin`).
 
-    Where a norm folded into the layer before it (query/key norms), the twin's site reads what is mapped already, and
-    has no scale of the norm's any more.
+    Where a norm was folded into the layer before it (query/key norms), the map is already applied to what the twin's
+    site reads, so the norm's scale is no longer defined there.
     """
     sites = [site for site in material.sites if site.folds_into == "readers"]
     if not sites:
@@ -38,7 +38,7 @@ def log_scales(material: Material) -> dict[str, dict[str, Float[Tensor, "block p
 
 
 def find(material: Material) -> Finding:
-    """The spread of each site's scale in both models on the material's text."""
+    """The spread of each site's scale in both models on the held-out text."""
     found = log_scales(material)
     numbers = {name: _numbers(of_model, material.constants) for name, of_model in found.items()}
     means = {name: sum(row["spread"] for row in rows) / len(rows) for name, rows in numbers.items()}
@@ -70,7 +70,7 @@ def _numbers(of_model: dict[str, Tensor], constants: dict[str, float]) -> list[d
     rows = []
     for row in scale_statistics(of_model):
         values = of_model[row.site][:, 1:].flatten().double().exp()
-        # `quantile` takes a limited number of values.
+        # torch.quantile accepts a limited number of values, so they are subsampled.
         quantiles = torch.quantile(values[:: 1 + len(values) // 2**23], torch.tensor(QUANTILES, dtype=torch.float64))
         rows.append(row.to_json() | {"constant": constants[row.site], "quantiles": quantiles.tolist()})
     return rows

@@ -1,13 +1,13 @@
 """Attention sinks: how much each head attends to position 0, and how long residual vectors are there.
 
-With A the attention weights of a head on a sequence of T tokens, a head's share of attention on position 0 is
+With A the attention weights of a head on a sequence of T tokens, the head's share of attention on position 0 is
 
     alpha = mean over queries i = 1 … T - 1 of A[i, 0]
 
 (query 0 can attend to nothing else). A head is a sink in a sequence if alpha > 0.3, and its sink rate is the share of
-sequences in which it is one; the mean over heads is the sink rate of Gu et al. 2024 (arXiv 2410.10781, which counts
-query 0 too). Residual vectors at position 0 tens of times longer than the rest go with sinks (Sun et al. 2024,
-*Massive Activations*, arXiv 2402.17762).
+sequences in which it is one; the mean over heads is the sink rate of Gu et al. 2024 (arXiv 2410.10781, which also
+counts query 0). Sinks go together with residual vectors at position 0 that are tens of times longer than the rest (Sun
+et al. 2024, *Massive Activations*, arXiv 2402.17762).
 """
 
 from dataclasses import dataclass
@@ -33,8 +33,8 @@ class Sinks:
     """Attention on position 0, and the length of residual vectors.
 
     Attributes:
-        share: of each head's attention, on position 0, by sequence.
-        norm: L2 norm of what each layer reads, and at last the final norm.
+        share: each head's share of attention on position 0, by sequence.
+        norm: L2 norm of the input of each layer and, as the last depth, of the final norm.
     """
 
     share: Float[Tensor, "sequence layer head"]
@@ -42,7 +42,7 @@ class Sinks:
 
     @property
     def rate(self) -> Float[Tensor, "layer head"]:
-        """Share of sequences in which a head's share is above the threshold."""
+        """Share of sequences in which the head's attention share on position 0 exceeds the threshold."""
         return (self.share > THRESHOLD).to(self.share.dtype).mean(0)
 
 
@@ -50,8 +50,8 @@ def sinks(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Sinks:
     """Measure attention sinks on a batch of sequences of at least 2 tokens.
 
     Raises:
-        UnnormError: the family does not give attention weights, its residual stream is no plain sum, or the ids are
-            more than it takes.
+        UnnormError: the family does not return attention weights, its residual stream is not a plain sum, or the
+            sequences are longer than the model's context.
     """
     check_fits(model, ids.shape[1])
     parts = anatomy(model)
@@ -61,7 +61,7 @@ def sinks(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Sinks:
 
 
 def find(material: Material) -> Finding:
-    """Sinks in both models on the material's text."""
+    """Sinks in both models on the held-out text."""
     measured = {}
     for name, model in material.models.items():
         found = [sinks(model, ids) for ids in material.batches(model.device)]

@@ -1,4 +1,4 @@
-"""Other tools' forms of the same model.
+"""Exports of the LN-free model to the formats of other tools.
 
-The room is called `exports` and not `export`, so that the function `unnorm.export` keeps its name.
+The package is called `exports`, not `export`, so that the function `unnorm.export` keeps its name.
 """

@@ -1,4 +1,4 @@
-"""`unnorm.export`: a finished run's model, written in the form that another tool reads."""
+"""`unnorm.export`: write a finished run's model in a form that another tool reads."""
 
 import shutil
 import tempfile
@@ -39,9 +39,9 @@ class Exported:
     Attributes:
         form: `transformers`, `stock` or `nanogpt`.
         path: the directory.
-        errors: differences from the folded model, as the form was read back, by precision.
+        errors: differences from the folded model, by precision, measured on the form as read back.
         load: the line of Python that loads it.
-        note: what to know about the form.
+        note: what users need to know about the form.
     """
 
     form: Form
@@ -60,17 +60,18 @@ class Exported:
 def export(
     directory: str | Path, to: Form = "transformers", *, out: str | Path, trust_remote_code: bool = False
 ) -> Exported:
-    """Write the model of a finished run in another form, and measure it against the folded model.
+    """Write the model of a finished run in another form, and compare it with the folded model.
 
     Args:
         directory: run directory.
         to: `transformers` (the folded model with its modeling file), `stock` (the original's class with a huge
-            epsilon and scaled gains) or `nanogpt` (GPT-2s: nanoGPT's names and layout, as safetensors and JSON).
-        out: directory to write; it must not exist, or be empty.
+            epsilon and scaled gains) or `nanogpt` (GPT-2 only: nanoGPT's names and layout, as safetensors and JSON).
+        out: directory to write; it must be new or empty.
         trust_remote_code: run code that comes with the tokenizer.
 
     Raises:
-        UnnormError: no finished run, `out` is taken or can't be written, no such form, or the family doesn't have it.
+        UnnormError: there is no finished run, `out` is taken or can't be written, or the form is unknown or not
+            available for the family.
     """
     directory, out = Path(directory).expanduser(), Path(out).expanduser()
     if to not in get_args(Form):
@@ -81,11 +82,11 @@ def export(
     work: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        # Beside its place and moved there when it is whole: a refused form leaves nothing behind.
+        # Written next to `out` and moved there once complete: a refused form leaves nothing behind.
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         rows = _write(directory, folded, to, work, trust_remote_code)
         work.chmod(0o755)
-        if out.is_dir():  # An empty one, which not every system would replace.
+        if out.is_dir():  # Empty, but not every system replaces an empty directory.
             out.rmdir()
         work.rename(out)
     except (OSError, SafetensorError) as error:
@@ -103,7 +104,7 @@ def _write(directory: Path, folded: PreTrainedModel, to: Form, out: Path, trust_
         shutil.copytree(directory / MODEL, out, dirs_exist_ok=True)
         return form_errors(folded, lambda dtype: AutoModelForCausalLM.from_pretrained(out, dtype=dtype).eval())
     rows = nanogpt.write_nanogpt(folded, out) if to == "nanogpt" else stock.write_stock(directory, folded, out)
-    # nanoGPT's tokenizer goes by the same files.
+    # The nanoGPT form uses the same tokenizer files.
     load_tokenizer(str(directory), directory / MODEL, trust_remote_code).save_pretrained(out)
     (out / "README.md").write_text(_readme(folded, to, rows), encoding="utf-8")
     return rows

@@ -1,4 +1,4 @@
-"""How far an exported form's logits are from the folded model's."""
+"""Differences between the logits of an exported form and those of the folded model."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,12 +21,12 @@ PROBE_SHAPE = (2, 64)
 
 @dataclass(frozen=True)
 class FormError:
-    """Difference of a form, in some precision, from the folded model in float32.
+    """Difference between a form, in a given precision, and the folded model in float32.
 
     Attributes:
         name: precision of the form.
         max_abs: largest absolute difference of logits.
-        relative: the same, divided by the largest absolute logit.
+        relative: `max_abs` divided by the largest absolute logit.
         kl: KL(folded in float32 ‖ form), mean over tokens, in nats per token.
     """
 
@@ -41,7 +41,7 @@ class FormError:
 
 
 def refuse_kept_norms(folded: PreTrainedModel, form: str) -> None:
-    """Raise an UnnormError where norms were kept (`--keep`): other forms are of models without any."""
+    """Raise an UnnormError if norms were kept (`--keep`): such a model has no other form than `transformers`."""
     kept = getattr(folded.config, "kept_norms", None)
     if kept:
         raise UnnormError(
@@ -51,17 +51,17 @@ def refuse_kept_norms(folded: PreTrainedModel, form: str) -> None:
 
 
 def probe_ids(model: PreTrainedModel) -> Int[Tensor, "batch position"]:
-    """The token ids that errors are measured on: random, seeded, no longer than the model's context."""
+    """The token ids that errors are measured on: random (seeded), no longer than the model's context."""
     batch, length = PROBE_SHAPE
     return trace_inputs(model, batch, min(length, context_length(model)))
 
 
 @torch.no_grad()
 def compare(name: str, reference: Logits, logits: Logits) -> FormError:
-    """The error of `logits` against `reference`, computed in float64, wherever the reference does not overflow.
+    """The error of `logits` relative to `reference`, in float64, over positions where the reference is finite.
 
     Raises:
-        UnnormError: it overflows everywhere.
+        UnnormError: the reference overflows at every position.
     """
     finite = reference.isfinite().all(-1)
     if not finite.any():
@@ -82,7 +82,7 @@ def form_errors(folded: PreTrainedModel, form: Callable[[torch.dtype], PreTraine
 
     Args:
         folded: the folded model in float32; it is not changed.
-        form: loads the form in a precision.
+        form: loads the form in a given precision.
     """
     ids = probe_ids(folded)
     reference = folded(input_ids=ids).logits

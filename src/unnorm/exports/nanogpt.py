@@ -1,7 +1,7 @@
 """A GPT-2 twin in nanoGPT's form: its key names and `nn.Linear` layout, as safetensors plus a JSON config.
 
-nanoGPT's own class has LayerNorms and a tied unembedding without bias. To load this form, put `nn.Identity` in place of
-`ln_1`, `ln_2` and `ln_f`, and `nn.Linear(n_embd, vocab_size)` in place of `lm_head`.
+nanoGPT's own class has LayerNorms and a tied unembedding without bias. To load this form, replace `ln_1`, `ln_2` and
+`ln_f` with `nn.Identity`, and `lm_head` with `nn.Linear(n_embd, vocab_size)`.
 """
 
 import json
@@ -31,10 +31,10 @@ Weights = dict[str, Tensor]
 
 
 def write_nanogpt(folded: PreTrainedModel, out: Path) -> list[FormError]:
-    """Write the nanoGPT form of a GPT-2 twin, and measure it as it is read back.
+    """Write the nanoGPT form of a GPT-2 twin, and measure its error after reading it back.
 
     Raises:
-        UnnormError: the model is no GPT-2, or one that nanoGPT's class can't compute.
+        UnnormError: the model is not a GPT-2, is one that nanoGPT's class can't compute, or kept norms.
     """
     refuse_kept_norms(folded, "A nanoGPT form")
     config = nanogpt_config(folded)
@@ -61,10 +61,10 @@ def nanogpt_weights(folded: PreTrainedModel) -> Weights:
 
 
 def nanogpt_config(folded: PreTrainedModel) -> dict[str, Any]:
-    """`model_args` for nanoGPT's `GPTConfig`, and what is different from its class.
+    """`model_args` for nanoGPT's `GPTConfig`, and the differences from nanoGPT's class.
 
     Raises:
-        UnnormError: the model is no GPT-2, or its MLP is not of a kind that nanoGPT has.
+        UnnormError: the model is not a GPT-2, or its MLP is of a kind that nanoGPT does not have.
     """
     config = folded.config
     if config.model_type.removeprefix("unnorm_") != "gpt2":
@@ -91,7 +91,7 @@ def nanogpt_config(folded: PreTrainedModel) -> dict[str, Any]:
 def forward(
     weights: Weights, config: dict[str, Any], ids: Int[Tensor, "batch position"]
 ) -> Float[Tensor, "batch position vocab"]:
-    """The logits that the form stands for: nanoGPT's forward pass without norms."""
+    """The logits that the form defines: nanoGPT's forward pass without norms."""
     x = weights["transformer.wte.weight"][ids] + weights["transformer.wpe.weight"][: ids.shape[1]]
     for layer in range(config["model_args"]["n_layer"]):
         block = f"transformer.h.{layer}"

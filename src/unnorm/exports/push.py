@@ -1,4 +1,4 @@
-"""`unnorm push`: the LN-free model of a finished run, with its card, to a repository on the Hugging Face hub."""
+"""`unnorm push`: upload the LN-free model of a finished run, with its card, to the Hugging Face hub."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,13 +15,13 @@ from unnorm.runs.directory import CARD, MODEL, finished_result
 
 @dataclass(frozen=True)
 class Pushed:
-    """What was uploaded, and where it is now.
+    """What was uploaded, and where.
 
     Attributes:
         repo: the repository's full name.
         url: its page.
-        files: paths in it, sorted.
-        private: whether it was asked to be private.
+        files: uploaded paths, sorted.
+        private: whether a private repository was asked for.
     """
 
     repo: str
@@ -35,13 +35,13 @@ class Pushed:
 
 
 def push(directory: str | Path, repo: str, *, private: bool = False, token: str | None = None) -> Pushed:
-    """Upload `model/` of a run to the hub; the repository is made if it is not there.
+    """Upload `model/` of a run to the hub; the repository is created if it does not exist.
 
     Args:
         directory: a finished run whose proof passed.
-        repo: `owner/name`, or `name` for one of your own.
+        repo: `owner/name`, or `name` for a repository of your own.
         private: make a new repository private.
-        token: with the right to write; by default that of `HF_TOKEN` or of `hf auth login`.
+        token: hub token with write access; by default that of `HF_TOKEN` or of `hf auth login`.
 
     Raises:
         UnnormError: the run is not finished or its proof failed, the card is damaged, there is no token, or the hub
@@ -72,7 +72,7 @@ def push(directory: str | Path, repo: str, *, private: bool = False, token: str 
             folder_path=str(folder),
             repo_type="model",
             commit_message="LN-free model made with unnorm",
-            # Of what was there before: transformers would take one whole file in place of new shards.
+            # Deletes weights of an earlier upload: transformers would prefer a single old file to new shards.
             delete_patterns=["model*.safetensors", "model.safetensors.index.json"],
         )
     except Exception as error:
@@ -81,10 +81,10 @@ def push(directory: str | Path, repo: str, *, private: bool = False, token: str 
 
 
 def check_run(directory: Path) -> Path:
-    """The folder to upload, of a run that is fit to be published.
+    """The folder to upload, after checking that the run is fit to be published.
 
     Raises:
-        UnnormError: what is missing or wrong, and how to mend it.
+        UnnormError: says what is missing or wrong, and how to fix it.
     """
     load_sites(directory)
     if not finished_result(directory).get("verified"):
@@ -102,10 +102,11 @@ def check_run(directory: Path) -> Path:
 
 
 def check_card(path: Path) -> None:
-    """Whether the hub can read the card's front matter.
+    """Check that the hub can read the card's front matter.
 
     Raises:
-        UnnormError: there is none, or it is no YAML mapping with what a model needs.
+        UnnormError: there is no front matter or nothing after it, or it is not a YAML mapping with the fields that a
+            model needs.
     """
     remedy = "Write it anew, between two lines of three hyphens at the top of the card."
     try:
@@ -123,7 +124,7 @@ def check_card(path: Path) -> None:
 
 
 def _why(repo: str, error: Exception) -> str:
-    """What went wrong on the way to the hub, in the user's terms."""
+    """Why the upload failed, in terms that help the user."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401:
         return f"The hub does not know the token ({short(error)}). Make a new one and run `hf auth login` again."

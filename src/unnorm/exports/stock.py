@@ -1,12 +1,12 @@
-"""The twin as a model of the original's own class: norms with a huge epsilon instead of none.
+"""The twin as a model of the original's own class: with norms, but with a huge epsilon in them.
 
-With eps = 1e12 the scale of a LayerNorm or RMSNorm, sqrt(var + eps), is 1e6 for every token, to within float32. With
-gain g and constant scale c of a site, and the stored gain set to g * 1e6 / c,
+With eps = 1e12 the scale of a LayerNorm or RMSNorm, sqrt(var + eps), is 1e6 for every token up to float32 rounding. For
+a site with gain g and constant scale c, the stored gain is set to g * 1e6 / c, so that
 
     g * 1e6 / c * x / sqrt(var(x) + 1e12) + b  ≈  g * x / c + b
 
-(x centered first for LayerNorm), which is the affine map that the fold multiplies into the weights. As in
-apollo-research/gpt2_noLN (arXiv 2409.13710).
+(x centered first for LayerNorm), which is the affine map that the fold multiplies into the weights.
+apollo-research/gpt2_noLN (arXiv 2409.13710) does the same.
 """
 
 from copy import deepcopy
@@ -26,7 +26,7 @@ from unnorm.sites.site import NormSite
 
 EPS = 1e12
 TOLERANCE = 1e-4
-"""Largest difference of logits, relative to the largest logit, that the float32 form may show."""
+"""Largest allowed difference of the float32 form's logits, relative to the largest logit."""
 
 LIMITED = "its neurons have limits, which no stock class knows; --no-neuron-limits leaves a twin without them"
 NOTE = (
@@ -36,16 +36,16 @@ NOTE = (
 
 
 def write_stock(directory: Path, folded: PreTrainedModel, out: Path) -> list[FormError]:
-    """Write the stock form of a finished run, and measure it as stock code loads it.
+    """Write the stock form of a finished run, and measure its error as loaded by stock code.
 
     Args:
         directory: the run directory.
         folded: its LN-free model in float32.
-        out: where config and weights go.
+        out: where config and weights are written.
 
     Raises:
-        UnnormError: the family's config holds no epsilon, so that the form would not survive saving; or the
-            form's logits are not the folded model's.
+        UnnormError: norms were kept, neurons have limits, a norm has no gain, its epsilon does not come from the
+            config (so that the form would not survive saving), or the form's logits differ from the folded model's.
     """
     refuse_kept_norms(folded, "A stock form")
     stock = stock_form(directory)
@@ -66,7 +66,8 @@ def stock_form(directory: Path) -> PreTrainedModel:
     """The stock form of a finished run, in memory, in float32.
 
     Raises:
-        UnnormError: it is no finished run, its neurons have limits, or the family's config holds no epsilon.
+        UnnormError: there is no finished run, its neurons have limits, a norm has no gain, or its epsilon does not
+            come from the config.
     """
     trained, sites, constants = load_trained(directory)
     if limits_of(trained):
@@ -89,7 +90,7 @@ def _scaled_gain(norm: nn.Module, site: NormSite, constant: float) -> dict[str, 
 
 
 def _with_huge_epsilon(config: PreTrainedConfig, sites: list[NormSite]) -> PreTrainedConfig:
-    """A copy of the config in which every field that holds the epsilon of the norms has the huge one."""
+    """A copy of the config in which every field that holds the norms' epsilon is set to the huge one."""
     changed = deepcopy(config)
     text = changed.get_text_config()
     values = {site.eps for site in sites}

@@ -1,9 +1,9 @@
-"""The twin in TransformerLens 4: a `TransformerBridge` whose norms are no norms.
+"""The twin in TransformerLens 4: a `TransformerBridge` whose normalization components do nothing.
 
 TransformerLens finds an architecture adapter by the name of the model's class. The adapter registered here for
-`Unnorm<Class>` is the one of `<Class>` with each of its normalization components replaced by one that hands its input
-on. (The stock component computes a LayerNorm itself, whatever module it wraps; around an identity, the RMSNorm one
-fires `hook_scale` and `hook_normalized` but ignores edits at them.)
+`Unnorm<Class>` is that of `<Class>` with each normalization component replaced by one that passes its input on. (The
+stock component computes a LayerNorm itself, whatever module it wraps; the RMSNorm one, around an identity, fires
+`hook_scale` and `hook_normalized` but ignores edits at them.)
 """
 
 from functools import cache
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 TOLERANCE, HALF_TOLERANCE = 1e-4, 0.1
-"""Difference from the twin's logits, as a share of the largest, in float32 and in half precisions."""
+"""Allowed difference from the twin's logits, relative to the largest logit, in float32 and in half precision."""
 
 _IN_TRANSFORMERS = "Use the model in transformers: unnorm.load(...) and hooks."
 
@@ -36,22 +36,22 @@ def to_transformer_lens(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> "TransformerBridge":
-    """The LN-free model of a run as a `TransformerBridge`, its `cfg.normalization_type` None.
+    """The LN-free model of a run as a `TransformerBridge` whose `cfg.normalization_type` is None.
 
-    The logits are the checkpoint's. `ln1`, `ln2` and `ln_final` are still there, as `hook_in` and `hook_out` around
-    nothing; they have no `hook_scale` and no `hook_normalized`. The twin's unembedding has a bias where the norm
-    had one: add `b_U` when attributions are summed. The sum is what comes before a factor or a soft cap that the
-    family puts on its logits (Granite, Cohere, Gemma 2).
+    Its logits are those of the checkpoint. `ln1`, `ln2` and `ln_final` are still there, but only as `hook_in` and
+    `hook_out` around an identity; they have no `hook_scale` and no `hook_normalized`. The twin's unembedding has a bias
+    where the norm had one: add `b_U` when summing attributions. Attributions sum to the logits before any factor or
+    soft cap that the family applies to them (Granite, Cohere, Gemma 2).
 
     Args:
         directory: run directory, the `model/` in it, or `OWNER/NAME` on the hub.
-        dtype: of the weights.
-        device: where they go.
+        dtype: dtype of the weights.
+        device: device of the weights.
         trust_remote_code: run code that comes with the tokenizer.
 
     Raises:
-        UnnormError: TransformerLens is not installed, has no adapter for the family, or one that computes other
-            logits; or there is no LN-free model, or norms or maps of it stayed.
+        UnnormError: TransformerLens is not installed, has no adapter for the family, or its adapter computes other
+            logits; or there is no LN-free model, or it still has norms (`--keep`) or affine maps (`--in-place`).
     """
     _import_transformer_lens()
     from transformer_lens.model_bridge import TransformerBridge
@@ -65,7 +65,7 @@ def to_transformer_lens(
     tokenizer = load_tokenizer(str(directory), path, trust_remote_code)
     ids = probe_ids(twin).to(device)
     with torch.no_grad():
-        expected = twin(input_ids=ids, use_cache=False).logits  # Before the bridge takes its modules over.
+        expected = twin(input_ids=ids, use_cache=False).logits  # Before the bridge takes over its modules.
         try:
             bridge = TransformerBridge.boot_transformers(
                 str(path), hf_model=twin, tokenizer=tokenizer, dtype=dtype, device=str(twin.device)
@@ -101,7 +101,7 @@ def _refuse_what_a_bridge_would_leave_out(twin: PreTrainedModel, path: Path) -> 
 
 
 def _show_limits(bridge: "TransformerBridge") -> None:
-    """Where neurons have limits, `mlp.hook_post` is what the MLP writes, as without limits; hooks are not reset."""
+    """Clamp limited neurons at `mlp.hook_post`, so that it shows what the MLP writes; these hooks survive resets."""
 
     def held(limit: torch.Tensor) -> Any:
         return lambda neurons, hook: neurons.clamp(-limit, limit)
@@ -113,7 +113,7 @@ def _show_limits(bridge: "TransformerBridge") -> None:
 
 
 def register_adapter(architecture: str) -> None:
-    """Make an LN-free class known to TransformerLens, so that `boot_transformers` takes its checkpoints.
+    """Register an LN-free class with TransformerLens, so that `boot_transformers` accepts its checkpoints.
 
     Args:
         architecture: name of the class, such as `UnnormGPT2LMHeadModel`.
@@ -150,7 +150,7 @@ def _norm_free_adapter(stock: type[Any], architecture: str) -> type[Any]:
 
     def initialize(self: Any, cfg: Any) -> None:
         super(made, self).__init__(cfg)
-        # What TransformerLens decides by the architecture's name holds for the twin as well.
+        # Decisions that TransformerLens bases on the architecture's name apply to the twin as well.
         self.cfg.architecture = architecture
         self.cfg.normalization_type = None
         self.cfg.uses_rms_norm = False
@@ -172,16 +172,16 @@ def _replace_norms(components: Any) -> None:
 
 @cache
 def _no_norm() -> type[Any]:
-    """The component's class, made when TransformerLens is there to derive it from."""
+    """The replacement component's class, created lazily because its base class needs TransformerLens."""
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
     class NoNorm(GeneralizedComponent):
-        """Where a norm was: hands its input on, through `hook_in` and `hook_out`."""
+        """Stands where a norm was: passes its input on through `hook_in` and `hook_out`."""
 
         def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-            """Give a copy of the input back, as hooks leave it.
+            """Return a copy of the input, with hooks applied.
 
-            A copy, so that a hook at `hook_out` that writes in place leaves the residual stream alone, as at a norm.
+            The copy protects the residual stream from hooks at `hook_out` that write in place, as a norm's output does.
             """
             return self.hook_out(self.hook_in(hidden_states).clone())
 

@@ -1,1 +1,1 @@
-"""One run of `unnorm remove`: its directory, its blocks, the path itself, and what it ends with."""
+"""One run of `unnorm remove`: its directory, its blocks, the procedure itself, and its results."""

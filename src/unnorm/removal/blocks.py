@@ -1,4 +1,4 @@
-"""The blocks that one run trains on and is measured on: text, thinned evenly, and the stress blocks among it."""
+"""The blocks that one run trains and is evaluated on: evenly thinned text, and the stress blocks mixed into it."""
 
 import hashlib
 import math
@@ -34,7 +34,7 @@ from unnorm.runs.directory import CONFIG_FILE, DATA, HELD_OUT, finished_result, 
 from unnorm.runs.plan import Plan
 
 TRAINING_OVERSAMPLING = 4
-"""Times as much training text is read, and thinned evenly: neighbouring blocks come from one document and say less."""
+"""Factor by which more text is read, then thinned evenly: neighbouring blocks share a document and are redundant."""
 
 
 def write_blocks(
@@ -45,12 +45,13 @@ def write_blocks(
     directory: Path,
     watch: Watch,
 ) -> str:
-    """Settings and packed blocks into the run directory, unless they are there; returns how validation was held out.
+    """Write settings and packed blocks to the run directory unless present; return how validation text was held out.
 
     A resumed run that was given more tokens gets new blocks.
 
     Raises:
-        UnnormError: the text can't be used, the disk is full, or as many processes can't take the run's steps.
+        UnnormError: the text can't be used, the disk is full, or the number of processes does not fit the batch size
+            of the run that is resumed.
     """
     note = directory / DATA / HELD_OUT
     chosen = _as_chosen(config, plan)
@@ -80,7 +81,7 @@ def write_blocks(
     }
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        note.unlink(missing_ok=True)  # First, so that data that are half gone or half written are not taken for whole.
+        note.unlink(missing_ok=True)  # First, so that half-deleted or half-written data are never taken for complete.
         shutil.rmtree(directory / DATA, ignore_errors=True)
         chosen.save(directory / CONFIG_FILE)
         for name, part in parts.items():
@@ -92,7 +93,7 @@ def write_blocks(
 
 
 def _as_chosen(config: RemoveConfig, plan: Plan) -> RemoveConfig:
-    """Settings with what the plan chose: a resumed run must not choose again, by another timing or for more tokens."""
+    """Settings with the plan's choices: a resumed run must not choose anew, by another timing or for more tokens."""
     return config.model_copy(
         update={
             "dtype": plan.dtype,
@@ -105,7 +106,7 @@ def _as_chosen(config: RemoveConfig, plan: Plan) -> RemoveConfig:
 
 
 def _check_processes_share(config: RemoveConfig, plan: Plan, directory: Path) -> None:
-    """Raise an UnnormError where as many processes can't take the steps of the run that they resume."""
+    """Raise an UnnormError if the number of processes does not fit the batch size of the run that is resumed."""
     if config.batch_size is not None and config.batch_size != plan.batch_size and plan.steps:
         raise UnnormError(
             f"The run in '{directory}' takes {config.batch_size} blocks a step, which {plan.processes} processes "
@@ -114,7 +115,7 @@ def _check_processes_share(config: RemoveConfig, plan: Plan, directory: Path) ->
 
 
 def _times_over(blocks: int, plan: Plan) -> str:
-    """What to say of text that is shorter than the run; nothing, where it is long enough."""
+    """A warning if the text is shorter than the run; empty otherwise."""
     tokens = blocks * plan.context
     if plan.tokens < 1.05 * tokens:
         return ""
@@ -125,7 +126,7 @@ def _times_over(blocks: int, plan: Plan) -> str:
 
 
 def _choose(blocks: Dataset, count: int, config: RemoveConfig) -> Dataset:
-    """Evenly, or at random for a run that goes on from another's twin: the same ones would teach it less."""
+    """Choose blocks evenly; when healing a twin, at random, since the blocks it was trained on would teach it less."""
     if config.twin is None:
         return evenly_spaced(blocks, count)
     return blocks.shuffle(seed=config.seed).select(range(min(count, len(blocks))))
@@ -139,7 +140,7 @@ def _read_blocks(
     train_blocks: int,
     watch: Watch,
 ) -> Blocks:
-    """Text from the source, more than is needed so that it can be spread over more of it; or the original's own."""
+    """Blocks from the source, more than needed so that they cover more of the text, or the original's own text."""
     validation_blocks = math.ceil(EVALUATION_TOKENS / plan.context)
     if config.data == OWN_TEXT:
         return own_text(model, tokenizer, plan.context, train_blocks, validation_blocks, partial(say, watch))
@@ -163,12 +164,12 @@ def _read_blocks(
 
 
 def _numbered(validation: Dataset, config: RemoveConfig, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """With the documents that intervals are over; of the original's own text every block is one of its own."""
+    """Add each token's document, for intervals over documents; in the original's own text each block is a document."""
     return validation if config.data == OWN_TEXT else with_documents(validation, tokenizer)
 
 
 def with_stress(run: Run) -> Dataset:
-    """Training text with its share of stress blocks in place of as many others, for recipes that distil."""
+    """Training text with some blocks replaced by stress blocks and some first tokens random, if the recipe distils."""
     if not run.recipe.optimization.distil or run.stress_blocks is None:
         return run.train_blocks
     kept = evenly_spaced(run.train_blocks, max(1, len(run.train_blocks) - len(run.stress_blocks)))
@@ -180,7 +181,7 @@ def with_stress(run: Run) -> Dataset:
 
 
 def text_digest(run: Run) -> str:
-    """SHA-256 of the ids that a run trains on and of those that it is measured on, as little-endian 32-bit integers."""
+    """SHA-256 of the ids that a run trains on and is evaluated on, as little-endian 32-bit integers."""
     sha256 = hashlib.sha256()
     for blocks in (run.train_blocks, run.validation_blocks):
         for part in blocks.with_format("numpy").iter(1000):
@@ -189,7 +190,7 @@ def text_digest(run: Run) -> str:
 
 
 def check_same_text(run: Run) -> None:
-    """Raise an UnnormError where the text of a finished run, read again for its control, is no longer what it was."""
+    """Raise an UnnormError if the text of a finished run, read again for its control, has changed."""
     was = finished_result(run.directory).get("text_sha256")
     if was is not None and was != text_digest(run):
         shutil.rmtree(run.directory / DATA)

@@ -1,4 +1,4 @@
-"""The end of a run: what was saved is measured and proved from its files, and result, report and card are written."""
+"""The end of a run: evaluate and prove the twin as saved, and write result, report and card."""
 
 import shutil
 import sys
@@ -35,7 +35,7 @@ SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 4, 32, 48
 
 
 def conclude(run: Run, facts: Facts, control: PreTrainedModel | None, started: float) -> dict[str, Any]:
-    """Measure and prove what was saved, from the files; write result and report."""
+    """Evaluate and prove the twin from its saved files; write result, report and card."""
     run.say("evaluating")
     twin = load(run.directory).to(run.plan.device)
     sites, constants = load_sites(run.directory)
@@ -67,7 +67,7 @@ def conclude(run: Run, facts: Facts, control: PreTrainedModel | None, started: f
     write_text(run.directory / REPORT, render_report(data))
     write_text(run.directory / MODEL / CARD, render_card(result, sites, constants))
     write_text(run.directory / RESULT, json_text(result))
-    (run.directory / DATA / HELD_OUT).unlink(missing_ok=True)  # First: without it the rest counts as half gone.
+    (run.directory / DATA / HELD_OUT).unlink(missing_ok=True)  # First: without it the rest counts as incomplete.
     shutil.rmtree(run.directory / DATA, ignore_errors=True)
     for trained in (run.directory, run.directory / CONTROL):
         _keep_logs(trained)
@@ -76,7 +76,7 @@ def conclude(run: Run, facts: Facts, control: PreTrainedModel | None, started: f
 
 
 def _keep_logs(directory: Path) -> None:
-    """What trackers wrote beside the checkpoints, as TensorBoard's does, stays when these go."""
+    """Move logs that trackers such as TensorBoard wrote beside the checkpoints, which are about to be deleted."""
     for log in sorted((directory / CHECKPOINTS / LOGS).glob("*")):
         (directory / LOGS).mkdir(exist_ok=True)
         shutil.move(log, directory / LOGS / log.name)
@@ -108,7 +108,7 @@ def _samples(run: Run, twin: PreTrainedModel) -> list[dict[str, str]]:
 
 @contextmanager
 def _generating_plainly(model: PreTrainedModel) -> Iterator[None]:
-    """None of the model's own settings of generation, which may ask for beams, several answers or other returns."""
+    """Suspend the model's own generation config, which may ask for beams, several answers or other return types."""
     own = model.generation_config
     model.generation_config = GenerationConfig(eos_token_id=own.eos_token_id)
     try:
@@ -174,7 +174,7 @@ def _result(
 
 
 def _ends(interval: Interval | None) -> list[float] | None:
-    """As `result.json` has it when it is read again."""
+    """An interval as `result.json` stores it."""
     return None if interval is None else list(interval)
 
 

@@ -1,4 +1,4 @@
-"""What a run's result says that can't be measured at its end any more."""
+"""Facts in a run's result that can no longer be measured at its end."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Facts:
-    """What was measured and done before the first step and in training, kept beside a run until it is finished.
+    """What was measured and done before and during training, kept in the run directory until the run is finished.
 
     Attributes:
-        naive_loss: nats per token, with constants and no training; NaN where it overflows.
-        naive_kl: likewise, KL to the original.
-        massive_neurons: rows of neurons that were scaled down; see `unnorm.calibration.massive.Neuron`.
+        naive_loss: loss after naive removal, in nats per token; NaN where it overflows.
+        naive_kl: KL(original ‖ naive removal), in nats per token; NaN where it overflows.
+        massive_neurons: neurons that were scaled down, one row each; see `unnorm.calibration.massive.Neuron`.
         skipped_steps: steps that the guard refused.
-        earlier_seconds: time that finished runs took before this one went on from them.
-        earlier_text_tokens: tokens of different text that they read.
+        earlier_seconds: total time of the finished runs that this run continues from.
+        earlier_text_tokens: tokens of distinct text that those runs read.
     """
 
     naive_loss: float

@@ -1,4 +1,4 @@
-"""`unnorm heal`: more tokens for the twin of a finished run, in a run of its own that starts without norms."""
+"""`unnorm heal`: train the twin of a finished run on more tokens, in a new run that starts without norms."""
 
 from pathlib import Path
 from typing import Any
@@ -15,29 +15,29 @@ _OF_ONE_RUN = (
     *("tokens", "lr", "batch_size", "micro_batch", "device", "dtype", "compile", "cuda_graph"),
     *("report_to", "out", "twin"),
 )
-"""Settings that a run does not hand on to the one that goes on from its twin."""
+"""Settings that a healing run does not inherit from the finished run."""
 _OF_THE_DATA = ("text_field", "split")
 
 
 def heal(directory: str | Path, *, watch: Watch | None = None, **options: Any) -> dict[str, Any]:
-    """Go on training the twin of a finished run, on freshly drawn text, in a run directory of its own.
+    """Train the twin of a finished run further, on freshly drawn text, in a run directory of its own.
 
     Args:
-        directory: the finished run; it stays as it is.
+        directory: the finished run; it is not changed.
         watch: as for `remove`.
-        **options: fields of `RemoveConfig`. `tokens`, `lr`, `batch_size`, `report_to`, the device, the precision and
-            how it runs are chosen anew, and with other `data` its field and split; the seed is the next one, and
-            all others are the finished run's.
+        **options: fields of `RemoveConfig`. `tokens`, `lr`, batch sizes, `report_to`, device, precision, `compile` and
+            `cuda_graph` are chosen anew, as are `text_field` and `split` if `data` is given. The seed is the finished
+            run's plus 1, and a control is trained only if the finished run has one. The rest is inherited.
 
     Returns:
-        What stands in `result.json`; its tokens and seconds are those of all runs so far.
+        The contents of `result.json`; tokens and seconds are totals over all runs so far.
 
     Raises:
         UnnormError: there is no finished run, the input can't be used, memory or disk do not suffice, or it diverged.
-        RunInterruptedError: it was stopped; `remove(resume=True, out=…)` goes on.
+        RunInterruptedError: it was stopped; `remove(resume=True, out=…)` continues it.
     """
     directory = Path(directory).expanduser()
-    for name in (RESULT, CONFIG_FILE):  # Without its settings the original would be taken to be the default's.
+    for name in (RESULT, CONFIG_FILE):  # Without its settings, the default model would be taken for the original.
         if not (directory / name).is_file():
             raise UnnormError(
                 f"'{directory}' holds no finished run: there is no {name} in it. Give the directory of a finished run, "
@@ -54,7 +54,7 @@ def heal(directory: str | Path, *, watch: Watch | None = None, **options: Any) -
         "control": saved.get("control", False) and has_control(directory),
     }
     settings = {**saved, **anew, **options, "twin": directory}
-    # What is damaged is found now, and not when a directory is made or the twin has been trained.
+    # Detect damaged files now, before a directory is created or the twin is trained.
     facts_of(directory)
     load_unfolded(directory)
     if settings["control"]:

@@ -1,4 +1,4 @@
-"""What a run takes over from the finished one whose twin it heals further."""
+"""What a healing run takes over from the finished run whose twin it trains further."""
 
 import json
 from dataclasses import replace
@@ -20,7 +20,7 @@ from unnorm.training.callbacks import seconds_of_steps
 
 
 def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], Facts]:
-    """The twin before folding, its stand-ins, and what was measured before it was first trained.
+    """The unfolded twin of the finished run, its stand-ins, and the facts of that run.
 
     Raises:
         UnnormError: files of the finished run are missing or damaged, or it has other sites.
@@ -37,7 +37,7 @@ def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], Fac
         )
     for stand_in in stand_ins.values():
         stand_in.log_constant = stand_in.log_constant.to(stand_in.gain.dtype)
-    student.to(run.plan.device)  # Only now: Apple GPUs have no float64, which the constants came in.
+    student.to(run.plan.device)  # Only now: the constants were loaded in float64, which Apple GPUs lack.
     if facts.massive_neurons and run.config.neuron_limits and not limits_of(student):
         limit_quadratic_mlps(run, student)
     if facts.massive_neurons:
@@ -61,7 +61,7 @@ def take_up_control(run: Run) -> PreTrainedModel:
 
 
 def history(directory: Path) -> list[dict[str, Any]]:
-    """Rows of metrics of a run, after those of the runs before that brought its twin to where it was taken up."""
+    """Metrics rows of a run, preceded by those of the earlier runs that its twin comes from."""
     earlier, rows = (read_rows(directory / name) for name in (EARLIER, METRICS))
     if not earlier:
         return rows
@@ -69,20 +69,20 @@ def history(directory: Path) -> list[dict[str, Any]]:
 
 
 def _after(last: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
-    """A row of a later run, counted from the first one's start."""
+    """A row of a later run, with step, tokens and seconds counted from the start of the first run."""
     spent = {key: last[key] + row[key] for key in ("step", "tokens", "seconds")}
     seconds = seconds_of_steps(last) + seconds_of_steps(row)
     return {**row, **spent, "tokens_per_second": spent["tokens"] / max(seconds, 1e-9)}
 
 
 def spent_tokens(directory: Path) -> int:
-    """Tokens that the twin of a finished run was trained on, in all."""
+    """Total tokens that the twin of a finished run was trained on."""
     rows = history(directory)
     return int(rows[-1]["tokens"]) if rows else 0
 
 
 def spent_seconds(directory: Path) -> float:
-    """Training time of a run's interrupted parts; of a finished one its control's, since the result has the rest."""
+    """Training time so far of twin and control; of a finished run, its control's only: the result has the rest."""
     parts = [directory / CONTROL] + ([] if (directory / RESULT).is_file() else [directory])
     rows = (read_rows(part / METRICS) for part in parts)
     return sum(float(found[-1]["seconds"]) for found in rows if found)

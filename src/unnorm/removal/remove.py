@@ -1,4 +1,4 @@
-"""`unnorm remove`: the whole path, from a pretrained model to its LN-free twin with proof, numbers and report."""
+"""`unnorm remove`: the whole procedure, from a pretrained model to its LN-free twin with proof, numbers and report."""
 
 import gc
 import json
@@ -58,17 +58,18 @@ def remove(
 
     Args:
         model: `demo`, a local directory, a GGUF file or a hub id.
-        resume: go on with the run in `out` from its last checkpoint, with the settings saved there; `tokens` may be
-            more, `kl_budget` another, and `control` may be asked for or let go of, also when the rest is finished.
-        watch: called with each row of metrics, and with `{"kind": "phase", "text": …}` as the run goes on.
+        resume: continue the run in `out` from its last checkpoint, with the settings saved there. `tokens` may be
+            increased; `kl_budget`, `control` and settings of how it runs (device, `micro_batch`, `compile`,
+            `cuda_graph`, `report_to`) may be changed. A finished run can be resumed only to add a missing control.
+        watch: called with each row of metrics, and with `{"kind": "phase", "text": …}` at each phase.
         **options: the other fields of `RemoveConfig`, such as `data`, `tokens`, `out` and `recipe`.
 
     Returns:
-        What stands in `result.json`, on every process. Losses in nats per predicted token, KL in nats per token.
+        The contents of `result.json`, on every process. Losses in nats per predicted token, KL in nats per token.
 
     Raises:
         UnnormError: the input can't be used, memory or disk do not suffice, the run diverged, or it ran out of tokens
-            with norms left: that one can be resumed with more.
+            with norms left, in which case it can be resumed with more.
         RunInterruptedError: it was stopped by Ctrl-C or SIGTERM.
     """
     started = time.perf_counter()
@@ -95,7 +96,7 @@ def _run(config: RemoveConfig, directory: Path, watch: Watch, started: float) ->
 
 
 def _prepare(config: RemoveConfig, directory: Path, watch: Watch) -> Run:
-    """Load and check everything before anything is written or trained."""
+    """Load and check the model, then write the blocks; nothing is written until the checks have passed."""
     say(watch, f"loading {config.model}")
     model, tokenizer = _load_original(config, directory)
     sites = find_sites(model, config.in_place, config.keep)
@@ -126,7 +127,7 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watch) -> Run:
 
 
 def _load_original(config: RemoveConfig, directory: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The original; where it is named in the settings of an earlier run, what can't be loaded may have been moved."""
+    """Load the original; if that fails and a saved run names it, the error says where, as the model may have moved."""
     settings = (run / CONFIG_FILE for run in (directory, config.twin) if run is not None)
     found = next(filter(Path.is_file, settings), None)
     with explained(found is not None, "", f"Where it is stands in '{found}' (model: …)."):
@@ -141,11 +142,11 @@ def _plan(config: RemoveConfig, model: PreTrainedModel) -> Plan:
 
 
 def _train_removal(run: Run) -> Facts:
-    """Calibrate, measure naive removal, train, fold and save, as far as it is not done; what was found on the way."""
-    if (run.directory / RESULT).is_file():  # Only the control is left to train.
+    """Calibrate, measure naive removal, train, fold and save, unless already done; return the facts gathered."""
+    if (run.directory / RESULT).is_file():  # Only the control remains to be trained.
         processes.agree(lambda: check_same_text(run))
         return facts_of(run.directory)
-    note = run.directory / DATA / FACTS  # Written when all that is done.
+    note = run.directory / DATA / FACTS  # Written once all of this is done.
     if note.is_file():
         return Facts(**json.loads(note.read_text(encoding="utf-8")))
     token_mask = TokenMask()
@@ -186,13 +187,13 @@ def _train(run: Run, model: PreTrainedModel, removal: Removal | None, directory:
         watch=run.watch,
         report_to=run.config.report_to,
     )
-    gc.collect()  # The Trainer and its callbacks hold each other, the optimizer's state, and the last good weights.
+    gc.collect()  # Trainer and callbacks form reference cycles that hold optimizer state and the last good weights.
     processes.agree(lambda: _check_ended(run, outcome, directory))
     return outcome
 
 
 def _check_ended(run: Run, outcome: Outcome, directory: Path) -> None:
-    """Refuse to go on with a run that was stopped, diverged, or ran out of tokens, with what to do."""
+    """Raise, with a remedy, if a run was stopped, diverged, learned nothing or ran out of tokens."""
     whose = " of the control" if directory != run.directory else ""
     if outcome.interrupted:
         raise RunInterruptedError(
@@ -225,7 +226,7 @@ def _check_ended(run: Run, outcome: Outcome, directory: Path) -> None:
 def _fold_and_save(run: Run, student: PreTrainedModel, facts: Facts) -> None:
     run.say("folding")
     uninstall_paths(student)
-    student.cpu().eval()  # Where there is float64.
+    student.cpu().eval()  # The CPU has float64.
     constants = {site.name: student.get_submodule(site.name).constant for site in run.sites}
     save_unfolded(student, run.original, run.sites, run.tokenizer, run.directory / UNFOLDED)
     save_sites(run.directory, run.sites, constants)

@@ -1,4 +1,4 @@
-"""What a run that goes on, or that is built upon, takes over from what was saved, and what it may change."""
+"""What resumed and healed runs take over from the saved settings and results, and what they may change."""
 
 import math
 from pathlib import Path
@@ -13,10 +13,10 @@ _MAY_CHANGE_ON_RESUME = {"device", "compile", "cuda_graph", "micro_batch", "repo
 
 
 def saved_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The saved settings of the run to resume, with what may be changed as it was named again.
+    """The saved settings of the run to resume, updated with those options that may be changed.
 
     Raises:
-        UnnormError: there is no such run, nothing of it is left to do, or something was named again that must stay.
+        UnnormError: there is no such run, it has nothing left to do, or an option would change a fixed setting.
     """
     if options.get("out") is None:
         raise UnnormError("Which run? Name its directory: --resume --out DIR.")
@@ -28,15 +28,16 @@ def saved_options(options: dict[str, Any]) -> dict[str, Any]:
     if finished:
         _check_control_is_left(directory, {**saved, **options})
     asked = RemoveConfig.create(**{**saved, **options}).to_saved()
-    # What was left to be chosen is saved as it was chosen.
+    # Settings left to be chosen automatically were saved as chosen.
     asked |= {key: saved.get(key) for key in ("tokens", "batch_size", "lr") if asked[key] is None}
     if asked["dtype"] == "auto":
         asked["dtype"] = saved.get("dtype")
-    if saved.get("twin") and not finished and not (directory / DATA / FACTS).is_file():  # From then on it has its own.
+    # Once facts are saved, the run has a twin of its own.
+    if saved.get("twin") and not finished and not (directory / DATA / FACTS).is_file():
         _check_healed(directory, Path(saved["twin"]), asked["control"])
     more = (asked["tokens"] or 0) > (saved.get("tokens") or math.inf)
     may_change = _MAY_CHANGE_ON_RESUME | ({"tokens"} if more else set())
-    if finished:  # The control is to have what the twin had.
+    if finished:  # The control must be trained with the same settings as the twin.
         may_change -= {"tokens", "kl_budget"}
     changed = [key for key in options if key not in may_change and asked[key] != saved.get(key)]
     if changed:
@@ -46,7 +47,7 @@ def saved_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def not_saved(config: RemoveConfig, directory: Path) -> str:
-    """What a resumed run was given anew, where it was stopped before it saved that, as its command has it."""
+    """Changed settings, as command-line options, of a resumed run that was stopped before it saved them."""
     saved = read_config_file(directory / CONFIG_FILE)
     may_be_new = {"tokens", *_MAY_CHANGE_ON_RESUME} - {"out", "report_to"}
     words = ""
@@ -59,7 +60,7 @@ def not_saved(config: RemoveConfig, directory: Path) -> str:
 
 
 def _check_control_is_left(directory: Path, settings: dict[str, Any]) -> None:
-    """Of a finished run only a control that is missing may be asked for."""
+    """Raise an UnnormError unless a finished run, itself not a healing run, is resumed to add a missing control."""
     has_one = finished_result(directory).get("control_loss") is not None
     if has_one or not settings.get("control"):
         raise UnnormError(
@@ -74,7 +75,7 @@ def _check_control_is_left(directory: Path, settings: dict[str, Any]) -> None:
 
 
 def _check_healed(directory: Path, first: Path, control: bool) -> None:
-    """The run whose twin is trained on must still be there, with its control if that is to go on as well."""
+    """Raise an UnnormError if the run whose twin is healed is gone, or lacks a control to be trained further."""
     if not first.is_dir():
         raise UnnormError(
             f"The run in '{directory}' heals the twin of the one in '{first}', which is no longer there. Put it back, "
@@ -85,12 +86,12 @@ def _check_healed(directory: Path, first: Path, control: bool) -> None:
 
 
 def has_control(directory: Path) -> bool:
-    """Whether a finished run has a control that `heal` can go on with."""
+    """Whether a finished run has a control that `heal` can train further."""
     return finished_result(directory).get("control_loss") is not None and (directory / CONTROL).is_dir()
 
 
 def check_has_control(directory: Path) -> None:
-    """Raise an UnnormError where a finished run has no control to go on with."""
+    """Raise an UnnormError if a finished run has no control that can be trained further."""
     if not has_control(directory):
         raise UnnormError(
             f"The run in '{directory}' has no control to go on with. Go on without it (--no-control), or train "
@@ -99,10 +100,10 @@ def check_has_control(directory: Path) -> None:
 
 
 def facts_of(directory: Path) -> Facts:
-    """Those of a finished run, whose time so far is that of an earlier one to whatever goes on from it.
+    """Facts of a finished run, with its total time as `earlier_seconds` for the run that continues from it.
 
     Raises:
-        UnnormError: the file is missing or damaged.
+        UnnormError: the result file is missing or damaged.
     """
     result = finished_result(directory)
     try:

@@ -1,4 +1,4 @@
-"""What all stages of one run share, and its directory."""
+"""The state shared by all stages of one run, and its directory."""
 
 import shutil
 from dataclasses import dataclass
@@ -20,12 +20,12 @@ from unnorm.sites.site import NormSite
 from unnorm.taper.recipes import RECIPES, Recipe
 
 DISK_COPIES = 8
-"""Sizes of the model in float32 that a run may write: a checkpoint with optimizer state, the models it leaves."""
+"""Disk a run may need, in float32 copies of the model: a checkpoint with optimizer state, and the saved models."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What all stages of one run share."""
+    """The state shared by all stages of one run."""
 
     directory: Path
     config: RemoveConfig
@@ -41,23 +41,23 @@ class Run:
 
     @property
     def recipe(self) -> Recipe:
-        """The recipe that its settings name."""
+        """The recipe named in the settings."""
         return RECIPES[self.config.recipe]
 
     def say(self, text: str, tokens: int | None = None) -> None:
-        """Announce a stage, and the tokens it will take."""
+        """Announce a stage, and the number of tokens it will take."""
         say(self.watch, text, tokens)
 
 
 def limit_quadratic_mlps(run: Run, student: PreTrainedModel) -> None:
-    """Give the neurons of a run's model their limits, where its MLPs are quadratic."""
+    """Set limits on the neurons of a run's model where its MLPs are quadratic."""
     calibration = evenly_spaced(run.train_blocks, CALIBRATION_BLOCKS)
     if limited := set_limits(student, run.original, run.sites, calibration):
         run.say(f"neurons of {len(limited)} quadratic MLPs have limits now")
 
 
 def evaluate_on_held_out(run: Run, model: PreTrainedModel, name: str, blocks: Dataset | None = None) -> Evaluation:
-    """A model on the held-out blocks, or on some of them, beside the original unless it is that."""
+    """Evaluate a model on all or some held-out blocks, against the original unless it is the original."""
     original = None if model is run.original else run.original
     return evaluate_model(
         model,
@@ -71,10 +71,10 @@ def evaluate_on_held_out(run: Run, model: PreTrainedModel, name: str, blocks: Da
 
 
 def open_directory(config: RemoveConfig, resume: bool) -> Path:
-    """Where the run goes; nothing is made yet.
+    """The run directory, which is not created yet.
 
     Raises:
-        UnnormError: it holds something already, or can't be made.
+        UnnormError: it is not empty and the run is not resumed, or it can't be created.
     """
     directory = _unused_name(f"unnorm-{Path(config.model).name}") if config.out is None else config.out.expanduser()
     if not resume and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -89,7 +89,7 @@ def _unused_name(name: str) -> Path:
 
 
 def check_disk(directory: Path, model: PreTrainedModel) -> None:
-    """Raise an UnnormError where the disk has no room for what the run may write, of which some may be there."""
+    """Raise an UnnormError if the disk has no room for what the run may write; files already in it count as free."""
     parent = nearest_existing(directory)
     needed = DISK_COPIES * 4 * sum(p.numel() for p in model.parameters())
     written = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

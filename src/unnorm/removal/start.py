@@ -1,4 +1,4 @@
-"""What a run's training starts from: the original with stand-ins, calibrated, its scales made even, with limits."""
+"""The starting point of training: the original with stand-ins, calibrated and equalized, and with neuron limits."""
 
 import json
 import math
@@ -24,13 +24,13 @@ from unnorm.taper.stand_ins import install
 from unnorm.training.loop import last_checkpoint
 
 NAIVE_HEAD = 8
-"""Blocks on which naive removal is tried first."""
+"""Blocks on which naive removal is tried first, in case it overflows."""
 
 
 def start(run: Run, token_mask: TokenMask) -> tuple[PreTrainedModel, dict[str, TaperedNorm], Facts]:
-    """The original with stand-ins, its norms still on, and what naive removal would cost.
+    """The original with stand-ins (norms still on), the stand-ins by site name, and the facts measured so far.
 
-    A run that goes on from a checkpoint is laid out as it was, whatever budget and text it has now.
+    A run that resumes from a checkpoint keeps its layout, whatever KL budget and text it has now.
     """
     student = copy_model(run.original, share=not run.plan.steps)
     stand_ins = install(
@@ -73,7 +73,7 @@ def _save_layout(directory: Path, student: PreTrainedModel, facts: Facts) -> Non
 
 
 def _calibrate(run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNorm]) -> Facts:
-    """Constants, scales made even, and limits, in place; returns what naive removal would cost, and the neurons."""
+    """Set constants, equalize scales and set limits, in place; return naive removal's cost and the massive neurons."""
     run.say("calibrating")
     calibration = evenly_spaced(run.train_blocks, CALIBRATION_BLOCKS)
     set_constants(stand_ins, collect_log_scales(student, run.sites, calibration), run.config.estimator)
@@ -88,7 +88,7 @@ def _calibrate(run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedN
 def _naive_removal(run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNorm]) -> tuple[float, float]:
     """Loss and KL with every norm replaced by its calibrated constant, before any training.
 
-    One block that overflows makes the whole not a number, so where one of the first does, the rest is not measured.
+    A single overflowing block makes the mean NaN, so if one of the first blocks overflows the rest are skipped.
     """
     run.say("measuring naive removal")
     head = run.validation_blocks.select(range(min(NAIVE_HEAD, len(run.validation_blocks))))
@@ -104,7 +104,7 @@ def _naive_removal(run: Run, student: PreTrainedModel, stand_ins: dict[str, Tape
 def _equalize(
     run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNorm], calibration: Dataset
 ) -> list[dict[str, Any]]:
-    """Make scales more even while the norms are on; returns the neurons that it took."""
+    """Equalize scales while the norms are still on; return the massive neurons that were scaled down."""
     run.say("equalizing")
     common = student, run.original, run.sites, stand_ins, calibration, run.config.estimator
     neurons = shrink_massive(*common, MADE_GOOD * run.config.kl_budget)

@@ -1,1 +1,1 @@
-"""Metrics to one self-contained HTML page that proves and shows what a removal did."""
+"""Self-contained HTML pages of a removal, an evaluation and an analysis, and the model card."""

@@ -1,4 +1,4 @@
-"""The analysis page: every finding with its figures, in one HTML file that loads nothing."""
+"""The analysis page: every finding with its figures, in one self-contained HTML file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from unnorm.report.templates import render_page
 
 @dataclass(frozen=True)
 class Skipped:
-    """An analysis that can't be made of these models, and why."""
+    """An analysis that can't be run on these models, and why."""
 
     key: str
     reason: str
@@ -28,9 +28,9 @@ def render_analysis(
     Args:
         original: name of the original.
         findings: in the order in which they are shown.
-        skipped: what could not be analyzed.
-        settings: names and values of how it was done.
-        kept_norms: those that the twin still has.
+        skipped: analyses that could not be run.
+        settings: names and values of the settings used.
+        kept_norms: paths of the norms that the twin still has.
     """
     figures = {name: figure for finding in findings for name, figure in finding.figures.items()}
     values = {

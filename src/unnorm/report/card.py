@@ -1,4 +1,4 @@
-"""The model card: what a reader of the checkpoint must know, in Markdown with the hub's front matter."""
+"""The model card: what users of the checkpoint need to know, in Markdown with the hub's front matter."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -23,9 +23,9 @@ def render_card(
     """The card of an LN-free model.
 
     Args:
-        result: what stands in `result.json`.
-        sites: the former norms.
-        constants: the constant scale of each, as folded.
+        result: the contents of `result.json`.
+        sites: the former norm sites.
+        constants: the constant scale of each site, as folded.
     """
     in_place = sum(site.folds_into == "in place" for site in sites)
     values = {
@@ -55,7 +55,7 @@ def render_card(
 
 
 def front_matter(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What the hub reads: how to load the model, what it comes from, and its loss and KL as results."""
+    """Metadata for the hub: how to load the model, what it is derived from, and its loss and KL as results."""
     model, data = (_published(str(result[key])) for key in ("model", "data"))
     tags = ["unnorm", "interpretability"]
     tags += [] if result.get("norm_modules_left") else ["norm-free", "layernorm-free"]
@@ -88,7 +88,7 @@ def front_matter(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _folded(in_place: int, sites: int, several: bool) -> str:
-    """Where the maps are now."""
+    """Where the norms' constant maps are now."""
     if in_place and in_place == sites:
         return f"left as {'modules of their own' if several else 'a module of its own'}"
     folded = f"folded into the weights beside {'them' if several else 'it'}"
@@ -100,12 +100,12 @@ def _name(result: Mapping[str, Any]) -> str:
 
 
 def _published(source: str) -> str:
-    """A model's or data's name on the hub; of a local path only its end, since cards are read elsewhere."""
+    """Hub name of a model or data set; for a local path only its last component, since cards are read elsewhere."""
     return source if _on_hub(source) else Path(source).name
 
 
 def _on_hub(source: str) -> bool:
-    """Whether a name is one of the hub's, OWNER/NAME or OWNER/NAME:SUBSET, and not that of a local file."""
+    """Whether a name has the hub's form, OWNER/NAME or OWNER/NAME:SUBSET, and is not a local path."""
     here = source.startswith((".", "~")) or Path(source).exists()
     return bool(_HUB_NAME.fullmatch(source.partition(":")[0])) and not here
 
@@ -141,7 +141,7 @@ def _proof(result: Mapping[str, Any]) -> str:
 
 
 def _folds(sites: Sequence[NormSite], constants: Mapping[str, float]) -> list[dict[str, str]]:
-    """One row for the same norm of all layers."""
+    """One row for each norm, all layers together."""
     groups: dict[tuple[str, str, str], list[float]] = {}
     for site in sites:
         into = dict.fromkeys(f"`{_any_layer(name)}`" for name in site.folded_into)

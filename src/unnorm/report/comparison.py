@@ -1,4 +1,4 @@
-"""Two models token by token, as the report and the evaluation's page show them."""
+"""Token-by-token comparison of two models, as shown in the report and on the evaluation page."""
 
 import json
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from unnorm.report.evaluation_figures import density_figure, entropy_figure, kl_
 from unnorm.report.numbers import fixed, percent, significant
 
 SPACE = "␣"
-"""A space, where it would not be seen."""
+"""Makes a space visible."""
 
 MOST_NATS = 2.0
-"""What is this far or further apart has the strongest colour."""
+"""Differences of at least this many nats get the strongest colour."""
 RAMP = (0.05, 0.2, 0.5, 1.0, 2.0)
 
 _WHY = {"kl": "", "loss": "", "typical": "typical: in the middle by KL"}
@@ -24,13 +24,13 @@ _WHY = {"kl": "", "loss": "", "typical": "typical: in the middle by KL"}
 
 @dataclass(frozen=True)
 class Pair:
-    """One model beside the original, for the template.
+    """One model compared with the original, as template values.
 
     Attributes:
         name: which model on which corpus.
-        contexts: what is shown of each context.
-        values: what is told of each token, by context.
-        figures: by the place where it is drawn.
+        contexts: headings and coloured tokens, by context.
+        values: details of each token, by context.
+        figures: by the place on the page where each is drawn.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Pair:
 
 
 def make_pair(name: str, comparison: Comparison) -> Pair:
-    """A comparison as the page shows it."""
+    """A comparison in the form that the page shows."""
     return Pair(
         name=name,
         contexts=[_context(context) for context in comparison.contexts],
@@ -54,7 +54,7 @@ def make_pair(name: str, comparison: Comparison) -> Pair:
 
 
 def pair_variables(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """What the templates need of the pairs."""
+    """Template variables for the pairs."""
     specs = [{place: json.loads(str(figure.to_json())) for place, figure in pair.figures.items()} for pair in pairs]
     return {
         "groups": pairs,
@@ -65,12 +65,12 @@ def pair_variables(pairs: Sequence[Pair]) -> dict[str, Any]:
 
 
 def script_json(value: Any) -> str:
-    """JSON that can stand in a script element: no text in it can end the element."""
+    """JSON that is safe inside a script element: no text in it can close the element."""
     return json.dumps(value, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def strength(nats: float) -> float:
-    """How strongly a difference is coloured, 0 to 0.5; the root lets small ones be seen beside large ones."""
+    """Colour strength of a difference, 0 to 0.5; the square root keeps small ones visible next to large ones."""
     return round(0.5 * min(abs(nats) / MOST_NATS, 1.0) ** 0.5, 3)
 
 
@@ -122,7 +122,7 @@ def _values(context: Context) -> list[dict[str, Any]]:
 
 
 def _visible(text: str) -> Markup:
-    """A token's text in its place: what has no shape gets one, so that its colour is seen."""
+    """A token's text in context; invisible characters get a visible symbol, so that their colour shows."""
     shapes = {"\n": Markup("<u>↵</u>\n"), "\t": Markup("<u>→</u>\t"), "\r": Markup("<u>←</u>")}
     return Markup("").join(
         shapes.get(char) or (escape(char) if char.isprintable() else Markup("<u>□</u>")) for char in text
@@ -130,6 +130,6 @@ def _visible(text: str) -> Markup:
 
 
 def _spelled(text: str) -> str:
-    """A token's text on its own, with white space and control characters spelled out."""
+    """A token's text on its own, with white space and control characters made visible."""
     spelled = (char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     return "".join(spelled).replace(" ", SPACE)

@@ -1,4 +1,4 @@
-"""What all figures are drawn with: colours, panels, axes."""
+"""Shared building blocks of all figures: colours, panels, axes."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +28,7 @@ MOST_TICKS = 24
 
 
 def short_names(names: Sequence[str]) -> list[str]:
-    """Site names less the dotted prefix that all of them share."""
+    """Site names without the dotted prefix that all of them share."""
     prefix = shared_prefix(names)
     return [name.removeprefix(prefix) for name in names]
 
@@ -55,19 +55,19 @@ def draw_ranges(
     places: Mapping[str, float],
     middle: str,
 ) -> None:
-    """Add a bar from low to high for each name, with a dot between and maybe a diamond for position 0.
+    """Add a bar from low to high for each name, with a dot in between and an optional diamond for position 0.
 
     Args:
         figure: one panel.
         model: `original` or `twin`, which stand side by side.
         ranges: low, middle, high and position 0 (or None) of each name.
-        places: of the names along the x axis.
-        middle: what the dot is.
+        places: x coordinate of each name.
+        middle: what the dot shows (`mean` or `median`).
     """
     colour, shift = {"original": (SOFT, -0.17), "twin": (ACCENT, 0.17)}[model]
     x = [places[name] + shift for name in ranges]
     crowded = len(places) > 16
-    # One broken line for all ranges: a trace for each would be slow with a hundred of them.
+    # One line with gaps for all ranges: a separate trace for each would be slow with a hundred of them.
     figure.add_scatter(
         x=[value for place in x for value in (place, place, None)],
         y=[value for row in ranges.values() for value in (row[0], row[2], None)],
@@ -90,13 +90,13 @@ def draw_ranges(
 
 
 def thinned_ticks(names: Sequence[str]) -> dict[str, Any]:
-    """At most `MOST_TICKS` ticks with names, at whole places."""
+    """At most `MOST_TICKS` ticks at integer positions, labelled with the names there."""
     shown = list(range(0, len(names), math.ceil(max(1, len(names)) / MOST_TICKS)))
     return {"tickmode": "array", "tickvals": shown, "ticktext": [names[place] for place in shown]}
 
 
 def panels(heights: list[float], spacing: float | None = None) -> Figure:
-    """Panels below each other on one axis, their heights and the space between them as shares of 1."""
+    """Panels one below the other on a shared x axis; heights and the spacing between them are shares of 1."""
     spacing = spacing or 0.2 / (1 + len(heights))
     figure = make_subplots(rows=len(heights), cols=1, shared_xaxes=True, row_heights=heights, vertical_spacing=spacing)
     figure.update_layout(hovermode="x")
@@ -105,7 +105,7 @@ def panels(heights: list[float], spacing: float | None = None) -> Figure:
 
 def name_panel(figure: Figure, panel: int, title: str) -> None:
     """A title over a panel."""
-    # Above the panel and not along the axis: that is read without turning one's head and leaves phones their width.
+    # Above the panel, not rotated along the axis: easier to read, and it saves width on phones.
     axis = "" if panel == 1 else str(panel)
     figure.add_annotation(
         text=title,
@@ -122,7 +122,7 @@ def name_panel(figure: Figure, panel: int, title: str) -> None:
 
 
 def log_axis(figure: Figure, panel: int, values: Iterable[float]) -> None:
-    """Make a panel's axis logarithmic, with round ticks around the values."""
+    """Make a panel's y axis logarithmic, with round ticks covering the values."""
     positive = [v for v in values if finite_or_none(v) is not None and v > 0]
     if not positive:
         return
@@ -139,21 +139,21 @@ def log_axis(figure: Figure, panel: int, values: Iterable[float]) -> None:
 
 
 def position_axis(figure: Figure, longest: int) -> None:
-    """Make the axis of positions logarithmic, with powers of two for its ticks."""
+    """Make the axis of positions logarithmic, with ticks at powers of two (of four if longer than 256)."""
     ticks = [2**i for i in range(0, longest.bit_length(), 1 if longest <= 256 else 2)]
     figure.update_xaxes(type="log", tickmode="array", tickvals=ticks, ticktext=[str(tick) for tick in ticks])
 
 
 def finish(figure: Figure, height: int, x_title: str) -> Figure:
-    """The look that all figures share; the page draws the legend, so that it wraps like text."""
-    # Of plotly's own template nothing is wanted: empty, it also leaves the page smaller.
+    """Apply the look that all figures share. The page draws the legend itself, so that it wraps like text."""
+    # Nothing from plotly's own template is needed, and leaving it out makes the page smaller.
     figure.update_layout(
         template="none",
         height=height,
         showlegend=False,
         margin={"l": 48, "r": 20, "t": 28, "b": 44},
         paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor=PAPER,  # From which plotly takes what names under the pointer are written on.
+        plot_bgcolor=PAPER,  # plotly derives the background of hover labels from it.
         font={"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 12, "color": SOFT},
         hoverlabel={"font": {"size": 12}},
         dragmode=False,

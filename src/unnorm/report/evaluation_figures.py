@@ -1,4 +1,4 @@
-"""Figures of an evaluation: models side by side, and a model token by token against the original."""
+"""Figures of an evaluation: models side by side, and token-by-token comparisons with the original."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ _TRANSPARENT = "rgba(10,108,116,0)"
 
 
 def styles(models: Sequence[str], original: str | None) -> dict[str, tuple[str, str]]:
-    """Colour and dash of each model's lines; the original's are those of text."""
+    """Colour and dash of each model's lines; the original gets the text colour and a solid line."""
     others = [name for name in dict.fromkeys(models) if name != original]
     found = {name: _STYLES[i % len(_STYLES)] for i, name in enumerate(others)}
     return found if original is None else {original: (INK, "solid"), **found}
@@ -54,7 +54,7 @@ def position_figure(rows: Sequence[Evaluation], style: dict[str, tuple[str, str]
 
 
 def calibration_figure(rows: Sequence[Evaluation], style: dict[str, tuple[str, str]]) -> Figure | None:
-    """How often the most likely token was right, less how likely it was thought; one panel for each corpus."""
+    """Accuracy of the most likely token minus its probability, one panel for each corpus; None without calibration."""
     rows = [row for row in rows if row.calibration]
     if not rows:
         return None
@@ -84,7 +84,7 @@ def _by_corpus(
 
 def _draw_calibration(figure: Figure, panel: int, row: Evaluation, colour: str, dash: str) -> None:
     bins = row.calibration
-    # Two standard errors of the share that was right, as if tokens were independent.
+    # Two standard errors of the accuracy, treating tokens as independent.
     errors = [2 * math.sqrt(max(b.accuracy * (1 - b.accuracy), 1 / (4 * b.tokens)) / b.tokens) for b in bins]
     figure.add_scatter(
         x=[b.confidence for b in bins],
@@ -102,7 +102,7 @@ def _draw_calibration(figure: Figure, panel: int, row: Evaluation, colour: str, 
 
 
 def density_figure(comparison: Comparison) -> Figure:
-    """The model's loss against the original's, tokens as counts on a log scale."""
+    """The model's loss against the original's, as token counts on a log colour scale."""
     middles = _middles(comparison.loss_edges)
     counts = [list(column) for column in zip(*comparison.loss_density, strict=True)]
     figure = Figure()
@@ -125,7 +125,7 @@ def density_figure(comparison: Comparison) -> Figure:
 
 
 def kl_figure(histogram: Histogram) -> Figure:
-    """Tokens by KL, on a log axis."""
+    """Histogram of tokens by KL, on a log axis."""
     edges = [math.log10(edge) for edge in histogram.edges]
     figure = Figure()
     _bars(figure, edges, histogram.counts, [f"{edge:.2g}" for edge in histogram.edges], ACCENT)
@@ -138,7 +138,7 @@ def kl_figure(histogram: Histogram) -> Figure:
 
 
 def entropy_figure(histogram: Histogram) -> Figure:
-    """Tokens by the model's entropy less the original's."""
+    """Histogram of tokens by the model's entropy minus the original's."""
     figure = Figure()
     _bars(figure, histogram.edges, histogram.counts, [f"{edge:+.3g}" for edge in histogram.edges], ACCENT)
     figure.add_vline(x=0, line={"color": INK, "width": 1})

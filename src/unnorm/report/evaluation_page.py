@@ -1,4 +1,4 @@
-"""The page of an evaluation: models side by side, and each token by token against the original."""
+"""The evaluation page: models side by side, and each compared token by token with the original."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,7 +34,7 @@ def render_evaluation(results: Results) -> str:
 
 
 def headline(results: Results, original: str | None) -> str:
-    """Which models on what."""
+    """The page title: which models, against which original."""
     models = list(dict.fromkeys([*(row.model for row in results), *(score.model for score in results.scores)]))
     others = [name for name in models if name != original]
     named = ", ".join(others[:-1]) + " and " + others[-1] if len(others) > 1 else "".join(others or models)
@@ -89,7 +89,7 @@ def _signed(ends: Sequence[float] | None) -> str:
 
 
 def _protocol(protocol: dict[str, Any]) -> list[tuple[str, str]]:
-    """Names and words of how it was measured."""
+    """Names and descriptions of how it was measured."""
     rows = []
     for corpus in protocol.get("corpora", []):
         rows += [

@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them; whatever is missing becomes a dash."""
+"""Numbers formatted for readers; missing ones become a dash."""
 
 import math
 from collections.abc import Mapping
@@ -8,14 +8,14 @@ MISSING = "—"
 
 
 def finite_or_none(value: Any) -> float | None:
-    """The number, or None for what is missing, not a number or not finite."""
+    """The value as a float; None if it is missing, not a number or not finite."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
 
 def loss_increase(result: Mapping[str, Any]) -> float | None:
-    """A twin's loss less the original's, in nats per token; None where one of them is missing or not finite."""
+    """The twin's loss minus the original's, in nats per token; None where one of them is missing or not finite."""
     teacher, lnfree = finite_or_none(result.get("teacher_loss")), finite_or_none(result.get("lnfree_loss"))
     return None if teacher is None or lnfree is None else lnfree - teacher
 
@@ -27,7 +27,7 @@ def fixed(value: Any, digits: int = 4, sign: bool = False) -> str:
 
 
 def significant(value: Any, digits: int = 3) -> str:
-    """With `digits` significant digits, in powers of ten outside 0.0001 to 99999."""
+    """With `digits` significant digits; in scientific notation below 0.0001 and from 100000."""
     number = finite_or_none(value)
     if number is None:
         return MISSING
@@ -39,19 +39,19 @@ def significant(value: Any, digits: int = 3) -> str:
 
 
 def shortest(value: Any, digits: int = 3) -> str:
-    """With up to `digits` significant digits and no zeros after them: limits, settings."""
+    """With up to `digits` significant digits and no trailing zeros: limits, settings."""
     number = finite_or_none(value)
     return MISSING if number is None else _minus(_tidy_exponent(f"{number:.{digits}g}"))
 
 
 def percent(value: Any) -> str:
-    """A share of 1 as a percentage."""
+    """A fraction as a percentage."""
     number = finite_or_none(value)
     return MISSING if number is None else f"{100 * number:.1f}%"
 
 
 def count(value: Any) -> str:
-    """A whole number with thin spaces between thousands, so that no reader takes a comma for a decimal point."""
+    """A whole number with thin spaces between thousands: a comma could be taken for a decimal point."""
     number = finite_or_none(value)
     return MISSING if number is None else f"{round(number):,}".replace(",", "\u202f")
 
@@ -62,7 +62,7 @@ def short_count(value: Any) -> str:
     if number is None:
         return MISSING
     for factor, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        # What would round up to 1000 of a unit is shown as 1 of the next.
+        # What would round up to 1000 of one unit is shown as 1 of the next.
         if number >= 0.9995 * factor:
             return f"{number / factor:.3g}{letter}"
     return f"{number:.0f}"
@@ -86,11 +86,11 @@ def interval(value: Any) -> str:
 
 
 def _minus(text: str) -> str:
-    # A hyphen is not a minus; exponents keep theirs, so that they can be copied as numbers.
+    # A leading hyphen becomes a minus sign; exponents keep the hyphen, so that they can be copied as numbers.
     return f"\u2212{text[1:]}" if text.startswith("-") else text
 
 
 def _tidy_exponent(text: str) -> str:
-    """2.3e-06 to 2.3e-6."""
+    """Turn 2.3e-06 into 2.3e-6."""
     mantissa, e, exponent = text.partition("e")
     return f"{mantissa}e{int(exponent)}" if e else text

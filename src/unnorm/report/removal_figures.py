@@ -1,4 +1,4 @@
-"""The report's figures, as plotly figures in the page's light colours; its script swaps them in dark mode."""
+"""The report's figures, in the page's light colours; the page's script replaces these in dark mode."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -36,10 +36,10 @@ def run_figure(rows: Rows, control_rows: Rows, original_loss: float | None) -> F
 
     Args:
         rows: metrics of the removal run.
-        control_rows: those of the control, may be empty.
+        control_rows: metrics of the control; may be empty.
         original_loss: where to draw the original's line.
     """
-    # Rows at 0 tokens alone, before the first step, are no run.
+    # A single row at 0 tokens, before the first step, does not make a run.
     keys = [key for key in ("loss", "kl", "alpha") if any(_points(rows, key)[0])]
     if "loss" not in keys:
         return None
@@ -62,7 +62,7 @@ def run_figure(rows: Rows, control_rows: Rows, original_loss: float | None) -> F
 
 
 def removal_stretch(rows: Rows) -> tuple[float, float] | None:
-    """Tokens between which alpha rose from 0 to 1, as far as the rows tell."""
+    """Token counts between which alpha rose from 0 to 1, according to the rows; None if it did not."""
     tokens, alpha = _points(rows, "alpha")
     moved = [i for i, a in enumerate(alpha) if a > 0]
     if not moved:
@@ -75,7 +75,7 @@ def removal_stretch(rows: Rows) -> tuple[float, float] | None:
 def scale_figure(
     before: Sequence[ScaleStatistics], after: Sequence[ScaleStatistics], constants: dict[str, float]
 ) -> Figure | None:
-    """Scale of each norm site before and after the removal, on a log axis; None without sites."""
+    """Scale of each norm site before and after the removal, with its constant, on a log axis; None without sites."""
     if not before and not after:
         return None
     names = list(dict.fromkeys(row.site for row in (*before, *after)))
@@ -95,7 +95,7 @@ def scale_figure(
 
 
 def position_figure(position_loss: dict[str, list[float]]) -> Figure | None:
-    """Loss by position in the context, and what LN-free loses against the original; None without positions."""
+    """Loss by position in the context, and the twin's loss minus the original's; None without positions."""
     binned = {name: bin_positions(losses) for name, losses in position_loss.items() if losses}
     if not binned:
         return None
@@ -116,9 +116,9 @@ def position_figure(position_loss: dict[str, list[float]]) -> Figure | None:
 
 
 def bin_positions(losses: Sequence[float], most: int = MOST_POSITION_BINS) -> tuple[list[float], list[float]]:
-    """Mean position and mean loss of bins whose ends grow geometrically; short contexts keep every position.
+    """Mean position and mean loss of bins with geometrically spaced edges; short contexts keep every position.
 
-    Entry i of `losses` belongs to position i + 1, the first that can be predicted.
+    Entry i of `losses` belongs to position i + 1, since position 0 is not predicted.
     """
     n = len(losses)
     edges = range(n + 1) if n <= most else sorted({round((n + 1) ** (i / most)) - 1 for i in range(most + 1)})
@@ -127,7 +127,7 @@ def bin_positions(losses: Sequence[float], most: int = MOST_POSITION_BINS) -> tu
 
 
 def _points(rows: Rows, key: str, kind: str | None = None) -> tuple[list[float], list[float]]:
-    """Tokens and values of the rows that have both, by tokens."""
+    """Tokens and values of the rows that have both, sorted by tokens."""
     kept = [row for row in rows if kind is None or row.get("kind") == kind]
     pairs = [(finite_or_none(row.get("tokens")), finite_or_none(row.get(key))) for row in kept]
     points = sorted((t, v) for t, v in pairs if t is not None and v is not None)
@@ -143,7 +143,7 @@ def _draw_metric(figure: Figure, panel: int, key: str, rows: Rows, control_rows:
     )
     for source, kind, name, colour, line, opacity in parts:
         tokens, values = _points(source, key, kind)
-        # The original has no KL to itself, and a log axis no place for it.
+        # The KL is zero while the model is still the original, which a log axis can't show.
         points = [(t, v) for t, v in zip(tokens, values, strict=True) if key != "kl" or v > LEAST_KL]
         drawn += [v for _, v in points]
         figure.add_scatter(

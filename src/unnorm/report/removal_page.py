@@ -1,4 +1,4 @@
-"""The report page: what a removal did, for which proof, and how it was run."""
+"""The report page: what a removal achieved, its proof, and how it was run."""
 
 from dataclasses import dataclass
 from itertools import takewhile
@@ -29,17 +29,18 @@ from unnorm.report.templates import render_page
 
 @dataclass(frozen=True)
 class ReportData:
-    """All that a report shows.
+    """Everything that a report shows.
 
     Attributes:
         result: the run's numbers and settings; whatever is missing or None becomes a dash.
         rows: `metrics.jsonl` of the removal run; empty where nothing was trained.
-        control_rows: that of the control, may be empty.
-        scales_before: one for each norm site, of the original.
-        scales_after: the same sites in the LN-free model: the scale that a norm would have had there.
+        control_rows: `metrics.jsonl` of the control; may be empty.
+        scales_before: statistics of each norm site in the original.
+        scales_after: the same sites in the LN-free model: the scales that a norm would have had there.
         constants: the constant scale by site name, as folded.
-        position_loss: "original", "lnfree" and maybe "control" to the mean loss in nats at each predicted position.
-        samples: `prompt`, `original` and `lnfree`, the two greedy continuations.
+        position_loss: mean loss in nats at each predicted position, for "original", "lnfree" and, if there is one,
+            "control".
+        samples: each a `prompt` with its greedy continuations `original` and `lnfree`.
         checks: the proof: `name`, `passed`, `value`, `limit` (the largest value that passes) and `detail`.
         comparison: original and LN-free model token by token; None leaves it out.
     """
@@ -81,7 +82,7 @@ def render_report(data: ReportData) -> str:
 
 
 def headline(result: dict[str, Any]) -> str:
-    """One plain sentence on what was reached; it claims no more than the numbers do."""
+    """One plain sentence on what was achieved, claiming no more than the numbers show."""
     model, sites = result.get("model") or "the model", finite_or_none(result.get("sites"))
     norms = "All norms" if sites is None else "The only norm" if sites == 1 else f"All {count(sites)} norms"
     if result.get("norm_modules_left"):
@@ -112,12 +113,12 @@ def _figures(data: ReportData) -> dict[str, Figure]:
 
 
 def _original_loss(data: ReportData) -> float | None:
-    """On the few blocks that are evaluated along the run; the final evaluation is on other, more blocks."""
+    """The original's loss on the few blocks evaluated during training; the final evaluation uses more blocks."""
     return next((finite_or_none(row["teacher_loss"]) for row in data.rows if "teacher_loss" in row), None)
 
 
 def _tiles(result: dict[str, Any]) -> list[dict[str, str]]:
-    """The big numbers, each with its name and one line on how to take it."""
+    """The headline numbers, each with its name and one explanatory line."""
     jsd = f"; Jensen\u2013Shannon {significant(result.get('jsd'))}"
     sites, left = finite_or_none(result.get("sites")), finite_or_none(result.get("norm_modules_left"))
     return [
@@ -158,7 +159,7 @@ def _tiles(result: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _losses(result: dict[str, Any]) -> list[dict[str, str]]:
-    """Rows of the table of models; those that were not made are left out."""
+    """Rows of the table of models; models without a measured loss are left out, except original and twin."""
     models = (
         ("original", "teacher", None),
         ("naive removal", "naive", "naive_kl"),
@@ -192,12 +193,12 @@ def _check(check: dict[str, Any]) -> dict[str, Any]:
 
 
 def _sample(sample: dict[str, str]) -> dict[str, str]:
-    """Prompt, the two continuations without it, and both split where they part."""
+    """The prompt, and the two continuations without it, split where they diverge."""
     prompt = sample.get("prompt", "")
     original, lnfree = (sample.get(key, "").removeprefix(prompt) for key in ("original", "lnfree"))
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(original, lnfree, strict=False)))
     if original != lnfree:
-        # Whole words part, not halves of them.
+        # Split at word boundaries.
         shared = max(original.rfind(space, 0, shared) for space in " \n") + 1
     return {
         "prompt": prompt,
@@ -225,9 +226,9 @@ HELD_UP = (
     ("waited_steps", "steps in which the taper waited"),
     ("set_backs", "times the taper went back"),
 )
-"""What of a run without trouble is 0, and left out."""
+"""Counts that are 0 in a run without trouble, and then left out."""
 OF_STEPS = ("batch_size", "micro_batch", "steps", "lr", "bfloat16", "compile", "cuda_graph")
-"""What of a plan means nothing where nothing was trained."""
+"""Plan entries that are left out where nothing was trained."""
 PLAN_WORDS = {
     "context": "context, tokens in a block",
     "batch_size": "batch size, blocks in a step",

@@ -1,4 +1,4 @@
-"""What a result says in words; nothing where there is nothing to say."""
+"""Results in words; empty strings where there is nothing to say."""
 
 import math
 import os
@@ -10,20 +10,20 @@ from unnorm.runs.directory import short_name
 
 
 def without_norms(result: Mapping[str, Any], name: str) -> str:
-    """What a twin is called: without norms, or without some of them where others were kept."""
+    """What a twin is called: "without norms", or without some of them if others were kept."""
     name = short_name(name)
     kept, removed = result.get("norm_modules_left") or 0, result.get("sites") or 0
     return f"{name} without {removed} of its {removed + kept} norms" if kept else f"{name} without norms"
 
 
 def shared_prefix(names: Sequence[str]) -> str:
-    """The dotted prefix, such as `transformer.`, that all of several paths share; none for a single path."""
+    """The dotted prefix shared by all paths, such as `transformer.`; empty for a single path."""
     shared = os.path.commonprefix(list(names)) if len(names) > 1 else ""  # noqa: RUF071 (cut at a dot below)
     return shared[: shared.rfind(".") + 1]
 
 
 def overflowed(result: Mapping[str, Any]) -> str:
-    """How many held-out blocks overflow, and loss and KL in the others; nothing where none do."""
+    """How many held-out blocks overflow, and the KL and loss in the others; empty where none do."""
     number = finite_or_none(result.get("overflowed_blocks"))
     if not number:
         return ""
@@ -32,14 +32,14 @@ def overflowed(result: Mapping[str, Any]) -> str:
 
 
 def elsewhere(kl: Any, loss: Any) -> str:
-    """How the sentence on blocks that overflow ends: KL and loss in the others; nothing where they are missing."""
+    """End of the sentence on overflowing blocks: KL and loss in the others; empty where they are missing."""
     known = {"KL": significant(kl), "loss": fixed(loss)}
     words = ", ".join(f"{name} {number}" for name, number in known.items() if number != MISSING)
     return words and f"; in the others {words}"
 
 
 def intervals_over(corpus: Mapping[str, Any]) -> str:
-    """How many documents or blocks intervals are over; of few documents, that they say nothing of others."""
+    """How many documents or blocks intervals are over; blocks get the caveat that other documents are not covered."""
     words = f"{count(corpus['units'])} {corpus['interval_over']}"
     documents = corpus.get("documents")
     if corpus["interval_over"] == "documents" or documents is None:
@@ -48,7 +48,7 @@ def intervals_over(corpus: Mapping[str, Any]) -> str:
 
 
 def healed(result: Mapping[str, Any]) -> str:
-    """How many of the training tokens a finished run's twin was trained on further; nothing where it was one run."""
+    """How many of the training tokens came from healing the twin of a finished run; empty without healing."""
     if not result.get("twin"):
         return ""
     further = math.prod(result["plan"][key] for key in ("steps", "batch_size", "context"))
@@ -56,7 +56,7 @@ def healed(result: Mapping[str, Any]) -> str:
 
 
 def limits(result: Mapping[str, Any]) -> str:
-    """How many neurons have limits, and how often one is reached on text; nothing where none has."""
+    """How many neurons have limits, and how often these are reached on text; empty where none has."""
     if not result.get("limited_neurons"):
         return ""
     share = result.get("share_at_limit")
@@ -65,7 +65,7 @@ def limits(result: Mapping[str, Any]) -> str:
 
 
 def massive_neurons(neurons: Any) -> str:
-    """Each neuron that writes massive activations: where it is, how long its vector was, what it was multiplied by."""
+    """Each neuron that writes massive activations: its location, the length of its vector and its scaling factor."""
     return "; ".join(
         f"{neuron.get('writer')} {neuron.get('index')} ({significant(neuron.get('length'))} times the usual scale, "
         f"now times {significant(neuron.get('factor'), 2)})"

@@ -1,4 +1,4 @@
-"""The pages of this folder's templates: self-contained, they load nothing from the network."""
+"""Rendering of this folder's templates as self-contained pages that load nothing from the network."""
 
 import json
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from unnorm.report.drawing import DARK_COLOURS
 
 
 def render_page(template: str, values: dict[str, Any], figures: dict[str, Figure], pairs: Sequence[Pair] = ()) -> str:
-    """A whole HTML page, with scripts and styles in it.
+    """A whole HTML page, including its scripts and styles.
 
     Args:
-        template: file name beside this one; it extends `base.html`.
-        values: what the template shows; everything that is put in is escaped, and nothing may be missing.
+        template: name of a template file in this folder, which extends `base.html`.
+        values: variables of the template; inserted values are escaped, and a missing variable is an error.
         figures: by the id of the element that each is drawn in.
-        pairs: models that are compared token by token.
+        pairs: token-by-token comparisons of models.
     """
     environment = Environment(
         loader=PackageLoader("unnorm", "report"),

@@ -1,1 +1,1 @@
-"""What is seen in a terminal: live progress, and a table for each verb."""
+"""Terminal output: live progress, and tables for each command."""

@@ -13,13 +13,13 @@ from unnorm.terminal.text import verdict
 
 _AUDITED = ("99.9%", "99.99%", "largest")
 _MOST_SHOWN = 60
-"""Characters of a text."""
+"""Characters shown of a text."""
 _ENOUGH = 10_000
-"""Tokens of a class from which on the 99.99th percentile is not simply its largest loss."""
+"""Tokens per class needed for the 99.99th percentile to differ from the largest loss."""
 
 
 def audit_tables(result: dict[str, Any]) -> RenderableType:
-    """What `unnorm audit` gives: verdicts with loss, residual norms, and the worst input of each class."""
+    """The tables of `unnorm audit`: verdicts with losses, residual norms, and the worst input of each class."""
     rows = result["classes"]
     passed = verdict(sum(not row["passed"] for row in rows), len(rows), "classes")
     ends = [f"{passed}; in brackets the reference, {escape(result['reference'])}"]
@@ -36,7 +36,7 @@ def audit_tables(result: dict[str, Any]) -> RenderableType:
 
 
 def _audit_table(title: str, *left: str, right: Sequence[str], last: str | None = None) -> Table:
-    """A table of input classes, in which nothing is cut where the terminal is narrow."""
+    """A table of input classes that wraps instead of cutting text where the terminal is narrow."""
     table = Table(title=title, title_justify="left")
     for heading in ("inputs", *left):
         table.add_column(heading, overflow="fold")
@@ -85,7 +85,7 @@ def _shown(value: float | None, form: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text on one line; what a terminal can't show, or obeys, is escaped. The end, which is read last, is kept."""
+    """Text on one line, with control and unprintable characters escaped; long text keeps its end, read last."""
     shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
     if shown.isspace():
         shown = shown.replace(" ", "␣")

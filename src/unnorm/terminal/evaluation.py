@@ -13,17 +13,17 @@ from rich.text import Text
 from unnorm.report.sentences import intervals_over
 from unnorm.terminal.text import whole
 
-if TYPE_CHECKING:  # With torch, which `--help` does not wait for.
+if TYPE_CHECKING:  # These import torch, which would slow down `--help`.
     from unnorm.evaluation import Evaluation, Results, Score
 
 MOST_FIXED = 10_000
-"""Values from here on are written in powers of ten."""
+"""Values from here on are shown in scientific notation."""
 LEAST_NAME = 10
-"""Characters of a name that stand side by side at least."""
+"""Minimum width of a name column, in characters."""
 
 
 def evaluation_tables(results: "Results", out: Path | None = None) -> RenderableType:
-    """What `unnorm evaluate` gives: losses, fidelity, benchmarks, and how they were measured."""
+    """The tables of `unnorm evaluate`: losses, fidelity, benchmarks, and how they were measured."""
     results = results.with_short_names()
     rows = results.rows
     parts: list[RenderableType] = [_loss_table(rows), _fidelity_table(rows)] if rows else []
@@ -94,7 +94,7 @@ def _score_table(scores: Sequence["Score"]) -> Table:
 
 
 def _side_by_side(title: str, *words: str, numbers: Sequence[str]) -> Table:
-    """A table of models whose words may wrap and whose numbers never do."""
+    """A table of models in which words may wrap but numbers never do."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in ("model", *words):
         table.add_column(heading, overflow="fold", min_width=None if heading == "data" else LEAST_NAME)

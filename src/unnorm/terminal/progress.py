@@ -12,7 +12,7 @@ _DAY = 24 * 3600.0
 
 
 class Progress:
-    """Shows a run as it goes: a live line on a terminal, a plain line now and then elsewhere."""
+    """Shows the progress of a run: a live line on a terminal, occasional plain lines elsewhere."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -28,7 +28,7 @@ class Progress:
                 TimeRemainingColumn(elapsed_when_finished=True),
                 console=self.console,
                 transient=True,
-                speed_estimate_period=_DAY,  # A long run tells its tokens once in minutes.
+                speed_estimate_period=_DAY,  # A long run reports its tokens only every few minutes.
             )
             self.live.start()
         return self
@@ -40,7 +40,7 @@ class Progress:
             self.live.stop()
 
     def __call__(self, row: dict[str, Any], /) -> None:
-        """Take one row of metrics or a phase."""
+        """Show one row of metrics, or the start of a phase."""
         if row["kind"] == "phase":
             self._phase(row)
         elif self.live is not None:

@@ -15,7 +15,7 @@ from unnorm.report.sentences import shared_prefix, without_norms
 from unnorm.runs.directory import MODEL, REPORT
 from unnorm.terminal.text import verdict, whole
 
-if TYPE_CHECKING:  # With torch, which `--help` does not wait for.
+if TYPE_CHECKING:  # These import torch, which would slow down `--help`.
     from unnorm.calibration.scales import ScaleStatistics
     from unnorm.exports.export import Exported
     from unnorm.proof.verify import Check
@@ -87,7 +87,7 @@ def _limits(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _increase(result: dict[str, Any]) -> str:
-    """The loss less the original's on the same tokens, with its interval."""
+    """The twin's loss minus the original's on the same tokens, with its interval."""
     increase = f"{result['lnfree_loss'] - result['teacher_loss']:+.4f}"
     ends = result["loss_increase_ci"]
     return f"{increase}, 95% interval {ends[0]:+.4f} to {ends[1]:+.4f}" if ends else increase
@@ -98,7 +98,7 @@ def _loss_or_overflow(loss: float | None) -> str:
 
 
 def _elsewhere(value: float | None) -> str:
-    """What a mean is over the blocks that do not overflow; nothing where all do, or none."""
+    """A mean over the blocks that do not overflow; empty where all or none do."""
     return "" if value is None else f"{value:.4f} in the blocks that do not overflow"
 
 
@@ -108,7 +108,7 @@ def _norms_left(result: dict[str, Any]) -> str:
 
 
 def proof_table(checks: Sequence["Check"]) -> RenderableType:
-    """The rows of `unnorm verify`."""
+    """The table of `unnorm verify`."""
     table = Table()
     for heading in ("proof", "", "measured", "limit", "what"):
         table.add_column(heading, overflow="fold", no_wrap=heading in ("", "measured", "limit"))
@@ -121,7 +121,7 @@ def proof_table(checks: Sequence["Check"]) -> RenderableType:
 
 
 def sites_table(rows: Sequence[tuple["NormSite", "ScaleStatistics"]]) -> RenderableType:
-    """The rows of `unnorm stats`, with paths less the prefix that all norms share, so that they fit 80 columns."""
+    """The table of `unnorm stats`, without the path prefix that all norms share, so that it fits 80 columns."""
     caption = (
         "scale: what a token is divided by; spread: std of log scale, larger is harder\n"
         "position 0 at 10 times the mean or more: a massive activation, harder still"

@@ -1,13 +1,13 @@
-"""Words that several tables share."""
+"""Text shared by several tables."""
 
 from rich.text import Text
 
 
 def whole(lines: str) -> Text:
-    """Paths and commands, which are copied: however long, they are not broken into lines."""
+    """Paths and commands, never broken into lines however long, so that they can be copied."""
     return Text(lines, no_wrap=True, overflow="ignore")
 
 
 def verdict(failed: int, total: int, what: str) -> str:
-    """Whether all of so many checks or classes passed, as markup."""
+    """Whether all `total` checks or classes passed, as rich markup."""
     return f"[bold red]{failed} of {total} {what} FAILED[/]" if failed else f"[green]all {total} {what} passed[/]"
