@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
-from tests.conftest import POSITIONS, VOCAB, Cli, randomize, with_other_tokens
+from tests.conftest import POSITIONS, VOCAB, Cli, randomize, small_llama, with_other_tokens
 from unnorm.errors import UnnormError
 from unnorm.folding.checkpoint import load
 from unnorm.worst_case.audit import _worst, summarize, verdict
@@ -160,6 +160,14 @@ class TestPlanted:
                 twin(input_ids=torch.tensor([[token]]))
         row = by_name(unnorm.audit(tmp_path / "run", tokens=512, context=16))["token alone"]
         assert row["residual_norm"]["largest"] == pytest.approx(max(read), rel=1e-5)
+
+    def test_a_reference_of_another_class(
+        self, finished_run: Path, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        small_llama().save_pretrained(tmp_path / "llama")
+        tiny_tokenizer.save_pretrained(tmp_path / "llama")
+        row = by_name(unnorm.audit(finished_run, tmp_path / "llama", tokens=512, context=16))["token alone"]
+        assert row["reference_residual_norm"]["largest"] > 0
 
     def test_a_directory_that_is_named_as_the_bundled_model(
         self, planted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

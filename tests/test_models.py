@@ -7,14 +7,16 @@ import pytest
 import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
-from transformers import GPT2LMHeadModel
+from tokenizers import Tokenizer
+from tokenizers import models as tokenizer_models
+from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
 from tests.conftest import Saved
 from tests.test_families import IDS, random_model
 from unnorm.errors import UnnormError
 from unnorm.folding.checkpoint import load_unfolded
-from unnorm.models.load import load_original
+from unnorm.models.load import check_same_tokenizer, load_original
 from unnorm.models.running import cast_as_loaded, without_dropout
 from unnorm.models.sizes import blocks_at_once, context_length
 
@@ -127,3 +129,15 @@ def test_a_cast_is_what_loading_in_that_dtype_gives(dtype: torch.dtype, tmp_path
         expected = loaded(input_ids=ids).logits
         assert torch.equal(cast_as_loaded(model, dtype)(input_ids=ids).logits, expected)
         assert not torch.equal(loaded.to(dtype)(input_ids=ids).logits, expected)
+
+
+def test_tokenizers_that_cover_little_text_are_still_compared() -> None:
+    """Of words alone, without one for the unknown: they can't encode ordinary text at all."""
+
+    def of(words: str) -> PreTrainedTokenizerFast:
+        backend = Tokenizer(tokenizer_models.WordLevel({word: index for index, word in enumerate(words.split())}))
+        return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+    check_same_tokenizer("a", of("1 2 3"), "b", of("1 2 3"))
+    with pytest.raises(UnnormError, match="different tokenizers"):
+        check_same_tokenizer("a", of("1 2 3"), "b", of("1 3 2"))

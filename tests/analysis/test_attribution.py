@@ -13,6 +13,7 @@ from unnorm.analysis import attribution
 from unnorm.analysis.anatomy import anatomy
 from unnorm.analysis.attribution import attribute, frozen_scale_error
 from unnorm.analysis.material import float64_copy
+from unnorm.errors import UnnormError
 from unnorm.models.running import cast_as_loaded
 from unnorm.sites.find import find_sites
 from unnorm.sites.residual import parts_of, stream_writers
@@ -126,3 +127,12 @@ def test_a_head_is_named_by_its_layer_and_then_its_number(runs: dict[str, Path])
     writers, _ = stream_writers(original, find_sites(original))
     (second,) = (writer for writer in writers if (writer.kind, writer.layer) == ("attention", 1))
     assert [part.name for part in parts_of(original, second)][:4] == [f"head 1.{head}" for head in range(4)]
+
+
+def test_a_twin_that_overflows_is_told_so(runs: dict[str, Path]) -> None:
+    twin = unnorm.load(runs["gpt2"])
+    with torch.no_grad():
+        for layer in twin.transformer.h:
+            layer.mlp.c_proj.weight *= 1e30
+    with pytest.raises(UnnormError, match="overflows"):
+        attribute(twin, trace_inputs(twin, 2, 16))

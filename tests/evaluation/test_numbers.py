@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
 from tests.conftest import POSITIONS, VOCAB, randomize
@@ -225,6 +225,19 @@ class TestOwnOriginal:
         (row,) = evaluate(run, data=tokens, tokens=500, watch=lambda row: said.append(row.get("text", "")))
         assert row.kl is None
         assert any("compared with nothing" in text and "gone" in text for text in said)
+
+    def test_is_left_out_where_another_model_is_there_now(
+        self, finished_run: Path, tokens: Path, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast
+    ) -> None:
+        run, other = tmp_path / "run", tmp_path / "other"
+        shutil.copytree(finished_run, run)
+        config = GPT2Config(vocab_size=VOCAB + 20, n_positions=POSITIONS, n_embd=32, n_layer=1, n_head=4)
+        GPT2LMHeadModel(config).save_pretrained(other)
+        tiny_tokenizer.save_pretrained(other)
+        settings = run / "config.yaml"
+        settings.write_text(re.sub(r"^model: .*$", f"model: {other}", settings.read_text(), flags=re.M))
+        (row,) = evaluate(run, data=tokens, tokens=500)
+        assert row.kl is None and math.isfinite(row.loss)
 
     def test_is_none_where_runs_have_several(
         self, finished_run: Path, other_dir: Path, text_file: Path, tokens: Path, tmp_path: Path

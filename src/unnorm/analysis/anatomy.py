@@ -139,11 +139,16 @@ def readout(model: PreTrainedModel, parts: Anatomy) -> Readout:
     """The unembedding together with the final norm, if there is one.
 
     Raises:
-        UnnormError: something else lies between the final norm and the unembedding.
+        UnnormError: the model overflows, or something else lies between the final norm and the unembedding.
     """
     last = unembedding_name(model)
     with recorded(model, [parts.final, last], copies=True) as record:
         logits = model(input_ids=trace_inputs(model), use_cache=False).logits
+    if not logits.isfinite().all():
+        raise UnnormError(
+            "The model overflows on the tokens that its parts are traced with, so what they add to a logit is unknown. "
+            "A twin can be trained further: unnorm heal DIR"
+        )
     given, (read, unembedded) = record[parts.final][1], record[last]
     if given.shape != read.shape or not torch.equal(given, read):
         raise UnnormError(

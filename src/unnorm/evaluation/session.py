@@ -114,19 +114,21 @@ def enter(
         entrant = Entrant(name, _weights_digest(model), _config_digest(model))
         found[name] = _Candidate(entrant, tokenizer, vocabulary_size(model), choose_context(context, model))
 
-    own = _own_original(names) if against is None else None
-    if own is not None:
-        try:
-            load(own)
-            against = own
-        except UnnormError as error:
-            say(watch, f"compared with nothing, since the run's original can't be loaded: {error}")
     for name in dict.fromkeys([against, *names] if against else names):
-        if name not in found:
-            load(name)
+        load(name)
     first, *others = found.values()
     for other in others:
         _check_comparable(first, other)
+    own = _own_original(names) if against is None else None
+    if own is not None:
+        try:
+            if own not in found:
+                load(own)
+                _check_comparable(first, found[own])
+            against = own
+        except UnnormError as error:  # Nobody asked for it.
+            found.pop(own, None)
+            say(watch, f"compared with nothing, since the run's original can't be used: {error}")
     return Entered(
         entrants=tuple(found[name].entrant for name in dict.fromkeys(names)),
         original=found[against].entrant if against else None,

@@ -107,9 +107,12 @@ def _arguments(batch: Inputs, device: torch.device) -> dict[str, Tensor]:
 
 @contextmanager
 def _residuals(model: PreTrainedModel, reader: str) -> Iterator[list[Tensor]]:
-    """Collects the input of the module at `reader` in every forward pass inside the context."""
+    """Collects the input of the module at `reader` in every forward pass inside the context.
+
+    In a model of another class, which has no such module, that of the unembedding.
+    """
     found: list[Tensor] = []
-    module = model.get_submodule(reader)
+    module = dict(model.named_modules()).get(reader, model.get_output_embeddings())
     with module.register_forward_pre_hook(lambda _, args: found.append(args[0].detach())):
         yield found
 
