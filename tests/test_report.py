@@ -218,12 +218,12 @@ def test_run_without_alpha_or_kl_has_fewer_panels(data: ReportData) -> None:
 def test_original_line_is_on_the_same_blocks_as_the_curve(data: ReportData) -> None:
     page = render_report(data)
     assert 4.25 in [shape["y0"] for shape in specs(page)["run"]["layout"]["shapes"]]
-    assert "the level line is the original" in Reader(page).text
+    assert "the horizontal line is the original" in Reader(page).text
     # A run of an earlier version did not measure it, and the final evaluation is on other blocks.
     rows = [{key: value for key, value in r.items() if key != "teacher_loss"} for r in data.rows]
     page = render_report(replace(data, rows=rows))
     assert not any(shape["type"] == "line" for shape in specs(page)["run"]["layout"]["shapes"])
-    assert "level line" not in Reader(page).text
+    assert "horizontal line" not in Reader(page).text
 
 
 def test_removal_stretch_covers_the_rise_of_alpha(data: ReportData) -> None:

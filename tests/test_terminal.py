@@ -44,7 +44,7 @@ def test_the_summarys_losses_are_each_models_own(finished_run: Path) -> None:
         r"loss, control *│ *1\.7500",
         r"gap *│ *-0\.2500",
         r"loss, naive removal *│ *2\.5000",
-        r"steps refused *│ *8 *│ *gradients not finite, or 100 times the usual",
+        r"steps refused *│ *8 *│ *gradient not finite or over 100 times the usual",
         r"neurons with limits *│ *3,000 *│ *reached by 1\.2% of activations",
     ):
         assert re.search(said, text), (said, text)
@@ -60,7 +60,7 @@ def test_a_healed_runs_text_is_that_of_both_runs(finished_run: Path) -> None:
     plan = result["plan"] | {"tokens": 1000}
     assert "tokens, 50 a second " in shown(result_table(result | numbers | {"plan": plan}))
     over = shown(result_table(result | numbers | {"plan": plan, "text_tokens": 1500}))
-    assert "tokens, 50 a second, 2.0 times over the text" in over
+    assert "tokens, 50 a second, 2.0 passes over the text" in over
 
 
 def test_a_title_has_no_path_in_it(finished_run: Path) -> None:
@@ -87,7 +87,7 @@ def test_the_models_numbers_come_before_the_references() -> None:
         assert said in text, said
     assert "one token decides" not in text
     few = shown(audit_tables(result | {"classes": [row, row | {"passed": False}], "tokens": 300}))
-    assert "1 of 2 classes FAILED" in few and "With 300 tokens a class" in few and "one token decides" in few
+    assert "1 of 2 classes FAILED" in few and "With 300 tokens per class" in few and "one token decides" in few
 
 
 def test_the_originals_figures_come_before_the_twins() -> None:

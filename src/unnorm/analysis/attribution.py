@@ -34,11 +34,11 @@ from unnorm.sites.residual import Part, Writer, parts_of, recorded, split_output
 TOP_NEURONS = 20
 
 _READ_LINEARLY = (
-    "In the twin these sum to the logit and each is what the logit loses when the part is taken out. In the original a "
-    "norm comes between:"
+    "In the twin these sum to the logit, and each is what the logit loses when the part is removed. In the original "
+    "the final norm intervenes:"
 )
 _BEFORE_SOFT_CAP = " Logits are taken before the model's soft cap."
-_READ_THROUGH_NORMS = "The twin kept its final norm, which comes between in both models:"
+_READ_THROUGH_NORMS = "The twin kept its final norm, which intervenes in both models:"
 
 
 @dataclass(frozen=True)
@@ -139,8 +139,8 @@ def find(material: Material) -> Finding:
         text=(
             "How much each head, MLP, embedding and bias adds to the logit of the next token. "
             f"{_READ_THROUGH_NORMS if material.keeps_final_norm else _READ_LINEARLY} attributions hold only while its "
-            "scale is frozen. The map shows how far off that is, as the mean absolute error over the mean absolute "
-            "direct effect; 100% is an error as large as the effect itself."
+            "scale is frozen. The map shows the mean absolute error relative to the mean absolute direct "
+            "effect; 100% is an error as large as the effect."
             f"{_BEFORE_SOFT_CAP if twin['soft_capped'] else ''}"
         ),
         numbers=measured,
@@ -149,16 +149,16 @@ def find(material: Material) -> Finding:
             "attribution_parts": _parts_figure(original, twin),
         },
         captions={
-            "attribution_error": "Error of attribution with the scale frozen, in the original"
-            + ("." if heads else "; its heads can't be told apart, so there is one column for all."),
+            "attribution_error": "Attribution error with the scale frozen, in the original"
+            + ("." if heads else "; its heads can't be separated, so they share one column."),
             "attribution_parts": "Mean absolute contribution to the logit of the next token.",
         },
         legends={"attribution_parts": [("original", "s", "point"), ("twin", "a", "point")]},
         headline=(
-            "Error of attribution",
+            "Attribution error",
             f"{percent(original['error_of_heads'] if heads else original['error'])} → {percent(twin['error'])}",
-            f"of the direct effect{', heads' if heads else ''}; in the twin sums are off by "
-            f"{significant(twin['sum_error'], 2)} of a logit",
+            f"relative to the direct effect{', heads only' if heads else ''}; in the twin, sums match "
+            f"logits to {significant(twin['sum_error'], 2)}",
         ),
     )
 
@@ -275,4 +275,4 @@ def _parts_figure(original: dict[str, Any], twin: dict[str, Any]) -> Figure:
     of = {name: {row["part"]: row["mean_abs"] for row in rows} for name, rows in
           (("original", original["parts"]), ("twin", twin["parts"]))}  # fmt: skip
     values = {name: [of[name].get(part) for part in names] for name in of}
-    return dot_rows(names, values, "nats of the logit (mean absolute)")
+    return dot_rows(names, values, "mean absolute contribution, nats")

@@ -95,10 +95,10 @@ def find(material: Material) -> Finding:
     change = sum(row.change for row in found) / len(found)
     return Finding(
         key="geometry",
-        title="Weights that took the norms up",
+        title="Weights with folded norms",
         text=(
-            "Each weight beside a former norm, as the original has it with the norm's gain in it, and as the twin has "
-            "it times the constant scale. Without training the two are the same; what differs is what training did."
+            "Each weight next to a former norm: the original's with the norm's gain included, and the twin's times the "
+            "constant scale. Without training the two are equal; any difference is due to training."
         ),
         numbers={"weights": rows, "mean_change": {"twin": change}},
         figures={"geometry_singular": _singular_figure(found), "geometry_gain": _gain_figure(rows)},
@@ -109,12 +109,12 @@ def find(material: Material) -> Finding:
         },
         legends={
             "geometry_singular": [
-                ("original, gain in it", "s", "line"),
+                ("original, gain included", "s", "line"),
                 ("twin, times the constant scale", "a", "line"),
             ],
             "geometry_gain": [("original", "s", "range"), ("twin", "a", "range")],
         },
-        headline=("Change of weights", percent(change), f"of the weight's norm, mean over {len(found)} weights"),
+        headline=("Weight change", percent(change), f"relative to the weight's norm, mean over {len(found)} weights"),
     )
 
 
@@ -177,7 +177,7 @@ def _singular_figure(found: list[Geometry]) -> Figure:
             at, values = _thinned(row.singular_values[place][of_rank])
             lines.append((name, f"{name}, {label}", 0.3, values))
             places.append([float(x) for x in at])
-    return bundle(lines, "place (log)", "singular value (log)", places=places)
+    return bundle(lines, "rank (log)", "singular value (log)", places=places)
 
 
 def _gain_figure(rows: list[dict[str, Any]]) -> Figure:

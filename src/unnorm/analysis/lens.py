@@ -78,11 +78,11 @@ def find(material: Material) -> Finding:
         key="lens",
         title="Logit lens",
         text=(
-            "What the unembedding reads of the residual stream before each layer, and where predictions form: the "
-            "depth from which on the most likely token is the final one. In the original the final norm rescales "
+            "What the unembedding reads from the residual stream before each layer, and where predictions form: the "
+            "depth from which the most likely token is the final one. In the original the final norm rescales "
             "every intermediate vector; in the twin "
             + (
-                "it does too: it was kept."
+                "it does too, since it was kept."
                 if material.keeps_final_norm
                 else "the lens is the same linear read at every depth."
             )
@@ -91,7 +91,7 @@ def find(material: Material) -> Finding:
         figures={"lens": _figure(numbers, depths)},
         captions={"lens": "Depth d is before layer d; the last is the output."},
         legends={"lens": [("original", "s", "dots"), ("twin", "a", "dots")]},
-        headline=("Predictions form at depth", f"{formed[0]} → {formed[1]}", f"mean, of {depths - 1} layers"),
+        headline=("Predictions form at depth", f"{formed[0]} → {formed[1]}", f"mean; {depths - 1} layers"),
     )
 
 
@@ -110,7 +110,7 @@ def _numbers(found: Lens, depths: int) -> dict[str, Any]:
 def _figure(numbers: dict[str, dict[str, Any]], depths: int) -> Figure:
     names = [str(depth) for depth in range(depths - 1)] + ["output"]
     panels = {
-        "KL from the output, nats per token": {name: values["kl"] for name, values in numbers.items()},
+        "KL(output ‖ lens), nats per token": {name: values["kl"] for name, values in numbers.items()},
         "share of predictions formed by this depth": {
             name: torch.tensor(values["forms_at"]).cumsum(0).tolist() for name, values in numbers.items()
         },

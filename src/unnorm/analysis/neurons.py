@@ -180,11 +180,11 @@ def find(material: Material) -> Finding:
         key="neurons",
         title="Entropy neurons",
         text=(
-            "Neurons of the last MLP that write long vectors which favour no token over another can act through the "
-            "final norm alone: they make it divide by more, and so flatten the prediction. The "
-            f"{len(chosen)} most of that kind in the original are set to their mean activation, in both models; as "
-            "many random neurons are for comparison. What goes through the norm is the effect less that with the "
-            "norm's scale held where it was."
+            "Neurons of the last MLP that write long vectors favouring no token can act only through the final norm: "
+            "they make it divide by more, which flattens the prediction. The "
+            f"{len(chosen)} clearest cases in the original, and as many random neurons for comparison, are set to "
+            "their mean activation in both models. The part through the norm is the total effect minus the effect "
+            "with the norm's scale held fixed."
         ),
         numbers=numbers,
         figures={
@@ -193,10 +193,10 @@ def find(material: Material) -> Finding:
             "neurons_norm": _ablation_figure(rows, "mean_abs_entropy_through_norm"),
         },
         captions={
-            "neurons_weights": "Each neuron of the last MLP: how long the vector is that it writes, and how much that "
-            "varies over logits. Large marks are the original's entropy neurons, low on the right.",
+            "neurons_weights": "Each neuron of the last MLP: length of the vector it writes, and variance of its "
+            "effect over logits. Large marks are the original's entropy neurons: long, with low variance.",
             "neurons_ablation": "Mean absolute change of the prediction's entropy when one neuron is ablated.",
-            "neurons_norm": "The part of it that goes through the final norm"
+            "neurons_norm": "The part of this change that goes through the final norm"
             + (", which the twin kept." if material.keeps_final_norm else "; none in the twin."),
         },
         legends={
@@ -207,8 +207,8 @@ def find(material: Material) -> Finding:
         headline=(
             "Entropy neurons' effect",
             f"{significant(before, 2)} → {significant(after, 2)}",
-            "nats of entropy through the final norm when they are ablated (mean absolute; of random neurons in the "
-            f"original {by_random}); in all {total[0]} → {total[1]}",
+            "mean absolute change of entropy through the final norm when ablated, nats (random neurons in the "
+            f"original {by_random}); total {total[0]} → {total[1]}",
         ),
     )
 

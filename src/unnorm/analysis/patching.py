@@ -126,30 +126,32 @@ def find(material: Material) -> Finding:
     original, twin = measured["original"], measured["twin"]
     return Finding(
         key="patching",
-        title="Attribution patching against activation patching",
+        title="Attribution patching vs. activation patching",
         text=(
-            "Each head's output on a clean prompt is put into the run on a corrupted one (activation patching), and "
-            "the effect on the logit difference of the two answers is set beside what the gradient predicts for all "
+            "Each head's output on a clean prompt is patched into the run on a corrupted one "
+            "(activation patching), and "
+            "the effect on the logit difference of the two answers is compared with the gradient's estimate for all "
             f"heads at once (attribution patching). {len(material.prompts)} pairs of prompts, such as "
-            f"“{material.prompts[0].clean}” → “{material.prompts[0].answer.strip()}”. On clean ones the right "
-            f"answer is the likelier of the two in {_right(original):.0%} for the original and in {_right(twin):.0%} "
-            "for the twin."
+            f"“{material.prompts[0].clean}” → “{material.prompts[0].answer.strip()}”. On clean prompts the "
+            f"original prefers the right answer in {_right(original):.0%} of cases and the twin in {_right(twin):.0%}."
         ),
         numbers={name: _numbers(value) for name, value in measured.items()}
         | {"prompts": len(material.prompts), "example": material.prompts[0].clean},
         figures={"patching_scatter": _scatter(measured), "patching_error": _error_figure(measured)},
         captions={
-            "patching_scatter": "Each point is a head, averaged over prompts. On the line the gradient is right.",
-            "patching_error": "Mean absolute error of attribution patching over the mean absolute effect, by head.",
+            "patching_scatter": "Each point is a head, averaged over prompts. On the line the estimate is exact.",
+            "patching_error": "Mean absolute error of attribution patching relative to the mean "
+            "absolute effect, by head.",
         },
         legends={
             "patching_scatter": [("original", "s", "point"), ("twin", "a", "point")],
             "patching_error": [("original", "s", "point"), ("twin", "a", "point")],
         },
         headline=(
-            "Error of attribution patching",
+            "Attribution patching error",
             f"{percent(original.error)} → {percent(twin.error)}",
-            f"of the effect; correlation over heads {fixed(original.correlation, 4)} → {fixed(twin.correlation, 4)}",
+            f"relative to the effect; correlation over heads {fixed(original.correlation, 4)} → "
+            f"{fixed(twin.correlation, 4)}",
         ),
     )
 
@@ -236,7 +238,7 @@ def _scatter(measured: dict[str, Patching]) -> Figure:
         labels = [f"head {layer}.{head}" for layer in range(layers) for head in range(heads)]
         effect, estimate = (v.mean(0).flatten().tolist() for v in (found.activation, found.attribution))
         points[name] = (effect, estimate, labels)
-    return scatter(points, "activation patching", "attribution patching, nats", diagonal=True)
+    return scatter(points, "activation patching, nats", "attribution patching, nats", diagonal=True)
 
 
 def _error_figure(measured: dict[str, Patching]) -> Figure:

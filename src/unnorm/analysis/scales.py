@@ -46,15 +46,17 @@ def find(material: Material) -> Finding:
         key="scales",
         title="Scale of each former norm site",
         text=(
-            "What each norm divided a token by, and would divide it by in the twin, over one number: in the original "
-            "the geometric mean, in the twin the constant that was folded in. The narrower the bars, the less it "
-            "changes to divide by a constant."
+            "What each norm divides a token by in the original, or would in the twin, relative to "
+            "one reference scale: in "
+            "the original the geometric mean, in the twin the folded constant. The narrower the bars, the less "
+            "dividing by a constant changes."
         ),
         numbers=numbers
         | {"mean_spread": means, "sites_left_out": [s.name for s in material.sites if s.folds_into != "readers"]},
         figures={"scales": _figure(numbers)},
         captions={
-            "scales": "Scale over that number, tokens after position 0: median, with bars from the 5th to the "
+            "scales": "Scale relative to that reference, tokens after position 0: median, with bars "
+            "from the 5th to the "
             "95th percentile; diamonds are the mean at position 0."
         },
         legends={"scales": [("original", "s", "range"), ("twin", "a", "range"), ("position 0", "s", "diamond")]},
@@ -83,4 +85,4 @@ def _figure(numbers: dict[str, list[dict[str, Any]]]) -> Figure:
         ones = [row["geometric_mean"] if name == "original" else row["constant"] for row in rows]
         values = [(*row["quantiles"][1:4], row["position_0"]) for row in rows]
         ranges[name] = [[value / one for value in some] for some, one in zip(values, ones, strict=True)]
-    return range_rows(names, ranges, "scale over its constant (log)", at=1.0)
+    return range_rows(names, ranges, "relative scale (log)", at=1.0)

@@ -74,20 +74,21 @@ def find(material: Material) -> Finding:
         title="Attention sinks",
         text=(
             "The share of a head's attention that goes to position 0, and the length of residual vectors by position. "
-            f"A head is a sink in a sequence where that share is above {THRESHOLD}; its sink rate is how often it is."
+            f"A head is a sink in a sequence if that share is above {THRESHOLD}; its sink rate is "
+            "the share of such sequences."
         ),
         numbers=numbers | {"threshold": THRESHOLD},
         figures={"sinks_share": _share_figure(measured), "sinks_norm": _norm_figure(measured)},
         captions={
             "sinks_share": "Mean share of attention on position 0, by layer and head.",
-            "sinks_norm": "Mean length of the residual vector that each layer reads (lines from thin to thick, the "
-            "thickest what the final norm reads), by position.",
+            "sinks_norm": "Mean length of the residual vector that each layer reads (the later, the thicker; the "
+            "thickest is what the final norm reads), by position.",
         },
         legends={"sinks_norm": [("original", "s", "line"), ("twin", "a", "line")]},
         headline=(
             "Sink rate",
             f"{percent(before)} → {percent(after)}",
-            f"of heads; longest residual over the median {longest[0]} → {longest[1]}",
+            f"mean over heads; longest residual vector / median {longest[0]} → {longest[1]}",
         ),
     )
 
@@ -119,6 +120,6 @@ def _norm_figure(measured: dict[str, Sinks]) -> Figure:
     for name, found in measured.items():
         norms = found.norm.mean(0)
         for depth, values in enumerate(norms.tolist()):
-            label = f"{name}, " + (f"layer {depth}" if depth + 1 < len(norms) else "at the end")
+            label = f"{name}, " + (f"layer {depth}" if depth + 1 < len(norms) else "final")
             lines.append((name, label, depth / max(1, len(norms) - 1), values))
     return bundle(lines, "position, from 1 (log)", "length of the residual vector (log)")

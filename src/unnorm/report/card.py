@@ -90,9 +90,9 @@ def front_matter(result: Mapping[str, Any]) -> dict[str, Any]:
 def _folded(in_place: int, sites: int, several: bool) -> str:
     """Where the norms' constant maps are now."""
     if in_place and in_place == sites:
-        return f"left as {'modules of their own' if several else 'a module of its own'}"
+        return "left as separate modules" if several else "left as a separate module"
     folded = f"folded into the weights beside {'them' if several else 'it'}"
-    return f"{folded}; {in_place} of the maps stay as modules of their own" if in_place else folded
+    return f"{folded}; {in_place} of the maps remain as modules" if in_place else folded
 
 
 def _name(result: Mapping[str, Any]) -> str:
@@ -121,11 +121,11 @@ def _results(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("loss of the original", loss("teacher")),
         ("loss of this model", loss("lnfree")),
-        ("increase", "" if increase is None else fixed(increase, sign=True) + paired),
+        ("loss increase", "" if increase is None else fixed(increase, sign=True) + paired),
         ("loss of the control (norms kept, same tokens)", loss("control")),
         ("loss after naive removal (constants, no training)", loss("naive") if result.get("tokens") else ""),
         ("KL(original, this model)", fixed(result.get("kl"))),
-        ("worst case on that text", overflowed(result)),
+        ("overflow on that text", overflowed(result)),
         ("Jensen-Shannon divergence", fixed(result.get("jsd"))),
         ("top-1 agreement with the original", percent(result.get("top1_agreement"))),
     ]
@@ -135,9 +135,9 @@ def _results(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _proof(result: Mapping[str, Any]) -> str:
     if not result.get("verified"):
-        return "The proof of this model did not pass: `unnorm verify` says where."
+        return "The proof of this model did not pass: run `unnorm verify` for details."
     error = shortest(result["fold_max_abs_error"])
-    return f"Folding was exact: logits of the folded and the unfolded model differ by {error} at most in float64."
+    return f"Folding was exact: logits of the folded and the unfolded model differ by at most {error} in float64."
 
 
 def _folds(sites: Sequence[NormSite], constants: Mapping[str, float]) -> list[dict[str, str]]:
@@ -145,7 +145,7 @@ def _folds(sites: Sequence[NormSite], constants: Mapping[str, float]) -> list[di
     groups: dict[tuple[str, str, str], list[float]] = {}
     for site in sites:
         into = dict.fromkeys(f"`{_any_layer(name)}`" for name in site.folded_into)
-        words = ", ".join(into) or "nothing: its map stays as a module"
+        words = ", ".join(into) or "nothing: its map remains a module"
         groups.setdefault((_any_layer(site.name), site.kind, words), []).append(constants.get(site.name, float("nan")))
     return [
         {
@@ -178,6 +178,6 @@ def _settings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("seed", str(result.get("seed"))),
         *([("healed further", further)] if further else []),
         *([("neurons scaled down", neurons)] if neurons else []),
-        *([("limited", limited)] if limited else []),
+        *([("neurons with limits", limited)] if limited else []),
         ("versions", ", ".join(f"{name} {number}" for name, number in versions.items())),
     ]

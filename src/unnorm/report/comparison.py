@@ -19,7 +19,7 @@ MOST_NATS = 2.0
 """Differences of at least this many nats get the strongest colour."""
 RAMP = (0.05, 0.2, 0.5, 1.0, 2.0)
 
-_WHY = {"kl": "", "loss": "", "typical": "typical: in the middle by KL"}
+_WHY = {"kl": "", "loss": "", "typical": "typical: median KL"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def _context(context: Context) -> dict[str, Any]:
         f"block {context.block + 1}, positions {context.start} to {context.start + n - 1}",
         f"mean KL {significant(mean_kl)}",
         f"loss {fixed(sum(context.original_loss) / n, 3)} → {fixed(sum(context.loss) / n, 3)}, "
-        f"mean change of a token's {fixed(mean_change, 3)} either way",
+        f"mean absolute change per token {fixed(mean_change, 3)}",
         _WHY[context.why],
     ]
     return {

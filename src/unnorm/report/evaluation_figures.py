@@ -62,7 +62,7 @@ def calibration_figure(rows: Sequence[Evaluation], style: dict[str, tuple[str, s
     def draw(figure: Figure, panel: int, row: Evaluation) -> None:
         _draw_calibration(figure, panel, row, *style[row.model])
 
-    figure = _by_corpus(rows, draw, "accuracy less confidence", "confidence: probability of the likeliest token")
+    figure = _by_corpus(rows, draw, "accuracy minus confidence", "confidence: probability of the most likely token")
     figure.add_hline(y=0, row="all", col=1, line={"color": INK, "width": 1}, layer="below")
     figure.update_xaxes(range=[0, 1], tickformat=".0%")
     figure.update_yaxes(tickformat="+.0%")
@@ -94,8 +94,8 @@ def _draw_calibration(figure: Figure, panel: int, row: Evaluation, colour: str, 
         mode="lines+markers",
         line={"color": colour, "width": 1.4, "dash": dash},
         marker={"color": colour, "size": 5},
-        text=[f"{row.model}<br>{b.tokens:,} tokens, right {b.accuracy:.1%}" for b in bins],
-        hovertemplate="%{text}, thought %{x:.1%}<extra></extra>",
+        text=[f"{row.model}<br>{b.tokens:,} tokens, accuracy {b.accuracy:.1%}" for b in bins],
+        hovertemplate="%{text}, confidence %{x:.1%}<extra></extra>",
         row=panel,
         col=1,
     )
@@ -143,7 +143,7 @@ def entropy_figure(histogram: Histogram) -> Figure:
     _bars(figure, histogram.edges, histogram.counts, [f"{edge:+.3g}" for edge in histogram.edges], ACCENT)
     figure.add_vline(x=0, line={"color": INK, "width": 1})
     name_panel(figure, 1, "tokens")
-    return finish(figure, 290, "entropy - original's, nats")
+    return finish(figure, 290, "entropy minus original's, nats")
 
 
 def _bars(figure: Figure, edges: Sequence[float], counts: Sequence[int], words: Sequence[str], colour: str) -> None:

@@ -96,7 +96,7 @@ def _protocol(protocol: dict[str, Any]) -> list[tuple[str, str]]:
             (
                 str(corpus["corpus"]),
                 f"{corpus['source']}; held out: {corpus['held_out']}. {count(corpus['blocks'])} blocks of "
-                f"{count(corpus['context'])} tokens, stride {count(corpus['stride'])}, evenly out of "
+                f"{count(corpus['context'])} tokens, stride {count(corpus['stride'])}, evenly spaced among "
                 f"{count(corpus['blocks_read'])}: {count(corpus['predicted_tokens'])} predicted tokens, "
                 f"{count(corpus['bytes'])} bytes of text. Separator: {corpus['separator']}. The first token "
                 f"{corpus['first_token']}. Intervals are over {intervals_over(corpus)}. "

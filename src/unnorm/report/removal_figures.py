@@ -109,7 +109,7 @@ def position_figure(position_loss: dict[str, list[float]]) -> Figure | None:
         (x, original), (_, lnfree) = binned["original"], binned["lnfree"]
         draw_line(figure, 2, x, [b - a for a, b in zip(original, lnfree, strict=True)], "difference", ACCENT, "solid")
         figure.add_hline(y=0, row=2, col=1, line={"color": INK, "width": 1.2}, layer="below")
-        name_panel(figure, 2, "twin - original")
+        name_panel(figure, 2, "twin minus original")
     longest = max(len(losses) for losses in position_loss.values())
     position_axis(figure, longest)
     return finish(figure, 440, "position of the predicted token (log)")

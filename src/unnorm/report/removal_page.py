@@ -143,7 +143,7 @@ def _tiles(result: dict[str, Any]) -> list[dict[str, str]]:
         {
             "name": "Top-1 agreement",
             "value": percent(result.get("top1_agreement")),
-            "note": "of tokens: same likeliest next token",
+            "note": "same most likely next token",
         },
         {
             "name": "Norm modules left",
@@ -153,7 +153,7 @@ def _tiles(result: dict[str, Any]) -> list[dict[str, str]]:
         {
             "name": "Fold error",
             "value": significant(result.get("fold_max_abs_error"), 2),
-            "note": "largest difference of a logit",
+            "note": "largest difference in a logit",
         },
     ]
 
@@ -217,12 +217,12 @@ SETTINGS = (
     ("tokens", "training tokens"),
     ("training_seconds", "training time"),
     ("tokens_per_second", "tokens per second"),
-    ("seconds", "time in all, with control, evaluation and proof"),
+    ("seconds", "total time, with control, evaluation and proof"),
     ("peak_memory_mb", "peak memory"),
     ("seed", "seed"),
 )
 HELD_UP = (
-    ("skipped_steps", "steps refused, with gradients not finite or 100 times the usual"),
+    ("skipped_steps", "steps refused: gradient not finite or over 100 times the usual"),
     ("waited_steps", "steps in which the taper waited"),
     ("set_backs", "times the taper went back"),
 )
@@ -230,9 +230,9 @@ HELD_UP = (
 OF_STEPS = ("batch_size", "micro_batch", "steps", "lr", "bfloat16", "compile", "cuda_graph")
 """Plan entries that are left out where nothing was trained."""
 PLAN_WORDS = {
-    "context": "context, tokens in a block",
-    "batch_size": "batch size, blocks in a step",
-    "micro_batch": "micro-batch, blocks at once",
+    "context": "context, tokens per block",
+    "batch_size": "batch size, blocks per step",
+    "micro_batch": "micro-batch, blocks per pass",
     "lr": "peak learning rate",
     "bfloat16": "bfloat16 autocast",
     "compile": "compiled",
@@ -256,7 +256,7 @@ def _settings(result: dict[str, Any]) -> list[tuple[str, str]]:
     if neurons := massive_neurons(result.get("massive_neurons")):
         rows.append(("neurons scaled down", neurons))
     if limited := limits(result):
-        rows.append(("limited", limited))
+        rows.append(("neurons with limits", limited))
     unused = {"tokens", *(() if result.get("tokens") else OF_STEPS)}
     plan = {key: value for key, value in _mapping(result.get("plan")).items() if key not in unused}
     return rows + [(PLAN_WORDS.get(key, str(key).replace("_", " ")), _plain(value)) for key, value in plan.items()]

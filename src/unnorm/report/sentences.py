@@ -44,7 +44,7 @@ def intervals_over(corpus: Mapping[str, Any]) -> str:
     documents = corpus.get("documents")
     if corpus["interval_over"] == "documents" or documents is None:
         return words
-    return f"{words} of {f'{count(documents)} documents' if documents > 1 else 'one document'}, and speak of no others"
+    return f"{words} of {f'{count(documents)} documents' if documents > 1 else 'one document'}, and do not cover others"
 
 
 def healed(result: Mapping[str, Any]) -> str:
@@ -52,7 +52,7 @@ def healed(result: Mapping[str, Any]) -> str:
     if not result.get("twin"):
         return ""
     further = math.prod(result["plan"][key] for key in ("steps", "batch_size", "context"))
-    return f"{count(further)} of these tokens, on the twin of a finished run"
+    return f"{count(further)} of these tokens, starting from the twin of a finished run"
 
 
 def limits(result: Mapping[str, Any]) -> str:

@@ -22,10 +22,10 @@ def audit_tables(result: dict[str, Any]) -> RenderableType:
     """The tables of `unnorm audit`: verdicts with losses, residual norms, and the worst input of each class."""
     rows = result["classes"]
     passed = verdict(sum(not row["passed"] for row in rows), len(rows), "classes")
-    ends = [f"{passed}; in brackets the reference, {escape(result['reference'])}"]
+    ends = [f"{passed}; in brackets: the reference, {escape(result['reference'])}"]
     if result["tokens"] < _ENOUGH:
         ends += [
-            f"With {result['tokens']:,} tokens a class the 99.99th percentile is the largest loss: one token decides."
+            f"With {result['tokens']:,} tokens per class the 99.99th percentile is the largest loss: one token decides."
         ]
     return Group(
         _audit_losses(rows),
@@ -56,7 +56,9 @@ def _audit_losses(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _audit_norms(rows: Sequence[dict[str, Any]]) -> Table:
-    table = _audit_table("Norm of the residual that the unembedding reads", right=_AUDITED, last="NaN or infinite in")
+    table = _audit_table(
+        "Norm of the residual vector that the unembedding reads", right=_AUDITED, last="NaN or infinite in"
+    )
     for row in rows:
         overflowed = [
             ", ".join(name for name, finite in row[key].items() if not finite) for key in ("finite", "reference_finite")
@@ -67,7 +69,7 @@ def _audit_norms(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _audit_worst(rows: Sequence[dict[str, Any]]) -> Table:
-    table = _audit_table("Where the loss exceeds the reference's most", "text", "next", right=("loss",))
+    table = _audit_table("Largest excess of loss over the reference", "text", "next", right=("loss",))
     for row in rows:
         for worst in row["worst"][:1]:
             loss = f"{_shown(worst['loss'], '.2f')} ({_shown(worst['reference_loss'], '.2f')})"

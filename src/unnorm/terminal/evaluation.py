@@ -80,7 +80,7 @@ def _fidelity_table(rows: Sequence["Evaluation"]) -> Table:
 
 def _score_table(scores: Sequence["Score"]) -> Table:
     numbers = ("value", "Δ original")
-    table = _side_by_side("Benchmarks through lm-eval, 95% intervals", "benchmark", "metric", numbers=numbers)
+    table = _side_by_side("Benchmarks via lm-eval, 95% intervals", "benchmark", "metric", numbers=numbers)
     for score in scores:
         interval = "" if score.ci is None else f"\n{_number(score.ci[0])} to {_number(score.ci[1])}"
         table.add_row(
@@ -117,7 +117,8 @@ def _or_dash(value: float | None, form: str) -> str:
 
 def _protocol_lines(protocol: dict[str, Any]) -> list[str]:
     lines = [
-        f"{row['corpus']}: {row['blocks']:,} blocks of {row['context']} tokens, stride {row['stride']}, evenly out of "
+        f"{row['corpus']}: {row['blocks']:,} blocks of {row['context']} tokens, stride "
+        f"{row['stride']}, evenly spaced among "
         f"{row['blocks_read']:,}; {row['predicted_tokens']:,} predicted tokens; held out: {row['held_out']}; "
         f"separator: {row['separator']}; first token {row['first_token']}; "
         f"intervals over {intervals_over(row)}{row['filter'] and '; filtered: ' + row['filter']}"

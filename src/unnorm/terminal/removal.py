@@ -49,17 +49,17 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
     if result["overflowed_blocks"]:
         overflowed = f"{result['overflowed_blocks']:,} of {result['validation_blocks']:,}"
-        rows.append(("overflows in", overflowed, "held-out blocks: train it on with unnorm heal"))
+        rows.append(("overflows in", overflowed, "held-out blocks: train further with unnorm heal"))
     if result["control_loss"] is not None:
         rows += [
-            ("loss, control", f"{result['control_loss']:.4f}", "norms kept, as many tokens"),
-            ("gap", f"{result['gap']:+.4f}", "loss of twin - loss of control"),
+            ("loss, control", f"{result['control_loss']:.4f}", "norms kept, same number of tokens"),
+            ("gap", f"{result['gap']:+.4f}", "loss of twin minus loss of control"),
         ]
     rows += [
-        ("loss, naive removal", _loss_or_overflow(result["naive_loss"]), "constants without training"),
+        ("loss, naive removal", _loss_or_overflow(result["naive_loss"]), "constant scales, no training"),
         ("norm modules left", _norms_left(result), ""),
         *_limits(result),
-        ("fold error", f"{result['fold_max_abs_error']:.1e}", "largest difference of logits, float64"),
+        ("fold error", f"{result['fold_max_abs_error']:.1e}", "largest difference in a logit, float64"),
         ("proof", "passed" if result["verified"] else "FAILED", "unnorm verify"),
         *([("training", f"{result['tokens']:,}", _training(result))] if result["tokens"] else []),
         *_refused_steps(result),
@@ -70,13 +70,13 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _training(result: dict[str, Any]) -> str:
     tokens, text = result["tokens"], result.get("text_tokens") or math.inf
-    over = f", {tokens / text:.1f} times over the text" if tokens > 1.05 * text else ""
+    over = f", {tokens / text:.1f} passes over the text" if tokens > 1.05 * text else ""
     return f"tokens, {result['tokens_per_second']:,.0f} a second{over}"
 
 
 def _refused_steps(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     refused = result["skipped_steps"]
-    return [("steps refused", f"{refused:,}", "gradients not finite, or 100 times the usual")] if refused else []
+    return [("steps refused", f"{refused:,}", "gradient not finite or over 100 times the usual")] if refused else []
 
 
 def _limits(result: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -123,8 +123,8 @@ def proof_table(checks: Sequence["Check"]) -> RenderableType:
 def sites_table(rows: Sequence[tuple["NormSite", "ScaleStatistics"]]) -> RenderableType:
     """The table of `unnorm stats`, without the path prefix that all norms share, so that it fits 80 columns."""
     caption = (
-        "scale: what a token is divided by; spread: std of log scale, larger is harder\n"
-        "position 0 at 10 times the mean or more: a massive activation, harder still"
+        "scale: what a token is divided by; spread: std of log scale; larger is harder to remove\n"
+        "position 0 at least 10 times the mean: massive activation, harder still"
     )
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption, caption_justify="left")
     for heading in ("norm site", "kind", "folds into"):
@@ -144,10 +144,10 @@ def export_table(exported: "Exported") -> RenderableType:
     """The summary of `unnorm export`."""
     table = Table(
         "precision",
-        title=f"{exported.form} form against the folded model in float32",
+        title=f"{exported.form} form relative to the folded model in float32",
         title_justify="left",
     )
-    for heading in ("largest difference of logits", "of the largest logit", "KL, nats per token"):
+    for heading in ("largest difference in a logit", "relative to largest logit", "KL, nats per token"):
         table.add_column(heading, justify="right")
     for row in exported.errors:
         table.add_row(row.name, *(f"{number:.1e}" if number else "0" for number in (row.max_abs, row.relative, row.kl)))
