@@ -397,7 +397,7 @@ class TestBadInput:
         ("options", "says"),
         [
             (("--context", "65"), "longer than the 64 tokens"),
-            (("--tokens", "0"), "1 token at least"),
+            (("--tokens", "0"), "at least 1 token"),
             (("--tokens", "many"), "not a number of tokens"),
             (("--device", "abacus"), "No device 'abacus'"),
             (("--seed", 2**70), "'--seed'"),

@@ -115,7 +115,7 @@ class TestFiles:
         assert sorted(chain(*sides(open_documents(str(tmp_path / "same"))))) == sorted(DOCUMENTS)
         shutil.copytree(tmp_path / "same", tmp_path / "other")
         write(tmp_path / "other" / f"c{suffix}", DOCUMENTS, column="content")
-        with pytest.raises(UnnormError, match=r"have no field 'text', as those before them had: they have id, content"):
+        with pytest.raises(UnnormError, match=r"have no field 'text', unlike those before them: they have id, content"):
             list(open_documents(str(tmp_path / "other")).train())
 
     def test_a_list_of_objects_is_read_as_well(self, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ class TestFiles:
         write(tmp_path / "a.jsonl", DOCUMENTS)
         monkeypatch.setattr("unnorm.data.files._open_text", refuse)
         monkeypatch.chdir(tmp_path)
-        with pytest.raises(UnnormError, match=r"Permission denied: '.*a\.jsonl'\. Give yourself the right to read it"):
+        with pytest.raises(UnnormError, match=r"Permission denied: '.*a\.jsonl'\. Give yourself permission to read it"):
             open_documents("a.jsonl")
 
     def test_a_text_file_that_is_not_utf_8_is_refused(self, tmp_path: Path) -> None:
@@ -381,7 +381,7 @@ def test_a_connection_that_breaks_is_not_taken_for_damage(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_: ["train"])
     monkeypatch.setattr(datasets, "load_dataset", rows)
-    with pytest.raises(UnnormError, match=r"Read timed out\. If the connection broke, do it again\."):
+    with pytest.raises(UnnormError, match=r"Read timed out\. If the connection broke, try again\."):
         list(open_documents("owner/text").train())
 
 
@@ -429,7 +429,7 @@ def test_csv_holds_text_alone(tmp_path: Path) -> None:
 def test_a_name_beside_lists_is_not_taken_for_the_text(beside: Any, tmp_path: Path) -> None:
     rows = [{"id": f"chat-{i}", "turns": beside} for i in range(100)]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    with pytest.raises(UnnormError, match=r"Which field .* is the text\? .*--text-field: id, turns\."):
+    with pytest.raises(UnnormError, match=r"unclear which field .* is the text\. .*--text-field: id, turns\."):
         open_documents(str(tmp_path / "a.json"))
     (tmp_path / "b.json").write_text(json.dumps([row | {"turns": [1, 2], "about": {"a": "b"}} for row in rows]))
     assert sum(map(len, sides(open_documents(str(tmp_path / "b.json"))))) == 100

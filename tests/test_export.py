@@ -130,7 +130,7 @@ def test_errors_are_measured_where_the_model_does_not_overflow() -> None:
 
 
 def test_nanogpt_form_is_for_gpt2_only(runs: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UnnormError, match="for GPT-2s; this model is a llama"):
+    with pytest.raises(UnnormError, match="only for GPT-2s; this model is a llama"):
         unnorm.export(runs["llama"], "nanogpt", out=tmp_path / "nano")
 
 
@@ -161,8 +161,8 @@ def test_refusals_write_nothing(finished_run: Path, tmp_path: Path, cli: Cli) ->
     taken.mkdir()
     (taken / "mine").write_text("")
     for arguments, message in {
-        (finished_run, "--to", "stock", "--out", taken): "exists already",
-        (finished_run, "--to", "stock", "--out", taken / "mine"): "exists already",
+        (finished_run, "--to", "stock", "--out", taken): "already exists",
+        (finished_run, "--to", "stock", "--out", taken / "mine"): "already exists",
         (finished_run, "--to", "stock", "--out", taken / "mine" / "under"): "Could not write",
         (finished_run, "--to", "gguf", "--out", tmp_path / "out"): "There is no form 'gguf'",
         (tmp_path, "--out", tmp_path / "out"): "holds no finished run",
@@ -302,7 +302,7 @@ def test_bridge_of_a_model_with_maps_in_place_is_refused(runs: dict[str, Path]) 
 
 def test_bridge_of_a_model_with_norms_is_refused(tiny_model_dir: Path) -> None:
     pytest.importorskip("transformer_lens")
-    with pytest.raises(UnnormError, match="no LN-free model"):
+    with pytest.raises(UnnormError, match="not an LN-free model"):
         unnorm.to_transformer_lens(tiny_model_dir)
 
 
@@ -317,8 +317,8 @@ def lens_run(model: PreTrainedModel, directory: Path, tokenizer: hf.PreTrainedTo
     ("config", "message"),
     [
         # Its adapter knows no bias of the fused projection, which the twin has.
-        (lambda: hf.CodeGenConfig(**GPT_LIKE, rotary_dim=4), "computes other logits"),
-        (lambda: hf.PhiConfig(**LLAMA_LIKE, qk_layernorm=True), "can't take up this PhiForCausalLM"),
+        (lambda: hf.CodeGenConfig(**GPT_LIKE, rotary_dim=4), "computes different logits"),
+        (lambda: hf.PhiConfig(**LLAMA_LIKE, qk_layernorm=True), "can't load this PhiForCausalLM"),
     ],
 )
 def test_a_bridge_that_would_compute_something_else_is_refused(
@@ -336,7 +336,7 @@ def test_other_forms_of_a_model_with_kept_norms_are_refused(
     run = tmp_path / "run"
     unnorm.remove(str(tiny_model_dir), data=str(text_file), out=run, tokens=0, keep="ln_f", device="cpu")
     for form in ("stock", "nanogpt"):
-        with pytest.raises(UnnormError, match=r"has kept transformer\.ln_f \(--keep\)"):
+        with pytest.raises(UnnormError, match=r"this one kept transformer\.ln_f \(--keep\)"):
             unnorm.export(run, form, out=tmp_path / form)
         assert not (tmp_path / form).exists()
     if find_spec("transformer_lens"):
@@ -411,7 +411,7 @@ def test_a_bridge_may_be_off_by_rounding_alone(finished_run: Path, monkeypatch: 
     off = SimpleNamespace(relative=0.01)
     monkeypatch.setattr("unnorm.exports.transformer_lens.compare", lambda *_: off)
     unnorm.to_transformer_lens(finished_run, torch.bfloat16)
-    with pytest.raises(UnnormError, match="computes other logits"):
+    with pytest.raises(UnnormError, match="computes different logits"):
         unnorm.to_transformer_lens(finished_run)
 
 
@@ -432,5 +432,5 @@ def test_a_form_that_computes_something_else_is_not_written(
 def test_nanogpt_has_one_width_of_mlps(saved_family: Saved, text_file: Path, tmp_path: Path) -> None:
     saved_family(lambda: hf.GPT2Config(n_positions=64, n_embd=32, n_layer=1, n_head=2, n_inner=64))
     unnorm.remove(tmp_path / "model", data=text_file, tokens=0, context=32, out=tmp_path / "run", device="cpu")
-    with pytest.raises(UnnormError, match=r"this one has gelu_new and a width of 64\."):
+    with pytest.raises(UnnormError, match=r"this model has gelu_new and a width of 64\."):
         unnorm.export(tmp_path / "run", "nanogpt", out=tmp_path / "out")

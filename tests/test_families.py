@@ -459,7 +459,7 @@ def test_a_lone_module_that_writes_all_is_no_sum(saved_family: Saved, text_file:
     unnorm.remove(str(tmp_path / "model"), data=text_file, tokens=0, context=32, out=tmp_path / "run", device="cpu")
     (failed,) = [check for check in unnorm.verify(tmp_path / "run") if not check.passed]
     assert failed.detail == "what 'lm_head' reads is not a plain sum"
-    with pytest.raises(UnnormError, match="no plain sum that a last norm reads"):
+    with pytest.raises(UnnormError, match="not a plain sum read by a final norm"):
         unnorm.analyze(tmp_path / "run", what=["attribution"], tokens=64, device="cpu")
 
 
@@ -655,7 +655,9 @@ def test_a_run_of_any_family_is_taken_up_by_another_process(runs: dict[str, Path
     assert done.stdout.split() == 2 * ["UnnormStarcoder2ForCausalLM"]
 
 
-@pytest.mark.parametrize(("keep", "message"), [("[", "no regular"), ("nowhere", "none of the norms"), (".", "every")])
+@pytest.mark.parametrize(
+    ("keep", "message"), [("[", "not a regular"), ("nowhere", "none of the norms"), (".", "every")]
+)
 def test_keep_that_can_not_be_followed(keep: str, message: str) -> None:
     with pytest.raises(UnnormError, match=message):
         find_sites(random_model(FAMILIES["llama"][0]), keep=keep)

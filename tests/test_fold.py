@@ -173,7 +173,7 @@ def test_proof_refuses_a_class_of_its_own() -> None:
 
     Doubled.__name__ = "GPT2LMHeadModel"
     model = Doubled(random_gpt2().config).eval()
-    with pytest.raises(UnnormError, match="computes something else"):
+    with pytest.raises(UnnormError, match="computes something other"):
         prove_sites(model, find_sites(model))
 
 
@@ -182,7 +182,7 @@ def test_a_class_that_transformers_does_not_have_is_refused() -> None:
         pass
 
     model = OwnModel(random_gpt2().config).eval()
-    with pytest.raises(UnnormError, match="OwnModel is no class of transformers"):
+    with pytest.raises(UnnormError, match="OwnModel is not a class of transformers"):
         prove_sites(model, find_sites(model))
 
 

@@ -70,7 +70,7 @@ def test_a_control_whose_training_was_stopped_is_none(
         with pytest.raises(unnorm.RunInterruptedError):
             unnorm.remove(out=run, resume=True, control=True)
     assert (run / "control").is_dir()
-    with pytest.raises(unnorm.UnnormError, match="no control to go on with"):
+    with pytest.raises(unnorm.UnnormError, match="no control to train further"):
         unnorm.heal(run, tokens=1024, out=tmp_path / "healed", control=True, **SETTINGS)
     assert unnorm.heal(run, tokens=1024, out=tmp_path / "healed", **SETTINGS)["control_loss"] is None
 
@@ -85,7 +85,7 @@ def test_what_a_stopped_run_would_lack_is_found_when_it_is_resumed(trained: Path
     with pytest.raises(unnorm.RunInterruptedError):
         unnorm.heal(first, tokens=TOKENS, out=tmp_path / "healed", watch=ctrl_c_at(5), **SETTINGS)
     resume: dict[str, Any] = {"out": tmp_path / "healed", "resume": True}
-    with pytest.raises(unnorm.UnnormError, match=r"no control to go on with.*--no-control"):
+    with pytest.raises(unnorm.UnnormError, match=r"no control to train further.*--no-control"):
         unnorm.remove(control=True, **resume)
     first.rename(tmp_path / "elsewhere")
     with pytest.raises(unnorm.UnnormError, match="which is no longer there"):

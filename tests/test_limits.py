@@ -214,7 +214,7 @@ def test_a_twin_without_them_gets_them_when_it_is_healed_with(options: dict[str,
     said: list[Any] = []
     settings: dict[str, Any] = {"device": "cpu", "dtype": "float32", "watch": lambda row: said.append(row.get("text"))}
     healed = unnorm.heal(tmp_path / "run", tokens=1024, out=tmp_path / "healed", neuron_limits=True, **settings)
-    assert "neurons of 3 quadratic MLPs have limits now" in said
+    assert "set limits on the neurons of 3 quadratic MLPs" in said
     assert (healed["limited_neurons"], healed["verified"]) == (3 * 64, True)
 
 

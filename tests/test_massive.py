@@ -310,7 +310,7 @@ def test_a_run_says_what_it_scaled_down_and_binds_what_is_left(
         device="cpu",
         watch=lambda row: phases.append(row.get("text")),
     )
-    assert "scaled down what writes massive activations: 1 of the MLPs' neurons" in phases
+    assert "scaled down MLP neurons that write massive activations: 1" in phases
     (neuron,) = result["massive_neurons"]
     assert (neuron["writer"], neuron["index"]) == (GPT2.outgoing, PLANTED)
     assert neuron["factor"] < 1 < neuron["length"]

@@ -106,7 +106,7 @@ class TestTokenFiles:
         """As where ids of 32 bits were written, whose halves all are in the vocabulary."""
         path = tmp_path / "a.bin"
         np.arange(100_000, 103_200).astype("<u4").tofile(path)
-        with pytest.raises(UnnormError, match="ids have 16 bits, and the model's vocabulary has 151,936 tokens"):
+        with pytest.raises(UnnormError, match="ids have 16 bits, but the model's vocabulary has 151,936 tokens"):
             pack(path, tiny_tokenizer, vocab_size=151_936)
         with pytest.raises(UnnormError, match="Give the text itself"):
             held_out_blocks(str(path), tiny_tokenizer, 151_936, CONTEXT, 5)
@@ -258,7 +258,7 @@ class TestPacking:
     @pytest.mark.parametrize("tokens", [1, CONTEXT - 1, CONTEXT, 2 * CONTEXT - 1])
     def test_less_than_two_blocks(self, tokens: int, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
         path = write_ids(tmp_path / "a.bin", np.arange(tokens))
-        with pytest.raises(UnnormError, match=r"less than two blocks of 16 tokens.*smaller --context"):
+        with pytest.raises(UnnormError, match=r"fewer than two blocks of 16 tokens.*smaller --context"):
             pack(path, tiny_tokenizer)
 
 
@@ -279,7 +279,7 @@ def test_held_out_text_of_a_small_source_is_never_trained_on_at_any_context(
 def test_next_to_no_held_out_text_is_too_little(tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("few words\n")
-    with pytest.raises(UnnormError, match="less than two blocks"):
+    with pytest.raises(UnnormError, match="fewer than two blocks"):
         held_out_blocks(str(path), tiny_tokenizer, 300, 64, 5)
 
 
@@ -290,7 +290,7 @@ def test_slow_reading_says_how_far_it_is(
     said: list[str] = []
     build_blocks(str(write(tmp_path / "a.jsonl", DOCUMENTS)), tiny_tokenizer, 300, CONTEXT, 50, 5, say=said.append)
     assert said
-    assert all(line.startswith("read ") and line.endswith(" of 800 tokens at most") for line in said)
+    assert all(line.startswith("read ") and line.endswith(" of at most 800 tokens") for line in said)
 
 
 def test_a_file_of_more_tokens_than_are_read_at_once(
@@ -356,7 +356,7 @@ def test_a_tokenizer_may_have_no_token_for_what_is_unknown(tmp_path: Path) -> No
     stressed = stress_blocks(text, tokenizer, 29, 50, np.random.default_rng(0))
     assert stressed.shape == (50, CONTEXT) and stressed.max() < 29
     foreign = write(tmp_path / "b.jsonl", [f"Number {i}" for i in range(400)])
-    with pytest.raises(UnnormError, match="can't take this text"):
+    with pytest.raises(UnnormError, match="can't encode this text"):
         build_blocks(str(foreign), tokenizer, 29, CONTEXT, 50, 20)
 
 

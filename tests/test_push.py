@@ -114,7 +114,7 @@ def failed(status: int) -> Exception:
     [
         (ConnectionError("no route"), "could not be reached"),
         (huggingface_hub.errors.OfflineModeIsEnabled("offline mode"), "could not be reached"),
-        (failed(401), "does not know the token"),
+        (failed(401), "rejected the token"),
         (failed(403), "may not write to 'me/twin'"),
         (failed(500), "refused the upload"),
     ],
@@ -132,7 +132,7 @@ def test_a_run_without_weights_is_not_published(hub: Hub, run: Path) -> None:
 
 
 def test_only_finished_and_proved_runs(hub: Hub, run: Path, tmp_path: Path) -> None:
-    assert "can't be a repository's name" in refusal(run, "a/b/c")
+    assert "is not a valid repository name" in refusal(run, "a/b/c")
     result = json.loads((run / "result.json").read_text())
     (run / "result.json").write_text(json.dumps(result | {"verified": False}))
     assert "did not pass" in refusal(run, "me/twin")
@@ -146,7 +146,7 @@ def test_only_finished_and_proved_runs(hub: Hub, run: Path, tmp_path: Path) -> N
     ("edit", "expected"),
     [
         (lambda text: text.partition("---\n")[2], "has no front matter"),
-        (lambda text: text.replace("tags:", "tags: [oops"), "is no YAML"),
+        (lambda text: text.replace("tags:", "tags: [oops"), "is not YAML"),
         (lambda text: text.replace("pipeline_tag", "pipe"), "lacks pipeline_tag"),
         (lambda text: text[: text.index("\n# ")], "nothing after it"),
     ],

@@ -189,7 +189,7 @@ def test_more_tokens_are_more_steps_of_the_same_size(
         unnorm.remove(out=tmp_path / "run", resume=True, tokens=800_000)
     assert (saved(tmp_path / "run")["batch_size"], saved(tmp_path / "run")["tokens"]) == (21, 800_000)
     monkeypatch.setattr(processes, "count", lambda: 4)
-    with pytest.raises(unnorm.UnnormError, match="takes 21 blocks a step, which 4 processes can't share evenly"):
+    with pytest.raises(unnorm.UnnormError, match="takes 21 blocks per step, which 4 processes can't share evenly"):
         unnorm.remove(out=tmp_path / "run", resume=True)
 
 

@@ -109,7 +109,7 @@ def test_a_model_of_ones_own_without_text_is_warned_of(
     name = tiny_model_dir if model == "own" else model
     with pytest.raises(unnorm.UnnormError, match="enough"):
         unnorm.remove(name, out=tmp_path, device="cpu", watch=lambda row: said.append(row.get("text") or ""))
-    assert any("no --data was named" in text for text in said) is warned
+    assert any("no --data was given" in text for text in said) is warned
 
 
 def test_a_model_that_can_not_be_trained_here_is_refused_at_once(

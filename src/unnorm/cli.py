@@ -43,31 +43,31 @@ TEXT = (
 )
 Data = Annotated[str, typer.Option(help=f"{TEXT}.")]
 TextField = Annotated[
-    str | None, typer.Option(help="Column that holds the text.", show_default="text, else the only one of text")
+    str | None, typer.Option(help="Column that holds the text.", show_default="text, else the only text column")
 ]
 RunTextField = Annotated[str | None, typer.Option(help="Column that holds the text.", show_default="the run's")]
 Split = Annotated[str, typer.Option(help="Split that the text comes from.")]
 Context = Annotated[
     int | None, typer.Option(help="Sequence length in tokens.", show_default="the model's, at most 1024")
 ]
-Device = Annotated[str, typer.Option(help="auto (cuda or else cpu), cpu, cuda or mps (not tested).")]
+Device = Annotated[str, typer.Option(help="auto (cuda, else cpu), cpu, cuda or mps (not tested).")]
 RunSplit = Annotated[str | None, typer.Option(help="Split that the text comes from.", show_default="the run's")]
 RunDirectory = Annotated[
     Path | None, typer.Option(help="Run directory.", show_default="unnorm-MODEL, numbered if taken")
 ]
 StepBlocks = Annotated[int | None, typer.Option(help="Sequences per optimizer step.", show_default="by tokens")]
 MicroBatch = Annotated[
-    int | None, typer.Option(help="Most sequences per forward pass on a device.", show_default="by memory")
+    int | None, typer.Option(help="Most sequences per forward pass and device.", show_default="by memory")
 ]
 Precision = Annotated[str, typer.Option(help="Precision of the training passes: auto, float32 or bfloat16.")]
 Compile = Annotated[
-    bool, typer.Option("--compile/--no-compile", help="torch.compile the passes: minutes of work before the first.")
+    bool, typer.Option("--compile/--no-compile", help="torch.compile the passes; the first takes minutes.")
 ]
 CudaGraph = Annotated[
     bool | None,
     typer.Option(
         "--cuda-graph/--no-cuda-graph",
-        help="Record each step once and replay it, which small steps on a GPU gain from.",
+        help="Record each step once and replay it; speeds up small steps on a GPU.",
         show_default="on a GPU",
     ),
 ]
@@ -82,7 +82,7 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run modeling c
 def remove(
     ctx: typer.Context,
     model: Model = "demo",
-    data: Annotated[str, typer.Option(help=f"{TEXT}; 'self': text that the model writes.")] = "stdlib",
+    data: Annotated[str, typer.Option(help=f"{TEXT}; 'self': text written by the model.")] = "stdlib",
     text_field: TextField = None,
     split: Split = "train",
     out: RunDirectory = None,
@@ -96,7 +96,7 @@ def remove(
     tokens: Annotated[
         str | None,
         typer.Option(
-            help="Training tokens: 500k, 2M, 150M; 0 calibrates and folds only.",
+            help="Training tokens: 500k, 2M, 150M; 0 only calibrates and folds.",
             show_default=BY_DEVICE,
         ),
     ] = None,
@@ -131,7 +131,7 @@ def remove(
     in_place: Annotated[
         bool,
         typer.Option(
-            "--in-place", help="Keep affine maps that fold into no weight (post-norm, some routers) as modules."
+            "--in-place", help="Keep affine maps that no weight can absorb (post-norm, some routers) as modules."
         ),
     ] = False,
     neuron_limits: Annotated[
@@ -145,7 +145,7 @@ def remove(
         str, typer.Option(help="Estimator of the constant scales: geometric, mean or least-squares.")
     ] = "geometric",
     config: Annotated[Path | None, typer.Option(help="YAML file with any of these options; flags win.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out.")] = False,
     report_to: Trackers = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
@@ -166,10 +166,10 @@ def remove(
 @app.command()
 def heal(
     ctx: typer.Context,
-    directory: Annotated[Path, typer.Argument(help="Directory of the finished run; it stays as it is.")],
+    directory: Annotated[Path, typer.Argument(help="Directory of the finished run; not changed.")],
     tokens: Annotated[
         str | None,
-        typer.Option(help="Training tokens on top: 500k, 2M, 150M.", show_default=BY_DEVICE),
+        typer.Option(help="Further training tokens: 500k, 2M, 150M.", show_default=BY_DEVICE),
     ] = None,
     data: Annotated[str | None, typer.Option(help="Other text, as for remove.", show_default="the run's")] = None,
     text_field: RunTextField = None,
@@ -187,14 +187,14 @@ def heal(
     cuda_graph: CudaGraph = None,
     control: Annotated[
         bool | None,
-        typer.Option("--control/--no-control", help="Also train the control on.", show_default="if there is one"),
+        typer.Option("--control/--no-control", help="Also train the control further.", show_default="if there is one"),
     ] = None,
     report_to: Trackers = None,
     json_: Json = False,
 ) -> None:
-    """Train the twin of a finished run on, with more tokens.
+    """Train the twin of a finished run further, with more tokens.
 
-    It does not go back to its norms.
+    Its norms do not come back.
     """
     from unnorm.removal.heal import heal as run
 
@@ -260,23 +260,23 @@ def evaluate(
     ] = None,
     tasks: Annotated[
         list[str] | None,
-        typer.Option(help="lm-eval tasks besides the suite's, with commas; 'none': not the suite's."),
+        typer.Option(help="More lm-eval tasks, separated by commas; 'none' skips the suite's."),
     ] = None,
     text_field: RunTextField = None,
     split: RunSplit = None,
     tokens: Annotated[
-        str | None, typer.Option(help="Held-out tokens of each corpus at most.", show_default="the suite's, else 50k")
+        str | None, typer.Option(help="Most held-out tokens per corpus.", show_default="the suite's, else 50k")
     ] = None,
     items: Annotated[
         str | None,
-        typer.Option(help="Items of each benchmark at most, drawn at random, or 'all'.", show_default="the suite's"),
+        typer.Option(help="Most items per benchmark, drawn at random, or 'all'.", show_default="the suite's"),
     ] = None,
     context: Context = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.", min=1)] = 4,
     device: Device = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the draw of benchmark items.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for drawing benchmark items.", min=0)] = 0,
     out: Annotated[
-        Path | None, typer.Option(help="Directory for results, page and every measurement; run again, it goes on.")
+        Path | None, typer.Option(help="Directory for results, page and all measurements; run again to resume.")
     ] = None,
     trust_remote_code: Trust = False,
     json_: Json = False,
@@ -301,7 +301,7 @@ def audit(
         str | None,
         typer.Option(help="Model with norms to compare with.", show_default="the run's control, else its original"),
     ] = None,
-    tokens: Annotated[str, typer.Option(help="Tokens of each class of inputs.")] = "32768",
+    tokens: Annotated[str, typer.Option(help="Tokens per class of inputs.")] = "32768",
     context: Annotated[
         int | None, typer.Option(help="Tokens in the longest sequences.", show_default="the models', at most 4096")
     ] = None,
@@ -335,7 +335,7 @@ def analyze(
     what: Annotated[
         list[str] | None,
         typer.Option(
-            help="attribution, patching, sinks, neurons, lens, scales or geometry; may be given more than once.",
+            help="attribution, patching, sinks, neurons, lens, scales or geometry; can be repeated.",
             show_default="all",
         ),
     ] = None,
@@ -347,7 +347,7 @@ def analyze(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory to write.", show_default="DIRECTORY/analysis")] = None,
-    tokens: Annotated[str, typer.Option(help="Held-out tokens at most.")] = "4096",
+    tokens: Annotated[str, typer.Option(help="Most held-out tokens.")] = "4096",
     context: Annotated[
         int | None, typer.Option(help="Sequence length in tokens.", show_default="the models', at most 256")
     ] = None,
@@ -396,7 +396,7 @@ def stats(
 @app.command()
 def export(
     directory: Annotated[Path, typer.Argument(help="Run directory.")],
-    out: Annotated[Path, typer.Option(help="Directory to write; it must not exist, or be empty.")],
+    out: Annotated[Path, typer.Option(help="Directory to write; must be new or empty.")],
     to: Annotated[
         str,
         typer.Option(
@@ -423,7 +423,7 @@ def push(
     repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face hub.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     token: Annotated[
-        str | None, typer.Option(help="Token that may write.", show_default="HF_TOKEN, or that of `hf auth login`")
+        str | None, typer.Option(help="Token with write access.", show_default="HF_TOKEN, or that of `hf auth login`")
     ] = None,
     json_: Json = False,
 ) -> None:

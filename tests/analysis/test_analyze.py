@@ -37,12 +37,12 @@ def test_what_cannot_be_known_is_said(runs: dict[str, Path]) -> None:
     ids = trace_inputs(gemma, 1, 8)
     kinds = [part.kind for part in attribute(gemma, ids).parts]
     assert "head" not in kinds and kinds.count("attention") == 2 and not attribute(gemma, ids).neurons
-    with pytest.raises(UnnormError, match="heads of Gemma2ForCausalLM can't be told apart"):
+    with pytest.raises(UnnormError, match="heads of Gemma2ForCausalLM can't be separated"):
         patch(gemma, tokenizer, PAIRS)
-    with pytest.raises(UnnormError, match="neurons of Gemma2ForCausalLM can't be told apart"):
+    with pytest.raises(UnnormError, match="neurons of Gemma2ForCausalLM can't be separated"):
         output_weights(gemma)
     assert patch(unnorm.load(runs["gemma2"]), tokenizer, PAIRS).activation.shape == (4, 2, 4)
-    with pytest.raises(UnnormError, match="no plain sum"):
+    with pytest.raises(UnnormError, match="not a plain sum"):
         attribute(original_of(runs["opt, post-norm"]), ids)
     with pytest.raises(UnnormError, match="something lies between"):
         attribute(unnorm.load(runs["opt, projected"]), ids)
@@ -81,7 +81,7 @@ def test_table_default_place_and_what_is_left_out(finished_run: Path, tmp_path: 
     shutil.copytree(finished_run, tmp_path / "run")
     done = cli("analyze", tmp_path / "run", "--tokens", 128)
     assert done.code == 0, done.err
-    assert "patching left out: Neither people's names" in done.out and "sink rate" in done.out
+    assert "patching left out: Too few people's names" in done.out and "sink rate" in done.out
     assert (tmp_path / "run" / "analysis" / "analysis.html").is_file()
     done = cli("analyze", tmp_path / "run", "--what", "sinks", "--what", "lens", "--tokens", 128, "--json")
     assert list(json.loads(done.out)["findings"]) == ["sinks", "lens"]
@@ -101,17 +101,21 @@ def test_bad_input_is_refused(
     for arguments, message in {
         (tmp_path,): "holds no finished run",
         (tiny_model_dir,): "holds no finished run",
-        (finished_run, "--what", "magic"): "There is no analysis 'magic'. Analyses are attribution, patching",
+        (finished_run, "--what", "magic"): "There is no analysis 'magic'. Choose from attribution, patching",
         (finished_run, "--against", "demo"): "has 300 token embeddings and 'demo' has 4,096: their vocabularies differ",
-        (finished_run, "--against", runs["llama"].parent / "model"): "is a LlamaForCausalLM and the twin was a GPT2LM",
-        (runs["llama"], "--against", runs["llama, tied, biased"].parent / "model"): "is built otherwise than the twin",
-        (finished_run, "--against", finished_run): "is a UnnormGPT2LMHeadModel and the twin was a GPT2LMHeadModel",
+        (finished_run, "--against", runs["llama"].parent / "model"): "is a LlamaForCausalLM, but the twin was a GPT2LM",
+        (
+            runs["llama"],
+            "--against",
+            runs["llama, tied, biased"].parent / "model",
+        ): "and the twin are built differently",
+        (finished_run, "--against", finished_run): "is a UnnormGPT2LMHeadModel, but the twin was a GPT2LMHeadModel",
         (finished_run, "--against", tmp_path / "nowhere"): "No model",
         (finished_run, "--against", with_other_tokens(tiny_model_dir, tmp_path / "other")): "different tokenizers",
         (finished_run, "--prompts", tmp_path / "nowhere.jsonl"): "Could not read the prompts",
         (finished_run, "--data", tmp_path / "nowhere.txt"): "nowhere.txt",
         (finished_run, "--context", 65): "longer than the 64 tokens",
-        (finished_run, "--tokens", 1): "nothing to predict",
+        (finished_run, "--tokens", 1): "at least 2 tokens",
         (finished_run, "--tokens", "many"): "not a number of tokens",
     }.items():
         done = cli("analyze", *arguments, "--out", out)
@@ -175,5 +179,5 @@ def test_a_kept_final_norm_is_not_said_to_be_gone(tiny_model_dir: Path, text_fil
 
 @pytest.mark.parametrize("measure", [attribute, lens, sinks])
 def test_ids_that_are_more_than_the_model_takes_are_refused(measure: Any, finished_run: Path) -> None:
-    with pytest.raises(UnnormError, match=r"A sequence has 65 tokens, and the model takes 64\."):
+    with pytest.raises(UnnormError, match=r"A sequence has 65 tokens, but the model takes 64\."):
         measure(unnorm.load(finished_run), torch.zeros(1, 65, dtype=torch.long))

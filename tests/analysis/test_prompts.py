@@ -47,9 +47,9 @@ def test_prompts_have_people_where_the_tokenizer_knows_them() -> None:
 
 
 BAD_PROMPTS = {
-    "fields": ('{"clean": "a", "corrupt": "b"}', "has not the fields clean, corrupted, answer, wrong_answer"),
+    "fields": ('{"clean": "a", "corrupt": "b"}', "lacks some of the fields clean, corrupted, answer, wrong_answer"),
     "json": ("\n\na, b", "Line 3 of"),
-    "list": ('["a"]', "has not the fields"),
+    "list": ('["a"]', "lacks some of the fields"),
     "empty": ("\n", "is empty"),
     "lengths": (
         '{"clean": "a b c", "corrupted": "a b", "answer": " x", "wrong_answer": " y"}',

@@ -99,7 +99,7 @@ class TestData:
 
     def test_less_than_two_blocks(self, work: Path, on: Callable[..., str]) -> None:
         (work / "a.txt").write_text("a few words")
-        assert "less than two blocks of 64 tokens" in on("a.txt")
+        assert "fewer than two blocks of 64 tokens" in on("a.txt")
         assert "smaller --context" in on("a.txt", "--context", 32)
 
     def test_token_files(self, work: Path, on: Callable[..., str]) -> None:

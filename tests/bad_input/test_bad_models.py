@@ -226,7 +226,7 @@ class TestDamagedModels:
             (edit_config(n_embd=64), "another shape"),
             (edit_config(vocab_size=200), "another shape: transformer.wte.weight"),
             (write("adapter_config.json", b"{}"), "holds an adapter"),
-            (delete("tokenizer.json", "tokenizer_config.json"), "without its tokenizer"),
+            (delete("tokenizer.json", "tokenizer_config.json"), "has no tokenizer, or one without tokens"),
             (write("tokenizer.json", b"{"), "no tokenizer that can be loaded"),
             (shrink_vocabulary, "ids up to 299, but the model has embeddings for 200"),
         ],

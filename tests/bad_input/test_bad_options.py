@@ -139,7 +139,7 @@ def test_a_step_of_more_tokens_than_there_are(
 ) -> None:
     sizes = ["--tokens", "2k", "--batch-size", 2000, "--context", 64]
     text = refused("remove", tiny_model_dir, "--data", text_file, "--out", "run", *sizes)
-    assert "--tokens 2,000 are less than one step, which takes 2,000 blocks of 64 tokens" in text
+    assert "--tokens 2,000 is less than one step, which takes 2,000 blocks of 64 tokens" in text
 
 
 def test_a_model_in_memory_is_no_name(tiny_model: GPT2LMHeadModel) -> None:

@@ -40,7 +40,7 @@ class TestRunDirectories:
     def test_a_control_without_tokens(
         self, run_copy: Path, tiny_model_dir: Path, work: Path, refused: Callable[..., str]
     ) -> None:
-        said = "control: without tokens to train on, the control is the original"
+        said = "control: without training tokens, the control is the original"
         assert said in refused("remove", tiny_model_dir, "--tokens", 0, "--control", "--out", work / "new")
         assert said in refused("remove", "--resume", "--control", "--out", run_copy)
 
@@ -70,7 +70,7 @@ class TestRunDirectories:
         assert "--out" in text
 
     def test_resume_without_out(self, tiny_model_dir: Path, refused: Callable[..., str]) -> None:
-        assert "--resume --out DIR" in refused("remove", tiny_model_dir, "--resume")
+        assert "add --out DIR" in refused("remove", tiny_model_dir, "--resume")
 
     def test_resume_of_nothing(self, work: Path, refused: Callable[..., str]) -> None:
         (work / "empty").mkdir()
@@ -126,7 +126,7 @@ class TestHeal:
             assert "No model" in said and remedy in said
 
     def test_no_control_to_go_on_with(self, run_copy: Path, refused: Callable[..., str]) -> None:
-        assert "Go on without it (--no-control)" in refused("heal", run_copy, "--control")
+        assert "Heal without it (--no-control)" in refused("heal", run_copy, "--control")
 
     @pytest.mark.parametrize(
         "edit",

@@ -32,7 +32,7 @@ def test_a_line_in_lambadas_json_is_no_item(tmp_path: Path) -> None:
 
 
 def test_an_unlabelled_split_of_hellaswag_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnnormError, match=r"has the label '', which is no number: 'context '.*validation split"):
+    with pytest.raises(UnnormError, match=r"has label '', which is not a number: 'context '.*validation split"):
         hellaswag(write_rows(tmp_path / "a.jsonl", [hella("")]))
 
 

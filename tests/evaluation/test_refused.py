@@ -31,7 +31,7 @@ class TestRefused:
         saved["model"]["merges"] = []
         (tmp_path / "m" / "tokenizer.json").write_text(json.dumps(saved))
         text = self.refusal(str(tmp_path / "m"), str(tiny_model_dir))
-        assert "have the same vocabulary and split text differently" in text and "same tokenizer" in text
+        assert "have the same vocabulary but split text differently" in text and "same tokenizer" in text
 
     def test_benchmark_files(self, tiny_model_dir: Path, tmp_path: Path) -> None:
         pytest.importorskip("lm_eval")
@@ -39,11 +39,11 @@ class TestRefused:
         model = str(tiny_model_dir)
         path.write_text('{"question": "?", "label": 0}\n')
         text = self.refusal(model, data=f"hellaswag={path}")
-        assert "is no HellaSwag file: item 1 has no 'ctx' and no 'endings'" in text
+        assert "is not a HellaSwag file: item 1 has no 'ctx' and no 'endings'" in text
         assert "It has: question, label. Needed: ctx, endings, label." in text
         path.write_text('{"ctx": "a", "endings": ["b"], "label": 3}\n')
         assert "has label 3, but 1 endings" in self.refusal(model, data=f"hellaswag={path}")
-        assert "is no LAMBADA file" in self.refusal(model, data=f"lambada={path}")
+        assert "is not a LAMBADA file" in self.refusal(model, data=f"lambada={path}")
         assert "No data at 'nothing.txt'" in self.refusal(model, data="wikitext=nothing.txt")
         path.write_text("")
         assert "is empty" in self.refusal(model, data=f"lambada={path}")
@@ -64,7 +64,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("options", "expected"),
         [
-            ({"suite": "huge"}, "There is: quick, full, paper"),
+            ({"suite": "huge"}, "Choose from quick, full, paper"),
             ({"items": "few"}, "--items few"),
             ({"items": 0}, "--items 0"),
             ({"tokens": 0}, "--tokens 0"),
@@ -78,7 +78,7 @@ class TestRefused:
     def test_out_is_something_else(self, tiny_model_dir: Path, tokens: Path, tmp_path: Path) -> None:
         (tmp_path / "thesis.txt").write_text("years of work")
         text = self.refusal(str(tiny_model_dir), data=str(tokens), out=tmp_path)
-        assert "holds something else than an evaluation" in text
+        assert "holds something other than an evaluation" in text
 
     def test_no_model(self) -> None:
-        assert "Name one at least" in self.refusal([])
+        assert "name at least one" in self.refusal([])

@@ -165,7 +165,7 @@ def test_a_tracker_that_gives_up_leaves_a_run_to_resume(
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "abacus", Tracker)
     monkeypatch.setattr(config, "get_available_reporting_integrations", lambda: ["abacus"])
     settings = {"data": str(text_file), "tokens": 10_000, "device": "cpu", "batch_size": 8, "report_to": [asked]}
-    with pytest.raises(unnorm.UnnormError, match=r"abacus gave up: No key\. Go on with --resume"):
+    with pytest.raises(unnorm.UnnormError, match=r"abacus failed: No key\. Fix that and continue with --resume"):
         unnorm.remove(model=str(tiny_model_dir), out=tmp_path / "run", **settings)
     assert unnorm.remove(out=tmp_path / "run", resume=True, report_to=["none"])["verified"]
 

@@ -147,7 +147,7 @@ def _said_of(prompts: str | Path | None, pairs: Sequence[PromptPair] | str) -> s
 def _chosen(what: Sequence[str] | None) -> list[str]:
     unknown = [key for key in what or () if key not in ANALYSES]
     if unknown:
-        raise UnnormError(f"There is no analysis '{unknown[0]}'. Analyses are {', '.join(ANALYSES)}.")
+        raise UnnormError(f"There is no analysis '{unknown[0]}'. Choose from {', '.join(ANALYSES)}.")
     return [key for key in ANALYSES if not what or key in what]
 
 
@@ -156,8 +156,8 @@ def _check_pair(original: PreTrainedModel, twin: PreTrainedModel, sites: Sequenc
     kind = type(twin).__name__.removeprefix(PREFIX)
     if type(original).__name__ != kind:
         raise UnnormError(
-            f"'{name}' is a {type(original).__name__} and the twin was a {kind}. Name the model that the twin was made "
-            "from with --against."
+            f"'{name}' is a {type(original).__name__}, but the twin was a {kind}. With --against, name the model that "
+            "the twin was made from."
         )
     norms = tuple(f"{site.name}." for site in sites)
     shapes = [{k: v.shape for k, v in m.state_dict().items() if not k.startswith(norms)} for m in (original, twin)]
@@ -170,8 +170,8 @@ def _check_pair(original: PreTrainedModel, twin: PreTrainedModel, sites: Sequenc
     differ += [key for site in sites for key in (site.name, *site.readers, *site.writers) if key not in modules]
     if differ:
         raise UnnormError(
-            f"'{name}' is built otherwise than the twin: they differ in {first_few(differ)}. "
-            "Name the model that the twin was made from with --against."
+            f"'{name}' and the twin are built differently: they differ in {first_few(differ)}. With --against, name "
+            "the model that the twin was made from."
         )
 
 
@@ -192,7 +192,7 @@ def _blocks(
     context: int | None,
 ) -> Dataset:
     if tokens < 2:
-        raise UnnormError(f"--tokens {tokens}: there is nothing to predict in fewer than 2 tokens.")
+        raise UnnormError(f"--tokens {tokens}: at least 2 tokens are needed to predict one.")
     length = choose_context(context, *models)
     length = min(length, MOST_CONTEXT) if context is None else length
     blocks = max(1, math.ceil(tokens / length))

@@ -64,8 +64,8 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     final, writers = _last_reader(model, former)
     if final is None:
         raise UnnormError(
-            f"The residual stream of {type(model).__name__} is no plain sum that a last norm reads (as in a post-norm "
-            "model), so there are no contributions to it. This analysis is for pre-norm models."
+            f"The residual stream of {type(model).__name__} is not a plain sum read by a final norm (as in a post-norm "
+            "model), so it can't be split into contributions. This analysis is for pre-norm models."
         )
     # A norm after a sublayer is listed as the writer; its kind is that of the module whose output it reads.
     behind = {site.name: site.writers[0] for site in sites if site.writers}
@@ -152,8 +152,8 @@ def readout(model: PreTrainedModel, parts: Anatomy) -> Readout:
     given, (read, unembedded) = record[parts.final][1], record[last]
     if given.shape != read.shape or not torch.equal(given, read):
         raise UnnormError(
-            f"In {type(model).__name__} something lies between '{parts.final}' and the unembedding '{last}', so what "
-            "the residual stream adds to a logit is not known."
+            f"In {type(model).__name__} something lies between '{parts.final}' and the unembedding '{last}', so the "
+            "residual stream's contribution to a logit is unknown."
         )
     unembedding = model.get_submodule(last)
     directions = linear_weight(unembedding)
@@ -201,7 +201,7 @@ def attention_patterns(
         model.set_attn_implementation(before)
     heads = {writer.heads for writer in parts.attentions if writer.heads}
     if not patterns or any(p is None for p in patterns) or (heads and heads != {p.shape[1] for p in patterns}):
-        raise UnnormError(f"{type(model).__name__} does not give the attention weights of its heads.")
+        raise UnnormError(f"{type(model).__name__} does not return the attention weights of its heads.")
     return torch.stack(list(patterns))
 
 
@@ -210,8 +210,8 @@ def without_heads(model: PreTrainedModel, parts: Anatomy) -> UnnormError | None:
     if parts.heads and len(parts.attentions) == len(parts.layers):
         return None
     return UnnormError(
-        f"The heads of {type(model).__name__} can't be told apart: what its attention adds to the residual stream is "
-        "not one linear projection of as many heads as its config says (a norm may follow it)."
+        f"The heads of {type(model).__name__} can't be separated: what its attention adds to the residual stream is "
+        "not one linear projection of the number of heads in its config (a norm may follow it)."
     )
 
 

@@ -90,7 +90,7 @@ def find(material: Material) -> Finding:
     """The geometry of every weight that a norm was folded into."""
     found = geometry(material.original, material.twin, material.sites, material.constants)
     if not found:
-        raise UnnormError("No norm of this model folded into a weight, so there are no weights to compare.")
+        raise UnnormError("No norm of this model was folded into a weight, so there are no weights to compare.")
     rows = [_numbers(row) for row in found]
     change = sum(row.change for row in found) / len(found)
     return Finding(

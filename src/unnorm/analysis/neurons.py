@@ -227,8 +227,8 @@ def _last_mlp(model: PreTrainedModel) -> Writer:
     writer = parts.mlps[-1]
     if not writer.linear or len(parts.mlps) != len(parts.layers):
         raise UnnormError(
-            f"The neurons of {type(model).__name__} can't be told apart: what its last MLP adds to the residual stream "
-            "is not one linear projection of them (experts, or a norm after it)."
+            f"The neurons of {type(model).__name__} can't be separated: what its last MLP adds to the residual stream "
+            "is not one linear projection of them (it has experts, or a norm follows it)."
         )
     return writer
 

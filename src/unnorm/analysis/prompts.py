@@ -79,8 +79,8 @@ def indirect_object_prompts(tokenizer: PreTrainedTokenizerBase, count: int = 64,
             if alike:
                 return alike[:count]
     raise UnnormError(
-        f"Neither people's names nor names of arguments are single tokens of this tokenizer (at least {LEAST_NAMES} "
-        "are needed), so no prompts can be generated for it. Give some of your own with --prompts FILE."
+        f"Too few people's names and argument names are single tokens of this tokenizer (at least {LEAST_NAMES} of "
+        "either are needed), so no prompts can be generated. Give your own with --prompts FILE."
     )
 
 
@@ -134,8 +134,8 @@ def by_length(
 
 _FORM = (
     'Each line is an object such as {"clean": "When Anna and Mark sat down, Mark gave it to", "corrupted": '
-    '"When Anna and Mark sat down, Anna gave it to", "answer": " Anna", "wrong_answer": " Mark"}, both prompts with '
-    "as many tokens."
+    '"When Anna and Mark sat down, Anna gave it to", "answer": " Anna", "wrong_answer": " Mark"}, both prompts '
+    "equally long in tokens."
 )
 
 
@@ -150,11 +150,11 @@ def _parsed(path: Path, number: int, line: str) -> PromptPair:
     try:
         values = json.loads(line)
     except ValueError as error:
-        raise UnnormError(f"Line {number} of '{path}' is no JSON ({short(error)}). {_FORM}") from error
+        raise UnnormError(f"Line {number} of '{path}' is not JSON ({short(error)}). {_FORM}") from error
     if not isinstance(values, dict) or not all(isinstance(values.get(name), str) and values[name] for name in FIELDS):
         found = ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
         raise UnnormError(
-            f"Line {number} of '{path}' has not the fields {', '.join(FIELDS)}, each a text; it has: {found}. {_FORM}"
+            f"Line {number} of '{path}' lacks some of the fields {', '.join(FIELDS)} as text; it has: {found}. {_FORM}"
         )
     return PromptPair(*(values[name] for name in FIELDS))
 
@@ -167,7 +167,7 @@ def problem_with(pair: PromptPair, tokenizer: PreTrainedTokenizerBase) -> str | 
     prompts, both = (pair.clean, pair.corrupted), (pair.answer, pair.wrong_answer)
     answers = [answer_token(tokenizer, prompt, answer) for prompt in prompts for answer in both]
     if None in answers:
-        return "an answer runs together with the prompt in one token"
+        return "an answer merges with the prompt in one token"
     if answers[0] == answers[1]:
         return f"both answers begin with the same token ({pair.answer!r}, {pair.wrong_answer!r})"
-    return None if answers[:2] == answers[2:] else "the answers are other tokens after 'corrupted' than after 'clean'"
+    return None if answers[:2] == answers[2:] else "the answers' tokens differ after 'clean' and 'corrupted'"

@@ -30,7 +30,7 @@ def log_scales(material: Material) -> dict[str, dict[str, Float[Tensor, "block p
     """
     sites = [site for site in material.sites if site.folds_into == "readers"]
     if not sites:
-        raise UnnormError("No norm of this model folded into what reads it, so the twin has no scales to compare.")
+        raise UnnormError("No norm of this model was folded into its readers, so the twin has no scales to compare.")
     return {
         name: collect_log_scales(model, sites, material.blocks, material.batch_size)
         for name, model in material.models.items()

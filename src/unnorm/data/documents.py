@@ -63,7 +63,8 @@ def open_documents(source: str, text_field: str | None = None, split: str = "tra
         return _stdlib()
     if source == OWN_TEXT:
         raise UnnormError(
-            f"'{source}' is text that a model writes for `unnorm remove`, and it is not kept. Name text with --data."
+            f"'{source}' is text that the model writes during `unnorm remove`, and it is not kept. Name text with "
+            "--data."
         )
     files = find_files(source)
     if files:
@@ -141,14 +142,14 @@ def _texts(source: str, rows: Callable[[], Iterable[Row]], field: str | None) ->
         column = column or _text_column(source, head, field)
         if column not in row:
             raise UnnormError(
-                f"Rows of '{source}' have no field '{column}', as those before them had: they have {', '.join(row)}. "
-                "Name files of one kind, for instance by a glob."
+                f"Some rows of '{source}' have no field '{column}', unlike those before them: they have "
+                f"{', '.join(row)}. Name files of one kind, for instance with a glob."
             )
         text = row[column]
         if text is not None and not isinstance(text, str):
             raise UnnormError(
-                f"The field '{column}' of '{source}' holds {type(text).__name__}, not text. "
-                f"Name another with --text-field, or write a file that has the text in one: {', '.join(row)}."
+                f"The field '{column}' of '{source}' holds {type(text).__name__}, not text. Name a field of text with "
+                f"--text-field, or add one to the file. It has: {', '.join(row)}."
             )
         if text and text.strip():
             found = True
@@ -181,7 +182,9 @@ def _text_column(source: str, head: list[Row], field: str | None) -> str:
     # E.g. chat turns or paragraphs: a lone string column beside them is a name or an id.
     lists = [key for key in known if any(_holds_text(row.get(key)) for row in head)]
     if len(strings) != 1 or lists:
-        raise UnnormError(f"Which field of '{source}' is the text? Name it with --text-field: {', '.join(known)}.")
+        raise UnnormError(
+            f"It is unclear which field of '{source}' is the text. Name it with --text-field: {', '.join(known)}."
+        )
     return strings[0]
 
 

@@ -156,7 +156,7 @@ def _common_suffix(source: str, files: list[Path]) -> str:
         raise UnnormError(f"Don't know how to read '{unknown}'. {_known()}")
     if len(kinds) > 1 or kinds == [TOKEN_FILE]:
         raise UnnormError(
-            f"'{source}' mixes formats ({', '.join(kinds)}). Name files of one format, for instance by a glob."
+            f"'{source}' mixes formats ({', '.join(kinds)}). Name files of one format, for instance with a glob."
         )
     return kinds[0]
 
@@ -166,7 +166,7 @@ def _check_decompresses(path: Path) -> None:
     if suffix in COMPRESSIONS and COMPRESSIONS[suffix] not in fsspec.compression.compr:
         package = _PACKAGES.get(suffix)
         remedy = f"run `pip install {package}`" if package else "this Python was built without it; decompress it"
-        raise UnnormError(f"Nothing here decompresses '{path}': {remedy}.")
+        raise UnnormError(f"Can't decompress '{path}': {remedy}.")
 
 
 def files_by_split(source: str, files: list[Path], unnamed: str = "") -> dict[str, list[Path]]:
@@ -266,7 +266,7 @@ def _objects(path: Path) -> Iterator[Row]:
             except ValueError as error:
                 raise ValueError(f"{path.name}, line {number}: {error}") from error
             if not isinstance(row, dict):
-                raise ValueError(f"{path.name}, line {number} is no JSON object")
+                raise ValueError(f"{path.name}, line {number} is not a JSON object")
             yield row
 
 
@@ -286,10 +286,10 @@ def _csv_rows(path: Path) -> Iterator[Row]:
         for chunk in pd.read_csv(file, dtype=str, na_filter=False, chunksize=_AT_ONCE):
             fields = list(chunk.columns)
             if len(fields) == 1 and any(mark in fields[0] for mark in _OTHER_SEPARATORS):
-                raise ValueError(f"the fields of {path.name} are not parted by commas: its header is {fields[0]!r}")
+                raise ValueError(f"the fields of {path.name} are not separated by commas: its header is {fields[0]!r}")
             if not isinstance(chunk.index, pd.RangeIndex):
                 raise ValueError(
-                    f"{path.name} has rows of more fields than its header: text with commas must be in quotes"
+                    f"{path.name} has rows with more fields than its header: text with commas must be in quotes"
                 )
             yield from chunk.to_dict("records")
 
@@ -305,14 +305,14 @@ def readable(source: str, rows: Callable[[], Iterable[Row]]) -> Iterator[Row]:
         files = find_files(source)
         where = error.filename if isinstance(error, OSError) else None
         if files and where and Path(where).absolute() not in {path.absolute() for path in files}:
-            remedy = "Make that place writable, or name another one for the cache by HF_HOME."
+            remedy = "Make that place writable, or set another cache directory with HF_HOME."
         elif isinstance(error, PermissionError):
-            remedy = "Give yourself the right to read it."
+            remedy = "Give yourself permission to read it."
         elif files and _is_of_encoding(error):
-            remedy = "It is damaged, not what its name says, or not UTF-8; other text is converted by iconv -t UTF-8."
+            remedy = "It is damaged, not what its name says, or not UTF-8; convert other text with iconv -t UTF-8."
         else:
             local = "It is damaged, or not what its name says; fetch or write it again."
-            remedy = local if files else "If the connection broke, do it again."
+            remedy = local if files else "If the connection broke, try again."
         raise UnnormError(f"Could not read '{source}': {short(error).rstrip('.')}. {remedy}") from error
     if none:
         raise empty(source)

@@ -90,8 +90,8 @@ def build_blocks(
 
 def _too_little(source: str, context: int) -> UnnormError:
     return UnnormError(
-        f"'{source}' holds less than two blocks of {context} tokens, one to train on and one to validate. "
-        "Give more text or a smaller --context."
+        f"'{source}' holds fewer than two blocks of {context} tokens, one for training and one for validation. Give "
+        "more text or a smaller --context."
     )
 
 
@@ -184,8 +184,8 @@ def token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> It
             found = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
         except Exception as error:  # The tokenizers library raises plain Exception.
             raise UnnormError(
-                f"The tokenizer can't take this text ({short(error)}): it has neither a token for some of its "
-                "characters nor one for what is unknown. Give text without them."
+                f"The tokenizer can't encode this text ({short(error)}): it has no token for some of the characters, "
+                "and no unknown token. Give text without them."
             ) from error
         for ids, (_, is_last) in zip(found, batch, strict=True):
             yield np.asarray(ids + end if is_last else ids, dtype=np.int32)
@@ -239,7 +239,7 @@ def _cut(
             break
         if time.monotonic() - said > _SAYS_EVERY:
             said = time.monotonic()
-            say(f"read {total:,} of {most * length:,} tokens at most")
+            say(f"read {total:,} of at most {most * length:,} tokens")
     blocks = min(total // length, most)
     joined = np.concatenate(kept) if kept else np.empty(0, np.int32)
     return _begun(joined[: blocks * length].reshape(blocks, length), begin)
@@ -248,7 +248,7 @@ def _cut(
 def _check_width(source: str, vocab_size: int) -> None:
     if vocab_size > VOCABULARY and token_paths(source):
         raise UnnormError(
-            f"'{source}' can't hold this model's text: its token ids have 16 bits, and the model's vocabulary has "
+            f"'{source}' can't hold this model's text: its token ids have 16 bits, but the model's vocabulary has "
             f"{vocab_size:,} tokens. Give the text itself."
         )
 

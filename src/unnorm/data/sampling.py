@@ -48,7 +48,7 @@ def own_text(
     if start is None:
         raise UnnormError(
             f"--data {OWN_TEXT}: the tokenizer has neither a begin-of-text nor an end-of-text token for the model to "
-            "begin with. Name text with --data."
+            "start from. Name text with --data."
         )
     at_once = _blocks_at_once(model, context)
     blocks: list[Tensor] = []
@@ -83,8 +83,8 @@ def _write(model: PreTrainedModel, start: int, blocks: int, context: int) -> Int
         cache = output.past_key_values
         if cache is None:
             raise UnnormError(
-                f"--data {OWN_TEXT}: {type(model).__name__} keeps no cache of keys and values, so it can't write text "
-                "in reasonable time. Name text with --data."
+                f"--data {OWN_TEXT}: {type(model).__name__} has no key-value cache, so writing text would take too "
+                "long. Name text with --data."
             )
         ids = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1)
         columns.append(ids)

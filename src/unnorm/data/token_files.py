@@ -56,14 +56,14 @@ def _open(path: Path) -> NDArray[np.uint16]:
         raise UnnormError(f"'{path}' is empty: there are no token ids in it. Name other data with --data.")
     if size % 2:
         raise UnnormError(
-            f"'{path}' is not nanoGPT's format: an odd number of bytes ({size}) can't be 16-bit token ids. "
-            "Write it again, as little-endian uint16."
+            f"'{path}' is not in nanoGPT's format: an odd number of bytes ({size}) can't be 16-bit token ids. Write it "
+            "again, as little-endian uint16."
         )
     ids = np.memmap(path, dtype="<u2", mode="r")
     first = ids[:_LOOKED_AT]
     if len(first) >= _LEAST_LOOKED_AT and first[::2].any() and not first[1::2].any():
         raise UnnormError(
-            f"'{path}' looks like 32-bit token ids: every second one of its first {len(first):,} 16-bit numbers is 0. "
+            f"'{path}' looks like 32-bit token ids: every other one of its first {len(first):,} 16-bit numbers is 0. "
             "Write it again, as little-endian uint16."
         )
     return ids

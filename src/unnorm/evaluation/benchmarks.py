@@ -52,7 +52,7 @@ def wikitext(wikitext: str, **_: Any) -> DatasetDict:
     rows = list(open_rows(wikitext, split="test"))
     if not any(key in rows[0] for key in ("text", "page")):
         raise UnnormError(
-            f"'{wikitext}' is no WikiText file: it has no field 'text' or 'page'. It has: {', '.join(rows[0])}."
+            f"'{wikitext}' is not a WikiText file: it has no field 'text' or 'page'. It has: {', '.join(rows[0])}."
         )
     pages = [str(row["page"]) for row in rows if row.get("page")]
     if pages:
@@ -87,8 +87,8 @@ def _items(
         if wrong:
             lacking = " and no ".join(f"'{key}'" for key in wrong)
             raise UnnormError(
-                f"'{path}' is no {title} file: item {number} has no {lacking} of the right kind. "
-                f"It has: {', '.join(row)}. Needed: {', '.join(needed)}."
+                f"'{path}' is not a {title} file: item {number} has no {lacking} of the right kind. It has: "
+                f"{', '.join(row)}. Needed: {', '.join(needed)}."
             )
         items.append(prepare(row))
     if not items:
@@ -102,8 +102,8 @@ def _hellaswag_item(row: dict[str, Any]) -> dict[str, Any]:
         label = int(row["label"])
     except ValueError as error:
         raise UnnormError(
-            f"A HellaSwag item has the label '{row['label']}', which is no number: '{row['ctx'][:60]}'. Those of the "
-            "test split have none; take the validation split."
+            f"A HellaSwag item has label '{row['label']}', which is not a number: '{row['ctx'][:60]}'. The test split "
+            "has no labels; use the validation split."
         ) from error
     if not 0 <= label < len(endings):
         raise UnnormError(f"A HellaSwag item has label {label}, but {len(endings)} endings: '{row['ctx'][:60]}'.")

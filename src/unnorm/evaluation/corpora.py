@@ -141,8 +141,8 @@ def open_corpus(
     read = len(blocks)
     if not len(blocks):
         raise UnnormError(
-            f"Nothing is left of '{name}': each of its {len(found)} blocks has a token that the text it is "
-            "filtered by lacks. Give more of that text, or evaluate on the unfiltered corpus."
+            f"Nothing is left of '{name}': each of its {len(found)} blocks has a token that is missing from the text "
+            "used as filter. Give more of that text, or evaluate on the unfiltered corpus."
         )
     blocks = evenly_spaced(blocks, count)
     return Corpus(

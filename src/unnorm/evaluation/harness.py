@@ -189,8 +189,8 @@ def with_difference(score: Score, original: Score) -> Score:
     shared = sorted(score.item_values.keys() & original.item_values.keys())
     if not shared:
         raise UnnormError(
-            f"'{score.model}' and '{original.model}' have no item of '{score.task}' in common, so that there is no "
-            "difference to give. Evaluate them anew, with one --items and --seed."
+            f"'{score.model}' and '{original.model}' have no item of '{score.task}' in common, so there is no "
+            "difference to compute. Evaluate both again, with the same --items and --seed."
         )
     changes = [score.item_values[i] - original.item_values[i] for i in shared]
     found = paired_share_interval if set(changes) <= {-1.0, 0.0, 1.0} else bootstrap_interval
@@ -214,15 +214,16 @@ def _load(name: str, files: dict[str, str]) -> dict[str, Any]:
     manager = _all_tasks()
     if name not in manager.all_tasks:
         raise UnnormError(
-            f"lm-eval has no task '{name}'. `lm_eval ls tasks` lists what it has; --tasks takes several, with commas."
+            f"lm-eval has no task '{name}'. `lm_eval ls tasks` lists its tasks; --tasks takes several, separated by "
+            "commas."
         )
     try:
         return dict(manager.load(name)["tasks"])
     except Exception as error:
         local = f"give its file with --data {name}=PATH, or " if name in READERS else ""
         raise UnnormError(
-            f"The data of the benchmark '{name}' can't be had from the hub ({short(error).rstrip('.')}). "
-            f"Go online, {local}leave benchmarks out with --tasks none."
+            f"The data of the benchmark '{name}' can't be fetched from the hub ({short(error).rstrip('.')}). Go "
+            f"online, {local}leave benchmarks out with --tasks none."
         ) from error
 
 

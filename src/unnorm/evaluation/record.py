@@ -36,7 +36,7 @@ class Record:
             return cls(None)
         path = Path(directory).expanduser()
         if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / MEASUREMENTS).is_dir())):
-            raise UnnormError(f"'{path}' holds something else than an evaluation. Choose another --out.")
+            raise UnnormError(f"'{path}' holds something other than an evaluation. Choose another --out.")
         check_can_be_made(path)
         return cls(path)
 

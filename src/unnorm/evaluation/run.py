@@ -88,7 +88,7 @@ def evaluate(
     against = None if against is None else model_name(against)
     place = choose_device(device)
     if batch_size < 1:
-        raise UnnormError(f"--batch-size {batch_size}: a pass takes 1 block at least.")
+        raise UnnormError(f"--batch-size {batch_size}: a pass takes at least 1 block.")
     sources = [str(data)] if isinstance(data, str | Path) else [str(each) for each in data or ()]
     most = None if tokens is None else read_count(tokens)
     choice = choose(suite, sources, [tasks] if isinstance(tasks, str) else tasks, most, items, place)
@@ -125,7 +125,7 @@ def evaluate(
         if record.directory is None:
             raise
         raise RunInterruptedError(
-            f"Stopped; what was measured is kept in '{record.directory}'. Go on with the same command."
+            f"Stopped; all measurements so far are in '{record.directory}'. Resume with the same command."
         ) from stop
     record.conclude(results)
     return results

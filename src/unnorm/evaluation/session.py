@@ -105,7 +105,7 @@ def enter(
             vocabulary sizes or tokenizers differ.
     """
     if not names:
-        raise UnnormError("Evaluate which models? Name one at least.")
+        raise UnnormError("No models to evaluate: name at least one.")
     found: dict[str, _Candidate] = {}
 
     def load(name: str) -> None:
@@ -128,7 +128,7 @@ def enter(
             against = own
         except UnnormError as error:  # Nobody asked for it.
             found.pop(own, None)
-            say(watch, f"compared with nothing, since the run's original can't be used: {error}")
+            say(watch, f"no comparison, since the run's original can't be used: {error}")
     return Entered(
         entrants=tuple(found[name].entrant for name in dict.fromkeys(names)),
         original=found[against].entrant if against else None,
@@ -156,7 +156,7 @@ def settings_of(name: str) -> dict[str, Any]:
 def _check_comparable(first: _Candidate, other: _Candidate) -> None:
     if first.vocab_size != other.vocab_size:
         raise UnnormError(
-            f"'{first.entrant.name}' has {first.vocab_size:,} token embeddings and '{other.entrant.name}' has "
+            f"'{first.entrant.name}' has {first.vocab_size:,} token embeddings but '{other.entrant.name}' has "
             f"{other.vocab_size:,}; compare models with the same tokenizer."
         )
     check_same_tokenizer(first.entrant.name, first.tokenizer, other.entrant.name, other.tokenizer)

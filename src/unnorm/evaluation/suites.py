@@ -93,9 +93,9 @@ def choose(
         UnnormError: there is no such suite, `data` gives a name twice, or a number is out of range.
     """
     if suite is not None and suite not in SUITES:
-        raise UnnormError(f"There is no suite '{suite}'. There is: {', '.join(SUITES)}.")
+        raise UnnormError(f"There is no suite '{suite}'. Choose from {', '.join(SUITES)}.")
     if tokens is not None and tokens < 1:
-        raise UnnormError(f"--tokens {tokens}: give 1 at least.")
+        raise UnnormError(f"--tokens {tokens}: give at least 1.")
     chosen = SUITES[suite] if suite is not None else Suite()
     on_cpu = device == "cpu"
     sources = _sources([data] if isinstance(data, str) else data or [])
@@ -152,5 +152,5 @@ def _items(asked: int | str | None, default: int | None) -> int | None:
     except ValueError:
         count = 0
     if count < 1:
-        raise UnnormError(f"--items {asked}: give a number of benchmark items, 1 at least, or 'all'.")
+        raise UnnormError(f"--items {asked}: give a number of benchmark items (at least 1) or 'all'.")
     return count

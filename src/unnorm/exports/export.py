@@ -75,7 +75,7 @@ def export(
     """
     directory, out = Path(directory).expanduser(), Path(out).expanduser()
     if to not in get_args(Form):
-        raise UnnormError(f"There is no form '{to}'. Forms are {', '.join(get_args(Form))}.")
+        raise UnnormError(f"There is no form '{to}'. Choose from {', '.join(get_args(Form))}.")
     _check_free(out)
     load_sites(directory)
     folded = load(directory)
@@ -122,4 +122,4 @@ def _check_free(out: Path) -> None:
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() or out.is_symlink():
-        raise UnnormError(f"'{out}' exists already and nothing is overwritten. Give another --out, or move it away.")
+        raise UnnormError(f"'{out}' already exists and is not overwritten. Give another --out, or move it away.")

@@ -45,8 +45,8 @@ def refuse_kept_norms(folded: PreTrainedModel, form: str) -> None:
     kept = getattr(folded.config, "kept_norms", None)
     if kept:
         raise UnnormError(
-            f"{form} is for models without norms, and this one has kept {first_few(kept)} (--keep). "
-            "Use: unnorm export --to transformers"
+            f"{form} is for models without norms, but this one kept {first_few(kept)} (--keep). Use: unnorm export "
+            "--to transformers"
         )
 
 
@@ -66,8 +66,8 @@ def compare(name: str, reference: Logits, logits: Logits) -> FormError:
     finite = reference.isfinite().all(-1)
     if not finite.any():
         raise UnnormError(
-            "The model overflows on all the random tokens that an exported form is measured on. Train it on first: "
-            "unnorm heal DIR"
+            "The model overflows on all the random tokens that exported forms are measured on. Train it further "
+            "first: unnorm heal DIR"
         )
     reference, logits = (values[finite].cpu().double() for values in (reference, logits))
     expected, found = reference.log_softmax(-1), logits.log_softmax(-1)

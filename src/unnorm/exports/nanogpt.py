@@ -46,8 +46,8 @@ def write_nanogpt(folded: PreTrainedModel, out: Path) -> list[FormError]:
         row = compare("float32", reference, forward(load_file(out / WEIGHTS), config, ids))
     if not row.relative <= TOLERANCE:
         raise UnnormError(
-            f"nanoGPT's class would compute other logits than this model (difference {row.max_abs:.1e}): it is a GPT-2 "
-            "with an attention of its own. Use: unnorm export --to transformers"
+            f"nanoGPT's class would compute different logits (difference {row.max_abs:.1e}): this model is a GPT-2 "
+            "with its own kind of attention. Use: unnorm export --to transformers"
         )
     return [row]
 
@@ -69,13 +69,13 @@ def nanogpt_config(folded: PreTrainedModel) -> dict[str, Any]:
     config = folded.config
     if config.model_type.removeprefix("unnorm_") != "gpt2":
         raise UnnormError(
-            f"A nanoGPT form is for GPT-2s; this model is a {config.model_type.removeprefix('unnorm_')}. "
-            "Use: unnorm export --to transformers"
+            f"A nanoGPT form is only for GPT-2s; this model is a {config.model_type.removeprefix('unnorm_')}. Use: "
+            "unnorm export --to transformers"
         )
     if config.activation_function not in _ACTIVATIONS or config.n_inner not in (None, 4 * config.n_embd):
         raise UnnormError(
-            f"nanoGPT has GELU and an MLP 4 times as wide as the model; this one has {config.activation_function} and "
-            f"a width of {config.n_inner or 4 * config.n_embd}. Use: unnorm export --to transformers"
+            f"nanoGPT has GELU and an MLP 4 times as wide as the model; this model has {config.activation_function} "
+            f"and a width of {config.n_inner or 4 * config.n_embd}. Use: unnorm export --to transformers"
         )
     sizes = {key: getattr(config, key) for key in ("vocab_size", "n_layer", "n_head", "n_embd")}
     return {

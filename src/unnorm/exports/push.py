@@ -55,12 +55,12 @@ def push(directory: str | Path, repo: str, *, private: bool = False, token: str 
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise UnnormError(f"'{repo}' can't be a repository's name: give OWNER/NAME. {short(error)}") from error
+        raise UnnormError(f"'{repo}' is not a valid repository name: give OWNER/NAME. {short(error)}") from error
     known = token or huggingface_hub.get_token()
     if not known:
         raise UnnormError(
-            "There is no token to write to the hub with. Make one at https://huggingface.co/settings/tokens, then "
-            "run `hf auth login`, set HF_TOKEN, or give it with --token."
+            "There is no token for writing to the hub. Make one at https://huggingface.co/settings/tokens, then run "
+            "`hf auth login`, set HF_TOKEN, or give it with --token."
         )
     files = tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
     api = huggingface_hub.HfApi(token=known)
@@ -89,7 +89,7 @@ def check_run(directory: Path) -> Path:
     load_sites(directory)
     if not finished_result(directory).get("verified"):
         raise UnnormError(
-            f"The proof of the run in '{directory}' did not pass, so that it is not published: see unnorm verify "
+            f"The proof of the run in '{directory}' did not pass, so it is not published: see unnorm verify "
             f"{quote(str(directory))}"
         )
     folder = directory / MODEL
@@ -108,12 +108,12 @@ def check_card(path: Path) -> None:
         UnnormError: there is no front matter or nothing after it, or it is not a YAML mapping with the fields that a
             model needs.
     """
-    remedy = "Write it anew, between two lines of three hyphens at the top of the card."
+    remedy = "Rewrite it, between two lines of three hyphens at the top of the card."
     try:
         values = metadata_load(path)
     except (yaml.YAMLError, ValueError) as error:
         raise UnnormError(
-            f"The front matter of '{path}' is no YAML ({' '.join(str(error).split())}). {remedy}"
+            f"The front matter of '{path}' is not YAML ({' '.join(str(error).split())}). {remedy}"
         ) from error
     if values is None or not path.read_text(encoding="utf-8").partition("\n---\n")[2].strip():
         raise UnnormError(f"'{path}' has no front matter, or nothing after it. {remedy}")
@@ -127,9 +127,9 @@ def _why(repo: str, error: Exception) -> str:
     """Why the upload failed, in terms that help the user."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401:
-        return f"The hub does not know the token ({short(error)}). Make a new one and run `hf auth login` again."
+        return f"The hub rejected the token ({short(error)}). Make a new one and run `hf auth login` again."
     if status in (403, 404):
-        return f"The token may not write to '{repo}' ({short(error)}). Give one that has the right, or another REPO."
+        return f"The token may not write to '{repo}' ({short(error)}). Give one that may, or another REPO."
     if status is not None:
         return f"The hub refused the upload to '{repo}' ({short(error)}). Try again later."
-    return f"The hub could not be reached, so that nothing was published ({short(error)}). Go online and try again."
+    return f"The hub could not be reached, so nothing was published ({short(error)}). Go online and try again."

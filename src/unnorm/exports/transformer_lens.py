@@ -73,14 +73,15 @@ def to_transformer_lens(
             found = bridge(ids)
         except Exception as error:
             raise UnnormError(
-                f"TransformerLens can't take up this {type(twin).__name__.removeprefix(PREFIX)} ({short(error)}). "
+                f"TransformerLens can't load this {type(twin).__name__.removeprefix(PREFIX)} ({short(error)}). "
                 f"{_IN_TRANSFORMERS}"
             ) from error
     difference = compare("bridge", expected, found).relative
     if not difference <= (TOLERANCE if torch.finfo(dtype).bits >= 32 else HALF_TOLERANCE):
         raise UnnormError(
-            f"TransformerLens computes other logits than the model in '{path}' (by {difference:.1e} of the largest): "
-            f"its adapter for {type(twin).__name__.removeprefix(PREFIX)} does not know all of it. {_IN_TRANSFORMERS}"
+            f"TransformerLens computes different logits from the model in '{path}' (by {difference:.1e} of the "
+            f"largest): its adapter for {type(twin).__name__.removeprefix(PREFIX)} does not cover all of it. "
+            f"{_IN_TRANSFORMERS}"
         )
     _show_limits(bridge)
     return bridge
@@ -90,7 +91,7 @@ def _refuse_what_a_bridge_would_leave_out(twin: PreTrainedModel, path: Path) -> 
     refuse_kept_norms(twin, "A bridge")
     if norm_modules(twin) or not type(twin).__name__.startswith(PREFIX):
         raise UnnormError(
-            f"The model in '{path}' is no LN-free model of unnorm's. Give the directory of a finished run."
+            f"The model in '{path}' is not an LN-free model made by unnorm. Give the directory of a finished run."
         )
     if twin.config.affine_maps:
         raise UnnormError(

@@ -185,14 +185,14 @@ def twin_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     """
     if kept := getattr(model.config, "kept_norms", None):
         raise UnnormError(
-            f"This model is a twin that kept {first_few(kept)} (--keep). Start from its original, and keep fewer."
+            f"This model is a twin that kept {first_few(kept)} (--keep). Start from its original, and keep fewer norms."
         )
     try:
         return ln_free_class(type(model))
     except AttributeError as error:
         raise UnnormError(
-            f"{type(model).__name__} is no class of transformers itself, so a checkpoint of its twin could not be "
-            "loaded. Models with modeling code of their own are not handled."
+            f"{type(model).__name__} is not a class of transformers itself, so a checkpoint of its twin could not be "
+            "loaded. Models with their own modeling code are not supported."
         ) from error
 
 

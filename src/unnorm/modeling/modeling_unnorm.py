@@ -131,8 +131,8 @@ def ln_free_model(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         writers = model.config.limited_neurons or []
         if lost := [name for name in writers if "limit" not in model.get_submodule(name)._buffers]:
             raise ValueError(
-                f"The neurons of {lost[0]} lost their limits: something took that layer's place, as quantizers do. "
-                "Leave these layers as they are (of bitsandbytes by llm_int8_skip_modules)."
+                f"The neurons of {lost[0]} lost their limits: something replaced that layer, as quantizers do. Leave "
+                "these layers as they are (in bitsandbytes with llm_int8_skip_modules)."
             )
         return loaded
 

@@ -29,5 +29,5 @@ def choose_device(device: str) -> str:
     if device == "auto":
         return "cuda" if "cuda" in present else "cpu"  # Apple GPUs are untested.
     if device not in present:
-        raise UnnormError(f"No device '{device}' here. There is: {', '.join(present)}.")
+        raise UnnormError(f"No device '{device}' here. Choose from {', '.join(present)}.")
     return device

@@ -116,14 +116,14 @@ def check_same_tokenizer(
     if apart:
         raise UnnormError(
             f"'{name}' and '{other}' have different tokenizers: {len(apart):,} tokens, such as {min(apart)!r}, have "
-            "other ids in one than in the other, or are in one only. Losses per token of such models are of different "
-            "tokens; compare models with the same tokenizer."
+            "different ids in the two, or are in one only. Their losses per token are of different tokens; compare "
+            "models with the same tokenizer."
         )
     if _mixed_ids(tokenizer) != _mixed_ids(its_tokenizer):
         raise UnnormError(
-            f"The tokenizers of '{name}' and '{other}' have the same vocabulary and split text differently, as with "
-            "other merges or another normalizer. Losses per token of such models are of different tokens; compare "
-            "models with the same tokenizer."
+            f"The tokenizers of '{name}' and '{other}' have the same vocabulary but split text differently, e.g. by "
+            "other merges or another normalizer. Their losses per token are of different tokens; compare models with "
+            "the same tokenizer."
         )
 
 
@@ -142,14 +142,14 @@ def missing_weights(loading_info: Mapping[str, Any]) -> list[str]:
 
 def _load_config(model: str, path: str, trust_remote_code: bool) -> PretrainedConfig:
     if not model:
-        raise UnnormError("The model has no name. Give a local directory or a hub id.")
+        raise UnnormError("The model name is empty. Give a local directory or a hub id.")
     if Path(path).is_file():  # transformers would unpickle it.
         raise UnnormError(f"'{model}' is a file. Give the directory that holds the model and its config.json.")
     is_local = Path(path).is_dir()
     if is_local and (Path(path) / "adapter_config.json").is_file():
         raise UnnormError(
-            f"'{model}' holds an adapter beside a model, or for one. Merge the two (in peft: merge_and_unload) and "
-            "`save_pretrained` what comes of it."
+            f"'{model}' holds an adapter, beside its model or alone. Merge the two (in peft: merge_and_unload) and "
+            "`save_pretrained` the result."
         )
     if is_local and not (Path(path) / "config.json").is_file():
         raise UnnormError(
@@ -173,7 +173,7 @@ def _load_config(model: str, path: str, trust_remote_code: bool) -> PretrainedCo
 def _load_weights(model: str, path: str, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
     kind = getattr(config, "model_type", "?")
     if getattr(config, "is_encoder_decoder", False):
-        raise UnnormError(f"'{model}' ({kind}) is an encoder-decoder. Only decoder-only language models are handled.")
+        raise UnnormError(f"'{model}' ({kind}) is an encoder-decoder. Only decoder-only language models are supported.")
     _refuse_quantized(model, config)
     try:
         loaded, info = AutoModelForCausalLM.from_pretrained(
@@ -190,10 +190,10 @@ def _load_weights(model: str, path: str, config: PretrainedConfig, trust_remote_
         _refuse_remote_code(model, error)
         if isinstance(error, OSError) and "file named" in str(error):
             raise UnnormError(
-                f"'{model}' has no weights in safetensors form, the only one that is read: pickled weights "
-                "(pytorch_model.bin) can run code. Fetch it again, or load and `save_pretrained` it where you trust it."
+                f"'{model}' has no weights in safetensors format, the only one that is read: pickled weights "
+                "(pytorch_model.bin) can run code. Fetch it again, or load and `save_pretrained` it if you trust it."
             ) from error
-        remedy = "Only decoder-only language models are handled." if "AutoModel" in str(error) else "Fetch it again."
+        remedy = "Only decoder-only language models are supported." if "AutoModel" in str(error) else "Fetch it again."
         raise UnnormError(
             f"Could not load '{model}' ({kind}) as a causal language model: {short(error)} {remedy}"
         ) from error
@@ -275,16 +275,15 @@ def _check_causal(name: str, model: PreTrainedModel) -> None:
         )
     if not torch.allclose(before[finite], after[finite], rtol=1e-3, atol=1e-3):
         raise UnnormError(
-            f"'{name}' ({type(model).__name__}) is an encoder: its earlier outputs depend on later tokens. "
-            "Only decoder-only language models are handled."
+            f"'{name}' ({type(model).__name__}) is an encoder: its earlier outputs depend on later tokens. Only "
+            "decoder-only language models are supported."
         )
 
 
 def _check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise UnnormError(
-            f"'{name}' comes without its tokenizer: there are no tokens in it. Put the tokenizer's files beside "
-            "the model."
+            f"'{name}' has no tokenizer, or one without tokens. Put the tokenizer's files beside the model."
         )
     rows = vocabulary_size(model)
     # Special tokens, e.g. padding or image placeholders, may have larger ids: text with one is refused when read.
@@ -292,8 +291,8 @@ def _check_tokenizer(name: str, model: PreTrainedModel, tokenizer: PreTrainedTok
     top = max(set(tokenizer.get_vocab().values()) - special, default=-1)
     if top >= rows:
         raise UnnormError(
-            f"The tokenizer of '{name}' has ids up to {top}, but the model has embeddings for {rows} tokens only. "
-            "They don't belong together; save the model with the tokenizer that it was trained with."
+            f"The tokenizer of '{name}' has ids up to {top}, but the model has embeddings for {rows} tokens only. They "
+            "don't belong together; save the model with the tokenizer that it was trained with."
         )
     end = tokenizer.eos_token_id
     if end is not None and end >= rows:
@@ -309,7 +308,7 @@ def _refuse_quantized(model: str, config: PretrainedConfig) -> None:
         return
     method = quantized.get("quant_method", "?") if isinstance(quantized, dict) else quantized.quant_method
     raise UnnormError(
-        f"The weights of '{model}' are quantized ({getattr(method, 'value', method)}), and a constant can't be folded "
+        f"The weights of '{model}' are quantized ({getattr(method, 'value', method)}), so constants can't be folded "
         "into them exactly. Fetch its unquantized checkpoint, or load it with transformers, call `.dequantize()` and "
         "`save_pretrained` it."
     )
@@ -318,5 +317,5 @@ def _refuse_quantized(model: str, config: PretrainedConfig) -> None:
 def _refuse_remote_code(model: str, error: Exception) -> None:
     if "trust_remote_code" in str(error):
         raise UnnormError(
-            f"'{model}' comes with code of its own. Read it, and if you trust it, add --trust-remote-code."
+            f"'{model}' comes with its own code. Read it, and if you trust it, add --trust-remote-code."
         ) from error

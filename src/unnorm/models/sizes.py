@@ -30,7 +30,7 @@ def check_fits(model: PreTrainedModel, tokens: int) -> None:
     """Raise an UnnormError if a sequence has more tokens than the model takes."""
     longest = _told_context(model)
     if longest is not None and tokens > longest:
-        raise UnnormError(f"A sequence has {tokens} tokens, and the model takes {longest}. Shorten it.")
+        raise UnnormError(f"A sequence has {tokens} tokens, but the model takes {longest}. Shorten it.")
 
 
 def blocks_at_once(model: PreTrainedModel, length: int, most: int) -> int:
@@ -49,5 +49,5 @@ def choose_context(asked: int | None, *models: PreTrainedModel) -> int:
     if context > longest:
         raise UnnormError(f"--context {context} is longer than the {longest} tokens that the model takes.")
     if context < 2:
-        raise UnnormError(f"--context {context} is too short: a block takes 2 tokens at least.")
+        raise UnnormError(f"--context {context} is too short: a block takes at least 2 tokens.")
     return context

@@ -68,8 +68,8 @@ def _refuse_norms_left(model: PreTrainedModel, left: list[tuple[str, str]]) -> N
     if left:
         operation, place = left[0]
         raise UnnormError(
-            f"{type(model).__name__} normalizes outside of its norm modules ({operation} runs in '{place}'), and that "
-            "would stay. It needs modeling code in which every norm is a module of its own; with --keep, which leaves "
+            f"{type(model).__name__} normalizes outside of its norm modules ({operation} runs in '{place}'), which "
+            "would remain. It needs modeling code in which every norm is its own module; with --keep, which leaves "
             "some norms on purpose, the others can be removed."
         )
 
@@ -79,8 +79,8 @@ def _float64_logits(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) 
         return float64_logits(model, ids)
     except Exception as error:
         raise UnnormError(
-            f"{type(model).__name__} can't compute in float64 ({short(error)}), in which folding is proved. "
-            "It would need modeling code that names no other precision; the model is refused."
+            f"{type(model).__name__} can't compute in float64 ({short(error)}), in which folding is proved. It would "
+            "need modeling code that sets no other precision; the model is refused."
         ) from error
 
 
@@ -119,7 +119,7 @@ def _logits(
     except Exception as error:  # Code written for a norm may fail in any way without one.
         raise UnnormError(
             f"{type(model).__name__.removeprefix(PREFIX)} does more with its norms than call them ({short(error)}), so "
-            "nothing can take their place. It would need modeling code that only calls them; the model is refused."
+            "they can't be replaced. It would need modeling code that only calls them; the model is refused."
         ) from error
 
 
@@ -128,7 +128,7 @@ def _what_is_wrong(model: PreTrainedModel, sites: Sequence[NormSite]) -> str:
     ids = trace_inputs(model)
     work = copy_model(model, share=True)
     if not _folds(work, [], ids):
-        return f"its class computes something else than transformers' {model.config.model_type}"
+        return f"its class computes something other than transformers' {model.config.model_type}"
     for site in sites:
         norm = work.get_submodule(site.name)
         with _random_constants(install(work, [site])):
@@ -139,7 +139,7 @@ def _what_is_wrong(model: PreTrainedModel, sites: Sequence[NormSite]) -> str:
             if site.folds_into == "readers":
                 return f"something besides {', '.join(site.readers)} reads the output of '{site.name}'"
             return f"something besides '{site.name}' reads the output of {', '.join(site.writers)}"
-    return "the sites are right one by one but not together"
+    return "each site folds correctly alone, but not all together"
 
 
 def _folds(model: PreTrainedModel, sites: Sequence[NormSite], ids: Int[Tensor, "batch position"]) -> bool:

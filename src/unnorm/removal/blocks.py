@@ -109,8 +109,8 @@ def _check_processes_share(config: RemoveConfig, plan: Plan, directory: Path) ->
     """Raise an UnnormError if the number of processes does not fit the batch size of the run that is resumed."""
     if config.batch_size is not None and config.batch_size != plan.batch_size and plan.steps:
         raise UnnormError(
-            f"The run in '{directory}' takes {config.batch_size} blocks a step, which {plan.processes} processes "
-            "can't share evenly. Resume it with a number of them that divides that."
+            f"The run in '{directory}' takes {config.batch_size} blocks per step, which {plan.processes} processes "
+            "can't share evenly. Resume it with a number that divides it."
         )
 
 
@@ -148,7 +148,7 @@ def _read_blocks(
     if config.data == STDLIB and config.model != DEMO and "data" not in config.model_fields_set:
         say(
             watch,
-            "no --data was named, so the text is Python's standard library; name text like what the model was made for",
+            "no --data was given, so the text is Python's standard library; give text like the model's training data",
         )
     return build_blocks(
         config.data,
@@ -196,6 +196,6 @@ def check_same_text(run: Run) -> None:
         shutil.rmtree(run.directory / DATA)
         remedy = "Do the run" if run.config.data == OWN_TEXT else "Put it back as it was, or do the run"
         raise UnnormError(
-            f"The text in '{run.config.data}' has changed since the twin was trained, and a control must have the "
-            f"same. {remedy} again with --control."
+            f"The text in '{run.config.data}' has changed since the twin was trained, but a control needs the same. "
+            f"{remedy} again with --control."
         )

@@ -44,7 +44,7 @@ def heal(directory: str | Path, *, watch: Watch | None = None, **options: Any) -
                 "or finish it with: unnorm remove --resume --out DIR"
             )
     if options.get("tokens") is not None and read_count(options["tokens"]) == 0:
-        raise UnnormError("--tokens 0 would leave the twin as it is. Say how many tokens it is to be trained on.")
+        raise UnnormError("--tokens 0 would leave the twin as it is. Give the number of tokens to train it on.")
     if options.get("control"):
         check_has_control(directory)
     left_out = {*_OF_ONE_RUN, *(_OF_THE_DATA if "data" in options else ())}

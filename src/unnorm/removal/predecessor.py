@@ -33,7 +33,7 @@ def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], Fac
     stand_ins = {name: module for name, module in student.named_modules() if isinstance(module, TaperedNorm)}
     if set(stand_ins) != {site.name for site in run.sites}:
         raise UnnormError(
-            f"The run in '{directory}' took away other norms than these settings ask for: see its --keep."
+            f"The run in '{directory}' removed different norms than these settings ask for: see its --keep."
         )
     for stand_in in stand_ins.values():
         stand_in.log_constant = stand_in.log_constant.to(stand_in.gain.dtype)

@@ -85,7 +85,7 @@ def remove(
         if not (directory / CONFIG_FILE).is_file():
             raise
         command = resume_command(directory) + not_saved(config, directory)
-        raise RunInterruptedError(f"Stopped; what was saved is kept. Go on with: {command}") from None
+        raise RunInterruptedError(f"Stopped; saved work is kept. Resume with: {command}") from None
 
 
 def _run(config: RemoveConfig, directory: Path, watch: Watch, started: float) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _load_original(config: RemoveConfig, directory: Path) -> tuple[PreTrainedMod
     """Load the original; if that fails and a saved run names it, the error says where, as the model may have moved."""
     settings = (run / CONFIG_FILE for run in (directory, config.twin) if run is not None)
     found = next(filter(Path.is_file, settings), None)
-    with explained(found is not None, "", f"Where it is stands in '{found}' (model: …)."):
+    with explained(found is not None, "", f"Its path is set in '{found}' (model: …)."):
         return load_original(config.model, config.trust_remote_code)
 
 
@@ -197,7 +197,7 @@ def _check_ended(run: Run, outcome: Outcome, directory: Path) -> None:
     whose = " of the control" if directory != run.directory else ""
     if outcome.interrupted:
         raise RunInterruptedError(
-            f"Stopped at step {outcome.steps} of {run.plan.steps}{whose}; nothing is lost. Go on with: "
+            f"Stopped at step {outcome.steps} of {run.plan.steps}{whose}; nothing is lost. Resume with: "
             f"{resume_command(run.directory)}"
         )
     if outcome.diverged:
@@ -215,11 +215,11 @@ def _check_ended(run: Run, outcome: Outcome, directory: Path) -> None:
         sites = ", ".join(f"{name} (alpha {alpha:.2f})" for name, alpha in outcome.unfinished.items())
         last = outcome.rows[-1]
         raise UnnormError(
-            f"Out of tokens after {outcome.tokens:,}, and {len(outcome.unfinished)} sites are still norms: {sites}. "
-            f"It waited in {last.get('waited', 0)} steps, {run.config.kl_budget} nats or more from the original, "
-            f"and went back {last.get('set_back', 0)} times, after spikes or refused steps. "
-            "Go on with more tokens, and with a larger --kl-budget if it mostly waited: "
-            f"{resume_command(run.directory)} --tokens {2 * outcome.tokens}"
+            f"Out of tokens after {outcome.tokens:,}, but {len(outcome.unfinished)} sites are still norms: {sites}. "
+            f"The taper waited in {last.get('waited', 0)} steps, {run.config.kl_budget} nats or more from the "
+            f"original, and went back {last.get('set_back', 0)} times, after spikes or refused steps. Resume with more "
+            f"tokens, and with a larger --kl-budget if it mostly waited: {resume_command(run.directory)} --tokens "
+            f"{2 * outcome.tokens}"
         )
 
 

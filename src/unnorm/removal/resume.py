@@ -19,7 +19,7 @@ def saved_options(options: dict[str, Any]) -> dict[str, Any]:
         UnnormError: there is no such run, it has nothing left to do, or an option would change a fixed setting.
     """
     if options.get("out") is None:
-        raise UnnormError("Which run? Name its directory: --resume --out DIR.")
+        raise UnnormError("--resume needs the run's directory: add --out DIR.")
     directory = Path(options["out"]).expanduser()
     if not (directory / CONFIG_FILE).is_file():
         raise UnnormError(f"'{directory}' holds no run to resume: there is no {CONFIG_FILE} in it.")
@@ -64,13 +64,13 @@ def _check_control_is_left(directory: Path, settings: dict[str, Any]) -> None:
     has_one = finished_result(directory).get("control_loss") is not None
     if has_one or not settings.get("control"):
         raise UnnormError(
-            f"The run in '{directory}' is finished: there is nothing to resume. `unnorm heal` trains its twin on"
+            f"The run in '{directory}' is finished: there is nothing to resume. `unnorm heal` trains its twin further"
             + ("." if has_one else ", and --resume --control trains the missing control.")
         )
     if settings.get("twin"):
         raise UnnormError(
-            f"The twin in '{directory}' is that of another run, trained on, so a control would lack the first run's "
-            "tokens. Leave --control out."
+            f"The twin in '{directory}' was healed from another run's, so a control would lack the first run's tokens. "
+            "Leave --control out."
         )
 
 
@@ -79,7 +79,7 @@ def _check_healed(directory: Path, first: Path, control: bool) -> None:
     if not first.is_dir():
         raise UnnormError(
             f"The run in '{directory}' heals the twin of the one in '{first}', which is no longer there. Put it back, "
-            "or start anew: unnorm heal DIR"
+            "or start again: unnorm heal DIR"
         )
     if control:
         check_has_control(first)
@@ -94,8 +94,8 @@ def check_has_control(directory: Path) -> None:
     """Raise an UnnormError if a finished run has no control that can be trained further."""
     if not has_control(directory):
         raise UnnormError(
-            f"The run in '{directory}' has no control to go on with. Go on without it (--no-control), or train "
-            "it first: unnorm remove --resume --control --out DIR"
+            f"The run in '{directory}' has no control to train further. Heal without it (--no-control), or train it "
+            "first: unnorm remove --resume --control --out DIR"
         )
 
 

@@ -53,7 +53,7 @@ def limit_quadratic_mlps(run: Run, student: PreTrainedModel) -> None:
     """Set limits on the neurons of a run's model where its MLPs are quadratic."""
     calibration = evenly_spaced(run.train_blocks, CALIBRATION_BLOCKS)
     if limited := set_limits(student, run.original, run.sites, calibration):
-        run.say(f"neurons of {len(limited)} quadratic MLPs have limits now")
+        run.say(f"set limits on the neurons of {len(limited)} quadratic MLPs")
 
 
 def evaluate_on_held_out(run: Run, model: PreTrainedModel, name: str, blocks: Dataset | None = None) -> Evaluation:
@@ -78,7 +78,7 @@ def open_directory(config: RemoveConfig, resume: bool) -> Path:
     """
     directory = _unused_name(f"unnorm-{Path(config.model).name}") if config.out is None else config.out.expanduser()
     if not resume and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UnnormError(f"'{directory}' is not empty. Choose another --out, or go on with the run in it: --resume.")
+        raise UnnormError(f"'{directory}' is not empty. Choose another --out, or resume the run in it: --resume.")
     check_can_be_made(directory)
     return directory
 
@@ -96,6 +96,6 @@ def check_disk(directory: Path, model: PreTrainedModel) -> None:
     free = shutil.disk_usage(parent).free + written
     if free < needed:
         raise UnnormError(
-            f"Not enough disk: the run may need {needed / 1e9:.1f} GB and '{parent}' has {free / 1e9:.1f} GB for it. "
-            "Free some space, or start the run in a roomier place by --out."
+            f"Not enough disk space: the run may need {needed / 1e9:.1f} GB, but '{parent}' has {free / 1e9:.1f} GB "
+            "for it. Free some space, or choose a larger disk with --out."
         )

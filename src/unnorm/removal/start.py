@@ -97,7 +97,7 @@ def _naive_removal(run: Run, student: PreTrainedModel, stand_ins: dict[str, Tape
         if math.isfinite(measured.loss):
             measured = evaluate_on_held_out(run, student, "naive removal")
     if not math.isfinite(measured.loss):
-        run.say("without its norms and without training the model overflows: its loss is not a number")
+        run.say("without its norms and before training, the model overflows: its loss is not a number")
     return measured.loss, float(measured.kl or 0.0)
 
 
@@ -109,7 +109,7 @@ def _equalize(
     common = student, run.original, run.sites, stand_ins, calibration, run.config.estimator
     neurons = shrink_massive(*common, MADE_GOOD * run.config.kl_budget)
     if neurons:
-        run.say(f"scaled down what writes massive activations: {len(neurons)} of the MLPs' neurons")
+        run.say(f"scaled down MLP neurons that write massive activations: {len(neurons)}")
         use_bounds(stand_ins.values())
     equalize_embedding(*common)
     return [asdict(neuron) for neuron in neurons]

@@ -79,7 +79,7 @@ class RemoveConfig(BaseModel):
     @classmethod
     def _something_to_train_on(cls, control: bool, others: ValidationInfo) -> bool:
         if control and others.data.get("tokens") == 0:
-            raise ValueError("without tokens to train on, the control is the original; leave it out, or give --tokens")
+            raise ValueError("without training tokens, the control is the original; leave it out, or give --tokens")
         return control
 
     @field_validator("report_to")
@@ -110,7 +110,7 @@ class RemoveConfig(BaseModel):
             ]
             unknown = any(e["type"] == "extra_forbidden" for e in error.errors())
             known = f" Known: {', '.join(cls.model_fields)}." if unknown else ""
-            raise UnnormError(f"Wrong settings: {'; '.join(wrong)}.{known}") from error
+            raise UnnormError(f"Invalid settings: {'; '.join(wrong)}.{known}") from error
 
     def to_saved(self) -> dict[str, Any]:
         """The settings as they are saved: paths are absolute, so that the run can be resumed from any directory."""
@@ -150,7 +150,7 @@ def parse_count(text: str) -> int:
     factor = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9}[match[2].lower()]
     count = float(match[1].replace("_", "")) * factor
     if not math.isfinite(count):
-        raise ValueError("that many tokens can't be counted")
+        raise ValueError("that number is too large")
     return round(count)
 
 
@@ -180,13 +180,12 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if options is None:
         return {}
     if not isinstance(options, dict):
-        raise UnnormError(f"'{path}' holds no settings: write one 'option: value' a line.")
+        raise UnnormError(f"'{path}' holds no settings: write one 'option: value' per line.")
     named = {str(key).replace("-", "_"): value for key, value in options.items()}
     unknown = [name for name in named if name not in RemoveConfig.model_fields]
     if unknown:
         raise UnnormError(
-            f"'{path}' has settings that are not known: {', '.join(unknown)}. "
-            f"Known: {', '.join(RemoveConfig.model_fields)}."
+            f"'{path}' has unknown settings: {', '.join(unknown)}. Known: {', '.join(RemoveConfig.model_fields)}."
         )
     return named
 

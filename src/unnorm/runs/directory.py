@@ -98,7 +98,7 @@ def check_can_be_made(directory: Path) -> None:
     """Raise an UnnormError if a directory can't be created or, where it exists, written to."""
     place = nearest_existing(directory)
     if not place.is_dir():
-        raise UnnormError(f"'{directory}' can't be made: '{place}' is a file. Choose another --out.")
+        raise UnnormError(f"'{directory}' can't be created: '{place}' is a file. Choose another --out.")
     if not os.access(place, os.W_OK | os.X_OK):
         raise UnnormError(f"Nothing can be written to '{place}'. Choose another --out.")
 
@@ -114,7 +114,7 @@ def finished_result(directory: Path) -> dict[str, Any]:
         return {**result}
     except OSError as error:
         raise UnnormError(
-            f"The run in '{directory}' is not finished: there is no {RESULT} that can be read. Finish it with: "
+            f"The run in '{directory}' is not finished: there is no readable {RESULT}. Finish it with: "
             f"{resume_command(directory)}"
         ) from error
     except (ValueError, TypeError) as error:

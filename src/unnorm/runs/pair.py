@@ -78,6 +78,6 @@ def _own_reference(directory: Path, settings: Mapping[str, Any], control_first: 
     if settings.get("model"):
         return str(settings["model"])
     raise UnnormError(
-        f"'{directory / CONFIG_FILE}' is missing or names no original: there is nothing to compare with. Name the "
+        f"'{directory / CONFIG_FILE}' is missing or names no original, so there is nothing to compare with. Name the "
         "original with --against."
     )

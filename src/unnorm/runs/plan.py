@@ -84,7 +84,7 @@ def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) 
     batch_size = config.batch_size or max(1, round(wanted / context))
     if batch_size > processes and 0 < tokens < batch_size * context / 2:
         raise UnnormError(
-            f"--tokens {tokens:,} are less than one step, which takes {batch_size:,} blocks of {context:,} tokens. "
+            f"--tokens {tokens:,} is less than one step, which takes {batch_size:,} blocks of {context:,} tokens. "
             "Give more tokens, or a smaller --batch-size or --context."
         )
     batch_size = processes * max(1, round(batch_size / processes))
@@ -143,7 +143,7 @@ def _micro_batch(model: PreTrainedModel, context: int, most: int, device: str, a
     if states > free:
         raise UnnormError(
             f"Training this model takes {states / 1e9:.1f} GB on {device} for weights, gradients and the optimizer "
-            f"alone, and {free / 1e9:.1f} GB are free. Take a smaller model or a larger "
+            f"alone, but {free / 1e9:.1f} GB are free. Use a smaller model or a larger "
             "machine; --tokens 0 needs far less."
         )
     fit = asked or max(1, int((free - states) * MEMORY_SHARE / (4 * numbers)))

@@ -42,8 +42,7 @@ def find_sites(model: PreTrainedModel, in_place: bool = False, keep: str | None 
         if name in trace.hidden:  # Even one to keep: modules beside it may read other norms untraced.
             raise UnnormError(
                 f"The norm '{name}' ({type(model.get_submodule(name)).__name__}) is called where no gradient flows, so "
-                "what is read there can't be traced. That would need modeling code without gradient functions of its "
-                "own."
+                "it can't be traced. That would need modeling code without its own gradient functions."
             )
     names = _without_kept(names, keep)
     for name in names:
@@ -62,7 +61,7 @@ def _without_kept(names: Sequence[str], keep: str | None) -> list[str]:
     try:
         left = [name for name in names if not re.search(keep, name)]
     except re.error as error:
-        raise UnnormError(f"--keep '{keep}' is no regular expression: {error}.") from error
+        raise UnnormError(f"--keep '{keep}' is not a regular expression: {error}.") from error
     if len(left) == len(names):
         raise UnnormError(f"--keep '{keep}' matches none of the norms: {', '.join(names)}.")
     if not left:
@@ -142,19 +141,18 @@ def _with_folded_writers(site: NormSite, sites: Sequence[NormSite]) -> NormSite:
 
 def _not_foldable(model: PreTrainedModel, site: NormSite) -> UnnormError:
     return UnnormError(
-        f"The output of the norm '{site.name}' ({type(model).__name__}) does not go to linear layers alone (but into "
-        "the residual stream, as in a post-norm model, or into an activation, or into a router that computes in "
-        "another precision or has no bias to take up the norm's), and its input is not one linear layer's output. So "
-        "its constant map can't be folded into a weight. With --in-place it stays where the norm was, as a fixed "
-        "affine map."
+        f"The constant map of the norm '{site.name}' ({type(model).__name__}) can't be folded into a weight: its "
+        "output is not read by linear layers alone (but by the residual stream, as in a post-norm model, an "
+        "activation, or a router that computes in another precision or has no bias to absorb the norm's), and its "
+        "input is not one linear layer's output. With --in-place it stays where the norm was, as a fixed affine map."
     )
 
 
 def _gated(model: PreTrainedModel, name: str) -> UnnormError:
     return UnnormError(
         f"The norm '{name}' ({type(model.get_submodule(name)).__name__}) takes a second tensor besides what it "
-        "normalizes: a gate, as in state-space and linear-attention layers. What it gives is no function of its input "
-        "alone, so no constant map can stand for it; that would take a gated map, folded on both sides of the gate. "
+        "normalizes: a gate, as in state-space and linear-attention layers. Its output is not a function of its input "
+        "alone, so no constant map can replace it; that would take a gated map, folded on both sides of the gate. "
         f"{stays_with_keep(name)}"
     )
 
@@ -164,7 +162,7 @@ def _no_norms(model: PreTrainedModel) -> UnnormError:
     said = f"{type(model).__name__} has no normalization layers"
     if getattr(model.config, "removed_norms", None):
         count = len(model.config.removed_norms)
-        return UnnormError(f"{said}: it is a twin whose {count} norms are gone already. There is nothing to remove.")
+        return UnnormError(f"{said}: it is a twin whose {count} norms are already removed. There is nothing to remove.")
     kinds = {name: type(module).__name__ for name, module in model.named_modules()}
     for name, kind in kinds.items():
         if "BatchNorm" in kind:
@@ -174,12 +172,12 @@ def _no_norms(model: PreTrainedModel) -> UnnormError:
             )
         if "dyt" in kind.lower() or "dynamictanh" in kind.lower():
             return UnnormError(
-                f"{said}: '{name}' ({kind}) squashes each feature by itself, whatever the scale of the token. To make "
-                "it affine would take another taper, from its tanh to a line; that is not handled."
+                f"{said}: '{name}' ({kind}) squashes each feature by itself, whatever the scale of the token. Making "
+                "it affine would take another taper, from its tanh to a line; that is not supported."
             )
     return UnnormError(
         f"{said}: no module's output is independent of its input's scale. There is nothing to remove. (Norms that are "
-        "no modules of their own can't be removed.)"
+        "not modules can't be removed.)"
     )
 
 

@@ -103,7 +103,9 @@ def gain_offset(module: nn.Module, site: NormSite) -> int:
 
 def stays_with_keep(name: str) -> str:
     """The hint, in messages about norms that can't be removed, of how to keep them."""
-    return f"With --keep '{re.sub('[0-9]+', '[0-9]+', re.escape(name))}$' such norms stay (join several kinds by |)."
+    return (
+        f"With --keep '{re.sub('[0-9]+', '[0-9]+', re.escape(name))}$' such norms stay (join several patterns with |)."
+    )
 
 
 class _Operations(TorchDispatchMode):

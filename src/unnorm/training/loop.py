@@ -199,19 +199,19 @@ def _as_unnorm_errors(plan: Plan, checkpoints: Path, report_to: Sequence[str]) -
         ) from error
     except (OSError, SafetensorError) as error:
         raise UnnormError(
-            f"Could not read or write a checkpoint in '{checkpoints}': {error}. Free some space and go on with "
+            f"Could not read or write a checkpoint in '{checkpoints}': {error}. Free some space and continue with "
             "--resume."
         ) from error
     except Exception as error:
         tracker = type(error).__module__.partition(".")[0]
         if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch.save on a full disk
             raise UnnormError(
-                f"Could not write a checkpoint in '{checkpoints}'. Free some space and go on with --resume."
+                f"Could not write a checkpoint in '{checkpoints}'. Free some space and continue with --resume."
             ) from error
         if tracker not in report_to:
             raise
         raise UnnormError(
-            f"{tracker} gave up: {str(error).strip()} Go on with --resume when that is mended, or without it: "
+            f"{tracker} failed: {str(error).strip()} Fix that and continue with --resume, or train without it: "
             "--resume --report-to none."
         ) from error
 

@@ -95,7 +95,7 @@ def audit(
     watch = watch or silent
     tokens = read_count(tokens)
     if tokens < 1:
-        raise UnnormError(f"--tokens {tokens}: a class takes 1 token at least.")
+        raise UnnormError(f"--tokens {tokens}: a class takes at least 1 token.")
     pair = open_pair(directory, against, True, choose_device(device), trust_remote_code, watch)
     twin, reference, tokenizer = pair.twin, pair.reference, pair.tokenizer
     length = min(context_length(twin), context_length(reference), MOST_AUDIT_CONTEXT) if context is None else context
