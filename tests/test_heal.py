@@ -111,7 +111,7 @@ def test_goes_on_where_the_run_ended(trained: Path, tmp_path: Path) -> None:
     assert result["plan"]["context"] == earlier["plan"]["context"]
     assert (result["seed"], result["twin"]) == (earlier["seed"] + 1, str(trained))
     for page in (out / "report.html", out / "model" / "README.md"):
-        assert "20\u202f480 of these tokens, on the twin of a finished run" in page.read_text()
+        assert "20\u202f480 of these tokens, starting from the twin of a finished run" in page.read_text()
 
 
 def test_tokens_and_seconds_of_all_runs_add_up(trained: Path, tmp_path: Path) -> None:
