@@ -14,7 +14,7 @@ from unnorm.evaluation.corpora import Corpus
 from unnorm.evaluation.harness import Benchmark
 from unnorm.evaluation.record import Record
 from unnorm.json_text import digest
-from unnorm.models.load import DEMO, check_same_tokenizer, load_original
+from unnorm.models.load import DEMO, check_same_tokenizer, check_same_vocabulary, load_original
 from unnorm.models.sizes import choose_context, vocabulary_size
 from unnorm.progress import Watch, say
 from unnorm.runs.config import run_settings
@@ -106,16 +106,8 @@ def enter(
     """
     if not names:
         raise UnnormError("No models to evaluate: name at least one.")
-    found: dict[str, _Candidate] = {}
-
-    def load(name: str) -> None:
-        say(watch, f"loading {name}")
-        model, tokenizer = load_original(name, trust_remote_code)
-        entrant = Entrant(name, _weights_digest(model), _config_digest(model))
-        found[name] = _Candidate(entrant, tokenizer, vocabulary_size(model), choose_context(context, model))
-
-    for name in dict.fromkeys([against, *names] if against else names):
-        load(name)
+    named = dict.fromkeys([against, *names] if against else names)
+    found = {name: _candidate(name, context, trust_remote_code, watch) for name in named}
     first, *others = found.values()
     for other in others:
         _check_comparable(first, other)
@@ -123,11 +115,11 @@ def enter(
     if own is not None:
         try:
             if own not in found:
-                load(own)
-                _check_comparable(first, found[own])
+                candidate = _candidate(own, context, trust_remote_code, watch)
+                _check_comparable(first, candidate)
+                found[own] = candidate
             against = own
         except UnnormError as error:  # Nobody asked for it.
-            found.pop(own, None)
             say(watch, f"no comparison, since the run's original can't be used: {error}")
     return Entered(
         entrants=tuple(found[name].entrant for name in dict.fromkeys(names)),
@@ -136,6 +128,13 @@ def enter(
         vocab_size=first.vocab_size,
         context=min(candidate.context for candidate in found.values()),
     )
+
+
+def _candidate(name: str, context: int | None, trust_remote_code: bool, watch: Watch) -> _Candidate:
+    say(watch, f"loading {name}")
+    model, tokenizer = load_original(name, trust_remote_code)
+    entrant = Entrant(name, _weights_digest(model), _config_digest(model))
+    return _Candidate(entrant, tokenizer, vocabulary_size(model), choose_context(context, model))
 
 
 def _own_original(names: Sequence[str]) -> str | None:
@@ -154,11 +153,7 @@ def settings_of(name: str) -> dict[str, Any]:
 
 
 def _check_comparable(first: _Candidate, other: _Candidate) -> None:
-    if first.vocab_size != other.vocab_size:
-        raise UnnormError(
-            f"'{first.entrant.name}' has {first.vocab_size:,} token embeddings but '{other.entrant.name}' has "
-            f"{other.vocab_size:,}; compare models with the same tokenizer."
-        )
+    check_same_vocabulary(first.entrant.name, first.vocab_size, other.entrant.name, other.vocab_size)
     check_same_tokenizer(first.entrant.name, first.tokenizer, other.entrant.name, other.tokenizer)
 
 

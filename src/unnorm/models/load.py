@@ -83,27 +83,12 @@ def load_original(model: str, trust_remote_code: bool = False) -> tuple[PreTrain
     return loaded, tokenizer
 
 
-def load_beside(
-    directory: Path, name: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The twin of a finished run with its tokenizer, for comparison with the model called `name`.
-
-    Raises:
-        UnnormError: the twin's files are damaged, or the two models have different tokenizers or vocabulary sizes.
-    """
-    twin, its_tokenizer = load_original(str(directory / MODEL), trust_remote_code)
-    _check_same_vocabulary(str(directory), twin, name, model)
-    check_same_tokenizer(str(directory), its_tokenizer, name, tokenizer)
-    return twin, its_tokenizer
-
-
-def _check_same_vocabulary(name: str, model: PreTrainedModel, other: str, its_model: PreTrainedModel) -> None:
+def check_same_vocabulary(name: str, rows: int, other: str, its_rows: int) -> None:
     """Raise an UnnormError if two models have different numbers of token embeddings."""
-    ours, theirs = vocabulary_size(model), vocabulary_size(its_model)
-    if ours != theirs:
+    if rows != its_rows:
         raise UnnormError(
-            f"'{name}' has {ours:,} token embeddings and '{other}' has {theirs:,}: their vocabularies differ. "
-            "Compare a twin with the original that it was made from, or with the control."
+            f"'{name}' has {rows:,} token embeddings and '{other}' has {its_rows:,}: their vocabularies differ. "
+            "Compare models with the same tokenizer, such as a twin with its original or its control."
         )
 
 

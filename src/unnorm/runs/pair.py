@@ -9,10 +9,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.errors import UnnormError, explained
 from unnorm.folding.checkpoint import load_sites
-from unnorm.models.load import load_beside, load_original, model_name
+from unnorm.models.load import check_same_tokenizer, check_same_vocabulary, load_original, model_name
+from unnorm.models.sizes import vocabulary_size
 from unnorm.progress import Watch, say
 from unnorm.runs.config import run_settings
-from unnorm.runs.directory import CONFIG_FILE, CONTROL
+from unnorm.runs.directory import CONFIG_FILE, CONTROL, MODEL
 from unnorm.sites.site import NormSite
 
 
@@ -67,7 +68,9 @@ def open_pair(
     say(watch, f"loading {directory} and {name}")
     with explained(against is None, "The run's own reference can't be used.", "Or name another with --against."):
         reference, tokenizer = load_original(name, trust_remote_code)
-    twin, _ = load_beside(directory, name, reference, tokenizer, trust_remote_code)
+    twin, its_tokenizer = load_original(str(directory / MODEL), trust_remote_code)
+    check_same_vocabulary(str(directory), vocabulary_size(twin), name, vocabulary_size(reference))
+    check_same_tokenizer(str(directory), its_tokenizer, name, tokenizer)
     return Pair(name, reference.to(device), twin.to(device), tokenizer, sites, constants, settings)
 
 

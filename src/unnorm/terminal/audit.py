@@ -8,8 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from unnorm.terminal.evaluation import MOST_FIXED
-from unnorm.terminal.text import verdict
+from unnorm.terminal.text import MOST_FIXED, mark, verdict
 
 _AUDITED = ("99.9%", "99.99%", "largest")
 _MOST_SHOWN = 60
@@ -50,8 +49,8 @@ def _audit_table(title: str, *left: str, right: Sequence[str], last: str | None 
 def _audit_losses(rows: Sequence[dict[str, Any]]) -> Table:
     table = _audit_table("Loss in nats per token", "", right=("tokens", *_AUDITED), last="why")
     for row in rows:
-        shown = "[green]passed[/]" if row["passed"] else "[bold red]FAILED[/]"
-        table.add_row(row["name"], shown, f"{row['tokens']:,}", *_pairs(row, "loss", ".2f"), row["reason"])
+        numbers = _pairs(row, "loss", ".2f")
+        table.add_row(row["name"], mark(row["passed"]), f"{row['tokens']:,}", *numbers, row["reason"])
     return table
 
 

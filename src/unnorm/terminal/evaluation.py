@@ -11,13 +11,11 @@ from rich.table import Table
 from rich.text import Text
 
 from unnorm.report.sentences import intervals_over
-from unnorm.terminal.text import whole
+from unnorm.terminal.text import MOST_FIXED, whole
 
 if TYPE_CHECKING:  # These import torch, which would slow down `--help`.
     from unnorm.evaluation import Evaluation, Results, Score
 
-MOST_FIXED = 10_000
-"""Values from here on are shown in scientific notation."""
 LEAST_NAME = 10
 """Minimum width of a name column, in characters."""
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from unnorm.report.sentences import shared_prefix, without_norms
 from unnorm.runs.directory import MODEL, REPORT
-from unnorm.terminal.text import verdict, whole
+from unnorm.terminal.text import mark, verdict, whole
 
 if TYPE_CHECKING:  # These import torch, which would slow down `--help`.
     from unnorm.calibration.scales import ScaleStatistics
@@ -113,9 +113,8 @@ def proof_table(checks: Sequence["Check"]) -> RenderableType:
     for heading in ("proof", "", "measured", "limit", "what"):
         table.add_column(heading, overflow="fold", no_wrap=heading in ("", "measured", "limit"))
     for check in checks:
-        shown = "[green]passed[/]" if check.passed else "[bold red]FAILED[/]"
         numbers = (f"{number:.1e}" if number else "0" for number in (check.value, check.limit))
-        table.add_row(check.name, shown, *numbers, check.detail)
+        table.add_row(check.name, mark(check.passed), *numbers, check.detail)
     failed = sum(not check.passed for check in checks)
     return Group(table, Text.from_markup(verdict(failed, len(checks), "checks")))
 

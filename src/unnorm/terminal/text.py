@@ -2,10 +2,18 @@
 
 from rich.text import Text
 
+MOST_FIXED = 10_000
+"""Values from here on are written in powers of ten."""
+
 
 def whole(lines: str) -> Text:
     """Paths and commands, never broken into lines however long, so that they can be copied."""
     return Text(lines, no_wrap=True, overflow="ignore")
+
+
+def mark(passed: bool) -> str:
+    """The verdict on one check or class, as rich markup."""
+    return "[green]passed[/]" if passed else "[bold red]FAILED[/]"
 
 
 def verdict(failed: int, total: int, what: str) -> str:
