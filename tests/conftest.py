@@ -157,8 +157,8 @@ def finished_run(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path,
 def runs(
     tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast, text_file: Path
 ) -> dict[str, Path]:
-    """Finished runs by family of `test_families`, made when first asked for; the original is in `../model`."""
-    from tests.test_families import FAMILIES, IN_PLACE, random_model
+    """Finished runs by family of `tests.families`, made when first asked for; the original is in `../model`."""
+    from tests.families import FAMILIES, IN_PLACE, random_model
     from unnorm.removal.remove import remove
 
     configs = {name: make for name, (make, _) in FAMILIES.items()} | IN_PLACE
@@ -200,7 +200,7 @@ def saved(tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> Saved:
 @pytest.fixture
 def saved_family(saved: Saved, tiny_tokenizer: PreTrainedTokenizerFast) -> Saved:
     """Saves a random model of a family, of which it gets a function that makes the config."""
-    from tests.test_families import random_model
+    from tests.families import random_model
 
     def save(make: Callable[[], Any]) -> Path:
         config = make()

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import unnorm
 from tests.conftest import VOCAB, Cli, Saved, randomize
-from tests.test_families import GPT_LIKE, LLAMA_LIKE, random_model, removed_twin
+from tests.families import GPT_LIKE, LLAMA_LIKE, random_model, removed_twin
 from unnorm.errors import UnnormError
 from unnorm.exports.measure import FormError, compare
 from unnorm.exports.nanogpt import forward

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 import unnorm
 from tests.conftest import VOCAB, Cli, ctrl_c_at, small_llama
-from tests.test_families import FAMILIES, random_model
+from tests.families import FAMILIES, random_model
 from tests.test_massive import BLOCKS, GPT2, IDS, LLAMA, RARE, planted_files, read, with_massive
 from tests.test_modeling import WITHOUT_UNNORM
 from unnorm.calibration.limits import COMMON, ROOM, measure_limits, quadratic_writers, set_limits, share_at_limit

@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM, Pre
 
 import unnorm
 from tests.conftest import VOCAB, ctrl_c_at, small_llama
-from tests.test_families import FAMILIES, random_model
+from tests.families import FAMILIES, random_model
 from unnorm.calibration.equalize import mean_kl, naive_kl
 from unnorm.calibration.massive import TOKENS, Neuron, _tokens, shrink_massive
 from unnorm.calibration.scales import collect_log_scales, set_constants

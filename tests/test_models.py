@@ -13,7 +13,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
 from tests.conftest import Saved
-from tests.test_families import IDS, random_model
+from tests.families import IDS, random_model
 from unnorm.errors import UnnormError
 from unnorm.folding.checkpoint import load_unfolded
 from unnorm.models.load import check_same_tokenizer, load_original

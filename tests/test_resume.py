@@ -19,7 +19,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 import unnorm
 from tests.conftest import SETTINGS, Cli, Saved, assert_same_weights, ctrl_c_at
-from tests.test_families import FAMILIES
+from tests.families import FAMILIES
 from unnorm import processes
 from unnorm.errors import RunInterruptedError
 from unnorm.models.load import load_original
