@@ -10,6 +10,7 @@ Markdown goes to standard error and, with the published figures, to `paper_table
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers.utils import logging
 
 import unnorm
 from unnorm.evaluation import Results
+from unnorm.runs.config import read_count
 from unnorm.taper.recipes import RECIPES
 from unnorm.terminal.progress import Progress
 
@@ -45,16 +47,22 @@ PUBLISHED = (
 
 
 def make_runs(model: str, args: argparse.Namespace, console: Console) -> dict[str, Path]:
-    """A finished run of each recipe, the first of which also trains the control; recipes that fail are left out."""
+    """A finished run of each recipe, the first of which also trains the control; recipes that fail are left out.
+
+    Raises:
+        UnnormError: a run in --out was made with other options.
+    """
     runs: dict[str, Path] = {}
     for recipe in args.recipes:
-        out = args.out / Path(model).name / recipe
+        out = _place(model, args) / recipe
+        options = _options(model, recipe, not runs, args)
+        _check_same_options(out, options)
         if not (out / "result.json").is_file():
             console.rule(f"{model}, {recipe}")
-            options = {} if (out / "config.yaml").is_file() else _options(model, recipe, not runs, args)
+            is_begun = (out / "config.yaml").is_file()
             try:
                 with Progress(console) as progress:
-                    unnorm.remove(out=out, resume=not options, watch=progress, **options)
+                    unnorm.remove(out=out, resume=is_begun, watch=progress, **({} if is_begun else options))
             except unnorm.RunInterruptedError:
                 raise
             except unnorm.UnnormError as error:
@@ -64,9 +72,30 @@ def make_runs(model: str, args: argparse.Namespace, console: Console) -> dict[st
     return runs
 
 
+def _place(model: str, args: argparse.Namespace) -> Path:
+    """The directory in --out of all that is made of one model: `v_noisy` for `v/noisy`."""
+    place: Path = args.out / re.sub(r"[^\w.-]+", "_", model)
+    return place
+
+
 def _options(model: str, recipe: str, control: bool, args: argparse.Namespace) -> dict[str, Any]:
-    options = {"model": model, "recipe": recipe, "control": control, "data": args.train_data, "device": args.device}
-    return options | ({"tokens": args.tokens} if args.tokens else {})
+    options = {"model": model, "recipe": recipe, "data": args.train_data, "device": args.device}
+    if args.tokens is None:
+        return options | {"control": control}
+    tokens = read_count(args.tokens)
+    return options | {"tokens": tokens, "control": control and tokens > 0}
+
+
+def _check_same_options(out: Path, options: dict[str, Any]) -> None:
+    """Write what a run is made with beside it, and refuse to take it for one that is made with anything else."""
+    note = out.with_name(f"{out.name}.json")
+    made = json.loads(note.read_text()) if note.is_file() else None
+    if made is None:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps(options))
+    elif {**made, "control": None} != {**options, "control": None}:  # Any run's control will do.
+        changed = ", ".join(f"{key} {made.get(key)}" for key in options if made.get(key) != options[key])
+        raise unnorm.UnnormError(f"'{out}' was made with {changed}. Choose another --out, or delete it.")
 
 
 def table_of(model: str, args: argparse.Namespace, console: Console) -> tuple[list[dict[str, Any]], Results]:
@@ -84,7 +113,7 @@ def table_of(model: str, args: argparse.Namespace, console: Console) -> tuple[li
             tasks=args.tasks,
             items=args.items,
             device=args.device,
-            out=args.out / Path(model).name / "evaluation",
+            out=_place(model, args) / "evaluation",
             watch=progress,
         )
     rows = []
@@ -106,7 +135,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(headings)} |", f"| --- | --- |{' ---: |' * (len(headings) - 2)}"]
     for line in rows:
         losses = {row["data"]: row for row in line["corpora"]}
-        cells = [Path(line["model"]).name, line["row"], *(_loss(losses.get(name)) for name in corpora)]
+        cells = [line["model"], line["row"], *(_loss(losses.get(name)) for name in corpora)]
         kls = [row["kl"] for row in line["corpora"] if row["kl"] is not None]
         cells.append("" if line["row"] == "original" else ", ".join(f"{kl:.4f}" for kl in kls))
         scores = {(score["task"], score["metric"]): score for score in line["scores"]}

@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from unnorm.auto_classes import register_on_demand
 from unnorm.errors import RunInterruptedError, UnnormError
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ _HOMES = {
     "to_transformer_lens": "unnorm.exports.transformer_lens",
     "verify": "unnorm.proof.verify",
 }
+
+register_on_demand()
 
 
 def __getattr__(name: str) -> Any:

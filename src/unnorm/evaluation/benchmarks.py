@@ -4,7 +4,7 @@ lm-eval calls these functions with its `metadata`, which maps a benchmark's name
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from datasets import Dataset, DatasetDict
@@ -24,7 +24,7 @@ def hellaswag(hellaswag: str, **_: Any) -> DatasetDict:
     Raises:
         UnnormError: the file does not exist or lacks these fields.
     """
-    needed = {"ctx": str, "endings": list, "label": (int, str)}
+    needed = {"ctx": _is_text, "endings": _is_texts, "label": _is_label}
     rows = open_rows(hellaswag, split="validation")  # The labels of the test split were never released.
     return _as_test_split(_items(hellaswag, rows, "HellaSwag", needed, _hellaswag_item))
 
@@ -37,8 +37,10 @@ def lambada_openai(lambada_openai: str, **_: Any) -> DatasetDict:
     Raises:
         UnnormError: the file does not exist or lacks these fields.
     """
+    needed = dict.fromkeys(("context", "continuation"), _is_text)
     rows = (_split_text(row) for row in open_rows(lambada_openai, split="test", lines=True))
-    return _as_test_split(_items(lambada_openai, rows, "LAMBADA", {"context": str, "continuation": str}, dict))
+    items = _items(lambada_openai, rows, "LAMBADA", needed, lambda row: {key: row[key] for key in needed})
+    return _as_test_split(items)
 
 
 def wikitext(wikitext: str, **_: Any) -> DatasetDict:
@@ -78,12 +80,12 @@ def _items(
     path: str,
     rows: Iterable[dict[str, Any]],
     title: str,
-    needed: dict[str, Any],
+    needed: Mapping[str, Callable[[Any], bool]],
     prepare: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> list[dict[str, Any]]:
     items = []
     for number, row in enumerate(rows, start=1):
-        wrong = [key for key, kind in needed.items() if not isinstance(row.get(key), kind)]
+        wrong = [key for key, is_right in needed.items() if not is_right(row.get(key))]
         if wrong:
             lacking = " and no ".join(f"'{key}'" for key in wrong)
             raise UnnormError(
@@ -94,6 +96,18 @@ def _items(
     if not items:
         raise UnnormError(f"'{path}' is empty: there is no {title} item in it.")
     return items
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(_is_text, value))
+
+
+def _is_label(value: Any) -> bool:
+    return isinstance(value, int | str)
 
 
 def _hellaswag_item(row: dict[str, Any]) -> dict[str, Any]:
@@ -107,7 +121,7 @@ def _hellaswag_item(row: dict[str, Any]) -> dict[str, Any]:
         ) from error
     if not 0 <= label < len(endings):
         raise UnnormError(f"A HellaSwag item has label {label}, but {len(endings)} endings: '{row['ctx'][:60]}'.")
-    if not {"activity_label", "ctx_a", "ctx_b"} <= row.keys():
+    if not all(isinstance(row.get(key), str) for key in ("activity_label", "ctx_a", "ctx_b")):
         return {"query": row["ctx"], "endings": endings, "label": label}
     from lm_eval.tasks.hellaswag.utils import preprocess
 

@@ -28,6 +28,10 @@ FILTER_TOKENS = 10_000_000
 """Tokens read to find which ones occur in a corpus, when another corpus is filtered by it."""
 
 
+class NothingLeftError(UnnormError):
+    """The filter of a corpus left none of its blocks."""
+
+
 @dataclass(frozen=True)
 class Corpus:
     """Packed blocks of one corpus.
@@ -123,7 +127,8 @@ def open_corpus(
         filtered_by: another source; blocks with a token that does not occur in its first `FILTER_TOKENS` are left out.
 
     Raises:
-        UnnormError: the source can't be read or holds too little text, or no block is left.
+        UnnormError: the source can't be read or holds too little text.
+        NothingLeftError: the filter leaves no block.
     """
     count = max(1, math.ceil(tokens / context))
     found, held_out = held_out_blocks(
@@ -140,9 +145,9 @@ def open_corpus(
         )
     read = len(blocks)
     if not len(blocks):
-        raise UnnormError(
-            f"Nothing is left of '{name}': each of its {len(found)} blocks has a token that is missing from the text "
-            "used as filter. Give more of that text, or evaluate on the unfiltered corpus."
+        raise NothingLeftError(
+            f"Nothing is left of '{name}': each of its {len(found)} blocks has a token that does not occur in the "
+            f"text of '{filtered_by}'. Give more of that text, or evaluate on the unfiltered corpus."
         )
     blocks = evenly_spaced(blocks, count)
     return Corpus(

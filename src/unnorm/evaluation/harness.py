@@ -71,7 +71,9 @@ class Benchmark:
         }
 
 
-def open_benchmarks(names: Sequence[str], files: dict[str, str], most: int | None, seed: int) -> list[Benchmark]:
+def open_benchmarks(
+    names: Sequence[str], files: dict[str, str], most: int | None, seed: int, tokenizer: PreTrainedTokenizerBase
+) -> list[Benchmark]:
     """Load tasks, from local files where given, otherwise from the hub.
 
     Args:
@@ -79,9 +81,11 @@ def open_benchmarks(names: Sequence[str], files: dict[str, str], most: int | Non
         files: local files keyed by benchmark name.
         most: maximum number of items of each, drawn at random; None for all.
         seed: seed of that draw.
+        tokenizer: that of the models.
 
     Raises:
-        UnnormError: lm-eval is not installed, has no such task, or its data can't be read.
+        UnnormError: lm-eval is not installed, has no such task or can't use this tokenizer, or a task's data can't be
+            read.
     """
     if not names:
         return []
@@ -89,6 +93,11 @@ def open_benchmarks(names: Sequence[str], files: dict[str, str], most: int | Non
         raise UnnormError(
             f"The benchmarks ({', '.join(names)}) need lm-eval. Install it with: pip install 'unnorm[eval]', "
             "or leave them out with --tasks none."
+        )
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise UnnormError(
+            f"The benchmarks ({', '.join(names)}) need a tokenizer with a beginning-of-text or end-of-text token, "
+            "which lm-eval puts before text that has no context. Leave them out with --tasks none."
         )
     for name in files:
         READERS[name](**{name: files[name]})  # Refuses a bad file with its own message, not deep inside lm-eval.

@@ -10,15 +10,15 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from unnorm.data import STDLIB
-from unnorm.errors import RunInterruptedError, UnnormError
-from unnorm.evaluation.corpora import Corpus, open_corpus
+from unnorm.errors import RunInterruptedError, UnnormError, explained
+from unnorm.evaluation.corpora import Corpus, NothingLeftError, open_corpus
 from unnorm.evaluation.harness import Benchmark, open_benchmarks, run_benchmark, with_difference
 from unnorm.evaluation.intervals import LEVEL, RESAMPLES
 from unnorm.evaluation.metrics import measure_tokens
 from unnorm.evaluation.record import Record
 from unnorm.evaluation.results import Evaluation, Results, Score
 from unnorm.evaluation.session import LoadedModel, Session, enter, settings_of
-from unnorm.evaluation.suites import PILE_FILTERED, Choice, choose
+from unnorm.evaluation.suites import PILE_FILTERED, SUITES, Choice, choose
 from unnorm.evaluation.summary import summarize
 from unnorm.isolation import isolated
 from unnorm.models.device import choose_device
@@ -103,7 +103,7 @@ def evaluate(
     record = Record.open(out)
     entered = enter(names, against, context, trust_remote_code, watch)
     with blaming_the_run(bool(settings)):
-        corpora = _open_corpora(
+        corpora, left_out = _open_corpora(
             choice, entered.tokenizer, entered.vocab_size, entered.context, text_field, split or "train", watch
         )
     session = Session(
@@ -111,7 +111,8 @@ def evaluate(
         original=entered.original,
         tokenizer=entered.tokenizer,
         corpora=corpora,
-        benchmarks=tuple(open_benchmarks(choice.tasks, choice.files, choice.items, seed)),
+        left_out=left_out,
+        benchmarks=tuple(open_benchmarks(choice.tasks, choice.files, choice.items, seed, entered.tokenizer)),
         context=entered.context,
         batch_size=batch_size,
         device=place,
@@ -139,13 +140,22 @@ def _open_corpora(
     text_field: str | None,
     split: str,
     watch: Watch,
-) -> tuple[Corpus, ...]:
-    opened = []
+) -> tuple[tuple[Corpus, ...], tuple[str, ...]]:
+    """The corpora, and why one that a suite filters was left out."""
+    opened, left_out = [], []
     for name, source in choice.corpora.items():
         say(watch, f"reading {source}")
         of = choice.corpora.get("openwebtext") if name == PILE_FILTERED else None
-        opened.append(open_corpus(name, source, tokenizer, vocab_size, context, choice.tokens, text_field, split, of))
-    return tuple(opened)
+        its_own = any(suite.corpora.get(name) == source for suite in SUITES.values())
+        with explained(its_own, "", f"Or give other text for this corpus of the suite: --data {name}=SOURCE."):
+            try:
+                opened.append(
+                    open_corpus(name, source, tokenizer, vocab_size, context, choice.tokens, text_field, split, of)
+                )
+            except NothingLeftError as error:
+                left_out.append(str(error))
+                say(watch, left_out[-1])
+    return tuple(opened), tuple(left_out)
 
 
 def _measure(session: Session, suite: str | None) -> Results:
@@ -231,6 +241,7 @@ def _protocol(session: Session, suite: str | None) -> dict[str, Any]:
         "models": {entrant.name: entrant.weights for entrant in session.entrants},
         "original": None if session.original is None else {session.original.name: session.original.weights},
         "corpora": [corpus.protocol() for corpus in session.corpora],
+        "left_out": list(session.left_out),
         "tasks": [benchmark.protocol() for benchmark in session.benchmarks],
         "context": session.context,
         "interval": f"{LEVEL:.0%}, studentized bootstrap over units, {RESAMPLES} resamples, seed 0; "

@@ -32,12 +32,13 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Session:
-    """State shared by all measurements of one evaluation."""
+    """State shared by all measurements of one evaluation; `left_out` says why corpora of a suite are missing."""
 
     entrants: tuple[Entrant, ...]
     original: Entrant | None
     tokenizer: PreTrainedTokenizerBase
     corpora: tuple[Corpus, ...]
+    left_out: tuple[str, ...]
     benchmarks: tuple[Benchmark, ...]
     context: int
     batch_size: int

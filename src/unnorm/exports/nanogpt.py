@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from unnorm.auto_classes import TYPE_PREFIX
 from unnorm.errors import UnnormError
 from unnorm.exports.measure import FormError, compare, probe_ids, refuse_kept_norms
 
@@ -67,7 +68,7 @@ def nanogpt_config(folded: PreTrainedModel) -> dict[str, Any]:
         UnnormError: the model is not a GPT-2, or its MLP is of a kind that nanoGPT does not have.
     """
     config = folded.config
-    if config.model_type.removeprefix("unnorm_") != "gpt2":
+    if config.model_type.removeprefix(TYPE_PREFIX) != "gpt2":
         raise UnnormError(
             f"A nanoGPT form is only for GPT-2s; this model is a {config.model_type.removeprefix('unnorm_')}. Use: "
             "unnorm export --to transformers"

@@ -41,31 +41,3 @@ def register_twin_class(checkpoint: str | Path) -> None:
         stock = getattr(transformers, name.removeprefix(PREFIX), None)
         if name.startswith(PREFIX) and isinstance(stock, type) and issubclass(stock, PreTrainedModel):
             ln_free_class(stock)
-
-
-FAMILIES = (
-    "GPT2LMHeadModel",
-    "GPTNeoForCausalLM",
-    "GPTJForCausalLM",
-    "GPTNeoXForCausalLM",
-    "OPTForCausalLM",
-    "BloomForCausalLM",
-    "FalconForCausalLM",
-    "PhiForCausalLM",
-    "StableLmForCausalLM",
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-    "GemmaForCausalLM",
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-    "OlmoForCausalLM",
-    "Olmo2ForCausalLM",
-    "SmolLM3ForCausalLM",
-    "GraniteForCausalLM",
-)
-"""Stock classes whose twins are registered when `unnorm.modeling` is imported; others are on first use."""
-
-for _family in FAMILIES:
-    ln_free_class(getattr(transformers, _family))

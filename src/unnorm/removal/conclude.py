@@ -51,6 +51,7 @@ def conclude(run: Run, facts: Facts, control: PreTrainedModel | None, started: f
     result = _result(run, evaluations, facts, rows, twin)
     seconds = time.perf_counter() - started + facts.earlier_seconds
     result |= {"seconds": seconds, "verified": all(check.passed for check in checks)}
+    result["failed_checks"] = [check.name for check in checks if not check.passed]
     result["fold_max_abs_error"] = next(check.value for check in checks if "float64" in check.name)
     data = ReportData(
         result=result,

@@ -114,6 +114,7 @@ def _protocol(protocol: dict[str, Any]) -> list[tuple[str, str]]:
                 f"SHA-256 of the items: {task['items_sha256']}.",
             )
         ]
+    rows += [("left out", reason) for reason in protocol.get("left_out", [])]
     rows += [("intervals", f"{protocol.get('interval')}")]
     digests = {**(protocol.get("original") or {}), **protocol.get("models", {})}
     rows += [("weights, SHA-256", ", ".join(f"{name} {digest}" for name, digest in digests.items()))]

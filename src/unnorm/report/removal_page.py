@@ -23,7 +23,15 @@ from unnorm.report.numbers import (
     shortest,
     significant,
 )
-from unnorm.report.sentences import healed, limits, massive_neurons, overflowed, without_norms
+from unnorm.report.sentences import (
+    WORSE_THAN_NAIVE,
+    healed,
+    limits,
+    massive_neurons,
+    overflowed,
+    without_norms,
+    worse_than_naive,
+)
 from unnorm.report.templates import render_page
 
 
@@ -126,6 +134,7 @@ def _tiles(result: dict[str, Any]) -> list[dict[str, str]]:
             "name": "KL to the original",
             "value": significant(result.get("kl")),
             "note": overflowed(result)
+            or (worse_than_naive(result) and f"naive removal: {significant(result['naive_kl'])}; {WORSE_THAN_NAIVE}")
             or "nats per token" + (jsd if finite_or_none(result.get("jsd")) is not None else ""),
         },
         {

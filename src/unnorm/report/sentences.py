@@ -16,6 +16,16 @@ def without_norms(result: Mapping[str, Any], name: str) -> str:
     return f"{name} without {removed} of its {removed + kept} norms" if kept else f"{name} without norms"
 
 
+WORSE_THAN_NAIVE = "the twin is further from the original: lower --lr, or give more --tokens"
+"""What to say of a run whose training did harm."""
+
+
+def worse_than_naive(result: Mapping[str, Any]) -> bool:
+    """Whether training left the twin further from the original than removing the norms without training does."""
+    kl, naive = finite_or_none(result.get("kl")), finite_or_none(result.get("naive_kl"))
+    return bool(result.get("tokens")) and kl is not None and naive is not None and kl > naive
+
+
 def shared_prefix(names: Sequence[str]) -> str:
     """The dotted prefix shared by all paths, such as `transformer.`; empty for a single path."""
     shared = os.path.commonprefix(list(names)) if len(names) > 1 else ""  # noqa: RUF071 (cut at a dot below)

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 from rich import box
 from rich.console import Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from unnorm.report.sentences import intervals_over
+from unnorm.terminal.fitting import Column, FittingTable
 from unnorm.terminal.text import MOST_FIXED, whole
 
 if TYPE_CHECKING:  # These import torch, which would slow down `--help`.
@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # These import torch, which would slow down `--help`.
 
 LEAST_NAME = 10
 """Minimum width of a name column, in characters."""
+LEAST_DATA = 6
+"""The same of the names of corpora, which are short."""
 
 
 def evaluation_tables(results: "Results", out: Path | None = None) -> RenderableType:
@@ -36,9 +38,9 @@ def evaluation_tables(results: "Results", out: Path | None = None) -> Renderable
     return Group(*parts)
 
 
-def _loss_table(rows: Sequence["Evaluation"]) -> Table:
-    numbers = ("loss", "Δ original", "perplexity", "bits/byte")
-    table = _side_by_side("Loss in nats per token, 95% intervals", "data", numbers=numbers)
+def _loss_table(rows: Sequence["Evaluation"]) -> FittingTable:
+    headings = ("loss", "Δ original", "perplexity", "bits/byte")
+    table = _side_by_side("Loss in nats per token, 95% intervals", "data", numbers=headings)
     for row in rows:
         table.add_row(
             escape(row.model),
@@ -58,9 +60,9 @@ def _overflow_line(row: "Evaluation") -> str:
     return f"{line}; in the others loss {row.loss_elsewhere:.4f}, KL {_or_dash(row.kl_elsewhere, '.4f')}"
 
 
-def _fidelity_table(rows: Sequence["Evaluation"]) -> Table:
-    numbers = ("KL", "JSD", "top-1", "top-5", "entropy", "ECE")
-    table = _side_by_side("Distance to the original, entropy (Δ original), calibration", "data", numbers=numbers)
+def _fidelity_table(rows: Sequence["Evaluation"]) -> FittingTable:
+    headings = ("KL", "JSD", "top-1", "top-5", "entropy", "ECE")
+    table = _side_by_side("Distance to the original, entropy (Δ original), calibration", "data", numbers=headings)
     for row in rows:
         changed = "" if row.entropy_difference is None else f" ({row.entropy_difference:+.3f})"
         table.add_row(
@@ -76,29 +78,24 @@ def _fidelity_table(rows: Sequence["Evaluation"]) -> Table:
     return table
 
 
-def _score_table(scores: Sequence["Score"]) -> Table:
-    numbers = ("value", "Δ original")
-    table = _side_by_side("Benchmarks via lm-eval, 95% intervals", "benchmark", "metric", numbers=numbers)
+def _score_table(scores: Sequence["Score"]) -> FittingTable:
+    headings = ("value", "Δ original")
+    table = _side_by_side("Benchmarks via lm-eval, 95% intervals", "benchmark", "metric", numbers=headings)
     for score in scores:
         interval = "" if score.ci is None else f"\n{_number(score.ci[0])} to {_number(score.ci[1])}"
-        table.add_row(
-            escape(score.model),
-            escape(score.task),
-            score.metric,
-            _number(score.value) + interval,
-            _with_interval(_or_dash(score.difference, "+.4g"), score.difference_ci, "+.4f"),
-        )
+        change = _with_interval(_or_dash(score.difference, "+.4g"), score.difference_ci, "+.4f")
+        names = map(escape, (score.model, score.task, score.metric))
+        table.add_row(*names, _number(score.value) + interval, change)
     return table
 
 
-def _side_by_side(title: str, *words: str, numbers: Sequence[str]) -> Table:
-    """A table of models in which words may wrap but numbers never do."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in ("model", *words):
-        table.add_column(heading, overflow="fold", min_width=None if heading == "data" else LEAST_NAME)
-    for heading in numbers:
-        table.add_column(heading, justify="right", no_wrap=True)
-    return table
+def _side_by_side(title: str, *words: str, numbers: Sequence[str]) -> FittingTable:
+    """A table of models in which names may wrap but numbers never do."""
+    names = [Column(word, LEAST_DATA if word == "data" else LEAST_NAME) for word in ("model", *words)]
+    columns = (*names, *(Column(number, right=True) for number in numbers))
+    return FittingTable(
+        columns, len(names), title, {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+    )
 
 
 def _with_interval(value: str, interval: tuple[float, float] | None, form: str) -> str:
@@ -128,4 +125,5 @@ def _protocol_lines(protocol: dict[str, Any]) -> list[str]:
         + f", {row['fewshot']} shots, {row['harness']}, context {protocol['context']}; {row['source']}"
         for row in protocol["tasks"]
     ]
+    lines += protocol.get("left_out", [])
     return [*lines, f"intervals: {protocol['interval']}; {protocol['dtype']} on {protocol['device']}"]

@@ -11,9 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from unnorm.report.sentences import shared_prefix, without_norms
+from unnorm.report.sentences import WORSE_THAN_NAIVE, shared_prefix, without_norms, worse_than_naive
 from unnorm.runs.directory import MODEL, REPORT
-from unnorm.terminal.text import mark, verdict, whole
+from unnorm.terminal.fitting import Column, FittingTable
+from unnorm.terminal.text import MOST_FIXED, mark, verdict, whole
 
 if TYPE_CHECKING:  # These import torch, which would slow down `--help`.
     from unnorm.calibration.scales import ScaleStatistics
@@ -38,12 +39,13 @@ def result_table(result: dict[str, Any]) -> RenderableType:
 
 def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows = [
-        ("KL to the original", f"{result['kl']:.4f}", _elsewhere(result["kl_elsewhere"]) or "nats per token"),
+        ("KL to the original", _fixed(result["kl"]), _elsewhere(result["kl_elsewhere"]) or "nats per token"),
+        *_worse_than_naive(result),
         ("top-1 agreement", f"{result['top1_agreement']:.1%}", "same most likely next token"),
         ("loss, original", f"{result['teacher_loss']:.4f}", f"{result['validation_tokens']:,} held-out tokens"),
         (
             "loss, twin",
-            f"{result['lnfree_loss']:.4f}",
+            _fixed(result["lnfree_loss"]),
             _elsewhere(result["lnfree_loss_elsewhere"]) or _increase(result),
         ),
     ]
@@ -53,19 +55,30 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     if result["control_loss"] is not None:
         rows += [
             ("loss, control", f"{result['control_loss']:.4f}", "norms kept, same number of tokens"),
-            ("gap", f"{result['gap']:+.4f}", "loss of twin minus loss of control"),
+            ("gap", _fixed(result["gap"], "+"), "loss of twin minus loss of control"),
         ]
     rows += [
         ("loss, naive removal", _loss_or_overflow(result["naive_loss"]), "constant scales, no training"),
         ("norm modules left", _norms_left(result), ""),
         *_limits(result),
         ("fold error", f"{result['fold_max_abs_error']:.1e}", "largest difference in a logit, float64"),
-        ("proof", "passed" if result["verified"] else "FAILED", "unnorm verify"),
+        ("proof", "passed" if result["verified"] else "FAILED", "; ".join(result["failed_checks"]) or "unnorm verify"),
         *([("training", f"{result['tokens']:,}", _training(result))] if result["tokens"] else []),
         *_refused_steps(result),
         ("time", f"{result['seconds']:.0f} s", f"peak memory {result['peak_memory_mb']:,.0f} MB"),
     ]
     return rows
+
+
+def _fixed(value: float, sign: str = "") -> str:
+    """Four decimals, and powers of ten where a run went astray."""
+    return f"{value:{sign}{'.4f' if abs(value) < MOST_FIXED else '.3g'}}"
+
+
+def _worse_than_naive(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    if not worse_than_naive(result):
+        return []
+    return [("[red]KL, naive removal[/]", _fixed(result["naive_kl"]), f"[red]{WORSE_THAN_NAIVE}[/]")]
 
 
 def _training(result: dict[str, Any]) -> str:
@@ -88,9 +101,9 @@ def _limits(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _increase(result: dict[str, Any]) -> str:
     """The twin's loss minus the original's on the same tokens, with its interval."""
-    increase = f"{result['lnfree_loss'] - result['teacher_loss']:+.4f}"
+    increase = _fixed(result["lnfree_loss"] - result["teacher_loss"], "+")
     ends = result["loss_increase_ci"]
-    return f"{increase}, 95% interval {ends[0]:+.4f} to {ends[1]:+.4f}" if ends else increase
+    return f"{increase}, 95% interval {_fixed(ends[0], '+')} to {_fixed(ends[1], '+')}" if ends else increase
 
 
 def _loss_or_overflow(loss: float | None) -> str:
@@ -109,12 +122,11 @@ def _norms_left(result: dict[str, Any]) -> str:
 
 def proof_table(checks: Sequence["Check"]) -> RenderableType:
     """The table of `unnorm verify`."""
-    table = Table()
-    for heading in ("proof", "", "measured", "limit", "what"):
-        table.add_column(heading, overflow="fold", no_wrap=heading in ("", "measured", "limit"))
+    fixed = (Column(""), Column("measured"), Column("limit"))
+    table = FittingTable((Column("proof", 16), *fixed, Column("what", 16)))
     for check in checks:
         numbers = (f"{number:.1e}" if number else "0" for number in (check.value, check.limit))
-        table.add_row(check.name, mark(check.passed), *numbers, check.detail)
+        table.add_row(escape(check.name), mark(check.passed), *numbers, escape(check.detail))
     failed = sum(not check.passed for check in checks)
     return Group(table, Text.from_markup(verdict(failed, len(checks), "checks")))
 
@@ -125,18 +137,18 @@ def sites_table(rows: Sequence[tuple["NormSite", "ScaleStatistics"]]) -> Rendera
         "scale: what a token is divided by; spread: std of log scale; larger is harder to remove\n"
         "position 0 at least 10 times the mean: massive activation, harder still"
     )
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, caption=caption, caption_justify="left")
-    for heading in ("norm site", "kind", "folds into"):
-        table.add_column(heading, overflow="fold")
-    for heading in ("position 0", "mean", "spread", "smallest", "largest"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    headings = ("position 0", "mean", "spread", "smallest", "largest")
+    names = (Column("norm site", 8), Column("kind", 6), Column("folds into", 9))
+    style = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+    table = FittingTable((*names, *(Column(heading, right=True) for heading in headings)), style=style)
     prefix = shared_prefix([site.name for site, _ in rows])
     for site, row in rows:
         numbers = (row.position_0, row.mean, row.spread, row.smallest, row.largest)
         into = site.folded_into or ("no weight: --in-place",)
-        names = [name.removeprefix(prefix) for name in (site.name, *into)]
-        table.add_row(names[0], site.kind, ", ".join(names[1:]), *(f"{number:.3g}" for number in numbers))
-    return table
+        paths = [name.removeprefix(prefix) for name in (site.name, *into)]
+        cells = (paths[0], site.kind, ", ".join(paths[1:]))
+        table.add_row(*map(escape, cells), *(f"{number:.3g}" for number in numbers))
+    return Group(table, Text(caption, style="dim italic"))
 
 
 def export_table(exported: "Exported") -> RenderableType:
