@@ -166,6 +166,9 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="Markdown file")
     parser.add_argument("--plot", type=Path, help="HTML file")
     args = parser.parse_args()
+    for path in (args.table, args.plot):
+        if path and not path.parent.is_dir():
+            parser.error(f"there is no directory '{path.parent}' for {path.name}: make it first")
 
     logging.disable_progress_bar()
     console = Console(stderr=True)
@@ -186,6 +189,8 @@ def main() -> None:
         args.table.write_text(table(summary))
     if args.plot:
         plot(summary).write_html(args.plot)
+    if not summary:
+        sys.exit("recipes: no run gave a twin")
 
 
 if __name__ == "__main__":

@@ -434,3 +434,23 @@ def test_nanogpt_has_one_width_of_mlps(saved_family: Saved, text_file: Path, tmp
     unnorm.remove(tmp_path / "model", data=text_file, tokens=0, context=32, out=tmp_path / "run", device="cpu")
     with pytest.raises(UnnormError, match=r"this model has gelu_new and a width of 64\."):
         unnorm.export(tmp_path / "run", "nanogpt", out=tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["current", "link"])
+def test_an_empty_directory_is_filled_whatever_it_is(
+    kind: str, finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    unnorm.export(finished_run, "stock", out="." if kind == "current" else tmp_path / "link")
+    assert {"config.json", "model.safetensors", "README.md"} <= {path.name for path in (tmp_path / "empty").iterdir()}
+    assert not [path for path in (tmp_path / "empty").iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("verb", ["load", "verify", "audit", "analyze", "to_transformer_lens"])
+def test_a_home_that_there_is_not_is_no_traceback(verb: str) -> None:
+    if verb == "to_transformer_lens":
+        pytest.importorskip("transformer_lens")
+    with pytest.raises(UnnormError, match=r"~no\.such\.user"):
+        getattr(unnorm, verb)("~no.such.user/run")

@@ -103,3 +103,9 @@ def test_it_trains(quantized: Path, text_file: Path, tmp_path: Path, cli: Cli) -
     assert result["verified"] and result["tokens"] >= 1024 and result["norm_modules_left"] == 0
     for saved in (out / "model", out / "unfolded", out / "control"):
         assert "quant" not in (saved / "config.json").read_text()
+
+
+def test_it_is_known_by_what_is_in_it(quantized: Path, tmp_path: Path) -> None:
+    for name in ("tiny.GGUF", "tiny"):
+        (tmp_path / name).symlink_to(quantized)
+        assert type(load_original(str(tmp_path / name))[0]) is LlamaForCausalLM

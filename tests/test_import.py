@@ -2,12 +2,15 @@
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 OPTIONAL = ("transformer_lens", "nnsight", "nnterp", "gguf", "matplotlib", "selenium", "nbclient", "IPython")
 
 
-def run(code: str) -> list[str]:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+def run(code: str, *arguments: str) -> list[str]:
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.split()
 
@@ -19,6 +22,25 @@ def test_import_is_fast_and_leaves_torch_for_later() -> None:
     heavy = "print(*({'torch', 'transformers', 'datasets', 'plotly'} & set(sys.modules)))"
     seconds, *loaded = run(f"{code}; {heavy}")
     assert float(seconds) < 3 and loaded == []
+
+
+ORDERS = {
+    "before": "import unnorm; from transformers import AutoConfig, AutoModelForCausalLM",
+    "after": "from transformers import AutoConfig, AutoModelForCausalLM; import unnorm",
+    "between": "import transformers, unnorm; from transformers import AutoConfig, AutoModelForCausalLM",
+    "of a family": (
+        "import unnorm; from transformers.models.llama.modeling_llama import LlamaForCausalLM; "
+        "from transformers import AutoConfig, AutoModelForCausalLM"
+    ),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_auto_classes_know_twins_whichever_is_imported_first(order: str, finished_run: Path) -> None:
+    others = "[name for name in sys.modules if 'modeling_olmo' in name]"
+    code = f"import sys; {ORDERS[order]}; AutoConfig.from_pretrained(sys.argv[1]); "
+    code += f"print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__, {others})"
+    assert run(code, str(finished_run / "model")) == ["UnnormGPT2LMHeadModel", "[]"]
 
 
 def test_every_verb_is_there_without_what_is_optional() -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import random
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,14 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 import unnorm
+from tests.analysis.models import PAIRS
 from tests.conftest import SETTINGS, assert_same_weights
+from unnorm.analysis.attribution import attribute
+from unnorm.analysis.patching import patch
+from unnorm.analysis.sinks import sinks
 from unnorm.evaluation import evaluate
+from unnorm.models.load import load_original
+from unnorm.sites.tracing import trace_inputs
 from unnorm.training.distillation import DistillationTrainer
 
 
@@ -117,3 +124,15 @@ def test_lm_eval_is_left_as_it_was(tiny_model_dir: Path, tiny_model: PreTrainedM
     evaluate(tiny_model_dir, data=f"lambada={path}", tasks="lambada_openai")
     assert random.random() == expected
     assert evaluator.get_git_commit_hash is before
+
+
+def test_analyses_and_bridges_work_in_inference_mode(finished_run: Path, tiny_model: PreTrainedModel) -> None:
+    ids = trace_inputs(tiny_model, 2, 8)
+    outside = attribute(tiny_model, ids).contributions
+    with torch.inference_mode():
+        torch.testing.assert_close(attribute(tiny_model, ids).contributions, outside)
+        sinks(tiny_model, ids)
+        tokenizer = load_original(str(finished_run))[1]
+        patch(tiny_model, tokenizer, PAIRS[:1])
+        if find_spec("transformer_lens"):
+            unnorm.to_transformer_lens(finished_run)

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 import unnorm
-from tests.conftest import VOCAB
+from tests.conftest import VOCAB, Cli
 from unnorm.folding import fold
 from unnorm.folding.checkpoint import load_sites, load_unfolded
 from unnorm.folding.fold import fold_reader
@@ -295,3 +295,15 @@ def test_verify_finds_a_norm_that_came_back_beside_those_kept(
         assert {check.name: check.passed for check in check_twin(twin, load_unfolded(run), sites)}[name]
         twin.set_submodule(place, module)
         assert not {check.name: check.passed for check in check_twin(twin, load_unfolded(run), sites)}[name], place
+
+
+def test_a_stock_model_in_place_of_the_twin_fails_the_proof(
+    finished_run: Path, tiny_model_dir: Path, tmp_path: Path, cli: Cli
+) -> None:
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    shutil.rmtree(run / "model")
+    shutil.copytree(tiny_model_dir, run / "model")
+    done = cli("verify", run, "--json")
+    assert done.code == 1, done.err
+    failed = {row["name"] for row in json.loads(done.out)["checks"] if not row["passed"]}
+    assert {"no module is a norm", "no operation of a norm runs", "weights = those of the fold"} <= failed

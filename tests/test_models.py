@@ -1,5 +1,6 @@
 """What loading a model makes of it."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +142,61 @@ def test_tokenizers_that_cover_little_text_are_still_compared() -> None:
     check_same_tokenizer("a", of("1 2 3"), "b", of("1 2 3"))
     with pytest.raises(UnnormError, match="different tokenizers"):
         check_same_tokenizer("a", of("1 2 3"), "b", of("1 3 2"))
+
+
+def test_positions_up_to_that_of_padding_are_no_context(saved_family: Saved, text_file: Path, tmp_path: Path) -> None:
+    """RoBERTa counts positions from there on."""
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = {**SIZES, "max_position_embeddings": 66, "pad_token_id": 1}
+    saved_family(lambda: hf.RobertaConfig(**config, **sizes, is_decoder=True))
+    model, _ = load_original(str(tmp_path / "model"))
+    assert context_length(model) == 64
+    model(input_ids=torch.full((1, 64), 5))
+    options: dict[str, Any] = {"data": text_file, "tokens": 0, "in_place": True, "device": "cpu"}
+    assert unnorm.remove(tmp_path / "model", out=tmp_path / "run", **options)["plan"]["context"] == 64
+
+
+def test_an_encoder_that_hardly_looks_ahead_is_one(saved: Saved, tmp_path: Path) -> None:
+    """As they come, with small random weights: earlier logits change by a thousandth of the largest."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    for kind in (hf.BertConfig, hf.RobertaConfig):
+        config = kind(**sizes, num_hidden_layers=1, max_position_embeddings=66)
+        saved(hf.AutoModelForMaskedLM.from_config(config))
+        with pytest.raises(UnnormError, match="is an encoder"):
+            load_original(str(tmp_path / "model"))
+
+
+def test_a_model_that_scales_its_own_weights_is_kept_from_it(
+    saved_family: Saved, text_file: Path, tmp_path: Path
+) -> None:
+    """RWKV does so from its sixth layer on, again after each loading."""
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "num_hidden_layers": 4, "context_length": 64}
+    saved_family(lambda: hf.RwkvConfig(vocab_size=64, **sizes, rescale_every=2, **IDS))
+    options: dict[str, Any] = {"data": text_file, "tokens": 0, "context": 32, "in_place": True, "device": "cpu"}
+    result = unnorm.remove(tmp_path / "model", out=tmp_path / "run", **options)
+    assert result["verified"] and result["kl"] == pytest.approx(result["naive_kl"], rel=1e-3)
+
+
+def test_a_model_that_changes_its_weights_when_it_runs_is_refused(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = hf.GPT2LMHeadModel.forward
+
+    def and_change(self: GPT2LMHeadModel, *args: Any, **more: Any) -> Any:
+        self.transformer.ln_f.weight.mul_(1.0)
+        return forward(self, *args, **more)
+
+    monkeypatch.setattr(GPT2LMHeadModel, "forward", and_change)
+    with pytest.raises(UnnormError, match=r"changes its own weights when it runs \(transformer\.ln_f\.weight\)"):
+        load_original(str(tiny_model_dir))
+
+
+def test_a_config_that_asks_for_attention_weights_does_not_keep_a_run_from_being_saved(
+    saved_family: Saved, text_file: Path, tmp_path: Path
+) -> None:
+    saved_family(lambda: hf.LlamaConfig(**SIZES, hidden_size=32, intermediate_size=48, num_hidden_layers=2))
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"output_attentions": True}))
+    result = unnorm.remove(path.parent, data=text_file, tokens=0, context=32, out=tmp_path / "run", device="cpu")
+    assert result["verified"]

@@ -11,6 +11,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import Cli
 from unnorm.errors import UnnormError
@@ -135,7 +136,7 @@ def test_only_finished_and_proved_runs(hub: Hub, run: Path, tmp_path: Path) -> N
     assert "is not a valid repository name" in refusal(run, "a/b/c")
     result = json.loads((run / "result.json").read_text())
     (run / "result.json").write_text(json.dumps(result | {"verified": False}))
-    assert "did not pass" in refusal(run, "me/twin")
+    assert "does not pass" in refusal(run, "me/twin")
     (run / "result.json").unlink()
     assert "unnorm remove --resume --out" in refusal(run, "me/twin")
     assert "holds no finished run" in refusal(tmp_path, "me/twin")
@@ -229,3 +230,10 @@ def test_a_card_without_numbers_claims_none(finished_run: Path) -> None:
     result = json.loads((finished_run / "result.json").read_text()) | {"lnfree_loss": None, "kl": None}
     values = yaml.safe_load(render_card(result, *load_sites(finished_run)).split("---\n")[1])
     assert set(values) == {"library_name", "pipeline_tag", "tags"}
+
+
+def test_weights_that_are_no_longer_those_that_were_proved_are_not_published(hub: Hub, run: Path) -> None:
+    weights = load_file(run / "model" / "model.safetensors")
+    weights["transformer.wte.weight"][5] *= 1000
+    save_file(weights, run / "model" / "model.safetensors", metadata={"format": "pt"})
+    assert "The proof of the run" in refusal(run, "me/twin") and hub.calls == []

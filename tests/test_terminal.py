@@ -6,6 +6,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import pytest
 from rich.console import Console, RenderableType
 
 from unnorm.calibration.scales import ScaleStatistics
@@ -26,9 +27,9 @@ PROTOCOL: Result = {
 }  # fmt: skip
 
 
-def shown(table: RenderableType) -> str:
+def shown(table: RenderableType, width: int = 300) -> str:
     out = StringIO()
-    Console(file=out, width=300).print(table)
+    Console(file=out, width=width).print(table)
     return out.getvalue()
 
 
@@ -52,6 +53,22 @@ def test_the_summarys_losses_are_each_models_own(finished_run: Path) -> None:
 
 def test_steps_are_said_to_be_refused_only_where_some_were(finished_run: Path) -> None:
     assert "refused" not in shown(result_table(json.loads((finished_run / "result.json").read_text())))
+
+
+def test_training_that_did_harm_is_said_to_have_done_so(finished_run: Path) -> None:
+    result = json.loads((finished_run / "result.json").read_text())
+    text = shown(result_table(result | {"kl": 4e30, "naive_kl": 0.25, "lnfree_loss": 4e30, "tokens": 1000}))
+    assert re.search(r"KL to the original *│ *4e\+30 *│", text), text
+    assert re.search(r"KL, naive removal *│ *0\.2500 *│ *the twin is further .*lower --lr", text), text
+    for fine in ({"kl": 0.2, "naive_kl": 0.25, "tokens": 1000}, {"kl": 0.25, "naive_kl": 0.2, "tokens": 0}):
+        assert "naive removal │" not in shown(result_table(result | fine)).replace("loss, naive removal", "")
+
+
+def test_checks_that_fail_are_named_in_the_summary(finished_run: Path) -> None:
+    result = json.loads((finished_run / "result.json").read_text())
+    assert result["failed_checks"] == []
+    failed = shown(result_table(result | {"verified": False, "failed_checks": ["every read is affine"]}))
+    assert re.search(r"proof *│ *FAILED *│ *every read is affine", failed)
 
 
 def test_a_healed_runs_text_is_that_of_both_runs(finished_run: Path) -> None:
@@ -140,3 +157,19 @@ def test_names_of_models_and_benchmarks_can_be_read_at_80_columns() -> None:
     )
     assert "perplexity" in out.getvalue() and "gpt2-norm" in out.getvalue() and "lambada_o" in out.getvalue()
     assert "36.1000 to 44.1000  -0.0500 to +0.0200" in out.getvalue()
+
+
+@pytest.mark.parametrize("width", [30, 40, 60])
+def test_every_number_has_its_name_in_a_narrow_terminal(width: int, tiny_model: Any) -> None:
+    score = Score(
+        model="gpt2-norm-free", task="lambada_openai", metric="perplexity", value=40.1, difference=-0.01,
+        ci=(36.1, 44.1), difference_ci=(-0.05, 0.02), items=500, of=10_042,
+    )  # fmt: skip
+    text = shown(evaluation_tables(Results((), (), (score,), PROTOCOL)), width)
+    assert "gpt2-norm-free" in text and "lambada_openai" in " ".join(text.split())
+    assert re.search(r"value\s+40\.1000, 36\.1000", text), text
+    text = shown(proof_table([Check("every read is affine", False, 2e-7, 3e-9, "worst of 7")]), width)
+    assert "every read is affine" in text and "FAILED" in text and re.search(r"what\s+worst of 7", text)
+    row = ScaleStatistics("transformer.h.0.ln_1", 1.0, 2.0, 9.0, 3.0, 4.0, 5.0)
+    text = shown(sites_table([(find_sites(tiny_model)[0], row)]), width)
+    assert re.search(r"ln_1\n +kind +layernorm\n(.*\n)*? +largest +5\n", text), text

@@ -136,3 +136,14 @@ def test_a_twin_that_overflows_is_told_so(runs: dict[str, Path]) -> None:
             layer.mlp.c_proj.weight *= 1e30
     with pytest.raises(UnnormError, match="overflows"):
         attribute(twin, trace_inputs(twin, 2, 16))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3", "olmo"])
+def test_attribution_works_in_bfloat16(family: str, runs: dict[str, Path]) -> None:
+    """In which transformers loads what was saved in it."""
+    original = original_of(runs[family]).to(torch.bfloat16)
+    ids = trace_inputs(original, 2, 16)
+    found = attribute(original, ids)
+    expected = logits(original, ids)[:, :-1].gather(2, ids[:, 1:, None]).squeeze(2)
+    error = (found.contributions.float().sum(0) - expected.float()).abs().max()
+    assert error < 0.05 * logits(original, ids).abs().max()

@@ -77,4 +77,13 @@ def test_what_only_python_takes_for_the_end_of_a_line_may_be_in_a_prompt(
     pair = replace(PAIRS[0], clean=f"\u2028{PAIRS[0].clean}", corrupted=f"\u2028{PAIRS[0].corrupted}")
     path = tmp_path / "prompts.jsonl"
     path.write_text(json.dumps(asdict(pair), ensure_ascii=False), encoding="utf-8")
-    assert read_prompts(path, tiny_tokenizer) == [pair]
+    assert read_prompts(path, tiny_tokenizer, 64) == [pair]
+
+
+def test_prompts_that_are_too_long_are_named(finished_run: Path, tmp_path: Path, cli: Cli) -> None:
+    long = replace(PAIRS[0], clean=40 * "a, " + PAIRS[0].clean, corrupted=40 * "a, " + PAIRS[0].corrupted)
+    lines = [json.dumps(asdict(pair)) for pair in (PAIRS[0], long)]
+    (tmp_path / "prompts.jsonl").write_text("\ufeff" + "\n".join(lines), encoding="utf-8")
+    done = cli("analyze", finished_run, "--prompts", tmp_path / "prompts.jsonl", "--out", tmp_path / "out")
+    assert done.code == 2 and "Line 2 of" in done.err and "but the model takes 64" in done.err
+    assert not (tmp_path / "out").exists()

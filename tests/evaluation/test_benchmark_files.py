@@ -72,3 +72,36 @@ def test_raw_items_of_hellaswag_are_prepared_as_lm_eval_does(tmp_path: Path) -> 
     (found,) = hellaswag(str(tmp_path / "a.jsonl"))["test"]
     (expected,) = utils.process_docs(Dataset.from_list([row]))
     assert found == {"query": expected["query"], "endings": expected["choices"], "label": expected["gold"]}
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "endings": {"endings": ["b", None]},
+    "endings, numbers": {"endings": [1, 2]},
+    "endings, empty": {"endings": ["", " "]},
+    "ctx": {"ctx": ""},
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_an_item_of_hellaswag_with_a_field_of_another_kind_is_named(wrong: str, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [hella(0), hella(1) | WRONG[wrong]])
+    with pytest.raises(UnnormError, match=rf"item 2 has no '{wrong.partition(',')[0]}' of the right kind"):
+        hellaswag(path)
+
+
+def test_raw_items_of_hellaswag_without_a_second_part_are_taken_as_they_are(tmp_path: Path) -> None:
+    row = hella(1) | {"activity_label": "Sitting", "ctx_a": "context", "ctx_b": None}
+    assert hellaswag(write_rows(tmp_path / "a.jsonl", [row]))["test"]["query"][0] == "context 1"
+
+
+@pytest.mark.parametrize("row", [{"text": "word"}, {"context": "a", "continuation": ""}])
+def test_an_item_of_lambada_needs_a_context_and_a_word(row: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(UnnormError, match="item 1 has no 'cont"):
+        lambada_openai(write_rows(tmp_path / "a.jsonl", [row]))
+
+
+def test_what_else_is_in_a_file_of_lambada_does_not_matter(tmp_path: Path) -> None:
+    rows = [{"context": "a b", "continuation": "c", "id": index} for index in (1, "x")]
+    assert list(lambada_openai(write_rows(tmp_path / "a.jsonl", rows))["test"]) == 2 * [
+        {"context": "a b", "continuation": "c"}
+    ]

@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.conftest import POSITIONS, Cli, stdlib_text
+from tests.conftest import POSITIONS, Cli, Saved, stdlib_text
 from tests.evaluation.texts import named
 from unnorm.errors import UnnormError
 from unnorm.evaluation import Score, evaluate
@@ -157,8 +157,13 @@ class TestSuites:
         assert render_evaluation(results).count(said) == 1
 
         (tmp_path / "pile.jsonl").write_text("".join(json.dumps({"text": "~" * 40}) + "\n" for _ in range(300)))
-        with pytest.raises(UnnormError, match=r"Nothing is left of 'pile-filtered'.*Give more of that text"):
-            evaluate(str(tiny_model_dir), data=data, suite="paper", tasks=["none"], tokens=10**5)
+        results = evaluate(str(tiny_model_dir), data=data, suite="paper", tasks=["none"], tokens=10**5)
+        assert [row.data for row in results] == ["openwebtext", "pile"]
+        (reason,) = results.protocol["left_out"]
+        assert "Nothing is left of 'pile-filtered'" in reason and f"the text of '{tmp_path}/owt.txt'" in reason
+        assert "Nothing is left of" in render_evaluation(results)
+        with pytest.raises(UnnormError, match="other text for this corpus of the suite: --data pile=SOURCE"):
+            evaluate(str(tiny_model_dir), data=data[:1], suite="paper", tasks=["none"], tokens=10**5)
 
     def test_quick_of_three_models_with_page(
         self, cli: Cli, files: dict[str, Path], tokens: Path, tiny_model_dir: Path, other_dir: Path,
@@ -191,3 +196,18 @@ class TestSuites:
         shown = cli("evaluate", *models, "--against", tiny_model_dir, *options, *data)
         assert "Δ original" in shown.out and "acc_norm" in shown.out
         assert "intervals over" in shown.out
+
+
+def test_a_tokenizer_without_a_token_to_begin_with_is_refused(
+    saved: Saved, tiny_model: PreTrainedModel, files: dict[str, Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval")
+    config = json.loads((saved(tiny_model) / "tokenizer_config.json").read_text())
+    for name in ("bos_token", "eos_token", "unk_token"):
+        config.pop(name, None)
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(config))
+    data = named(files, "lambada")
+    with pytest.raises(
+        UnnormError, match=r"\(lambada_openai\) need a tokenizer with a beginning-of-text.*--tasks none"
+    ):
+        evaluate(str(tmp_path / "model"), data=data, items=2)

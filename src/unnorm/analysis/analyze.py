@@ -19,13 +19,13 @@ from unnorm.isolation import isolated
 from unnorm.json_text import finite, json_text
 from unnorm.modeling.modeling_unnorm import PREFIX
 from unnorm.models.device import choose_device
-from unnorm.models.sizes import choose_context, vocabulary_size
+from unnorm.models.sizes import choose_context, context_length, vocabulary_size
 from unnorm.progress import Watch, say, silent
 from unnorm.report.analysis_page import Skipped, render_analysis
 from unnorm.report.numbers import count, short_count
 from unnorm.runs.config import read_count
-from unnorm.runs.directory import check_can_be_made, write_text
-from unnorm.runs.pair import open_pair
+from unnorm.runs.directory import check_can_be_made, named_path, write_text
+from unnorm.runs.pair import Pair, open_pair
 from unnorm.runs.text import TextSource, choose_text
 from unnorm.sites.site import NormSite
 
@@ -92,15 +92,15 @@ def analyze(
     """
     watch = watch or silent
     started = time.perf_counter()
-    directory = Path(directory).expanduser()
+    directory = named_path(directory)
     names = _chosen([what] if isinstance(what, str) else what)
     tokens = read_count(tokens)
     place = choose_device(device)
-    out = directory / "analysis" if out is None else Path(out).expanduser()
+    out = directory / "analysis" if out is None else named_path(out)
     check_can_be_made(out)
     pair = open_pair(directory, against, False, place, trust_remote_code, watch)
     _check_pair(pair.reference, pair.twin, pair.sites, pair.name)
-    prompt_pairs = _prompts(prompts, pair.tokenizer, seed)
+    prompt_pairs = _prompts(prompts, pair, seed)
     text = choose_text(pair.settings, data, text_field, split)
     blocks = _blocks(text, (pair.reference, pair.twin), pair.tokenizer, tokens, context)
     material = Material(pair.reference, pair.twin, pair.tokenizer, blocks, prompt_pairs, pair.sites, pair.constants)
@@ -175,11 +175,12 @@ def _check_pair(original: PreTrainedModel, twin: PreTrainedModel, sites: Sequenc
         )
 
 
-def _prompts(path: str | Path | None, tokenizer: PreTrainedTokenizerBase, seed: int) -> Sequence[PromptPair] | str:
+def _prompts(path: str | Path | None, pair: Pair, seed: int) -> Sequence[PromptPair] | str:
     if path is not None:
-        return read_prompts(Path(path).expanduser(), tokenizer)
+        longest = min(context_length(model) for model in (pair.reference, pair.twin))
+        return read_prompts(named_path(path), pair.tokenizer, longest)
     try:
-        return indirect_object_prompts(tokenizer, PROMPTS, seed)
+        return indirect_object_prompts(pair.tokenizer, PROMPTS, seed)
     except UnnormError as error:
         return str(error)
 

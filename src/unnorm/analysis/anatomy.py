@@ -166,8 +166,8 @@ def readout(model: PreTrainedModel, parts: Anatomy) -> Readout:
     if parts.norm is None:
         return Readout(directions, biases, None, capped)
     gain, bias = affine_parameters(model.get_submodule(parts.norm.name), parts.norm)
-    biases = biases if bias is None else biases + directions @ bias
-    directions = directions * gain
+    biases = biases if bias is None else biases + directions @ bias.to(directions.dtype)
+    directions = directions * gain.to(directions.dtype)
     if parts.norm.centered:
         directions = directions - directions.mean(-1, keepdim=True)
     return Readout(directions, biases, parts.norm, capped)
@@ -200,7 +200,8 @@ def attention_patterns(
     finally:
         model.set_attn_implementation(before)
     heads = {writer.heads for writer in parts.attentions if writer.heads}
-    if not patterns or any(p is None for p in patterns) or (heads and heads != {p.shape[1] for p in patterns}):
+    is_known = bool(patterns) and all(p is not None and p.ndim == 4 for p in patterns)
+    if not is_known or (heads and heads != {p.shape[1] for p in patterns}):
         raise UnnormError(f"{type(model).__name__} does not return the attention weights of its heads.")
     return torch.stack(list(patterns))
 

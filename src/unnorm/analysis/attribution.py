@@ -261,7 +261,8 @@ def _error_figure(original: dict[str, Any]) -> Figure:
     for row in original["parts"]:
         if row["kind"] in ("head", "attention", "mlp"):
             cells[row["layer"], -1 if row["kind"] == "mlp" else row["head"] or 0].append(row)
-    grid: list[list[float | None]] = [[None] * len(columns) for _ in range(original["layers"])]
+    layers = 1 + max((layer for layer, _ in cells), default=-1)
+    grid: list[list[float | None]] = [[None] * len(columns) for _ in range(layers)]
     for (layer, column), rows in cells.items():
         effect = sum(row["mean_abs_direct_effect"] for row in rows)
         grid[layer][column] = (

@@ -25,6 +25,7 @@ from unnorm.analysis.figures import dot_rows, scatter
 from unnorm.analysis.material import Finding, Material
 from unnorm.analysis.prompts import PromptPair, answer_token, by_length, problem_with
 from unnorm.errors import UnnormError
+from unnorm.isolation import isolated
 from unnorm.models.sizes import check_fits
 from unnorm.report.numbers import fixed, percent
 from unnorm.sites.residual import recorded, replaced_inputs
@@ -73,6 +74,7 @@ class Patching:
         return float(torch.corrcoef(pair)[0, 1])
 
 
+@isolated
 def patch(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PromptPair], batch_size: int = 32
 ) -> Patching:

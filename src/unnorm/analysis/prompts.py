@@ -84,16 +84,16 @@ def indirect_object_prompts(tokenizer: PreTrainedTokenizerBase, count: int = 64,
     )
 
 
-def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[PromptPair]:
+def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase, longest: int) -> list[PromptPair]:
     """Prompts from a JSONL file with the fields `clean`, `corrupted`, `answer` and `wrong_answer`.
 
     Raises:
-        UnnormError: the file can't be read or is empty, or a line has other fields, prompts of different lengths, or
-            answers that merge with the prompt or start with the same token.
+        UnnormError: the file can't be read or is empty, or a line has other fields, prompts of different lengths or of
+            more than `longest` tokens, or answers that merge with the prompt or start with the same token.
     """
     try:
         # Not splitlines(), which also splits at characters that may occur inside JSON strings.
-        lines = {n: line for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1) if line.strip()}
+        lines = {n: line for n, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1) if line.strip()}
     except (OSError, UnicodeDecodeError) as error:
         raise UnnormError(f"Could not read the prompts in '{path}': {short(error)}. Give a JSONL file.") from error
     if not lines:
@@ -101,6 +101,9 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[PromptP
     pairs = {number: _parsed(path, number, line) for number, line in lines.items()}
     for number, pair in pairs.items():
         problem = problem_with(pair, tokenizer)
+        length = len(tokenizer(pair.clean, verbose=False)["input_ids"])
+        if problem is None and length > longest:
+            problem = f"its prompts have {length} tokens, but the model takes {longest}"
         if problem:
             raise UnnormError(f"Line {number} of '{path}' can't be used: {problem}. {_FORM}")
     return list(pairs.values())

@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from unnorm.errors import UnnormError
 from unnorm.evaluation.results import Results
 from unnorm.json_text import digest, json_text
-from unnorm.runs.directory import check_can_be_made, write_text
+from unnorm.runs.directory import check_can_be_made, named_path, write_text
 
 MEASUREMENTS, RESULTS, PAGE = "measurements", "evaluation.json", "evaluation.html"
 
@@ -34,7 +34,7 @@ class Record:
         """
         if directory is None:
             return cls(None)
-        path = Path(directory).expanduser()
+        path = named_path(directory)
         if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / MEASUREMENTS).is_dir())):
             raise UnnormError(f"'{path}' holds something other than an evaluation. Choose another --out.")
         check_can_be_made(path)

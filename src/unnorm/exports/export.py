@@ -15,7 +15,7 @@ from unnorm.exports.measure import FormError, form_errors
 from unnorm.folding.checkpoint import load, load_sites
 from unnorm.isolation import isolated
 from unnorm.models.load import load_tokenizer
-from unnorm.runs.directory import MODEL
+from unnorm.runs.directory import MODEL, named_path
 
 Form = Literal["transformers", "stock", "nanogpt"]
 
@@ -73,7 +73,7 @@ def export(
         UnnormError: there is no finished run, `out` is taken or can't be written, or the form is unknown or not
             available for the family.
     """
-    directory, out = Path(directory).expanduser(), Path(out).expanduser()
+    directory, out = named_path(directory), named_path(out)
     if to not in get_args(Form):
         raise UnnormError(f"There is no form '{to}'. Choose from {', '.join(get_args(Form))}.")
     _check_free(out)
@@ -81,14 +81,17 @@ def export(
     folded = load(directory)
     work: Path | None = None
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        # Written next to `out` and moved there once complete: a refused form leaves nothing behind.
-        work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        place = out if out.is_dir() else out.parent
+        place.mkdir(parents=True, exist_ok=True)
+        # Written beside or inside `out` and moved there once complete: a refused form leaves nothing behind.
+        work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=place))
         rows = _write(directory, folded, to, work, trust_remote_code)
-        work.chmod(0o755)
-        if out.is_dir():  # Empty, but not every system replaces an empty directory.
-            out.rmdir()
-        work.rename(out)
+        if out.is_dir():  # It may be a link, a mount or the current directory, which can't be replaced.
+            for path in work.iterdir():
+                path.rename(out / path.name)
+        else:
+            work.chmod(0o755)
+            work.rename(out)
     except (OSError, SafetensorError) as error:
         raise UnnormError(
             f"Could not write '{out}': {short(error)}. Give another --out, or free some space."

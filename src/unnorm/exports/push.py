@@ -10,7 +10,8 @@ from huggingface_hub import metadata_load
 
 from unnorm.errors import UnnormError, short
 from unnorm.folding.checkpoint import load_sites
-from unnorm.runs.directory import CARD, MODEL, finished_result
+from unnorm.proof.verify import verify
+from unnorm.runs.directory import CARD, MODEL, finished_result, named_path
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def push(directory: str | Path, repo: str, *, private: bool = False, token: str 
     """Upload `model/` of a run to the hub; the repository is created if it does not exist.
 
     Args:
-        directory: a finished run whose proof passed.
+        directory: a finished run; its proof is made again and has to pass.
         repo: `owner/name`, or `name` for a repository of your own.
         private: make a new repository private.
         token: hub token with write access; by default that of `HF_TOKEN` or of `hf auth login`.
@@ -51,7 +52,7 @@ def push(directory: str | Path, repo: str, *, private: bool = False, token: str 
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    folder = check_run(Path(directory).expanduser())
+    folder = check_run(named_path(directory))
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -87,17 +88,19 @@ def check_run(directory: Path) -> Path:
         UnnormError: says what is missing or wrong, and how to fix it.
     """
     load_sites(directory)
-    if not finished_result(directory).get("verified"):
-        raise UnnormError(
-            f"The proof of the run in '{directory}' did not pass, so it is not published: see unnorm verify "
-            f"{quote(str(directory))}"
-        )
+    result = finished_result(directory)
     folder = directory / MODEL
     lacking = [name for name in ("config.json", "modeling_unnorm.py", CARD) if not (folder / name).is_file()]
     lacking += [] if any(folder.glob("*.safetensors")) else ["the weights"]
     if lacking:
         raise UnnormError(f"'{folder}' lacks {', '.join(lacking)}. Do the run again, or copy it again.")
     check_card(folder / CARD)
+    # The run's own verdict first, since it costs nothing; then the files as they are now.
+    if not result.get("verified") or not all(check.passed for check in verify(directory)):
+        raise UnnormError(
+            f"The proof of the run in '{directory}' does not pass, so it is not published: see unnorm verify "
+            f"{quote(str(directory))}"
+        )
     return folder
 
 

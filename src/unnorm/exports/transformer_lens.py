@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from unnorm.errors import UnnormError, short
 from unnorm.exports.measure import compare, probe_ids, refuse_kept_norms
 from unnorm.folding.checkpoint import fetched, load
+from unnorm.isolation import isolated
 from unnorm.modeling.modeling_unnorm import PREFIX
 from unnorm.models.load import load_tokenizer
-from unnorm.runs.directory import MODEL
+from unnorm.runs.directory import MODEL, named_path
 from unnorm.sites.find import norm_modules
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ TOLERANCE, HALF_TOLERANCE = 1e-4, 0.1
 _IN_TRANSFORMERS = "Use the model in transformers: unnorm.load(...) and hooks."
 
 
+@isolated
 def to_transformer_lens(
     directory: str | Path,
     dtype: torch.dtype = torch.float32,
@@ -56,7 +58,7 @@ def to_transformer_lens(
     _import_transformer_lens()
     from transformer_lens.model_bridge import TransformerBridge
 
-    path = fetched(Path(directory).expanduser())
+    path = fetched(named_path(directory))
     path = path / MODEL if (path / MODEL).is_dir() else path
     twin = load(path, dtype).to(device)
     _refuse_what_a_bridge_would_leave_out(twin, path)

@@ -27,7 +27,7 @@ from unnorm.folding.fold import FoldedWeights, empty_twin
 from unnorm.modeling import register_twin_class
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.models.load import missing_weights
-from unnorm.runs.directory import LIMITS, MODEL, SITES, UNFOLDED, write_text
+from unnorm.runs.directory import LIMITS, MODEL, SITES, UNFOLDED, named_path, write_text
 from unnorm.sites.norm_behaviour import gain_offset
 from unnorm.sites.site import NormSite
 from unnorm.taper.norms import TaperedNorm
@@ -60,7 +60,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     Raises:
         UnnormError: there is no model, or its files are damaged.
     """
-    path = fetched(Path(path).expanduser())
+    path = fetched(named_path(path))
     return _load(path / MODEL if (path / MODEL).is_dir() else path, dtype)
 
 

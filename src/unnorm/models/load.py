@@ -68,19 +68,36 @@ def load_original(model: str, trust_remote_code: bool = False) -> tuple[PreTrain
             quantized or not finite, or the tokenizer is missing or has ids that the model has no embedding for.
     """
     path = model_path(model)
-    if Path(path).suffix == ".gguf" and Path(path).is_file():
+    if _is_gguf(Path(path)):
         loaded, tokenizer = _load_gguf(Path(path))
     else:
         config = _load_config(model, path, trust_remote_code)
         loaded = _load_weights(model, path, config, trust_remote_code)
         tokenizer = load_tokenizer(model, path, trust_remote_code)
-    loaded.config.return_dict = True
+    _set_plain(loaded.config)
     # Some configs say tied although there is a separate unembedding, which transformers then loads.
     loaded.config.tie_word_embeddings = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     _check_finite(model, loaded)
     _check_causal(model, loaded)
     _check_tokenizer(model, loaded, tokenizer)
     return loaded, tokenizer
+
+
+def _set_plain(config: PretrainedConfig) -> None:
+    """Settings that change what a model returns or, in RWKV, its own weights each time after it is loaded."""
+    config.return_dict = True
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(config, name, False):
+            setattr(config, name, False)
+    if hasattr(config, "rescale_every"):
+        config.rescale_every = 0
+
+
+def _is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(4) == b"GGUF"
 
 
 def check_same_vocabulary(name: str, rows: int, other: str, its_rows: int) -> None:
@@ -247,10 +264,17 @@ def _check_causal(name: str, model: PreTrainedModel) -> None:
     ids = trace_inputs(model)
     other = ids.clone()
     other[:, -1] = (other[:, -1] + 1) % vocabulary_size(model)
+    versions = {key: value._version for key, value in model.named_parameters()}
     try:
         before, after = (model(input_ids=i, use_cache=False).logits[:, :-1] for i in (ids, other))
     except Exception as error:
         raise UnnormError(f"'{name}' can't run on token ids alone: {short(error)}") from error
+    changed = [key for key, value in model.named_parameters() if value._version != versions[key]]
+    if changed:
+        raise UnnormError(
+            f"'{name}' ({type(model).__name__}) changes its own weights when it runs ({first_few(changed)}), so a "
+            "twin's would be changed again each time it is loaded. Turn that off in its config.json."
+        )
     finite = before.isfinite() & after.isfinite()
     # A twin may overflow at some tokens; measuring where is a reason to load it.
     if not finite.all() and not getattr(model.config, "removed_norms", None):
@@ -258,7 +282,9 @@ def _check_causal(name: str, model: PreTrainedModel) -> None:
             f"'{name}' gives logits that are not finite: its weights are too large. The checkpoint is damaged; "
             "fetch it again."
         )
-    if not torch.allclose(before[finite], after[finite], rtol=1e-3, atol=1e-3):
+    before, after = before[finite], after[finite]
+    # Small random encoders look ahead by a thousandth only; rounding alone, as among experts, is far below.
+    if len(before) and (before - after).abs().max() > 1e-4 * before.abs().max():
         raise UnnormError(
             f"'{name}' ({type(model).__name__}) is an encoder: its earlier outputs depend on later tokens. Only "
             "decoder-only language models are supported."

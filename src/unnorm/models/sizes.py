@@ -1,5 +1,6 @@
 """Vocabulary size and context length of a model, and how many blocks to run at once."""
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError
@@ -23,7 +24,15 @@ def _told_context(model: PreTrainedModel) -> int | None:
     config = model.config.get_text_config()
     names = ("max_position_embeddings", "seq_length", "max_seq_len")
     told = (getattr(config, name, None) for name in names)
-    return next((length for length in told if length is not None and length > 0), None)  # XLNet says -1.
+    length = next((length for length in told if length is not None and length > 0), None)  # XLNet says -1.
+    return None if length is None else length - _unused_positions(model, length)
+
+
+def _unused_positions(model: PreTrainedModel, length: int) -> int:
+    """Rows of the position embedding up to that of padding, after which RoBERTa and its kin count positions."""
+    embeddings = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    padding = (m.padding_idx for name, m in embeddings.items() if "position" in name and m.num_embeddings == length)
+    return max((index + 1 for index in padding if index is not None), default=0)
 
 
 def check_fits(model: PreTrainedModel, tokens: int) -> None:

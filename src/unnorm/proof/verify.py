@@ -19,7 +19,7 @@ from unnorm.modeling import modeling_unnorm
 from unnorm.modeling.modeling_unnorm import AffineMap
 from unnorm.models.linear import is_linear, linear_weight
 from unnorm.proof.blockwise import float64_logits, in_float64
-from unnorm.runs.directory import MODEL
+from unnorm.runs.directory import MODEL, named_path
 from unnorm.sites.find import norm_modules, unembedding_name
 from unnorm.sites.norm_behaviour import norm_operations
 from unnorm.sites.reading import read_weight
@@ -76,7 +76,7 @@ def verify(directory: str | Path) -> list[Check]:
     Raises:
         UnnormError: the directory holds no finished run, or files of it are missing or damaged.
     """
-    directory = Path(directory).expanduser()
+    directory = named_path(directory)
     sites, _ = load_sites(directory)
     twin = load(directory)
     unfolded = load_unfolded(directory)
@@ -88,13 +88,18 @@ def check_twin(twin: PreTrainedModel, unfolded: PreTrainedModel, sites: Sequence
     ids = trace_inputs(twin, *_PROBE_SHAPE)
     norm_free = [_no_norm_modules(twin), _no_norm_operations(twin, ids)]
     return [
-        *([_only_kept_norms(twin, ids)] if twin.config.kept_norms else norm_free),
+        *([_only_kept_norms(twin, ids)] if _kept(twin) else norm_free),
         _fold_float64(unfolded, sites, ids),
         _weights(twin, unfolded, sites),
         _fold_float32(twin, unfolded, ids),
         _reads_affine(twin, sites, ids),
         _contributions_add_up(twin, ids),
     ]
+
+
+def _kept(twin: PreTrainedModel) -> list[str]:
+    """Norms kept with `--keep`; none for a stock model, which a checkpoint may have been swapped for."""
+    return getattr(twin.config, "kept_norms", None) or []
 
 
 def _row(name: str, value: float, limit: float, detail: str) -> Check:
@@ -107,7 +112,7 @@ def _no_norm_modules(twin: PreTrainedModel) -> Check:
 
 
 def _only_kept_norms(twin: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Check:
-    left, kept = norm_modules(twin), twin.config.kept_norms
+    left, kept = norm_modules(twin), _kept(twin)
     places = {place for _, place in norm_operations(twin, ids) if not _is_in(place, kept)}
     besides = f"; left too, since no module of its own is one: norms in {first_few(sorted(places))}" if places else ""
     return _row("norms left are those kept", len(set(left) ^ set(kept)), 0, f"kept: {', '.join(kept)}{besides}")
@@ -272,8 +277,8 @@ def _linear_sources(twin: PreTrainedModel, last: str) -> tuple[dict[str, dict[st
     The last reader is the unembedding, or the final norm if it was kept.
     """
     maps = [name for name, module in twin.named_modules() if is_linear(module) or isinstance(module, AffineMap)]
-    sources = stream_sources(twin, [last, *maps, *twin.config.kept_norms])
-    kept = {name: sources.pop(name) for name in twin.config.kept_norms if name in sources}
+    sources = stream_sources(twin, [last, *maps, *_kept(twin)])
+    kept = {name: sources.pop(name) for name in _kept(twin) if name in sources}
     for name in sources.get(last, ()):
         if name in kept and len(sources[last]) == 1:
             return sources | {name: kept[name]}, name

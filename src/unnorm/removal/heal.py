@@ -9,7 +9,7 @@ from unnorm.progress import Watch
 from unnorm.removal.remove import remove
 from unnorm.removal.resume import check_has_control, facts_of, has_control
 from unnorm.runs.config import read_config_file, read_count
-from unnorm.runs.directory import CONFIG_FILE, CONTROL, RESULT
+from unnorm.runs.directory import CONFIG_FILE, CONTROL, RESULT, named_path
 
 _OF_ONE_RUN = (
     *("tokens", "lr", "batch_size", "micro_batch", "device", "dtype", "compile", "cuda_graph"),
@@ -36,7 +36,7 @@ def heal(directory: str | Path, *, watch: Watch | None = None, **options: Any) -
         UnnormError: there is no finished run, the input can't be used, memory or disk do not suffice, or it diverged.
         RunInterruptedError: it was stopped; `remove(resume=True, out=…)` continues it.
     """
-    directory = Path(directory).expanduser()
+    directory = named_path(directory)
     for name in (RESULT, CONFIG_FILE):  # Without its settings, the default model would be taken for the original.
         if not (directory / name).is_file():
             raise UnnormError(

@@ -7,7 +7,7 @@ from typing import Any
 from unnorm.errors import UnnormError
 from unnorm.removal.facts import Facts
 from unnorm.runs.config import RemoveConfig, read_config_file
-from unnorm.runs.directory import CONFIG_FILE, CONTROL, DATA, FACTS, RESULT, finished_result
+from unnorm.runs.directory import CONFIG_FILE, CONTROL, DATA, FACTS, RESULT, finished_result, named_path
 
 _MAY_CHANGE_ON_RESUME = {"device", "compile", "cuda_graph", "micro_batch", "report_to", "out", "kl_budget", "control"}
 
@@ -20,7 +20,7 @@ def saved_options(options: dict[str, Any]) -> dict[str, Any]:
     """
     if options.get("out") is None:
         raise UnnormError("--resume needs the run's directory: add --out DIR.")
-    directory = Path(options["out"]).expanduser()
+    directory = named_path(options["out"])
     if not (directory / CONFIG_FILE).is_file():
         raise UnnormError(f"'{directory}' holds no run to resume: there is no {CONFIG_FILE} in it.")
     saved = read_config_file(directory / CONFIG_FILE)

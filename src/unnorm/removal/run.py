@@ -14,7 +14,7 @@ from unnorm.errors import UnnormError
 from unnorm.evaluation import Evaluation, evaluate_model
 from unnorm.progress import Watch, say
 from unnorm.runs.config import RemoveConfig
-from unnorm.runs.directory import check_can_be_made, nearest_existing
+from unnorm.runs.directory import check_can_be_made, named_path, nearest_existing
 from unnorm.runs.plan import Plan
 from unnorm.sites.site import NormSite
 from unnorm.taper.recipes import RECIPES, Recipe
@@ -76,7 +76,7 @@ def open_directory(config: RemoveConfig, resume: bool) -> Path:
     Raises:
         UnnormError: it is not empty and the run is not resumed, or it can't be created.
     """
-    directory = _unused_name(f"unnorm-{Path(config.model).name}") if config.out is None else config.out.expanduser()
+    directory = _unused_name(f"unnorm-{Path(config.model).name}") if config.out is None else named_path(config.out)
     if not resume and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise UnnormError(f"'{directory}' is not empty. Choose another --out, or resume the run in it: --resume.")
     check_can_be_made(directory)

@@ -41,7 +41,7 @@ def short_name(source: str) -> str:
     return Path(source).name if Path(source).is_absolute() else source
 
 
-def named_path(source: str) -> Path:
+def named_path(source: str | Path) -> Path:
     """A name as a path, whether or not it exists; `~` is expanded unless its user is unknown."""
     return Path(os.path.expanduser(source))  # noqa: PTH111 (pathlib's raises where there is no such user)
 

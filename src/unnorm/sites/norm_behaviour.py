@@ -80,10 +80,12 @@ def affine_parameters(module: nn.Module, site: NormSite) -> tuple[Tensor, Tensor
     candidates = [ones] if weight is None else [weight, 1 + weight]
     with torch.no_grad():
         y = module(x)
+        rounding = max(1e-3, 4 * torch.finfo(y.dtype).eps)
         for gain in candidates:
-            if gain.shape == y.shape[-gain.ndim :] and torch.allclose(
-                y, _norm(x, site) * gain + (0 if bias is None else bias), rtol=1e-3, atol=1e-3
-            ):
+            if gain.shape != y.shape[-gain.ndim :]:
+                continue
+            expected = _norm(x, site) * gain + (0 if bias is None else bias)
+            if torch.allclose(y, expected.to(y.dtype), rtol=rounding, atol=rounding):
                 return gain, bias
     raise UnnormError(
         f"The norm '{site.name}' ({type(module).__name__}) is not gain * x / scale(x) + bias with a gain of "

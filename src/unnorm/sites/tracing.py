@@ -83,7 +83,7 @@ def traced(model: PreTrainedModel) -> Trace:
     """
     trace = Trace()
     frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad]
-    with evaluating(model), _recording(model, trace), torch.enable_grad():
+    with evaluating(model), _recording(model, trace), torch.inference_mode(False), torch.enable_grad():
         for parameter in frozen:  # Without a gradient there is no graph to walk.
             parameter.requires_grad_(True)
         try:

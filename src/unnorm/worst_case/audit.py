@@ -22,7 +22,7 @@ from unnorm.models.running import cast_as_loaded
 from unnorm.models.sizes import choose_context, context_length, vocabulary_size
 from unnorm.progress import Watch, say, silent
 from unnorm.runs.config import read_count
-from unnorm.runs.directory import finished_result
+from unnorm.runs.directory import finished_result, named_path
 from unnorm.runs.pair import open_pair
 from unnorm.runs.text import choose_text
 from unnorm.sites.find import unembedding_name
@@ -91,7 +91,7 @@ def audit(
     Raises:
         UnnormError: there is no finished run, or the reference or the text can't be used.
     """
-    directory = Path(directory).expanduser()
+    directory = named_path(directory)
     watch = watch or silent
     tokens = read_count(tokens)
     if tokens < 1:
