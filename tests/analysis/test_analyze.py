@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, JetMoeConfig, PreTrainedModel
+from transformers import AutoTokenizer, BloomConfig, JetMoeConfig, PreTrainedModel, RwkvConfig
 
 import unnorm
 from tests.analysis.models import PAIRS, logits, original_of
 from tests.conftest import Cli, Saved, with_other_tokens
+from unnorm.analysis.analyze import ANALYSES
 from unnorm.analysis.attribution import attribute
 from unnorm.analysis.lens import lens
 from unnorm.analysis.material import float64_copy
@@ -181,3 +182,22 @@ def test_a_kept_final_norm_is_not_said_to_be_gone(tiny_model_dir: Path, text_fil
 def test_ids_that_are_more_than_the_model_takes_are_refused(measure: Any, finished_run: Path) -> None:
     with pytest.raises(UnnormError, match=r"A sequence has 65 tokens, but the model takes 64\."):
         measure(unnorm.load(finished_run), torch.zeros(1, 65, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("config", "skipped"),
+    [
+        (BloomConfig(hidden_size=32, n_layer=2, n_head=4, apply_residual_connection_post_layernorm=True), None),
+        (RwkvConfig(hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, context_length=64), "sinks"),
+    ],
+    ids=["bloom, residual after the norm", "rwkv, no heads"],
+)
+def test_odd_layouts_are_analyzed_as_far_as_they_go(
+    config: Any, skipped: str | None, saved_family: Saved, text_file: Path, tmp_path: Path
+) -> None:
+    saved_family(lambda: config)
+    options: dict[str, Any] = {"data": text_file, "tokens": 0, "context": 32, "in_place": True, "device": "cpu"}
+    unnorm.remove(tmp_path / "model", out=tmp_path / "run", **options)
+    found = unnorm.analyze(tmp_path / "run", tokens=256, device="cpu")
+    assert found["findings"].keys() | found["skipped"].keys() == ANALYSES.keys()
+    assert skipped is None or "does not return the attention weights" in found["skipped"][skipped]
