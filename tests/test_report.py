@@ -209,7 +209,7 @@ def test_rows_with_holes_are_drawn(data: ReportData) -> None:
 
 def test_run_without_alpha_or_kl_has_fewer_panels(data: ReportData) -> None:
     rows = [{key: r[key] for key in ("step", "kind", "tokens", "loss")} for r in data.rows]
-    full, loss_only = run_figure(data.rows, [], 3.6), run_figure(rows, [], 3.6)
+    full, loss_only = run_figure(data.rows, []), run_figure(rows, [])
     assert full is not None and loss_only is not None
     assert "yaxis3" in full.layout and full.layout.yaxis2.type == "log"
     assert "yaxis2" not in loss_only.layout
@@ -341,5 +341,5 @@ def test_curves_and_bars_are_of_whom_they_say(data: ReportData) -> None:
     assert {name: dot.y[0] for name, dot in dots.items()} == {"original": data.scales_before[0].mean, "twin": 2.5}
     assert dots["twin"].marker.color == ACCENT != dots["original"].marker.color
     rows = [row | {"loss": 9.0} for row in data.control_rows]
-    control = next(trace for trace in run_figure(data.rows, rows, None).data if trace.name == "control")
+    control = next(trace for trace in run_figure(data.rows, rows).data if trace.name == "control")
     assert set(control.y) == {9.0}

@@ -156,7 +156,7 @@ def find(material: Material) -> Finding:
         legends={"attribution_parts": [("original", "s", "point"), ("twin", "a", "point")]},
         headline=(
             "Attribution error",
-            f"{percent(original['error_of_heads'] if heads else original['error'])} → {percent(twin['error'])}",
+            " → ".join(percent(model["error_of_heads"] if heads else model["error"]) for model in (original, twin)),
             f"relative to the direct effect{', heads only' if heads else ''}; in the twin, sums match "
             f"logits to {significant(twin['sum_error'], 2)}",
         ),

@@ -132,7 +132,9 @@ def _contexts(pair: _Pair) -> tuple[Context, ...]:
     chosen = {int(window): "kl" for window in by_kl[:SHOWN]}
     for window in by_change[:SHOWN]:
         chosen.setdefault(int(window), "loss")
-    chosen.setdefault(int(by_kl[len(by_kl) // 2]), "typical")
+    middle = int(by_kl[len(by_kl) // 2])
+    if middle not in chosen:  # In short texts every window may be one of those.
+        chosen[middle] = "typical"
     ordered = sorted(chosen, key=lambda window: -float(kl.ravel()[window]))
     places = [divmod(window, kl.shape[1]) for window in ordered]
     return tuple(

@@ -16,6 +16,9 @@ from unnorm.evaluation.intervals import bootstrap_interval
 from unnorm.evaluation.metrics import Distances, ModelTokens, calibration, measure_tokens
 from unnorm.evaluation.results import Evaluation
 
+MOST_LOSS = 709.0
+"""In nats; the perplexity of a larger loss is beyond a float's range."""
+
 
 def evaluate_model(
     model: PreTrainedModel,
@@ -77,7 +80,7 @@ def summarize(
         data=corpus.name,
         loss=loss,
         loss_ci=bootstrap_interval(sums, sizes),
-        perplexity=float(np.exp(min(loss, 700.0))),
+        perplexity=math.exp(loss) if loss < MOST_LOSS else math.inf,
         tokens=ours.loss.size,
         context=corpus.context,
         kl=None,
@@ -118,7 +121,7 @@ def _beside_original(
     comparable = np.isfinite(distances.kl).all(1)
     return replace(
         evaluation,
-        kl=_mean(distances.kl),
+        kl=max(_mean(distances.kl), 0.0),  # Of two equal models it may be below by rounding.
         kl_elsewhere=_mean(distances.kl[comparable]) if comparable.any() and not comparable.all() else None,
         jsd=_mean(distances.jsd),
         top1_agreement=_mean(distances.top1),

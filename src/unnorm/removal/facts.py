@@ -1,6 +1,6 @@
 """Facts in a run's result that can no longer be measured at its end."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -15,6 +15,8 @@ class Facts:
         skipped_steps: steps that the guard refused.
         earlier_seconds: total time of the finished runs that this run continues from.
         earlier_text_tokens: tokens of distinct text that those runs read.
+        earlier_data: the sources of that text, in order, where they are not this run's; naive removal was measured on
+            the first of them.
     """
 
     naive_loss: float
@@ -23,6 +25,7 @@ class Facts:
     skipped_steps: int = 0
     earlier_seconds: float = 0.0
     earlier_text_tokens: int = 0
+    earlier_data: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""

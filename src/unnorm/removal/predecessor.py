@@ -27,8 +27,14 @@ def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], Fac
     """
     directory = run.config.twin
     assert directory is not None
-    text_tokens = int(finished_result(directory).get("text_tokens") or 0)
-    facts = replace(facts_of(directory), skipped_steps=0, earlier_text_tokens=text_tokens)
+    result, facts = finished_result(directory), facts_of(directory)
+    sources = [*facts.earlier_data, str(result.get("data"))]
+    facts = replace(
+        facts,
+        skipped_steps=0,
+        earlier_text_tokens=int(result.get("text_tokens") or 0),
+        earlier_data=sources if set(sources) != {run.config.data} else [],
+    )
     student = load_unfolded(directory)
     stand_ins = {name: module for name, module in student.named_modules() if isinstance(module, TaperedNorm)}
     if set(stand_ins) != {site.name for site in run.sites}:

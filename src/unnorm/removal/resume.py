@@ -114,6 +114,7 @@ def facts_of(directory: Path) -> Facts:
             skipped_steps=int(result["skipped_steps"]),
             earlier_seconds=float(result["seconds"]),
             earlier_text_tokens=int(result.get("earlier_text_tokens") or 0),
+            earlier_data=list(result.get("earlier_data") or ()),
         )
     except (TypeError, ValueError, KeyError) as error:
         raise UnnormError(f"'{directory / RESULT}' is damaged. Do the run again.") from error

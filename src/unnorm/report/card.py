@@ -11,7 +11,16 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from unnorm.report.numbers import count, finite_or_none, fixed, interval, loss_increase, percent, shortest
-from unnorm.report.sentences import healed, limits, massive_neurons, overflowed, without_norms
+from unnorm.report.sentences import (
+    healed,
+    knows_naive_removal,
+    limits,
+    massive_neurons,
+    overflowed,
+    overflows_everywhere,
+    sources,
+    without_norms,
+)
 from unnorm.sites.site import NormSite
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -36,6 +45,7 @@ def render_card(
         "limited": result.get("limited_neurons"),
         "norms": result["sites"] + result["norm_modules_left"],
         **{key: _published(str(result[key])) for key in ("model", "data")},
+        "trained_on": "`, then `".join(map(_published, sources(result))),
         **{key: count(result.get(key)) for key in ("tokens", "validation_tokens")},
         "front_matter": yaml.safe_dump(front_matter(result), sort_keys=False, allow_unicode=True).strip(),
         "title": without_norms(result, _name(result)),
@@ -123,11 +133,17 @@ def _results(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("loss of this model", loss("lnfree")),
         ("loss increase", "" if increase is None else fixed(increase, sign=True) + paired),
         ("loss of the control (norms kept, same tokens)", loss("control")),
-        ("loss after naive removal (constants, no training)", loss("naive") if result.get("tokens") else ""),
+        (
+            "loss after naive removal (constants, no training)",
+            loss("naive") if result.get("tokens") and knows_naive_removal(result) else "",
+        ),
         ("KL(original, this model)", fixed(result.get("kl"))),
         ("overflow on that text", overflowed(result)),
         ("Jensen-Shannon divergence", fixed(result.get("jsd"))),
-        ("top-1 agreement with the original", percent(result.get("top1_agreement"))),
+        (
+            "top-1 agreement with the original",
+            "" if overflows_everywhere(result) else percent(result.get("top1_agreement")),
+        ),
     ]
     missing = fixed(None)
     return [(words, value) for words, value in rows if value not in ("", missing)]
@@ -173,7 +189,7 @@ def _settings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [
         ("recipe", f"`{result['recipe']}`"),
         ("training tokens", count(result.get("tokens"))),
-        ("data", f"`{_published(str(result['data']))}`"),
+        ("data", ", then ".join(f"`{_published(source)}`" for source in sources(result))),
         *(steps if result.get("tokens") else []),
         ("seed", str(result.get("seed"))),
         *([("healed further", further)] if further else []),

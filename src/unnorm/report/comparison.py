@@ -58,6 +58,7 @@ def pair_variables(pairs: Sequence[Pair]) -> dict[str, Any]:
     specs = [{place: json.loads(str(figure.to_json())) for place, figure in pair.figures.items()} for pair in pairs]
     return {
         "groups": pairs,
+        "has_typical": any(_WHY["typical"] in context["heading"] for pair in pairs for context in pair.contexts),
         "group_specs": Markup(script_json(specs)),
         "values": Markup(script_json([pair.values for pair in pairs])),
         "ramp": [(f"{nats:g}", strength(nats)) for nats in RAMP],

@@ -25,6 +25,8 @@ DARK_COLOURS = {
 }
 
 MOST_TICKS = 24
+LEAST_TICKS = 3
+"""Of a log axis: with fewer, no value can be read from it."""
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -34,10 +36,14 @@ def short_names(names: Sequence[str]) -> list[str]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers from `low` to `high`: 1, 2 and 5 of each decade, or powers of ten over many decades."""
+    """Round numbers from `low` to `high`: 1, 2 and 5 of each decade, powers of ten over many, all digits over few."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    digits = (1, 2, 5) if len(decades) <= 4 else (1,)
-    return [digit * 10.0**decade for decade in decades for digit in digits]
+    few, fine = ((1, 2, 5), range(1, 10)) if len(decades) <= 4 else ((1,), (1, 2, 5))
+    for digits in (few, fine):
+        ticks = [digit * 10.0**decade for decade in decades for digit in digits]
+        if sum(low <= tick <= high for tick in ticks) >= LEAST_TICKS:
+            return ticks
+    return [float(f"{value:.2g}") for value in (low, math.sqrt(low * high), high)]
 
 
 def draw_line(

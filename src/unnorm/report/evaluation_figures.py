@@ -26,6 +26,8 @@ from unnorm.report.drawing import (
 from unnorm.report.removal_figures import bin_positions
 
 PANEL_HEIGHT = 220
+LEAST_BIN_TOKENS = 10
+"""Bins of the calibration figure with fewer tokens are left out: their errors would stretch the axis."""
 
 _STYLES = tuple((colour, dash) for dash in ("solid", "dash", "dot") for colour in (ACCENT, RUST, PLUM, OLIVE, SOFT))
 _TRANSPARENT = "rgba(10,108,116,0)"
@@ -83,7 +85,7 @@ def _by_corpus(
 
 
 def _draw_calibration(figure: Figure, panel: int, row: Evaluation, colour: str, dash: str) -> None:
-    bins = row.calibration
+    bins = [b for b in row.calibration if b.tokens >= LEAST_BIN_TOKENS]
     # Two standard errors of the accuracy, treating tokens as independent.
     errors = [2 * math.sqrt(max(b.accuracy * (1 - b.accuracy), 1 / (4 * b.tokens)) / b.tokens) for b in bins]
     figure.add_scatter(

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any
 
 MISSING = "—"
+MOST_FIXED = 10_000
+"""Values from here on are written in powers of ten."""
 
 
 def finite_or_none(value: Any) -> float | None:
@@ -21,9 +23,12 @@ def loss_increase(result: Mapping[str, Any]) -> float | None:
 
 
 def fixed(value: Any, digits: int = 4, sign: bool = False) -> str:
-    """With `digits` decimals: a loss, a gap."""
+    """With `digits` decimals: a loss, a gap. From 10,000 on, as of a model that went astray, in powers of ten."""
     number = finite_or_none(value)
-    return MISSING if number is None else _minus(f"{number:{'+' if sign else ''}.{digits}f}")
+    if number is None:
+        return MISSING
+    form = f".{digits}f" if abs(number) < MOST_FIXED else ".2e"
+    return _minus(_tidy_exponent(f"{number:{'+' if sign else ''}{form}}"))
 
 
 def significant(value: Any, digits: int = 3) -> str:

@@ -31,13 +31,12 @@ LABELS = {"original": "original", "lnfree": "twin", "control": "control"}
 Rows = Sequence[dict[str, Any]]
 
 
-def run_figure(rows: Rows, control_rows: Rows, original_loss: float | None) -> Figure | None:
+def run_figure(rows: Rows, control_rows: Rows) -> Figure | None:
     """Loss, KL (log) and alpha over the tokens of a run, one panel each; None if there was no run.
 
     Args:
         rows: metrics of the removal run.
         control_rows: metrics of the control; may be empty.
-        original_loss: where to draw the original's line.
     """
     # A single row at 0 tokens, before the first step, does not make a run.
     keys = [key for key in ("loss", "kl", "alpha") if any(_points(rows, key)[0])]
@@ -50,8 +49,7 @@ def run_figure(rows: Rows, control_rows: Rows, original_loss: float | None) -> F
             _draw_alpha(figure, panel, rows)
         else:
             _draw_metric(figure, panel, key, rows, control_rows)
-    if original_loss is not None:
-        figure.add_hline(y=original_loss, row=1, col=1, line={"color": INK, "width": 1.2}, layer="below")
+    _draw_original(figure, rows)
     stretch = removal_stretch(rows)
     if stretch is not None:
         figure.add_vrect(x0=stretch[0], x1=stretch[1], fillcolor=SOFT, opacity=0.12, line_width=0, layer="below")
@@ -160,6 +158,19 @@ def _draw_metric(figure: Figure, panel: int, key: str, rows: Rows, control_rows:
         )
     if key == "kl" and drawn:
         log_axis(figure, panel, drawn)
+
+
+def _draw_original(figure: Figure, rows: Rows) -> None:
+    """The original's loss on the blocks of the quick evaluations, which change where a twin is healed on other text."""
+    tokens, losses = _points(rows, "teacher_loss")
+    line = {"color": INK, "width": 1.2}
+    if len(set(losses)) == 1:
+        figure.add_hline(y=losses[0], row=1, col=1, line=line, layer="below")
+    elif losses:
+        line |= {"shape": "hv"}
+        figure.add_scatter(
+            x=tokens, y=losses, name="original", mode="lines", line=line, hovertemplate="%{y:.4g}", row=1, col=1
+        )
 
 
 def _draw_alpha(figure: Figure, panel: int, rows: Rows) -> None:

@@ -26,9 +26,12 @@ from unnorm.report.numbers import (
 from unnorm.report.sentences import (
     WORSE_THAN_NAIVE,
     healed,
+    knows_naive_removal,
     limits,
     massive_neurons,
     overflowed,
+    overflows_everywhere,
+    sources,
     without_norms,
     worse_than_naive,
 )
@@ -76,7 +79,8 @@ def render_report(data: ReportData) -> str:
         "losses": _losses(data.result),
         "interval_over": data.result.get("interval_over", "blocks"),
         "has_control": _has_control(data),
-        "has_line": _original_loss(data) is not None,
+        "has_line": any(finite_or_none(row.get("teacher_loss")) is not None for row in data.rows),
+        "several_texts": len(sources(data.result)) > 1,
         "in_context": "control" in data.position_loss,
         "scales_complete": bool(data.scales_before and data.scales_after),
         "checks": [_check(check) for check in data.checks],
@@ -113,16 +117,11 @@ def _has_control(data: ReportData) -> bool:
 
 def _figures(data: ReportData) -> dict[str, Figure]:
     drawn = {
-        "run": figures.run_figure(data.rows, data.control_rows, _original_loss(data)),
+        "run": figures.run_figure(data.rows, data.control_rows),
         "scales": figures.scale_figure(data.scales_before, data.scales_after, data.constants),
         "positions": figures.position_figure(data.position_loss),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
-
-
-def _original_loss(data: ReportData) -> float | None:
-    """The original's loss on the few blocks evaluated during training; the final evaluation uses more blocks."""
-    return next((finite_or_none(row["teacher_loss"]) for row in data.rows if "teacher_loss" in row), None)
 
 
 def _tiles(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -151,7 +150,7 @@ def _tiles(result: dict[str, Any]) -> list[dict[str, str]]:
         },
         {
             "name": "Top-1 agreement",
-            "value": percent(result.get("top1_agreement")),
+            "value": MISSING if overflows_everywhere(result) else percent(result.get("top1_agreement")),
             "note": "same most likely next token",
         },
         {
@@ -168,7 +167,7 @@ def _tiles(result: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _losses(result: dict[str, Any]) -> list[dict[str, str]]:
-    """Rows of the table of models; models without a measured loss are left out, except original and twin."""
+    """Rows of the table of models; a control or a naive removal that was not measured is left out."""
     models = (
         ("original", "teacher", None),
         ("naive removal", "naive", "naive_kl"),
@@ -178,12 +177,12 @@ def _losses(result: dict[str, Any]) -> list[dict[str, str]]:
     rows = []
     for name, key, kl in models:
         loss = finite_or_none(result.get(f"{key}_loss"))
-        if loss is None and key in ("naive", "control"):
+        if (key == "control" and loss is None) or (key == "naive" and not knows_naive_removal(result)):
             continue
         rows.append(
             {
                 "name": name,
-                "loss": fixed(loss),
+                "loss": "overflows" if key == "naive" and loss is None else fixed(loss),
                 "interval": interval(result.get(f"{key}_loss_ci")),
                 "kl": significant(result.get(kl)) if kl else "0",
             }

@@ -23,7 +23,24 @@ WORSE_THAN_NAIVE = "the twin is further from the original: lower --lr, or give m
 def worse_than_naive(result: Mapping[str, Any]) -> bool:
     """Whether training left the twin further from the original than removing the norms without training does."""
     kl, naive = finite_or_none(result.get("kl")), finite_or_none(result.get("naive_kl"))
-    return bool(result.get("tokens")) and kl is not None and naive is not None and kl > naive
+    known = bool(result.get("tokens")) and knows_naive_removal(result)
+    return known and kl is not None and naive is not None and kl > naive
+
+
+def knows_naive_removal(result: Mapping[str, Any]) -> bool:
+    """Whether naive removal was measured on the text of this run, not on another that an earlier run had."""
+    return "naive_loss" in result and not result.get("earlier_data")
+
+
+def overflows_everywhere(result: Mapping[str, Any]) -> bool:
+    """Whether every held-out block overflows, so that no token has predictions."""
+    blocks = finite_or_none(result.get("validation_blocks"))
+    return bool(blocks) and result.get("overflowed_blocks") == blocks
+
+
+def sources(result: Mapping[str, Any]) -> list[str]:
+    """All texts that the twin was trained on, in order, each once."""
+    return list(dict.fromkeys([*(result.get("earlier_data") or ()), str(result.get("data"))]))
 
 
 def shared_prefix(names: Sequence[str]) -> str:

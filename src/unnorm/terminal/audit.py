@@ -8,7 +8,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from unnorm.terminal.text import MOST_FIXED, mark, verdict
+from unnorm.report.numbers import MOST_FIXED
+from unnorm.terminal.text import mark, verdict
 
 _AUDITED = ("99.9%", "99.99%", "largest")
 _MOST_SHOWN = 60

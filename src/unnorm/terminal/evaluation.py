@@ -9,9 +9,10 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.text import Text
 
+from unnorm.report.numbers import MOST_FIXED
 from unnorm.report.sentences import intervals_over
 from unnorm.terminal.fitting import Column, FittingTable
-from unnorm.terminal.text import MOST_FIXED, whole
+from unnorm.terminal.text import whole
 
 if TYPE_CHECKING:  # These import torch, which would slow down `--help`.
     from unnorm.evaluation import Evaluation, Results, Score
@@ -45,9 +46,9 @@ def _loss_table(rows: Sequence["Evaluation"]) -> FittingTable:
         table.add_row(
             escape(row.model),
             escape(row.data),
-            _with_interval(f"{row.loss:.4f}", row.loss_ci, ".3f"),
+            _with_interval(_or_dash(row.loss, ".4f"), row.loss_ci, ".3f"),
             _with_interval(_or_dash(row.difference, "+.4f"), row.difference_ci, "+.4f"),
-            f"{row.perplexity:.2f}",
+            _or_dash(row.perplexity, ".2f"),
             _or_dash(row.bits_per_byte, ".4f"),
         )
     return table
@@ -99,7 +100,7 @@ def _side_by_side(title: str, *words: str, numbers: Sequence[str]) -> FittingTab
 
 
 def _with_interval(value: str, interval: tuple[float, float] | None, form: str) -> str:
-    return value if interval is None else f"{value}\n{interval[0]:{form}} to {interval[1]:{form}}"
+    return value if interval is None else f"{value}\n{_or_dash(interval[0], form)} to {_or_dash(interval[1], form)}"
 
 
 def _number(value: float) -> str:
@@ -107,7 +108,9 @@ def _number(value: float) -> str:
 
 
 def _or_dash(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    if value is None:
+        return "-"
+    return format(value, form if abs(value) < MOST_FIXED or form.endswith("%") else f"{form[: form.index('.')]}.2e")
 
 
 def _protocol_lines(protocol: dict[str, Any]) -> list[str]:

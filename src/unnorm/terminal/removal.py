@@ -11,10 +11,18 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from unnorm.report.sentences import WORSE_THAN_NAIVE, shared_prefix, without_norms, worse_than_naive
+from unnorm.report.numbers import MOST_FIXED
+from unnorm.report.sentences import (
+    WORSE_THAN_NAIVE,
+    knows_naive_removal,
+    overflows_everywhere,
+    shared_prefix,
+    without_norms,
+    worse_than_naive,
+)
 from unnorm.runs.directory import MODEL, REPORT
 from unnorm.terminal.fitting import Column, FittingTable
-from unnorm.terminal.text import MOST_FIXED, mark, verdict, whole
+from unnorm.terminal.text import mark, verdict, whole
 
 if TYPE_CHECKING:  # These import torch, which would slow down `--help`.
     from unnorm.calibration.scales import ScaleStatistics
@@ -41,8 +49,8 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows = [
         ("KL to the original", _fixed(result["kl"]), _elsewhere(result["kl_elsewhere"]) or "nats per token"),
         *_worse_than_naive(result),
-        ("top-1 agreement", f"{result['top1_agreement']:.1%}", "same most likely next token"),
-        ("loss, original", f"{result['teacher_loss']:.4f}", f"{result['validation_tokens']:,} held-out tokens"),
+        *_agreement(result),
+        ("loss, original", _fixed(result["teacher_loss"]), f"{result['validation_tokens']:,} held-out tokens"),
         (
             "loss, twin",
             _fixed(result["lnfree_loss"]),
@@ -54,11 +62,11 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append(("overflows in", overflowed, "held-out blocks: train further with unnorm heal"))
     if result["control_loss"] is not None:
         rows += [
-            ("loss, control", f"{result['control_loss']:.4f}", "norms kept, same number of tokens"),
+            ("loss, control", _fixed(result["control_loss"]), "norms kept, same number of tokens"),
             ("gap", _fixed(result["gap"], "+"), "loss of twin minus loss of control"),
         ]
     rows += [
-        ("loss, naive removal", _loss_or_overflow(result["naive_loss"]), "constant scales, no training"),
+        *_naive_removal(result),
         ("norm modules left", _norms_left(result), ""),
         *_limits(result),
         ("fold error", f"{result['fold_max_abs_error']:.1e}", "largest difference in a logit, float64"),
@@ -73,6 +81,18 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _fixed(value: float, sign: str = "") -> str:
     """Four decimals, and powers of ten where a run went astray."""
     return f"{value:{sign}{'.4f' if abs(value) < MOST_FIXED else '.3g'}}"
+
+
+def _agreement(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    if overflows_everywhere(result):
+        return []
+    return [("top-1 agreement", f"{result['top1_agreement']:.1%}", "same most likely next token")]
+
+
+def _naive_removal(result: dict[str, Any]) -> list[tuple[str, str, str]]:
+    if not knows_naive_removal(result):
+        return []
+    return [("loss, naive removal", _loss_or_overflow(result["naive_loss"]), "constant scales, no training")]
 
 
 def _worse_than_naive(result: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -107,7 +127,7 @@ def _increase(result: dict[str, Any]) -> str:
 
 
 def _loss_or_overflow(loss: float | None) -> str:
-    return f"{loss:.4f}" if loss is not None and math.isfinite(loss) else "overflows"
+    return _fixed(loss) if loss is not None and math.isfinite(loss) else "overflows"
 
 
 def _elsewhere(value: float | None) -> str:

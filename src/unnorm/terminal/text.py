@@ -2,9 +2,6 @@
 
 from rich.text import Text
 
-MOST_FIXED = 10_000
-"""Values from here on are written in powers of ten."""
-
 
 def whole(lines: str) -> Text:
     """Paths and commands, never broken into lines however long, so that they can be copied."""
