@@ -89,7 +89,7 @@ def _options(model: str, recipe: str, control: bool, args: argparse.Namespace) -
 def _check_same_options(out: Path, options: dict[str, Any]) -> None:
     """Write what a run is made with beside it, and refuse to take it for one that is made with anything else."""
     note = out.with_name(f"{out.name}.json")
-    made = json.loads(note.read_text()) if note.is_file() else None
+    made = json.loads(note.read_text()) if note.is_file() and out.exists() else None
     if made is None:
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps(options))
@@ -200,6 +200,8 @@ def main() -> None:
     print(json.dumps({"rows": rows, "protocols": [results.protocol for _, results in tables]}, indent=2))
     (args.out / "paper_table.md").write_text(f"{markdown(rows)}\nPublished:\n\n{published()}")
     print(markdown(rows), file=sys.stderr)
+    if all(row["row"] == "original" for row in rows):
+        sys.exit("paper_table: no recipe gave a twin")
 
 
 if __name__ == "__main__":

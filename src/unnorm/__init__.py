@@ -72,8 +72,15 @@ _HOMES = {
 register_on_demand()
 
 
-def __getattr__(name: str) -> Any:
-    """Import each name on first use, so that `unnorm --help` does not wait for torch."""
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'unnorm' has no attribute '{name}'")
+if not TYPE_CHECKING:  # A type checker would take any name for one of these.
+
+    def __getattr__(name: str) -> Any:
+        """Import each name on first use, so that `unnorm --help` does not wait for torch."""
+        if name in _HOMES:
+            return getattr(importlib.import_module(_HOMES[name]), name)
+        raise AttributeError(f"module 'unnorm' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    """The public names, whether imported yet or not."""
+    return __all__

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from unnorm import __version__
-from unnorm.errors import UnnormError
+from unnorm.errors import UnnormError, cant_be_used
 from unnorm.terminal.analysis import analysis_table
 from unnorm.terminal.audit import audit_tables
 from unnorm.terminal.evaluation import evaluation_tables
@@ -45,13 +45,17 @@ Data = Annotated[str, typer.Option(help=f"{TEXT}.")]
 TextField = Annotated[
     str | None, typer.Option(help="Column that holds the text.", show_default="text, else the only text column")
 ]
-RunTextField = Annotated[str | None, typer.Option(help="Column that holds the text.", show_default="the run's")]
+RunTextField = Annotated[
+    str | None, typer.Option(help="Column that holds the text.", show_default="the run's, without --data")
+]
 Split = Annotated[str, typer.Option(help="Split that the text comes from.")]
 Context = Annotated[
     int | None, typer.Option(help="Sequence length in tokens.", show_default="the model's, at most 1024")
 ]
 Device = Annotated[str, typer.Option(help="auto (cuda, else cpu), cpu, cuda or mps (not tested).")]
-RunSplit = Annotated[str | None, typer.Option(help="Split that the text comes from.", show_default="the run's")]
+RunSplit = Annotated[
+    str | None, typer.Option(help="Split that the text comes from.", show_default="the run's, without --data")
+]
 RunDirectory = Annotated[
     Path | None, typer.Option(help="Run directory.", show_default="unnorm-MODEL, numbered if taken")
 ]
@@ -144,7 +148,9 @@ def remove(
     estimator: Annotated[
         str, typer.Option(help="Estimator of the constant scales: geometric, mean or least-squares.")
     ] = "geometric",
-    config: Annotated[Path | None, typer.Option(help="YAML file with any of these options; flags win.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any of these options but --resume and --json; flags win.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out.")] = False,
     report_to: Trackers = None,
     trust_remote_code: Trust = False,
@@ -465,12 +471,11 @@ def main() -> None:
             _progress.print("Stopped; nothing was saved.")
         raise
     except OSError as error:
-        if error.filename is None or error.strerror is None:
+        said = cant_be_used(error)
+        if said is None:
             raise
-        path = str(error.filename)
-        path = path if len(path) <= 100 else f"{path[:100]}…"
-        _say(f"'{path}' can't be used: {error.strerror}. Name another path, or fix its permissions.")
-        sys.exit(2)
+        _say(str(said))
+        sys.exit(said.exit_code)
     except Exception as error:
         if type(error).__name__ != "OutOfMemoryError":
             raise

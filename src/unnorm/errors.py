@@ -32,6 +32,15 @@ def explained(applies: bool, before: str, after: str) -> Iterator[None]:
         raise UnnormError(f"{before} {error} {after}".strip()) from error
 
 
+def cant_be_used(error: OSError) -> UnnormError | None:
+    """An error about a path in words; None if the error names no path."""
+    if error.filename is None or error.strerror is None:
+        return None
+    path = str(error.filename)
+    path = path if len(path) <= 100 else f"{path[:100]}…"
+    return UnnormError(f"'{path}' can't be used: {error.strerror}. Name another path, or fix its permissions.")
+
+
 def first_few(names: Sequence[str]) -> str:
     """The first three names, with "and more" if there are others."""
     return ", ".join(names[:3]) + (" and more" if len(names) > 3 else "")

@@ -1,6 +1,7 @@
 """Isolation of public functions: they leave the global state of the calling process unchanged."""
 
 import random
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from transformers.utils import logging
 
+from unnorm.errors import cant_be_used
 from unnorm.progress import Watch
 
 P = ParamSpec("P")
@@ -24,12 +26,29 @@ class _WatchError(BaseException):
         self.raised = raised
 
 
+_LOCK = threading.RLock()
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """One thread at a time, and the CPU as torch's default device.
+
+    transformers changes global state while it loads a model: classes' methods, the default dtype.
+    """
+    with _LOCK:
+        if torch.get_default_device().type == "cpu":
+            yield
+        else:
+            with torch.device("cpu"):
+                yield
+
+
 def isolated(function: Callable[P, T]) -> Callable[P, T]:
     """Make a function independent of the mode it is called in, and restore global state after it.
 
     Gradients work even when called within `torch.no_grad()` or `torch.inference_mode()`. The random states of Python,
-    NumPy and torch are restored, as are float32 precision and transformers' verbosity. Exceptions raised by `watch`
-    reach the caller unchanged.
+    NumPy and torch are restored, as are float32 precision and transformers' verbosity. One thread at a time runs such
+    functions. A path that can't be used is an `UnnormError`. Exceptions raised by `watch` reach the caller unchanged.
     """
 
     @wraps(function)
@@ -37,10 +56,12 @@ def isolated(function: Callable[P, T]) -> Callable[P, T]:
         if kwargs.get("watch") is not None:
             kwargs["watch"] = _passing_on(kwargs["watch"])  # type: ignore[arg-type]
         try:
-            with _state_kept(), torch.inference_mode(False), torch.enable_grad():
+            with alone(), _state_kept(), torch.inference_mode(False), torch.enable_grad():
                 return function(*args, **kwargs)
         except _WatchError as error:
             raise error.raised from None
+        except OSError as error:
+            raise cant_be_used(error) or error from error
 
     return call
 

@@ -23,7 +23,7 @@ from unnorm.models.sizes import choose_context, context_length, vocabulary_size
 from unnorm.progress import Watch, say, silent
 from unnorm.report.analysis_page import Skipped, render_analysis
 from unnorm.report.numbers import count, short_count
-from unnorm.runs.config import read_count
+from unnorm.runs.config import check_seed, read_count
 from unnorm.runs.directory import check_can_be_made, named_path, write_text
 from unnorm.runs.pair import Pair, open_pair
 from unnorm.runs.text import TextSource, choose_text
@@ -93,7 +93,9 @@ def analyze(
     watch = watch or silent
     started = time.perf_counter()
     directory = named_path(directory)
-    names = _chosen([what] if isinstance(what, str) else what)
+    check_seed(seed)
+    what = [what] if isinstance(what, str) else list(what or ())
+    names = _chosen(what)
     tokens = read_count(tokens)
     place = choose_device(device)
     out = directory / "analysis" if out is None else named_path(out)

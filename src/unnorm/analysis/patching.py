@@ -90,9 +90,12 @@ def patch(
         Effects in the order of the pairs.
 
     Raises:
-        UnnormError: the model's heads can't be told apart, a pair can't be used (prompts of different lengths, or
-            answers that start with the same token), or a prompt is longer than the model's context.
+        UnnormError: there is no pair, the model's heads can't be told apart, a pair can't be used (prompts of different
+            lengths, or answers that start with the same token), or a prompt is longer than the model's context.
     """
+    pairs = list(pairs)
+    if not pairs:
+        raise UnnormError("There are no prompts to patch between: give at least one pair.")
     for pair in pairs:
         problem = problem_with(pair, tokenizer)
         if problem:

@@ -24,7 +24,7 @@ from unnorm.isolation import isolated
 from unnorm.models.device import choose_device
 from unnorm.models.load import model_name
 from unnorm.progress import Watch, say, silent
-from unnorm.runs.config import read_count
+from unnorm.runs.config import check_seed, read_count
 from unnorm.runs.directory import short_name
 from unnorm.runs.text import blaming_the_run, choose_text
 
@@ -87,7 +87,8 @@ def evaluate(
     names = [model_name(model) for model in several]
     against = None if against is None else model_name(against)
     place = choose_device(device)
-    if batch_size < 1:
+    check_seed(seed)
+    if not isinstance(batch_size, int) or batch_size < 1:
         raise UnnormError(f"--batch-size {batch_size}: a pass takes at least 1 block.")
     sources = [str(data)] if isinstance(data, str | Path) else [str(each) for each in data or ()]
     most = None if tokens is None else read_count(tokens)

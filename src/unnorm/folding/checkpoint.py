@@ -24,6 +24,7 @@ from transformers import (
 
 from unnorm.errors import UnnormError, first_few, short
 from unnorm.folding.fold import FoldedWeights, empty_twin
+from unnorm.isolation import alone
 from unnorm.modeling import register_twin_class
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.models.load import missing_weights
@@ -44,6 +45,9 @@ class _SavedSite(NormSite):
 
 _SAVED = TypeAdapter(list[_SavedSite])
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""In which a twin can be loaded."""
+
 
 def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load a twin from a run directory, from the `model/` in it, or from the hub after `push`.
@@ -58,10 +62,13 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
         A transformers model on the CPU, in evaluation mode.
 
     Raises:
-        UnnormError: there is no model, or its files are damaged.
+        UnnormError: there is no model, its files are damaged, or `dtype` is not one of torch's four float types.
     """
-    path = fetched(named_path(path))
-    return _load(path / MODEL if (path / MODEL).is_dir() else path, dtype)
+    if dtype not in DTYPES:
+        raise UnnormError(f"A model can't be loaded in {dtype}. Choose from {', '.join(map(str, DTYPES))}.")
+    with alone():
+        path = fetched(named_path(path))
+        return _load(path / MODEL if (path / MODEL).is_dir() else path, dtype)
 
 
 def fetched(path: Path) -> Path:

@@ -17,13 +17,13 @@ def free_memory(device: str) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def choose_device(device: str) -> str:
+def choose_device(device: str | torch.device) -> str:
     """The device that a run uses.
 
     Raises:
         UnnormError: this machine does not have it.
     """
-    present = ["cpu"]
+    device, present = str(device), ["cpu"]
     present += ["cuda"] if torch.cuda.is_available() else []
     present += ["mps"] if torch.backends.mps.is_available() else []
     if device == "auto":

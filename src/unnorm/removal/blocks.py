@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset, concatenate_datasets, load_from_disk
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.calibration.scales import CALIBRATION_BLOCKS
@@ -23,7 +23,7 @@ from unnorm.data import (
     random_starts,
     stress_blocks,
 )
-from unnorm.errors import UnnormError
+from unnorm.errors import UnnormError, short
 from unnorm.evaluation import EVALUATION_OVERSAMPLING, EVALUATION_TOKENS, with_documents
 from unnorm.models.load import DEMO
 from unnorm.models.sizes import vocabulary_size
@@ -69,7 +69,7 @@ def write_blocks(
         np.asarray(train["input_ids"]),
         tokenizer,
         vocabulary_size(model),
-        round(config.stress_share * len(train)),
+        _stress_count(config, train),
         np.random.default_rng(config.seed),
         begin_of_blocks(config.data, tokenizer),
     )
@@ -90,6 +90,28 @@ def write_blocks(
     except OSError as error:
         raise UnnormError(f"Could not write to '{directory}': {error}.") from error
     return blocks.held_out
+
+
+def read_blocks(directory: Path, config: RemoveConfig) -> tuple[Dataset, Dataset | None, Dataset]:
+    """Training, stress and validation blocks as `write_blocks` wrote them; no stress blocks if none were asked for.
+
+    Raises:
+        UnnormError: files are missing or damaged.
+    """
+
+    def read(name: str) -> Dataset:
+        path = directory / DATA / name
+        try:
+            return load_from_disk(str(path))
+        except Exception as error:  # Of Arrow and of datasets, of many kinds.
+            raise UnnormError(f"'{path}' is missing or damaged ({short(error)}). Do the run again.") from error
+
+    train = read("train")
+    return train, read("stress") if _stress_count(config, train) else None, read("validation")
+
+
+def _stress_count(config: RemoveConfig, train: Dataset) -> int:
+    return round(config.stress_share * len(train))
 
 
 def _as_chosen(config: RemoveConfig, plan: Plan) -> RemoveConfig:

@@ -56,7 +56,7 @@ def conclude(run: Run, facts: Facts, control: PreTrainedModel | None, started: f
     data = ReportData(
         result=result,
         rows=rows,
-        control_rows=history(run.directory / CONTROL),
+        control_rows=[] if control is None else history(run.directory / CONTROL),
         scales_before=scale_statistics(_log_scales(run, run.original)),
         scales_after=scale_statistics(_log_scales(run, twin)),
         constants=constants,

@@ -1,7 +1,11 @@
 """Facts in a run's result that can no longer be measured at its end."""
 
+import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
+
+from unnorm.errors import UnnormError, short
 
 
 @dataclass(frozen=True)
@@ -30,3 +34,36 @@ class Facts:
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self)
+
+
+def read_facts(path: Path) -> Facts:
+    """Facts as saved by a run.
+
+    Raises:
+        UnnormError: the file is damaged.
+    """
+    return facts_from(read_note(path), path)
+
+
+def facts_from(values: Any, path: Path) -> Facts:
+    """Facts from the contents of a file.
+
+    Raises:
+        UnnormError: they are not those of facts.
+    """
+    try:
+        return Facts(**values)
+    except TypeError as error:
+        raise UnnormError(f"'{path}' is damaged ({short(error)}). Do the run again.") from error
+
+
+def read_note(path: Path) -> Any:
+    """The contents of a JSON file that a run left for its continuation.
+
+    Raises:
+        UnnormError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UnnormError(f"'{path}' is damaged ({short(error)}). Do the run again.") from error

@@ -47,6 +47,12 @@ def heal(directory: str | Path, *, watch: Watch | None = None, **options: Any) -
         raise UnnormError("--tokens 0 would leave the twin as it is. Give the number of tokens to train it on.")
     if options.get("control"):
         check_has_control(directory)
+    saved_keep = read_config_file(directory / CONFIG_FILE).get("keep")
+    if "keep" in options and options["keep"] != saved_keep:
+        raise UnnormError(
+            f"The run in '{directory}' {f'kept {saved_keep}' if saved_keep else 'removed all norms'}, and its twin is "
+            "healed as it is. Leave --keep out, or start a new run."
+        )
     left_out = {*_OF_ONE_RUN, *(_OF_THE_DATA if "data" in options else ())}
     saved = {key: value for key, value in read_config_file(directory / CONFIG_FILE).items() if key not in left_out}
     anew = {

@@ -83,8 +83,7 @@ def _after(last: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
 
 def spent_tokens(directory: Path) -> int:
     """Total tokens that the twin of a finished run was trained on."""
-    rows = history(directory)
-    return int(rows[-1]["tokens"]) if rows else 0
+    return int(finished_result(directory).get("tokens") or 0)
 
 
 def spent_seconds(directory: Path) -> float:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import load_from_disk
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from unnorm import processes
@@ -20,9 +19,9 @@ from unnorm.models.load import load_original
 from unnorm.models.running import copy_model, fuse_activations
 from unnorm.progress import Watch, say, silent
 from unnorm.proof.at_load import prove_sites
-from unnorm.removal.blocks import check_same_text, with_stress, write_blocks
+from unnorm.removal.blocks import check_same_text, read_blocks, with_stress, write_blocks
 from unnorm.removal.conclude import conclude
-from unnorm.removal.facts import Facts
+from unnorm.removal.facts import Facts, read_facts
 from unnorm.removal.predecessor import spent_seconds, spent_tokens, take_up_control, take_up_twin
 from unnorm.removal.resume import facts_of, not_saved, saved_options
 from unnorm.removal.run import Run, check_disk, open_directory
@@ -109,8 +108,7 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watch) -> Run:
     model.to(plan.device).requires_grad_(False)
     fuse_activations(model)
     held_out = processes.agree(lambda: write_blocks(config, plan, model, tokenizer, directory, watch))
-    train_blocks, validation_blocks = (load_from_disk(str(directory / DATA / side)) for side in ("train", "validation"))
-    stress = directory / DATA / "stress"
+    train_blocks, stress, validation_blocks = read_blocks(directory, config)
     return Run(
         directory,
         config,
@@ -119,7 +117,7 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watch) -> Run:
         tokenizer,
         sites,
         train_blocks,
-        load_from_disk(str(stress)) if stress.is_dir() else None,
+        stress,
         validation_blocks,
         held_out,
         watch,
@@ -148,7 +146,7 @@ def _train_removal(run: Run) -> Facts:
         return facts_of(run.directory)
     note = run.directory / DATA / FACTS  # Written once all of this is done.
     if note.is_file():
-        return Facts(**json.loads(note.read_text(encoding="utf-8")))
+        return read_facts(note)
     token_mask = TokenMask()
     student, stand_ins, facts = take_up_twin(run) if run.config.twin is not None else start(run, token_mask)
     fuse_activations(student)
@@ -236,9 +234,9 @@ def _fold_and_save(run: Run, student: PreTrainedModel, facts: Facts) -> None:
 
 def _train_control(run: Run) -> PreTrainedModel:
     directory = run.directory / CONTROL
-    control = copy_model(run.original) if run.config.twin is None else take_up_control(run)
-    fuse_activations(control)
     if not (run.directory / DATA / CONTROL_DONE).is_file():
+        control = copy_model(run.original) if run.config.twin is None else take_up_control(run)
+        fuse_activations(control)
         plan = control_plan(run.plan)
         run.say(f"training the control: {plan.steps} steps of {plan.step_tokens:,} tokens", plan.training_tokens)
         _train(replace(run, plan=plan), control, None, directory)

@@ -32,10 +32,11 @@ def saved_options(options: dict[str, Any]) -> dict[str, Any]:
     asked |= {key: saved.get(key) for key in ("tokens", "batch_size", "lr") if asked[key] is None}
     if asked["dtype"] == "auto":
         asked["dtype"] = saved.get("dtype")
-    # Once facts are saved, the run has a twin of its own.
-    if saved.get("twin") and not finished and not (directory / DATA / FACTS).is_file():
-        _check_healed(directory, Path(saved["twin"]), asked["control"])
     more = (asked["tokens"] or 0) > (saved.get("tokens") or math.inf)
+    # Once facts are saved, the run has a twin of its own, unless it is trained anew on more tokens.
+    has_twin = (directory / DATA / FACTS).is_file() and not more
+    if saved.get("twin") and not finished and not has_twin:
+        _check_healed(directory, Path(saved["twin"]), asked["control"])
     may_change = _MAY_CHANGE_ON_RESUME | ({"tokens"} if more else set())
     if finished:  # The control must be trained with the same settings as the twin.
         may_change -= {"tokens", "kl_budget"}

@@ -14,9 +14,10 @@ from unnorm.calibration.equalize import equalize_embedding, untie
 from unnorm.calibration.massive import MADE_GOOD, shrink_massive
 from unnorm.calibration.scales import CALIBRATION_BLOCKS, collect_log_scales, set_constants
 from unnorm.data import evenly_spaced
+from unnorm.errors import UnnormError
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.models.running import copy_model
-from unnorm.removal.facts import Facts
+from unnorm.removal.facts import Facts, facts_from, read_note
 from unnorm.removal.run import Run, evaluate_on_held_out, limit_quadratic_mlps
 from unnorm.runs.directory import CHECKPOINTS, LAYOUT, write_text
 from unnorm.taper.norms import TaperedNorm, TokenMask, removed, use_bounds
@@ -45,7 +46,7 @@ def start(run: Run, token_mask: TokenMask) -> tuple[PreTrainedModel, dict[str, T
         facts = _calibrate(run, student, stand_ins)
         processes.agree(lambda: _save_layout(run.directory, student, facts))
         return student, stand_ins, facts
-    facts = Facts(**known["facts"])
+    facts = facts_from(known["facts"], run.directory / CHECKPOINTS / LAYOUT)
     if facts.massive_neurons:
         use_bounds(stand_ins.values())
     if student.config.tie_word_embeddings and not known["tied"]:
@@ -58,7 +59,9 @@ def _known_layout(directory: Path) -> dict[str, Any] | None:
     note = directory / CHECKPOINTS / LAYOUT
     if not note.is_file() or last_checkpoint(directory / CHECKPOINTS) is None:
         return None
-    found: dict[str, Any] = json.loads(note.read_text(encoding="utf-8"))
+    found: dict[str, Any] = read_note(note)
+    if not isinstance(found, dict) or not {"facts", "tied", "limited"} <= found.keys():
+        raise UnnormError(f"'{note}' is damaged: it lacks some of facts, tied and limited. Do the run again.")
     return found
 
 

@@ -25,44 +25,57 @@ class RemoveConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str = Field(DEMO, description="'demo' (bundled), a local directory, a GGUF file or a hub id")
-    twin: Path | None = Field(None, description="finished run whose twin is healed further; norms go at once")
+    model: str = Field(default=DEMO, description="'demo' (bundled), a local directory, a GGUF file or a hub id")
+    twin: Path | None = Field(default=None, description="finished run whose twin is healed further; norms go at once")
     data: str = Field(
-        STDLIB, description="'stdlib', a file, directory or glob, a hub data set, or 'self': what the model writes"
+        default=STDLIB,
+        description="'stdlib', a file, directory or glob, a hub data set, or 'self': what the model writes",
     )
-    text_field: str | None = Field(None, description="column that holds the text")
-    split: str = Field("train", description="split that training text comes from")
-    out: Path | None = Field(None, description="run directory; by default a new one named after the model")
-    recipe: RecipeName = Field("taper", description="'taper', 'sequential', 'sequential-aux' or 'tapernorm'")
-    tokens: int | None = Field(None, ge=0, description="training tokens (2M, 150M); 0 only calibrates and folds")
-    batch_size: int | None = Field(None, ge=1, description="blocks for each optimizer step, over all processes")
-    micro_batch: int | None = Field(None, ge=1, description="of these at once at most on each device; by memory")
-    context: int | None = Field(None, ge=2, description="tokens in a block")
-    lr: float | None = Field(None, gt=0, allow_inf_nan=False, description="peak learning rate")
-    seed: int = Field(0, ge=0, lt=2**32, description="seed of everything random")
-    device: str = Field("auto", description="'auto' (cuda or else cpu), 'cpu', 'cuda' or 'mps' (not tested)")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="precision of the training passes")
-    compile: bool = Field(False, description="torch.compile the training passes: minutes of work before the first")
-    cuda_graph: bool | None = Field(None, description="on a GPU, record each training step once and replay it")
+    text_field: str | None = Field(default=None, description="column that holds the text")
+    split: str = Field(default="train", description="split that training text comes from")
+    out: Path | None = Field(default=None, description="run directory; by default a new one named after the model")
+    recipe: RecipeName = Field(default="taper", description="'taper', 'sequential', 'sequential-aux' or 'tapernorm'")
+    tokens: int | None = Field(
+        default=None, ge=0, description="training tokens (2M, 150M); 0 only calibrates and folds"
+    )
+    batch_size: int | None = Field(default=None, ge=1, description="blocks for each optimizer step, over all processes")
+    micro_batch: int | None = Field(
+        default=None, ge=1, description="of these at once at most on each device; by memory"
+    )
+    context: int | None = Field(default=None, ge=2, description="tokens in a block")
+    lr: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="peak learning rate")
+    seed: int = Field(default=0, ge=0, lt=2**32, description="seed of everything random")
+    device: str = Field(default="auto", description="'auto' (cuda or else cpu), 'cpu', 'cuda' or 'mps' (not tested)")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="precision of the training passes"
+    )
+    compile: bool = Field(
+        default=False, description="torch.compile the training passes: minutes of work before the first"
+    )
+    cuda_graph: bool | None = Field(default=None, description="on a GPU, record each training step once and replay it")
     control: bool = Field(
-        False, description="also fine-tune the original, norms kept, on as many tokens of the same text"
+        default=False, description="also fine-tune the original, norms kept, on as many tokens of the same text"
     )
     kl_budget: float = Field(
-        KL_BUDGET, gt=0, allow_inf_nan=False, description="KL on the way, nats per token, at which the taper waits"
+        default=KL_BUDGET,
+        gt=0,
+        allow_inf_nan=False,
+        description="KL on the way, nats per token, at which the taper waits",
     )
     stress_share: float = Field(
-        0.2,
+        default=0.2,
         ge=0,
         lt=1,
         description="share of the distilled blocks that no corpus has: random, repeated, foreign tokens",
     )
-    keep: str | None = Field(None, description="regular expression of norms that stay norms")
-    in_place: bool = Field(False, description="let maps that fold into no weight stay as modules")
+    keep: str | None = Field(default=None, description="regular expression of norms that stay norms")
+    in_place: bool = Field(default=False, description="let maps that fold into no weight stay as modules")
     neuron_limits: bool = Field(
-        True, description="limit neurons of quadratic MLPs where massive activations are found: no token runs away"
+        default=True,
+        description="limit neurons of quadratic MLPs where massive activations are found: no token runs away",
     )
-    estimator: Estimator = Field("geometric", description="how the constant scale is estimated")
-    trust_remote_code: bool = Field(False, description="run modeling code that comes with the model")
+    estimator: Estimator = Field(default="geometric", description="how the constant scale is estimated")
+    trust_remote_code: bool = Field(default=False, description="run modeling code that comes with the model")
     report_to: list[str] = Field(default_factory=list, description="wandb, trackio, tensorboard, …")
 
     @field_validator("model", "data", mode="before")
@@ -81,6 +94,11 @@ class RemoveConfig(BaseModel):
         if control and others.data.get("tokens") == 0:
             raise ValueError("without training tokens, the control is the original; leave it out, or give --tokens")
         return control
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @field_validator("report_to")
     @classmethod
@@ -162,8 +180,14 @@ def read_count(tokens: int | str) -> int:
     """
     try:
         return parse_count(tokens) if isinstance(tokens, str) else int(tokens)
-    except ValueError as error:
+    except (ValueError, OverflowError, TypeError) as error:
         raise UnnormError(f"--tokens: {error}.") from error
+
+
+def check_seed(seed: int) -> None:
+    """Raise an UnnormError if a seed is not a whole number from 0 to 2^32 - 1."""
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise UnnormError(f"--seed {seed}: give a whole number from 0 to {2**32 - 1}.")
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from datasets import Dataset
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel, PrinterCallback, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from unnorm import processes
 from unnorm.data import batches, evenly_spaced
-from unnorm.errors import UnnormError
+from unnorm.errors import UnnormError, short
 from unnorm.models.running import evaluating, without_dropout
 from unnorm.models.sizes import vocabulary_size
 from unnorm.progress import Watch
@@ -197,12 +197,17 @@ def _as_unnorm_errors(plan: Plan, checkpoints: Path, report_to: Sequence[str]) -
             f"Out of memory with {plan.micro_batch} blocks of {plan.context} tokens at once. "
             "Use a smaller --micro-batch or --context."
         ) from error
-    except (OSError, SafetensorError) as error:
-        raise UnnormError(
-            f"Could not read or write a checkpoint in '{checkpoints}': {error}. Free some space and continue with "
-            "--resume."
-        ) from error
     except Exception as error:
+        if any(word in str(error) for word in ("deserializing", "PytorchStreamReader")):  # Of safetensors, of torch.
+            raise UnnormError(
+                f"The checkpoint in '{checkpoints}' is damaged ({short(error)}). Delete it, and --resume starts from "
+                "the beginning."
+            ) from error
+        if isinstance(error, OSError | SafetensorError):
+            raise UnnormError(
+                f"Could not read or write a checkpoint in '{checkpoints}': {error}. Free some space and continue with "
+                "--resume."
+            ) from error
         tracker = type(error).__module__.partition(".")[0]
         if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch.save on a full disk
             raise UnnormError(
@@ -235,7 +240,10 @@ def last_checkpoint(checkpoints: Path) -> str | None:
     for checkpoint in checkpoints.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         try:  # The Trainer writes this file last.
             TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+            is_whole = all((checkpoint / name).is_file() for name in (OPTIMIZER_NAME, SCHEDULER_NAME))
         except (OSError, ValueError):
+            is_whole = False
+        if not is_whole:  # The Trainer would go on with a fresh optimizer.
             shutil.rmtree(checkpoint)
     return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
 

@@ -21,7 +21,7 @@ from unnorm.models.device import choose_device
 from unnorm.models.running import cast_as_loaded
 from unnorm.models.sizes import choose_context, context_length, vocabulary_size
 from unnorm.progress import Watch, say, silent
-from unnorm.runs.config import read_count
+from unnorm.runs.config import check_seed, read_count
 from unnorm.runs.directory import finished_result, named_path
 from unnorm.runs.pair import open_pair
 from unnorm.runs.text import choose_text
@@ -93,6 +93,7 @@ def audit(
     """
     directory = named_path(directory)
     watch = watch or silent
+    check_seed(seed)
     tokens = read_count(tokens)
     if tokens < 1:
         raise UnnormError(f"--tokens {tokens}: a class takes at least 1 token.")
