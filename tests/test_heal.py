@@ -220,3 +220,23 @@ def test_the_command(trained: Path, tmp_path: Path, cli: Cli) -> None:
     assert "removed 5/5" in done.err and "25,600" in done.out
     text = cli("remove", "--resume", "--out", out)
     assert text.code == 2 and "unnorm heal" in text.err
+
+
+def test_a_run_healed_on_other_text_does_not_compare_across_texts(trained: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("".join(f"{n} bottles of beer on the wall, {n} bottles of beer. " for n in range(2000, 0, -1)))
+    options: dict[str, Any] = {"tokens": 1024, "control": False, **SETTINGS}
+    result = unnorm.heal(trained, data=other, out=tmp_path / "healed", **options)
+    assert result["earlier_data"] == [json.loads((trained / "result.json").read_text())["data"]]
+    page, card = (tmp_path / "healed" / name for name in ("report.html", "model/README.md"))
+    assert "naive removal" not in page.read_text() and "other ones where the twin was trained on" in page.read_text()
+    assert "naive removal" not in card.read_text()
+    assert f"`{Path(result['earlier_data'][0]).name}`, then `other.txt`" in card.read_text()
+    same = unnorm.heal(trained, out=tmp_path / "same", **options)
+    assert same["earlier_data"] == [] and "naive removal" in (tmp_path / "same" / "report.html").read_text()
+
+
+def test_other_norms_to_keep_are_refused_at_once(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(unnorm.UnnormError, match=r"removed all norms, and its twin is healed as it is"):
+        unnorm.heal(trained, keep="ln_f", tokens=512, out=tmp_path / "healed")
+    assert not (tmp_path / "healed").exists()

@@ -2,6 +2,7 @@
 
 import gc
 import random
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -136,3 +137,52 @@ def test_analyses_and_bridges_work_in_inference_mode(finished_run: Path, tiny_mo
         patch(tiny_model, tokenizer, PAIRS[:1])
         if find_spec("transformer_lens"):
             unnorm.to_transformer_lens(finished_run)
+
+
+def test_threads_do_not_disturb_each_other(finished_run: Path, text_file: Path) -> None:
+    """transformers changes global state while it loads a model."""
+    with ThreadPoolExecutor(3) as pool:
+        checks = [pool.submit(unnorm.verify, finished_run) for _ in range(2)]
+        loads = [pool.submit(unnorm.load, finished_run, dtype) for dtype in 3 * [torch.bfloat16, torch.float64]]
+        assert all(check.passed for done in checks for check in done.result())
+        found = [{p.dtype for p in done.result().parameters()} for done in loads]
+    assert found == 3 * [{torch.bfloat16}, {torch.float64}]
+
+
+def test_the_callers_default_device_does_not_matter(finished_run: Path, text_file: Path) -> None:
+    torch.set_default_device("meta")
+    try:
+        assert all(check.passed for check in unnorm.verify(finished_run))
+        assert unnorm.load(finished_run).device.type == "cpu"
+        assert evaluate(finished_run, data=text_file, tokens=200)[0].loss > 0
+    finally:
+        torch.set_default_device(None)
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "audit", "analyze"])
+def test_what_can_not_be_a_path_is_refused_in_words(verb: str, finished_run: Path) -> None:
+    with pytest.raises(unnorm.UnnormError, match="can't be used: File name too long"):
+        getattr(unnorm, verb)(finished_run, data=5000 * "text ")
+
+
+@pytest.mark.parametrize("seed", [None, "a", 1.5, -1, 2**70])
+def test_seeds_are_whole_numbers(seed: Any, finished_run: Path) -> None:
+    for verb in (unnorm.audit, unnorm.analyze, unnorm.evaluate):
+        with pytest.raises(unnorm.UnnormError, match=r"--seed .*: give a whole number"):
+            verb(finished_run, seed=seed)
+
+
+def test_a_dtype_that_no_model_is_in_is_no_damage(finished_run: Path) -> None:
+    for dtype in (torch.int8, "float32"):
+        with pytest.raises(unnorm.UnnormError, match=r"Choose from torch\.float32, torch\.bfloat16"):
+            unnorm.load(finished_run, dtype)  # type: ignore[arg-type]
+
+
+def test_analyses_may_come_from_a_generator(finished_run: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"tokens": 200, "device": "cpu", "out": tmp_path / "out"}
+    found = unnorm.analyze(finished_run, what=(key for key in ("scales", "geometry")), **options)
+    assert found["findings"].keys() == {"scales", "geometry"}
+
+
+def test_all_public_names_are_seen_before_they_are_used() -> None:
+    assert dir(unnorm) == sorted(unnorm.__all__)

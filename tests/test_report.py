@@ -257,6 +257,20 @@ def test_what_overflows_is_counted_and_the_rest_measured(data: ReportData) -> No
     assert "it overflows in 1 of 196 held-out blocks; in the others KL 0.705, loss 4.2494" in page
 
 
+def test_naive_removal_that_overflows_is_said_to(data: ReportData) -> None:
+    page = Reader(render_report(replace(data, result=data.result | {"naive_loss": None, "naive_kl": None}))).text
+    assert re.search(r"naive removal\s+overflows", page)
+    everywhere = {"overflowed_blocks": 196, "validation_blocks": 196, "top1_agreement": 0.0}
+    page = Reader(render_report(replace(data, result=data.result | everywhere))).text
+    assert re.search(r"Top-1 agreement\s+—", page) and "0.0%" not in page
+
+
+def test_training_that_did_harm_is_said_to_have_done_so(data: ReportData) -> None:
+    page = Reader(render_report(replace(data, result=data.result | {"kl": 4.5}))).text
+    assert "naive removal: 3.81; the twin is further from the original" in page
+    assert "further from the original" not in Reader(render_report(data)).text
+
+
 def test_headline_claims_no_removal_while_norms_are_left() -> None:
     assert headline({"model": "m", "sites": 9, "norm_modules_left": 2}) == "2 norm modules are left in m"
 
@@ -291,12 +305,18 @@ def test_log_ticks_are_round_numbers_around_the_range() -> None:
     assert all(math.log10(tick) % 1 == pytest.approx(0, abs=1e-9) for tick in log_ticks(1e-4, 1e4))
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.24, 0.42), (2.4, 4.2), (0.95, 1.06), (3.0, 3.01), (2e-5, 3e3)])
+def test_a_log_axis_has_ticks_to_read_from(low: float, high: float) -> None:
+    assert sum(low <= tick <= high * 1.01 for tick in log_ticks(low, high)) >= 2
+
+
 def test_short_names_keep_what_tells_sites_apart() -> None:
     assert short_names(SITES) == ["h.0.ln_1", "h.0.ln_2", "ln_f"]
     assert short_names(["norm"]) == ["norm"]
 
 
 def test_numbers_read_well() -> None:
+    assert [fixed(x, 2) for x in (1.5, 9999.994, 1.23e11, -2e7)] == ["1.50", "9999.99", "1.23e11", "\u22122.00e7"]
     assert [short_count(n) for n in (0, 999, 999_999, 20_000_000, 1.5e9)] == ["0", "999", "1M", "20M", "1.5B"]
     assert [duration(s) for s in (2.34, 84.2, 600, 9000)] == ["2.3 seconds", "84 seconds", "10 minutes", "2 h 30 min"]
     assert [significant(x) for x in (0, 0.01534, 2.3e-6, -1.5)] == ["0", "0.0153", "2.30e-6", "\u22121.50"]

@@ -503,3 +503,79 @@ def test_a_control_is_added_where_cleaning_up_was_cut_short(
     assert (tmp_path / "run" / "data" / "validation").is_dir()
     result = unnorm.remove(resume=True, out=tmp_path / "run", control=True)
     assert result["control_loss"] is not None
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "train": (lambda run: shutil.rmtree(run / "data" / "train"), r"train' is missing or damaged"),
+    "stress": (lambda run: shutil.rmtree(run / "data" / "stress"), r"stress' is missing or damaged"),
+    "layout": (lambda run: (run / "checkpoints" / "layout.json").write_text("{"), r"layout.json' is damaged"),
+    "layout's keys": (lambda run: (run / "checkpoints" / "layout.json").write_text("{}"), "it lacks some of facts"),
+    "facts": (lambda run: (run / "data" / "facts.json").write_text('{"naive_loss": 1}'), r"facts.json' is damaged"),
+    "optimizer": (
+        lambda run: next(run.glob("checkpoints/*/optimizer.pt")).write_bytes(b"PK\3\4"),
+        r"The checkpoint in .* is damaged .*Delete it",
+    ),
+}
+
+
+@pytest.mark.parametrize("damaged", DAMAGES)
+def test_a_damaged_run_is_refused_in_words(
+    damaged: str, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    crash(monkeypatch, model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "run")
+    damage, message = DAMAGES[damaged]
+    damage(tmp_path / "run")
+    with pytest.raises(unnorm.UnnormError, match=message):
+        unnorm.remove(out=tmp_path / "run", resume=True)
+
+
+def test_a_checkpoint_without_its_optimizer_is_not_gone_on_with(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = {"model": str(tiny_model_dir), "data": str(text_file)}
+    unnorm.remove(out=tmp_path / "whole", **options, **SETTINGS)
+    crash(monkeypatch, out=tmp_path / "run", **options)
+    next((tmp_path / "run").glob("checkpoints/*/optimizer.pt")).unlink()
+    assert last_checkpoint(tmp_path / "run" / "checkpoints") is None
+    unnorm.remove(out=tmp_path / "run", resume=True)
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+def test_an_original_that_has_changed_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_model_dir, tmp_path / "model"))
+    options = {"model": str(model), "data": str(text_file)}
+    unnorm.remove(out=tmp_path / "finished", **options, **SETTINGS)
+    crash(monkeypatch, out=tmp_path / "broken", **options)
+    weights = load_file(model / "model.safetensors")
+    weights["transformer.wpe.weight"] += 0.1
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    again: dict[str, Callable[[], object]] = {
+        "finished": lambda: unnorm.remove(out=tmp_path / "finished", resume=True, control=True),
+        "broken": lambda: unnorm.remove(out=tmp_path / "broken", resume=True),
+        "healed": lambda: unnorm.heal(tmp_path / "finished", tokens=512, out=tmp_path / "healed"),
+    }
+    for go_on in again.values():
+        with pytest.raises(unnorm.UnnormError, match=r"The weights of '.*model' have changed since the run in"):
+            go_on()
+    assert not (tmp_path / "healed").exists()
+
+
+def test_one_command_at_a_time_works_on_a_run(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options: dict[str, Any] = {"data": str(text_file), "tokens": 0, "context": 32, "device": "cpu"}
+    second: list[dict[str, Any]] = []
+
+    def meanwhile(row: dict[str, Any]) -> None:
+        if "calibrating" not in row.get("text", "") or second:
+            return
+        with pytest.raises(unnorm.UnnormError, match="Another command is working on"):
+            unnorm.remove(out=tmp_path / "unnorm-model", resume=True)
+        second.append(unnorm.remove(model="./model", **options))
+
+    (tmp_path / "model").symlink_to(tiny_model_dir)
+    first = unnorm.remove(model="./model", watch=meanwhile, **options)
+    assert [Path(run["directory"]).name for run in (first, *second)] == ["unnorm-model", "unnorm-model-2"]

@@ -1,6 +1,5 @@
 """Participants of one evaluation: models that are checked up front and loaded again only when needed."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ from unnorm.evaluation.corpora import Corpus
 from unnorm.evaluation.harness import Benchmark
 from unnorm.evaluation.record import Record
 from unnorm.json_text import digest
-from unnorm.models.load import DEMO, check_same_tokenizer, check_same_vocabulary, load_original
+from unnorm.models.load import DEMO, check_same_tokenizer, check_same_vocabulary, load_original, weights_digest
 from unnorm.models.sizes import choose_context, vocabulary_size
 from unnorm.progress import Watch, say
 from unnorm.runs.config import run_settings
@@ -134,7 +133,7 @@ def enter(
 def _candidate(name: str, context: int | None, trust_remote_code: bool, watch: Watch) -> _Candidate:
     say(watch, f"loading {name}")
     model, tokenizer = load_original(name, trust_remote_code)
-    entrant = Entrant(name, _weights_digest(model), _config_digest(model))
+    entrant = Entrant(name, weights_digest(model), _config_digest(model))
     return _Candidate(entrant, tokenizer, vocabulary_size(model), choose_context(context, model))
 
 
@@ -156,15 +155,6 @@ def settings_of(name: str) -> dict[str, Any]:
 def _check_comparable(first: _Candidate, other: _Candidate) -> None:
     check_same_vocabulary(first.entrant.name, first.vocab_size, other.entrant.name, other.vocab_size)
     check_same_tokenizer(first.entrant.name, first.tokenizer, other.entrant.name, other.tokenizer)
-
-
-def _weights_digest(model: PreTrainedModel) -> str:
-    """SHA-256 of the names and float32 values of all weights."""
-    sha256 = hashlib.sha256()
-    for key, value in sorted(model.state_dict().items()):
-        sha256.update(key.encode())
-        sha256.update(value.detach().float().contiguous().cpu().numpy().tobytes())
-    return sha256.hexdigest()
 
 
 def _config_digest(model: PreTrainedModel) -> str:

@@ -1,5 +1,6 @@
 """Loading a model and its tokenizer, and refusing early what can't work."""
 
+import hashlib
 import math
 from collections.abc import Mapping
 from importlib import resources
@@ -98,6 +99,15 @@ def _is_gguf(path: Path) -> bool:
         return False
     with path.open("rb") as file:
         return file.read(4) == b"GGUF"
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """SHA-256 of the names and float32 values of all weights."""
+    sha256 = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        sha256.update(key.encode())
+        sha256.update(value.detach().float().contiguous().cpu().numpy().tobytes())
+    return sha256.hexdigest()
 
 
 def check_same_vocabulary(name: str, rows: int, other: str, its_rows: int) -> None:

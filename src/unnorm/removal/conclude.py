@@ -157,6 +157,7 @@ def _result(
         "tokens": trained["tokens"],
         "text_tokens": len(run.train_blocks) * run.plan.context + facts.earlier_text_tokens,
         "text_sha256": text_digest(run),
+        "original_sha256": run.weights,
         "training_seconds": trained["seconds"],
         "tokens_per_second": trained["tokens_per_second"],
         "waited_steps": trained.get("waited", 0),

@@ -15,7 +15,7 @@ from unnorm.errors import RunInterruptedError, UnnormError, explained
 from unnorm.folding.checkpoint import load, save_folded, save_model, save_sites, save_unfolded
 from unnorm.isolation import isolated
 from unnorm.models.device import choose_device
-from unnorm.models.load import load_original
+from unnorm.models.load import load_original, weights_digest
 from unnorm.models.running import copy_model, fuse_activations
 from unnorm.progress import Watch, say, silent
 from unnorm.proof.at_load import prove_sites
@@ -23,7 +23,7 @@ from unnorm.removal.blocks import check_same_text, read_blocks, with_stress, wri
 from unnorm.removal.conclude import conclude
 from unnorm.removal.facts import Facts, read_facts
 from unnorm.removal.predecessor import spent_seconds, spent_tokens, take_up_control, take_up_twin
-from unnorm.removal.resume import facts_of, not_saved, saved_options
+from unnorm.removal.resume import check_same_original, facts_of, not_saved, saved_options
 from unnorm.removal.run import Run, check_disk, open_directory
 from unnorm.removal.start import start
 from unnorm.runs.config import RemoveConfig
@@ -35,11 +35,13 @@ from unnorm.runs.directory import (
     DATA,
     FACTS,
     MODEL,
+    ORIGINAL,
     RESULT,
     UNFOLDED,
     resume_command,
     write_text,
 )
+from unnorm.runs.lock import held
 from unnorm.runs.plan import Plan, control_plan, healing_plan, make_plan
 from unnorm.sites.find import find_sites
 from unnorm.taper.norms import TaperedNorm, TokenMask
@@ -79,7 +81,8 @@ def remove(
     directory = processes.agree(lambda: open_directory(config, resume))
     started -= spent_seconds(directory)
     try:
-        return _run(config, directory, watch if watch is not None and processes.is_main() else silent, started)
+        with held(directory):
+            return _run(config, directory, watch if watch is not None and processes.is_main() else silent, started)
     except KeyboardInterrupt:
         if not (directory / CONFIG_FILE).is_file():
             raise
@@ -100,6 +103,8 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watch) -> Run:
     model, tokenizer = _load_original(config, directory)
     sites = find_sites(model, config.in_place, config.keep)
     prove_sites(model, sites)
+    weights = weights_digest(model)
+    processes.agree(lambda: check_same_original(config, directory, weights))
     plan = processes.agree(lambda: _plan(config, model))
     check_disk(directory, model)
     set_seed(config.seed)
@@ -108,6 +113,7 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watch) -> Run:
     model.to(plan.device).requires_grad_(False)
     fuse_activations(model)
     held_out = processes.agree(lambda: write_blocks(config, plan, model, tokenizer, directory, watch))
+    processes.agree(lambda: write_text(directory / DATA / ORIGINAL, weights))
     train_blocks, stress, validation_blocks = read_blocks(directory, config)
     return Run(
         directory,
@@ -116,6 +122,7 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watch) -> Run:
         model,
         tokenizer,
         sites,
+        weights,
         train_blocks,
         stress,
         validation_blocks,

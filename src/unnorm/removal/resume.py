@@ -7,7 +7,7 @@ from typing import Any
 from unnorm.errors import UnnormError
 from unnorm.removal.facts import Facts
 from unnorm.runs.config import RemoveConfig, read_config_file
-from unnorm.runs.directory import CONFIG_FILE, CONTROL, DATA, FACTS, RESULT, finished_result, named_path
+from unnorm.runs.directory import CONFIG_FILE, CONTROL, DATA, FACTS, ORIGINAL, RESULT, finished_result, named_path
 
 _MAY_CHANGE_ON_RESUME = {"device", "compile", "cuda_graph", "micro_batch", "report_to", "out", "kl_budget", "control"}
 
@@ -45,6 +45,28 @@ def saved_options(options: dict[str, Any]) -> dict[str, Any]:
         was = ", ".join(f"{key} {saved.get(key)}" for key in changed)
         raise UnnormError(f"The run in '{directory}' was started with {was}. Leave that out, or start a new run.")
     return {**saved, **{key: options[key] for key in options if key in may_change}}
+
+
+def check_same_original(config: RemoveConfig, directory: Path, weights: str) -> None:
+    """Raise an UnnormError if the weights of the original are not those that this run, or the healed one, had."""
+    known = {directory: _digest_in(directory)}
+    if config.twin is not None:
+        known[config.twin] = _digest_in(config.twin)
+    changed = [run for run, digest in known.items() if digest not in (None, weights)]
+    if changed:
+        raise UnnormError(
+            f"The weights of '{config.model}' have changed since the run in '{changed[0]}'. Put them back as they "
+            "were, or start a new run."
+        )
+
+
+def _digest_in(directory: Path) -> str | None:
+    """The original's digest as a run saved it; None before that, or if an earlier version did not."""
+    if (directory / RESULT).is_file():
+        found: str | None = finished_result(directory).get("original_sha256")
+        return found
+    path = directory / DATA / ORIGINAL
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else None
 
 
 def not_saved(config: RemoveConfig, directory: Path) -> str:

@@ -15,6 +15,7 @@ from unnorm.evaluation import Evaluation, evaluate_model
 from unnorm.progress import Watch, say
 from unnorm.runs.config import RemoveConfig
 from unnorm.runs.directory import check_can_be_made, named_path, nearest_existing
+from unnorm.runs.lock import is_held
 from unnorm.runs.plan import Plan
 from unnorm.sites.site import NormSite
 from unnorm.taper.recipes import RECIPES, Recipe
@@ -25,7 +26,7 @@ DISK_COPIES = 8
 
 @dataclass(frozen=True)
 class Run:
-    """The state shared by all stages of one run."""
+    """The state shared by all stages of one run; `weights` is the digest of the original's."""
 
     directory: Path
     config: RemoveConfig
@@ -33,6 +34,7 @@ class Run:
     original: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     sites: list[NormSite]
+    weights: str
     train_blocks: Dataset
     stress_blocks: Dataset | None
     validation_blocks: Dataset
@@ -85,7 +87,7 @@ def open_directory(config: RemoveConfig, resume: bool) -> Path:
 
 def _unused_name(name: str) -> Path:
     numbered = (Path(name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
-    return next(path for path in numbered if not path.exists())
+    return next(path for path in numbered if not path.exists() and not is_held(path))
 
 
 def check_disk(directory: Path, model: PreTrainedModel) -> None:
