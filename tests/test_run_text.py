@@ -33,6 +33,12 @@ def test_text_that_was_named_is_not_said_to_be_the_runs(tiny_tokenizer: PreTrain
         choose_text({"data": "/gone.txt"}).held_out(tiny_tokenizer, 300, 16, 1)
 
 
+def test_a_remedy_is_named_once(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(UnnormError) as refusal:
+        choose_text({"data": "self"}).held_out(tiny_tokenizer, 300, 16, 1)
+    assert str(refusal.value).count("--data") == 1
+
+
 @pytest.fixture
 def run(finished_run: Path, tmp_path: Path) -> Path:
     """A run whose text is in the column `body`."""

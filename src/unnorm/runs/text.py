@@ -1,7 +1,7 @@
 """The text of a finished run, for later measurements on its twin."""
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from datasets import Dataset
@@ -9,12 +9,19 @@ from transformers import PreTrainedTokenizerBase
 
 from unnorm.data import STDLIB
 from unnorm.data.packing import held_out_blocks
-from unnorm.errors import explained
+from unnorm.errors import UnnormError
 
 
-def blaming_the_run(is_own: bool) -> AbstractContextManager[None]:
+@contextmanager
+def blaming_the_run(is_own: bool) -> Iterator[None]:
     """Make errors about unreadable text say that it is the run's if it `is_own`, i.e. the user named none."""
-    return explained(is_own, "The run's own text can't be read.", "Or name other text with --data.")
+    try:
+        yield
+    except UnnormError as error:
+        if not is_own:
+            raise
+        remedy = "" if "--data" in str(error) else " Or name other text with --data."
+        raise UnnormError(f"The run's own text can't be read. {error}{remedy}") from error
 
 
 class TextSource(NamedTuple):
