@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.texts import COMPRESS, DOCUMENTS, pack, sides, write
 from unnorm.data import STDLIB, documents, files, open_documents
-from unnorm.data.files import COMPRESSIONS
+from unnorm.data.files import COMPRESSIONS, find_files
 from unnorm.errors import UnnormError
 
 
@@ -472,3 +472,28 @@ def test_linked_directories_are_read_once(tmp_path: Path) -> None:
     for source in (tmp_path / "data", tmp_path / "data" / "**" / "*.jsonl"):
         train, held_out = sides(open_documents(str(source)))
         assert sorted([*train, *held_out]) == sorted(DOCUMENTS)
+
+
+def test_a_link_to_a_split_does_not_hide_it(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        (tmp_path / "d" / split).mkdir(parents=True)
+        (tmp_path / "d" / split / "part.jsonl").write_text(f'{{"text": "of {split}"}}\n')
+    (tmp_path / "d" / "a_link").symlink_to("train")
+    (tmp_path / "f").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "f" / f"{split}.jsonl").write_text(f'{{"text": "of {split}"}}\n')
+    (tmp_path / "f" / "a_link.jsonl").symlink_to("train.jsonl")
+    for source in (tmp_path / "d", tmp_path / "f", tmp_path / "f" / "*.jsonl"):
+        documents = open_documents(str(source))
+        assert list(documents.train()) == ["of train"] and documents.held_out == "the validation files", source
+
+
+def test_readmes_are_data_where_nothing_else_is(tmp_path: Path) -> None:
+    for part in ("one", "two"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "README.md").write_text(f"about {part}")
+    assert len(find_files(str(tmp_path))) == 2
+    (tmp_path / "notes.md").write_text("more")
+    assert len(find_files(str(tmp_path))) == 3
+    (tmp_path / "notes.md").rename(tmp_path / "notes.txt")
+    assert [path.name for path in find_files(str(tmp_path))] == ["notes.txt"]

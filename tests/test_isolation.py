@@ -20,6 +20,7 @@ from unnorm.analysis.attribution import attribute
 from unnorm.analysis.patching import patch
 from unnorm.analysis.sinks import sinks
 from unnorm.evaluation import evaluate
+from unnorm.isolation import isolated
 from unnorm.models.load import load_original
 from unnorm.sites.tracing import trace_inputs
 from unnorm.training.distillation import DistillationTrainer
@@ -149,6 +150,18 @@ def test_threads_do_not_disturb_each_other(finished_run: Path, text_file: Path) 
     assert found == 3 * [{torch.bfloat16}, {torch.float64}]
 
 
+def test_a_watch_may_wait_for_another_thread(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    loaded: list[PreTrainedModel] = []
+
+    def watch(row: dict[str, Any]) -> None:
+        if not loaded:
+            with ThreadPoolExecutor(1) as pool:
+                loaded.append(pool.submit(unnorm.load, tiny_model_dir).result(timeout=60))
+
+    unnorm.remove(tiny_model_dir, data=text_file, out=tmp_path / "run", watch=watch, tokens=0, context=32, device="cpu")
+    assert len(loaded) == 1
+
+
 def test_the_callers_default_device_does_not_matter(finished_run: Path, text_file: Path) -> None:
     torch.set_default_device("meta")
     try:
@@ -165,6 +178,22 @@ def test_what_can_not_be_a_path_is_refused_in_words(verb: str, finished_run: Pat
         getattr(unnorm, verb)(finished_run, data=5000 * "text ")
 
 
+def test_integers_may_be_numpys(finished_run: Path, text_file: Path) -> None:
+    sizes = {"tokens": np.int64(200), "context": np.int64(32), "batch_size": np.int64(2), "seed": np.int64(3)}
+    assert evaluate(finished_run, data=text_file, **sizes)[0].context == 32
+
+
+@isolated
+def broken(error: OSError) -> None:
+    raise error from KeyError("the cause")
+
+
+def test_an_error_without_a_path_keeps_its_cause() -> None:
+    with pytest.raises(OSError, match="disk") as raised:
+        broken(OSError("disk"))
+    assert isinstance(raised.value.__cause__, KeyError)
+
+
 @pytest.mark.parametrize("seed", [None, "a", 1.5, -1, 2**70])
 def test_seeds_are_whole_numbers(seed: Any, finished_run: Path) -> None:
     for verb in (unnorm.audit, unnorm.analyze, unnorm.evaluate):
@@ -173,7 +202,8 @@ def test_seeds_are_whole_numbers(seed: Any, finished_run: Path) -> None:
 
 
 def test_a_dtype_that_no_model_is_in_is_no_damage(finished_run: Path) -> None:
-    for dtype in (torch.int8, "float32"):
+    assert unnorm.load(finished_run, "float64").dtype == torch.float64  # type: ignore[arg-type]
+    for dtype in (torch.int8, "bogus"):
         with pytest.raises(unnorm.UnnormError, match=r"Choose from torch\.float32, torch\.bfloat16"):
             unnorm.load(finished_run, dtype)  # type: ignore[arg-type]
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ RUN = {"data": "a", "text_field": "body", "split": "validation"}
 
 def test_other_text_is_not_read_by_the_runs_field_and_split() -> None:
     assert choose_text(RUN) == TextSource("a", "body", "validation", is_own=True)
+    assert choose_text(RUN, "a") == TextSource("a", "body", "validation", is_own=False)
     assert choose_text(RUN, split="test") == TextSource("a", "body", "test", is_own=True)
     assert choose_text(RUN, "b") == TextSource("b", None, "train", is_own=False)
 
@@ -37,6 +39,28 @@ def test_a_remedy_is_named_once(tiny_tokenizer: PreTrainedTokenizerFast) -> None
     with pytest.raises(UnnormError) as refusal:
         choose_text({"data": "self"}).held_out(tiny_tokenizer, 300, 16, 1)
     assert str(refusal.value).count("--data") == 1
+
+
+def test_text_that_is_divided_differently_now_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Which way depends on the first hundred documents, so on the names of files."""
+    (tmp_path / "r").mkdir()
+    rows = [[{"text": "the same " * 40}] * 120, [{"text": f"document {n} " * 40} for n in range(150)]]
+    for name, of_file in zip("ab", rows, strict=True):
+        (tmp_path / "r" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_file))
+    options: dict[str, Any] = {"tokens": 512, "context": 32, "device": "cpu", "kl_budget": 100}
+    unnorm.remove(tiny_model_dir, data=tmp_path / "r", out=tmp_path / "run", recipe="tapernorm", **options)
+    (tmp_path / "r" / "a.jsonl").rename(tmp_path / "r" / "z.jsonl")
+    verbs: dict[str, Callable[[], object]] = {
+        "evaluate": lambda: unnorm.evaluate(tmp_path / "run"),
+        "evaluate, named": lambda: unnorm.evaluate(tmp_path / "run", data=tmp_path / "r"),
+        "audit": lambda: unnorm.audit(tmp_path / "run", tokens=64),
+        "analyze": lambda: unnorm.analyze(tmp_path / "run", tokens=64),
+        "heal": lambda: unnorm.heal(tmp_path / "run", tokens=512, out=tmp_path / "healed"),
+    }
+    for verb in verbs.values():
+        with pytest.raises(UnnormError, match=r"one document in 10, .* but for the run it was the last tenth of each"):
+            verb()
+    assert not (tmp_path / "healed").exists()
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ _MAPPING = "transformers.models.auto.configuration_auto"
 def register_on_demand() -> None:
     """Register twins' classes with transformers on demand, whether it is imported already or will be."""
     if _MAPPING in sys.modules:
-        _watch(sys.modules[_MAPPING])
+        _watch(importlib.import_module(_MAPPING))  # Another thread may still be importing it.
     else:
         sys.meta_path.insert(0, _OnceImported())
 
@@ -29,13 +29,18 @@ def register_on_demand() -> None:
 class _OnceImported(MetaPathFinder):
     """Watches the mapping as soon as transformers has made it."""
 
+    looking = False
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _MAPPING:
+        if fullname != _MAPPING or self.looking:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        self.looking = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self.looking = False
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
@@ -43,6 +48,7 @@ class _OnceImported(MetaPathFinder):
         def execute_and_watch(module: ModuleType) -> None:
             execute(module)
             _watch(module)
+            sys.meta_path.remove(self)
 
         spec.loader.exec_module = execute_and_watch  # type: ignore[method-assign]
         return spec

@@ -219,6 +219,8 @@ def _train(run: Callable[[Progress], dict[str, Any]], json_: bool) -> None:
         processes.leave()
     if processes.is_main():
         _print(result, json_, result_table(result))
+    if not result["verified"]:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -3,7 +3,7 @@
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -27,6 +27,8 @@ class _WatchError(BaseException):
 
 
 _LOCK = threading.RLock()
+_DEPTH = threading.local()
+"""How many times this thread holds the lock."""
 
 
 @contextmanager
@@ -36,11 +38,25 @@ def alone() -> Iterator[None]:
     transformers changes global state while it loads a model: classes' methods, the default dtype.
     """
     with _LOCK:
-        if torch.get_default_device().type == "cpu":
-            yield
-        else:
-            with torch.device("cpu"):
+        _DEPTH.value = getattr(_DEPTH, "value", 0) + 1
+        try:
+            with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
                 yield
+        finally:
+            _DEPTH.value -= 1
+
+
+@contextmanager
+def _others_let_in() -> Iterator[None]:
+    """Let other threads run while a caller's function runs, which may wait for one of them."""
+    times = getattr(_DEPTH, "value", 0)
+    for _ in range(times):
+        _LOCK.release()
+    try:
+        yield
+    finally:
+        for _ in range(times):
+            _LOCK.acquire()
 
 
 def isolated(function: Callable[P, T]) -> Callable[P, T]:
@@ -61,7 +77,10 @@ def isolated(function: Callable[P, T]) -> Callable[P, T]:
         except _WatchError as error:
             raise error.raised from None
         except OSError as error:
-            raise cant_be_used(error) or error from error
+            said = cant_be_used(error)
+            if said is None:
+                raise
+            raise said from error
 
     return call
 
@@ -69,7 +88,8 @@ def isolated(function: Callable[P, T]) -> Callable[P, T]:
 def _passing_on(watch: Watch) -> Watch:
     def call(row: dict[str, Any]) -> None:
         try:
-            watch(row)
+            with _others_let_in():
+                watch(row)
         except Exception as error:
             raise _WatchError(error) from error
 

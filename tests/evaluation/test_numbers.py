@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
@@ -23,7 +24,7 @@ from tests.conftest import POSITIONS, VOCAB, randomize
 from tests.evaluation.texts import BLOCKS, held_out
 from unnorm.data import as_dataset
 from unnorm.evaluation import Results, evaluate, evaluate_model, metrics
-from unnorm.evaluation.corpora import open_corpus
+from unnorm.evaluation.corpora import count_bytes, open_corpus
 from unnorm.evaluation.metrics import calibration
 from unnorm.report.evaluation_page import render_evaluation
 from unnorm.terminal.evaluation import evaluation_tables
@@ -244,3 +245,11 @@ class TestOwnOriginal:
     ) -> None:
         unnorm.remove(str(other_dir), data=str(text_file), tokens=0, out=tmp_path / "run", device="cpu")
         assert [row.kl for row in evaluate([finished_run, tmp_path / "run"], data=tokens, tokens=500)] == [None, None]
+
+
+def test_no_bits_per_byte_where_the_text_of_unknown_tokens_is_lost() -> None:
+    words = Tokenizer(models.WordLevel({"?": 0, "one": 1, "two": 2}, unk_token="?"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?")
+    assert count_bytes(np.array([[1, 1, 2]]), tokenizer) == len("one one two") - len("one")
+    assert count_bytes(np.array([[1, 0, 2]]), tokenizer) == 0
+    assert count_bytes(np.array([[0, 1, 2]]), tokenizer) > 0

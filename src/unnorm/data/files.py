@@ -101,10 +101,14 @@ def find_files(source: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = sorted(p for p in _files_under(path) if _is_data(p.relative_to(path)))
+        known = [p for p in _files_under(path) if _is_known(p.relative_to(path))]
+        # Beside data of another format they describe it.
+        found = [p for p in known if p.name not in _NO_DATA]
+        if all(data_suffix(p) == ".md" for p in found):
+            found = [p for p in known if data_suffix(p) == ".md"]
         if not found:
             raise UnnormError(f"The directory '{source}' holds no data files. {_known()}")
-        return found
+        return _each_once(found)
     matches = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
     return _each_once(Path(match) for match in matches if Path(match).is_file())
 
@@ -113,6 +117,7 @@ def _files_under(directory: Path) -> Iterator[Path]:
     """All files under a directory, following links; each directory is entered only once."""
     entered = set()
     for place, directories, names in os.walk(directory, followlinks=True):
+        directories.sort(key=lambda name: (os.path.islink(os.path.join(place, name)), name))  # noqa: PTH114, PTH118
         real = os.path.realpath(place)
         if real in entered:
             directories.clear()
@@ -122,8 +127,13 @@ def _files_under(directory: Path) -> Iterator[Path]:
 
 
 def _each_once(paths: Iterable[Path]) -> list[Path]:
-    """Sorted paths; of several links to one file only the first is kept."""
-    return sorted({path.resolve(): path for path in sorted(paths, reverse=True)}.values())
+    """Sorted paths, each file once: by a path without links where there is one, since names of links show no split."""
+    by_links = sorted(paths, key=lambda path: (_links_in(path), path), reverse=True)
+    return sorted({path.resolve(): path for path in by_links}.values())
+
+
+def _links_in(path: Path) -> int:
+    return sum(part.is_symlink() for part in (path, *path.parents))
 
 
 def data_suffix(path: Path) -> str | None:
@@ -331,9 +341,9 @@ def looks_local(source: str) -> bool:
     return known or local_only or any(c in source for c in "*?[")
 
 
-def _is_data(path: Path) -> bool:
+def _is_known(path: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.parts)
-    return data_suffix(path) is not None and not hidden and path.name not in _NO_DATA
+    return data_suffix(path) is not None and not hidden
 
 
 def _known() -> str:

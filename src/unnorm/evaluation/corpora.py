@@ -193,8 +193,11 @@ def tokens_in(
 def count_bytes(ids: Int[NDArray[np.int32], "block position"], tokenizer: PreTrainedTokenizerBase) -> int:
     """UTF-8 bytes of the text of all tokens but the first of each block; special tokens count as none.
 
-    A character that is split at the edge of a block may be counted a few bytes off.
+    A character that is split at the edge of a block may be counted a few bytes off. 0 if some tokens are the unknown
+    one, whose text is lost.
     """
+    if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id) and (ids[:, 1:] == tokenizer.unk_token_id).any():
+        return 0
 
     def total(rows: Int[NDArray[np.int32], "block position"]) -> int:
         texts = tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -229,7 +232,11 @@ def _column(blocks: Dataset, name: str) -> NDArray[Any]:
 
 def _beginning(source: str, tokenizer: PreTrainedTokenizerBase) -> str:
     begin = begin_of_blocks(source, tokenizer)
-    return "no beginning-of-text token is added" if begin is None else f"it is {tokenizer.bos_token} (id {begin})"
+    return (
+        "no beginning-of-text token is added"
+        if begin is None
+        else f"it is {tokenizer.convert_ids_to_tokens(begin)} (id {begin})"
+    )
 
 
 def _separator(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -1,9 +1,10 @@
 """`unnorm evaluate`: models side by side on corpora and benchmarks, one measurement at a time."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from importlib.metadata import version
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from unnorm.evaluation.metrics import measure_tokens
 from unnorm.evaluation.record import Record
 from unnorm.evaluation.results import Evaluation, Results, Score
 from unnorm.evaluation.session import LoadedModel, Session, enter, settings_of
-from unnorm.evaluation.suites import PILE_FILTERED, SUITES, Choice, choose
+from unnorm.evaluation.suites import PILE_FILTERED, SUITES, choose
 from unnorm.evaluation.summary import summarize
 from unnorm.isolation import isolated
 from unnorm.models.device import choose_device
@@ -26,7 +27,7 @@ from unnorm.models.load import model_name
 from unnorm.progress import Watch, say, silent
 from unnorm.runs.config import check_seed, read_count
 from unnorm.runs.directory import short_name
-from unnorm.runs.text import blaming_the_run, choose_text
+from unnorm.runs.text import TextSource, blaming_the_run, check_held_out_alike, choose_text
 
 
 @isolated
@@ -88,24 +89,30 @@ def evaluate(
     against = None if against is None else model_name(against)
     place = choose_device(device)
     check_seed(seed)
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if not isinstance(batch_size, Integral) or batch_size < 1:
         raise UnnormError(f"--batch-size {batch_size}: a pass takes at least 1 block.")
     sources = [str(data)] if isinstance(data, str | Path) else [str(each) for each in data or ()]
     most = None if tokens is None else read_count(tokens)
     choice = choose(suite, sources, [tasks] if isinstance(tasks, str) else tasks, most, items, place)
     named = {source.rpartition("=")[2] for source in sources}
+    is_unnamed = choice.corpora == {STDLIB: STDLIB} and STDLIB not in named
     settings: dict[str, Any] = {}
-    if choice.corpora == {STDLIB: STDLIB} and STDLIB not in named:  # No text was named.
+    try:
         settings = next(filter(None, map(settings_of, names)), {})
-        own = choose_text(settings, None, text_field, split)
-        choice = replace(choice, corpora={short_name(own.data): own.data})
-        text_field, split = own.text_field, own.split
+    except UnnormError:  # Unreadable settings matter only where the text is theirs.
+        if is_unnamed:
+            raise
+    is_own = is_unnamed and bool(settings)
+    if is_own:
+        own = choose_text(settings).data
+        choice = replace(choice, corpora={short_name(own): own})
     watch = watch or silent
     record = Record.open(out)
     entered = enter(names, against, context, trust_remote_code, watch)
-    with blaming_the_run(bool(settings)):
+    with blaming_the_run(is_own):
+        texts = {name: choose_text(settings, source, text_field, split) for name, source in choice.corpora.items()}
         corpora, left_out = _open_corpora(
-            choice, entered.tokenizer, entered.vocab_size, entered.context, text_field, split or "train", watch
+            texts, choice.tokens, entered.tokenizer, entered.vocab_size, entered.context, watch
         )
     session = Session(
         entrants=entered.entrants,
@@ -134,25 +141,25 @@ def evaluate(
 
 
 def _open_corpora(
-    choice: Choice,
+    texts: Mapping[str, TextSource],
+    tokens: int,
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
     context: int,
-    text_field: str | None,
-    split: str,
     watch: Watch,
 ) -> tuple[tuple[Corpus, ...], tuple[str, ...]]:
     """The corpora, and why one that a suite filters was left out."""
     opened, left_out = [], []
-    for name, source in choice.corpora.items():
+    for name, text in texts.items():
+        source, field, split = text.data, text.text_field, text.split
         say(watch, f"reading {source}")
-        of = choice.corpora.get("openwebtext") if name == PILE_FILTERED else None
+        of = texts["openwebtext"].data if name == PILE_FILTERED and "openwebtext" in texts else None
         its_own = any(suite.corpora.get(name) == source for suite in SUITES.values())
         with explained(its_own, "", f"Or give other text for this corpus of the suite: --data {name}=SOURCE."):
             try:
-                opened.append(
-                    open_corpus(name, source, tokenizer, vocab_size, context, choice.tokens, text_field, split, of)
-                )
+                corpus = open_corpus(name, source, tokenizer, vocab_size, context, tokens, field, split, of)
+                check_held_out_alike(source, text.was_held_out, corpus.held_out)
+                opened.append(corpus)
             except NothingLeftError as error:
                 left_out.append(str(error))
                 say(watch, left_out[-1])

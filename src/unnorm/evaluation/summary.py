@@ -15,6 +15,7 @@ from unnorm.evaluation.corpora import Corpus, count_bytes, documents_of
 from unnorm.evaluation.intervals import bootstrap_interval
 from unnorm.evaluation.metrics import Distances, ModelTokens, calibration, measure_tokens
 from unnorm.evaluation.results import Evaluation
+from unnorm.progress import Watch
 
 MOST_LOSS = 709.0
 """In nats; the perplexity of a larger loss is beyond a float's range."""
@@ -29,6 +30,7 @@ def evaluate_model(
     batch_size: int = 4,
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    watch: Watch | None = None,
 ) -> Evaluation:
     """Evaluate a model on packed blocks, in its own dtype with sums in float64.
 
@@ -41,11 +43,12 @@ def evaluate_model(
         data: the corpus's name in the result.
         batch_size: blocks per forward pass.
         tokenizer: decodes tokens, for bits per byte and the token-by-token comparison; None leaves both out.
+        watch: called with `{"kind": "progress", "tokens": …}`.
     """
     ids = np.asarray(blocks["input_ids"][:])
     text_bytes = 0 if tokenizer is None else count_bytes(ids, tokenizer)
     corpus = Corpus(name=data, source=data, blocks=blocks, documents=documents_of(blocks), text_bytes=text_bytes)
-    ours, theirs, distances = measure_tokens(model, blocks, original, batch_size)
+    ours, theirs, distances = measure_tokens(model, blocks, original, batch_size, watch)
     return summarize(name, corpus, ours, theirs, distances, tokenizer)
 
 

@@ -15,7 +15,7 @@ from unnorm.exports.measure import FormError, form_errors
 from unnorm.folding.checkpoint import load, load_sites
 from unnorm.isolation import isolated
 from unnorm.models.load import load_tokenizer
-from unnorm.runs.directory import MODEL, named_path
+from unnorm.runs.directory import MODEL, finished_result, named_path
 
 Form = Literal["transformers", "stock", "nanogpt"]
 
@@ -78,6 +78,7 @@ def export(
         raise UnnormError(f"There is no form '{to}'. Choose from {', '.join(get_args(Form))}.")
     _check_free(out)
     load_sites(directory)
+    finished_result(directory)
     folded = load(directory)
     work: Path | None = None
     try:

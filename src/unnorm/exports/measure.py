@@ -66,8 +66,8 @@ def compare(name: str, reference: Logits, logits: Logits) -> FormError:
     finite = reference.isfinite().all(-1)
     if not finite.any():
         raise UnnormError(
-            "The model overflows on all the random tokens that exported forms are measured on. Train it further "
-            "first: unnorm heal DIR"
+            "The model overflows on all the random tokens that exported forms are measured on. Train it first, in a "
+            "new run with --tokens; or further, where it overflows on some text only: unnorm heal DIR"
         )
     reference, logits = (values[finite].cpu().double() for values in (reference, logits))
     expected, found = reference.log_softmax(-1), logits.log_softmax(-1)

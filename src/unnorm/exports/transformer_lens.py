@@ -60,8 +60,11 @@ def to_transformer_lens(
 
     path = fetched(named_path(directory))
     path = path / MODEL if (path / MODEL).is_dir() else path
+    twin = load(path, dtype)
     try:
-        twin = load(path, dtype).to(device)
+        twin.to(device)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError) as error:
         raise UnnormError(f"No device '{device}' here ({short(error)}). Choose another, such as cpu.") from error
     _refuse_what_a_bridge_would_leave_out(twin, path)

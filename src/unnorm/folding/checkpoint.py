@@ -64,6 +64,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     Raises:
         UnnormError: there is no model, its files are damaged, or `dtype` is not one of torch's four float types.
     """
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
     if dtype not in DTYPES:
         raise UnnormError(f"A model can't be loaded in {dtype}. Choose from {', '.join(map(str, DTYPES))}.")
     with alone():

@@ -1,5 +1,7 @@
 """Vocabulary size and context length of a model, and how many blocks to run at once."""
 
+from numbers import Integral
+
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -57,8 +59,9 @@ def choose_context(asked: int | None, *models: PreTrainedModel) -> int:
     context = min(longest, MOST_CONTEXT) if asked is None else asked
     if context > longest:
         raise UnnormError(f"--context {context} is longer than the {longest} tokens that the model takes.")
-    if not isinstance(context, int):
+    if not isinstance(context, Integral):
         raise UnnormError(f"--context {context} is not a whole number of tokens.")
+    context = int(context)
     if context < 2:
         raise UnnormError(f"--context {context} is too short: a block takes at least 2 tokens.")
     return context

@@ -29,9 +29,10 @@ from unnorm.models.load import DEMO
 from unnorm.models.sizes import vocabulary_size
 from unnorm.progress import Watch, say
 from unnorm.removal.run import Run
-from unnorm.runs.config import RemoveConfig, read_config_file
+from unnorm.runs.config import RemoveConfig, read_config_file, run_settings
 from unnorm.runs.directory import CONFIG_FILE, DATA, HELD_OUT, finished_result, write_text
 from unnorm.runs.plan import Plan
+from unnorm.runs.text import check_held_out_alike, choose_text
 
 TRAINING_OVERSAMPLING = 4
 """Factor by which more text is read, then thinned evenly: neighbouring blocks share a document and are redundant."""
@@ -62,6 +63,9 @@ def write_blocks(
             return note.read_text(encoding="utf-8").strip()
     train_blocks = max(CALIBRATION_BLOCKS, math.ceil(plan.tokens / plan.context))
     blocks = _read_blocks(config, plan, model, tokenizer, train_blocks, watch)
+    if config.twin is not None:
+        text = choose_text(run_settings(config.twin), config.data)
+        check_held_out_alike(config.data, text.was_held_out, blocks.held_out)
     train = _choose(blocks.train, train_blocks, config)
     if times := _times_over(len(train), plan):
         say(watch, times)

@@ -36,12 +36,12 @@ SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 4, 32, 48
 
 def conclude(run: Run, facts: Facts, control: PreTrainedModel | None, started: float) -> dict[str, Any]:
     """Evaluate and prove the twin from its saved files; write result, report and card."""
-    run.say("evaluating")
+    run.say("loading the twin as saved")
     twin = load(run.directory).to(run.plan.device)
     sites, constants = load_sites(run.directory)
     evaluations = {
         "original": evaluate_on_held_out(run, run.original, "original"),
-        "lnfree": evaluate_on_held_out(run, twin, "LN-free"),
+        "lnfree": evaluate_on_held_out(run, twin, "twin"),
     }
     if control is not None:
         evaluations["control"] = evaluate_on_held_out(run, control, "control")

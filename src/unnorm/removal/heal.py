@@ -8,8 +8,9 @@ from unnorm.folding.checkpoint import load, load_unfolded
 from unnorm.progress import Watch
 from unnorm.removal.remove import remove
 from unnorm.removal.resume import check_has_control, facts_of, has_control
+from unnorm.report.sentences import overflows_everywhere
 from unnorm.runs.config import read_config_file, read_count
-from unnorm.runs.directory import CONFIG_FILE, CONTROL, RESULT, named_path
+from unnorm.runs.directory import CONFIG_FILE, CONTROL, RESULT, finished_result, named_path
 
 _OF_ONE_RUN = (
     *("tokens", "lr", "batch_size", "micro_batch", "device", "dtype", "compile", "cuda_graph"),
@@ -45,6 +46,11 @@ def heal(directory: str | Path, *, watch: Watch | None = None, **options: Any) -
             )
     if options.get("tokens") is not None and read_count(options["tokens"]) == 0:
         raise UnnormError("--tokens 0 would leave the twin as it is. Give the number of tokens to train it on.")
+    if overflows_everywhere(finished_result(directory)):
+        raise UnnormError(
+            f"The twin in '{directory}' overflows on every held-out block, so there is nothing to train it from. Start "
+            "a new run with more tokens: unnorm remove --tokens N"
+        )
     if options.get("control"):
         check_has_control(directory)
     saved_keep = read_config_file(directory / CONFIG_FILE).get("keep")

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from unnorm import processes
-from unnorm.errors import RunInterruptedError, UnnormError, explained
+from unnorm.errors import RunInterruptedError, UnnormError, explained, first_few
 from unnorm.folding.checkpoint import load, save_folded, save_model, save_sites, save_unfolded
 from unnorm.isolation import isolated
 from unnorm.models.device import choose_device
@@ -49,6 +49,9 @@ from unnorm.taper.schedule import FidelityController, Schedule, healing
 from unnorm.taper.stand_ins import uninstall_paths
 from unnorm.training.callbacks import Removal
 from unnorm.training.loop import Outcome, train
+
+MASSIVE_TOKENS = 1_000_000
+"""What to try with a massive activation: of as many SmolLM2-135M took 263 thousand for its taper (docs/method.md)."""
 
 
 @isolated
@@ -217,15 +220,30 @@ def _check_ended(run: Run, outcome: Outcome, directory: Path) -> None:
             "were not finite or exploded. Start a new run with a lower --lr or more --tokens."
         )
     if outcome.unfinished:
-        sites = ", ".join(f"{name} (alpha {alpha:.2f})" for name, alpha in outcome.unfinished.items())
-        last = outcome.rows[-1]
-        raise UnnormError(
-            f"Out of tokens after {outcome.tokens:,}, but {len(outcome.unfinished)} sites are still norms: {sites}. "
-            f"The taper waited in {last.get('waited', 0)} steps, {run.config.kl_budget} nats or more from the "
-            f"original, and went back {last.get('set_back', 0)} times, after spikes or refused steps. Resume with more "
-            f"tokens, and with a larger --kl-budget if it mostly waited: {resume_command(run.directory)} --tokens "
-            f"{2 * outcome.tokens}"
+        raise UnnormError(_out_of_tokens(run, outcome))
+
+
+def _out_of_tokens(run: Run, outcome: Outcome) -> str:
+    """Which sites are still norms at the end of the tokens, why, and how to go on."""
+    alphas, last = outcome.unfinished, outcome.rows[-1]
+    sites = first_few([f"{name} (alpha {alpha:.2f})" for name, alpha in alphas.items()])
+    more = 2 * outcome.tokens
+    why = (
+        f"The taper waited in {last.get('waited', 0)} steps, {run.config.kl_budget} nats or more from the original, "
+        f"and went back {last.get('set_back', 0)} times, after spikes or refused steps. Resume with more tokens, and "
+        "with a larger --kl-budget if it mostly waited"
+    )
+    if not any(alphas.values()) and outcome.kl_limit is not None and outcome.kl_limit < run.config.kl_budget:
+        more = max(more, MASSIVE_TOKENS)
+        why = (
+            f"The taper has not begun: in a model with massive activations it starts once KL is under "
+            f"{outcome.kl_limit:.2g} nats, and then takes a quarter of a million tokens or more. Resume with "
+            "more tokens"
         )
+    return (
+        f"Out of tokens after {outcome.tokens:,}, but {len(alphas)} sites are still norms: {sites}. {why}: "
+        f"{resume_command(run.directory)} --tokens {more}"
+    )
 
 
 def _fold_and_save(run: Run, student: PreTrainedModel, facts: Facts) -> None:

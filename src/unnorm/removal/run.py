@@ -15,7 +15,7 @@ from unnorm.evaluation import Evaluation, evaluate_model
 from unnorm.progress import Watch, say
 from unnorm.runs.config import RemoveConfig
 from unnorm.runs.directory import check_can_be_made, named_path, nearest_existing
-from unnorm.runs.lock import is_held
+from unnorm.runs.lock import LOCK
 from unnorm.runs.plan import Plan
 from unnorm.sites.site import NormSite
 from unnorm.taper.recipes import RECIPES, Recipe
@@ -61,14 +61,17 @@ def limit_quadratic_mlps(run: Run, student: PreTrainedModel) -> None:
 def evaluate_on_held_out(run: Run, model: PreTrainedModel, name: str, blocks: Dataset | None = None) -> Evaluation:
     """Evaluate a model on all or some held-out blocks, against the original unless it is the original."""
     original = None if model is run.original else run.original
+    blocks = run.validation_blocks if blocks is None else blocks
+    run.say(f"evaluating: {name}", len(blocks) * run.plan.context)
     return evaluate_model(
         model,
-        run.validation_blocks if blocks is None else blocks,
+        blocks,
         original,
         name,
         run.config.data,
         run.plan.micro_batch,
         tokenizer=run.tokenizer,
+        watch=run.watch,
     )
 
 
@@ -79,7 +82,7 @@ def open_directory(config: RemoveConfig, resume: bool) -> Path:
         UnnormError: it is not empty and the run is not resumed, or it can't be created.
     """
     directory = _unused_name(f"unnorm-{Path(config.model).name}") if config.out is None else named_path(config.out)
-    if not resume and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if not resume and directory.exists() and (not directory.is_dir() or set(directory.iterdir()) - {directory / LOCK}):
         raise UnnormError(f"'{directory}' is not empty. Choose another --out, or resume the run in it: --resume.")
     check_can_be_made(directory)
     return directory
@@ -87,7 +90,7 @@ def open_directory(config: RemoveConfig, resume: bool) -> Path:
 
 def _unused_name(name: str) -> Path:
     numbered = (Path(name if number == 1 else f"{name}-{number}") for number in range(1, 10_000))
-    return next(path for path in numbered if not path.exists() and not is_held(path))
+    return next(path for path in numbered if not path.exists())
 
 
 def check_disk(directory: Path, model: PreTrainedModel) -> None:

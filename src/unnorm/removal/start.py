@@ -93,7 +93,6 @@ def _naive_removal(run: Run, student: PreTrainedModel, stand_ins: dict[str, Tape
 
     A single overflowing block makes the mean NaN, so if one of the first blocks overflows the rest are skipped.
     """
-    run.say("measuring naive removal")
     head = run.validation_blocks.select(range(min(NAIVE_HEAD, len(run.validation_blocks))))
     with removed(stand_ins.values()):
         measured = evaluate_on_held_out(run, student, "naive removal", head)

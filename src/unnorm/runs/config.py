@@ -4,6 +4,8 @@ import glob
 import math
 import os
 import re
+from contextlib import suppress
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +16,7 @@ from transformers.integrations import get_available_reporting_integrations, get_
 from unnorm.data import OWN_TEXT, STDLIB
 from unnorm.errors import UnnormError
 from unnorm.models.load import DEMO
-from unnorm.runs.directory import CONFIG_FILE, write_text
+from unnorm.runs.directory import CONFIG_FILE, finished_result, write_text
 from unnorm.taper.norms import Estimator
 from unnorm.taper.recipes import RecipeName
 from unnorm.taper.schedule import KL_BUDGET
@@ -136,7 +138,7 @@ class RemoveConfig(BaseModel):
         names = {"model": (DEMO,), "data": (STDLIB, OWN_TEXT), "twin": (), "out": ()}
         for key, no_paths in names.items():
             if saved[key] is not None and saved[key] not in no_paths:
-                saved[key] = _absolute(saved[key])
+                saved[key] = absolute_source(saved[key])
         return saved
 
     def save(self, path: Path) -> None:
@@ -150,7 +152,7 @@ class RemoveConfig(BaseModel):
             write_text(path, text)
 
 
-def _absolute(source: str) -> str:
+def absolute_source(source: str) -> str:
     """The absolute path of a local file, directory or glob; anything else, such as a hub id, is returned as it is."""
     path = os.path.abspath(os.path.expanduser(source))  # noqa: PTH100, PTH111 (pathlib's raise, or follow links)
     return path if os.path.lexists(path) or glob.glob(path) else source  # noqa: PTH207 (Path.glob takes no absolute pattern)
@@ -186,7 +188,7 @@ def read_count(tokens: int | str) -> int:
 
 def check_seed(seed: int) -> None:
     """Raise an UnnormError if a seed is not a whole number from 0 to 2^32 - 1."""
-    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+    if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
         raise UnnormError(f"--seed {seed}: give a whole number from 0 to {2**32 - 1}.")
 
 
@@ -215,10 +217,15 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def run_settings(directory: Path) -> dict[str, Any]:
-    """The settings that a run was started with; empty if their file is missing.
+    """The settings that a run was started with, and `held_out`, in words, if it is finished; empty without their file.
 
     Raises:
         UnnormError: the file can't be read.
     """
     path = directory / CONFIG_FILE
-    return read_config_file(path) if path.is_file() else {}
+    settings = read_config_file(path) if path.is_file() else {}
+    with suppress(UnnormError):
+        result = finished_result(directory)
+        if settings.get("data") in (result.get("data"), absolute_source(str(result.get("data")))):
+            settings["held_out"] = result.get("held_out")
+    return settings

@@ -1,10 +1,8 @@
 """One command at a time works on a run directory."""
 
-import hashlib
-import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -12,19 +10,22 @@ from filelock import FileLock, Timeout
 from unnorm import processes
 from unnorm.errors import UnnormError
 
+LOCK = ".lock"
+"""In the run directory while a command works on it. One that a killed process left behind locks nothing."""
+
 
 @contextmanager
 def held(directory: Path) -> Iterator[None]:
-    """Keep other commands on this machine from working on a run directory, whether or not it exists yet.
-
-    The system releases the lock of a process that was killed.
+    """Make the run directory and keep other commands from working on it; if nothing is written, it is removed again.
 
     Raises:
         UnnormError: another command is working on it.
     """
-    lock = _lock_of(directory)
+    lock = FileLock(directory / LOCK, mode=0o666)
+    missing = list(takewhile(lambda path: not path.exists(), (directory, *directory.parents)))
 
     def take() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
         try:
             lock.acquire(timeout=0)
         except Timeout as error:
@@ -36,19 +37,9 @@ def held(directory: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
-
-
-def is_held(directory: Path) -> bool:
-    """Whether a command is working on a run directory."""
-    try:
-        with _lock_of(directory).acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
-def _lock_of(directory: Path) -> FileLock:
-    """In the system's directory for temporary files: that of the run may not exist yet, or be on a network."""
-    name = hashlib.sha256(os.fsencode(directory.absolute().resolve())).hexdigest()[:32]
-    return FileLock(Path(tempfile.gettempdir()) / f"unnorm-{name}.lock")
+        if lock.is_locked:
+            (directory / LOCK).unlink(missing_ok=True)
+            lock.release()
+            with suppress(OSError):  # Not empty: something was written.
+                for made in missing:
+                    made.rmdir()

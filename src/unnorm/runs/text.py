@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from unnorm.data import STDLIB
 from unnorm.data.packing import held_out_blocks
 from unnorm.errors import UnnormError
+from unnorm.runs.config import absolute_source
 
 
 @contextmanager
@@ -25,12 +26,21 @@ def blaming_the_run(is_own: bool) -> Iterator[None]:
 
 
 class TextSource(NamedTuple):
-    """A source of text as `open_documents` takes it; `is_own` if it is the run's, since the user named none."""
+    """A source of text as `open_documents` takes it.
+
+    Attributes:
+        data: the source.
+        text_field: column that holds the text.
+        split: split that the text comes from.
+        is_own: whether it is the run's since the user named none.
+        was_held_out: how the run held out a part of it, in words; None if the run had another text or is not finished.
+    """
 
     data: str
     text_field: str | None
     split: str
     is_own: bool
+    was_held_out: str | None = None
 
     def held_out(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, context: int, count: int) -> Dataset:
         """At most `count` blocks of its held-out part.
@@ -40,7 +50,21 @@ class TextSource(NamedTuple):
         """
         with blaming_the_run(self.is_own):
             source = self.data, tokenizer, vocab_size, context, count, self.text_field, self.split
-            return held_out_blocks(*source)[0]
+            blocks, held_out = held_out_blocks(*source)
+            check_held_out_alike(self.data, self.was_held_out, held_out)
+            return blocks
+
+
+def check_held_out_alike(data: str, was: str | None, now: str) -> None:
+    """Raise an UnnormError if a run's text is divided in another way now: what is held out may have been trained on.
+
+    That happens where files are renamed, or where few documents become many.
+    """
+    if was is not None and was != now:
+        raise UnnormError(
+            f"Of '{data}' {now} would be held out, but for the run it was {was}: the twin has seen some of this text. "
+            "Put the files back as they were, or name other text with --data."
+        )
 
 
 def choose_text(
@@ -50,14 +74,16 @@ def choose_text(
 
     Args:
         settings: the run's settings, as saved; empty if it has none.
-        data: other text, or None; if given, the run's field and split are not used either.
+        data: the text, or None for the run's; if it is another one, the run's field and split are not used either.
         text_field: column that holds the text.
         split: split that the text comes from.
     """
-    own = settings if not data else {}
+    is_the_runs = not data or settings.get("data") in (str(data), absolute_source(str(data)))
+    own = settings if is_the_runs else {}
     return TextSource(
         str(data or own.get("data") or STDLIB),
         text_field or own.get("text_field"),
         split or own.get("split") or "train",
         not data,
+        own.get("held_out"),
     )

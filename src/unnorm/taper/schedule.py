@@ -148,7 +148,7 @@ class FidelityController:
         if self.position >= self.end:
             self.position = min(1.0, self.position + 1 / steps)
             self._heal()
-        elif self.running_kl > self._limit and not self.arrived:
+        elif self.running_kl > self.limit and not self.arrived:
             self.waited += 1
         else:
             headroom = 1.0 if self.arrived else min(1.0, (1 - self.running_kl / self.kl_budget) / self.SLOWS)
@@ -172,7 +172,7 @@ class FidelityController:
         return self.end == 0
 
     @property
-    def _limit(self) -> float:
+    def limit(self) -> float:
         """KL above which the clock stands still."""
         starting = self.running_held is not None and not self.started
         return self.STARTS * self.kl_budget if starting else self.kl_budget

@@ -59,7 +59,8 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
     if result["overflowed_blocks"]:
         overflowed = f"{result['overflowed_blocks']:,} of {result['validation_blocks']:,}"
-        rows.append(("overflows in", overflowed, "held-out blocks: train further with unnorm heal"))
+        remedy = "start a new run with more --tokens" if overflows_everywhere(result) else "train further: unnorm heal"
+        rows.append(("overflows in", overflowed, f"held-out blocks: {remedy}"))
     if result["control_loss"] is not None:
         rows += [
             ("loss, control", _fixed(result["control_loss"]), "norms kept, same number of tokens"),

@@ -54,6 +54,7 @@ class Outcome:
         interrupted: whether Ctrl-C or SIGTERM stopped it, with a checkpoint to resume from.
         diverged: whether it was given up because the guard refused too many steps in a row.
         unfinished: sites that are still norms because the KL budget held them up, with their alpha.
+        kl_limit: the KL above which the taper waited at the end, in nats per token; None without a controller.
         rows: all rows of `metrics.jsonl`.
     """
 
@@ -63,6 +64,7 @@ class Outcome:
     interrupted: bool
     diverged: bool
     unfinished: dict[str, float]
+    kl_limit: float | None
     rows: list[dict[str, Any]]
 
 
@@ -139,6 +141,7 @@ def train(
         interrupted=interrupted,
         diverged=trainer.guard.diverged,
         unfinished=unfinished,
+        kl_limit=None if removal is None or removal.controller is None else removal.controller.limit,
         rows=metrics.rows,
     )
 

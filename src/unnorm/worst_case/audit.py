@@ -111,7 +111,7 @@ def audit(
         context=length,
         trained=_trained_context(directory, pair.settings),
         tokens=tokens,
-        random=torch.Generator().manual_seed(seed),
+        random=torch.Generator().manual_seed(int(seed)),
         begin=begin,
     )
     classes = list(input_classes(material, _takes_positions(twin) and _takes_positions(reference)))
