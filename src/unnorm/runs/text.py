@@ -78,12 +78,12 @@ def choose_text(
         text_field: column that holds the text.
         split: split that the text comes from.
     """
-    is_the_runs = not data or settings.get("data") in (str(data), absolute_source(str(data)))
+    is_the_runs = data is None or settings.get("data") in (str(data), absolute_source(str(data)))
     own = settings if is_the_runs else {}
     return TextSource(
-        str(data or own.get("data") or STDLIB),
+        str(own.get("data") or STDLIB if data is None else data),
         text_field or own.get("text_field"),
         split or own.get("split") or "train",
-        not data,
+        data is None,
         own.get("held_out"),
     )
