@@ -454,3 +454,11 @@ def test_a_home_that_there_is_not_is_no_traceback(verb: str) -> None:
         pytest.importorskip("transformer_lens")
     with pytest.raises(UnnormError, match=r"~no\.such\.user"):
         getattr(unnorm, verb)("~no.such.user/run")
+
+
+def test_a_run_that_is_not_finished_is_not_exported(finished_run: Path, tmp_path: Path) -> None:
+    """The twin is saved before it is evaluated and proved."""
+    run = Path(shutil.copytree(finished_run, tmp_path / "run"))
+    (run / "result.json").unlink()
+    with pytest.raises(UnnormError, match=r"no finished run|is not finished"):
+        unnorm.export(run, "stock", out=tmp_path / "stock")

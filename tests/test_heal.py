@@ -240,3 +240,13 @@ def test_other_norms_to_keep_are_refused_at_once(trained: Path, tmp_path: Path) 
     with pytest.raises(unnorm.UnnormError, match=r"removed all norms, and its twin is healed as it is"):
         unnorm.heal(trained, keep="ln_f", tokens=512, out=tmp_path / "healed")
     assert not (tmp_path / "healed").exists()
+
+
+def test_a_twin_that_overflows_everywhere_is_not_healed(trained: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    result = json.loads((run / "result.json").read_text())
+    result["overflowed_blocks"] = result["validation_blocks"]
+    (run / "result.json").write_text(json.dumps(result))
+    with pytest.raises(unnorm.UnnormError, match=r"overflows on every held-out block.*a new run with more tokens"):
+        unnorm.heal(run, tokens=512, out=tmp_path / "healed")
+    assert not (tmp_path / "healed").exists()
