@@ -46,18 +46,16 @@ def find(material: Material) -> Finding:
         key="scales",
         title="Scale of each former norm site",
         text=(
-            "What each norm divides a token by in the original, or would in the twin, relative to "
-            "one reference scale: in "
-            "the original the geometric mean, in the twin the folded constant. The narrower the bars, the less "
+            "What each norm divides a token by in the original, or would in the twin, relative to one reference scale: "
+            "in the original the geometric mean, in the twin the folded constant. The narrower the bars, the less "
             "dividing by a constant changes."
         ),
         numbers=numbers
         | {"mean_spread": means, "sites_left_out": [s.name for s in material.sites if s.folds_into != "readers"]},
         figures={"scales": _figure(numbers)},
         captions={
-            "scales": "Scale relative to that reference, tokens after position 0: median, with bars "
-            "from the 5th to the "
-            "95th percentile; diamonds are the mean at position 0."
+            "scales": "Scale relative to that reference, tokens after position 0: median, with bars from the 5th to "
+            "the 95th percentile; diamonds are the mean at position 0."
         },
         legends={"scales": [("original", "s", "range"), ("twin", "a", "range"), ("position 0", "s", "diamond")]},
         headline=(

@@ -12,7 +12,7 @@ from rich.text import Text
 from unnorm.report.numbers import MOST_FIXED
 from unnorm.report.sentences import intervals_over
 from unnorm.terminal.fitting import Column, FittingTable
-from unnorm.terminal.text import whole
+from unnorm.terminal.text import fixed, whole
 
 if TYPE_CHECKING:  # These import torch, which would slow down `--help`.
     from unnorm.evaluation import Evaluation, Results, Score
@@ -83,10 +83,10 @@ def _score_table(scores: Sequence["Score"]) -> FittingTable:
     headings = ("value", "Δ original")
     table = _side_by_side("Benchmarks via lm-eval, 95% intervals", "benchmark", "metric", numbers=headings)
     for score in scores:
-        interval = "" if score.ci is None else f"\n{_number(score.ci[0])} to {_number(score.ci[1])}"
+        interval = "" if score.ci is None else f"\n{fixed(score.ci[0])} to {fixed(score.ci[1])}"
         change = _with_interval(_or_dash(score.difference, "+.4g"), score.difference_ci, "+.4f")
         names = map(escape, (score.model, score.task, score.metric))
-        table.add_row(*names, _number(score.value) + interval, change)
+        table.add_row(*names, fixed(score.value) + interval, change)
     return table
 
 
@@ -101,10 +101,6 @@ def _side_by_side(title: str, *words: str, numbers: Sequence[str]) -> FittingTab
 
 def _with_interval(value: str, interval: tuple[float, float] | None, form: str) -> str:
     return value if interval is None else f"{value}\n{_or_dash(interval[0], form)} to {_or_dash(interval[1], form)}"
-
-
-def _number(value: float) -> str:
-    return f"{value:.4f}" if abs(value) < MOST_FIXED else f"{value:.3g}"
 
 
 def _or_dash(value: float | None, form: str) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any
 
 from rich.cells import cell_len
@@ -82,7 +81,7 @@ class FittingTable:
             yield Text.from_markup(self.title, style="italic")
         for row in self.rows:
             yield Text.from_markup(", ".join(row[: self.names]), style="bold")
-            for column, cell in zip_longest(self.columns[self.names :], row[self.names :]):
+            for column, cell in zip(self.columns[self.names :], row[self.names :], strict=True):
                 yield Text.from_markup(
                     f"  {column.heading}  {cell.replace(chr(10), ', ')}" if column.heading else f"  {cell}"
                 )

@@ -11,7 +11,6 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from unnorm.report.numbers import MOST_FIXED
 from unnorm.report.sentences import (
     WORSE_THAN_NAIVE,
     knows_naive_removal,
@@ -22,7 +21,7 @@ from unnorm.report.sentences import (
 )
 from unnorm.runs.directory import MODEL, REPORT
 from unnorm.terminal.fitting import Column, FittingTable
-from unnorm.terminal.text import mark, verdict, whole
+from unnorm.terminal.text import fixed, mark, verdict, whole
 
 if TYPE_CHECKING:  # These import torch, which would slow down `--help`.
     from unnorm.calibration.scales import ScaleStatistics
@@ -47,13 +46,13 @@ def result_table(result: dict[str, Any]) -> RenderableType:
 
 def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows = [
-        ("KL to the original", _fixed(result["kl"]), _elsewhere(result["kl_elsewhere"]) or "nats per token"),
+        ("KL to the original", fixed(result["kl"]), _elsewhere(result["kl_elsewhere"]) or "nats per token"),
         *_worse_than_naive(result),
         *_agreement(result),
-        ("loss, original", _fixed(result["teacher_loss"]), f"{result['validation_tokens']:,} held-out tokens"),
+        ("loss, original", fixed(result["teacher_loss"]), f"{result['validation_tokens']:,} held-out tokens"),
         (
             "loss, twin",
-            _fixed(result["lnfree_loss"]),
+            fixed(result["lnfree_loss"]),
             _elsewhere(result["lnfree_loss_elsewhere"]) or _increase(result),
         ),
     ]
@@ -63,8 +62,8 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append(("overflows in", overflowed, f"held-out blocks: {remedy}"))
     if result["control_loss"] is not None:
         rows += [
-            ("loss, control", _fixed(result["control_loss"]), "norms kept, same number of tokens"),
-            ("gap", _fixed(result["gap"], "+"), "loss of twin minus loss of control"),
+            ("loss, control", fixed(result["control_loss"]), "norms kept, same number of tokens"),
+            ("gap", fixed(result["gap"], "+"), "loss of twin minus loss of control"),
         ]
     rows += [
         *_naive_removal(result),
@@ -77,11 +76,6 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("time", f"{result['seconds']:.0f} s", f"peak memory {result['peak_memory_mb']:,.0f} MB"),
     ]
     return rows
-
-
-def _fixed(value: float, sign: str = "") -> str:
-    """Four decimals, and powers of ten where a run went astray."""
-    return f"{value:{sign}{'.4f' if abs(value) < MOST_FIXED else '.3g'}}"
 
 
 def _agreement(result: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -99,7 +93,7 @@ def _naive_removal(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _worse_than_naive(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     if not worse_than_naive(result):
         return []
-    return [("[red]KL, naive removal[/]", _fixed(result["naive_kl"]), f"[red]{WORSE_THAN_NAIVE}[/]")]
+    return [("[red]KL, naive removal[/]", fixed(result["naive_kl"]), f"[red]{WORSE_THAN_NAIVE}[/]")]
 
 
 def _training(result: dict[str, Any]) -> str:
@@ -122,13 +116,13 @@ def _limits(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _increase(result: dict[str, Any]) -> str:
     """The twin's loss minus the original's on the same tokens, with its interval."""
-    increase = _fixed(result["lnfree_loss"] - result["teacher_loss"], "+")
+    increase = fixed(result["lnfree_loss"] - result["teacher_loss"], "+")
     ends = result["loss_increase_ci"]
-    return f"{increase}, 95% interval {_fixed(ends[0], '+')} to {_fixed(ends[1], '+')}" if ends else increase
+    return f"{increase}, 95% interval {fixed(ends[0], '+')} to {fixed(ends[1], '+')}" if ends else increase
 
 
 def _loss_or_overflow(loss: float | None) -> str:
-    return _fixed(loss) if loss is not None and math.isfinite(loss) else "overflows"
+    return fixed(loss) if loss is not None and math.isfinite(loss) else "overflows"
 
 
 def _elsewhere(value: float | None) -> str:
@@ -143,11 +137,11 @@ def _norms_left(result: dict[str, Any]) -> str:
 
 def proof_table(checks: Sequence["Check"]) -> RenderableType:
     """The table of `unnorm verify`."""
-    fixed = (Column(""), Column("measured"), Column("limit"))
-    table = FittingTable((Column("proof", 16), *fixed, Column("what", 16)))
+    numbers = (Column(""), Column("measured"), Column("limit"))
+    table = FittingTable((Column("proof", 16), *numbers, Column("what", 16)))
     for check in checks:
-        numbers = (f"{number:.1e}" if number else "0" for number in (check.value, check.limit))
-        table.add_row(escape(check.name), mark(check.passed), *numbers, escape(check.detail))
+        shown = (f"{number:.1e}" if number else "0" for number in (check.value, check.limit))
+        table.add_row(escape(check.name), mark(check.passed), *shown, escape(check.detail))
     failed = sum(not check.passed for check in checks)
     return Group(table, Text.from_markup(verdict(failed, len(checks), "checks")))
 

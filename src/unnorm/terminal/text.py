@@ -2,10 +2,17 @@
 
 from rich.text import Text
 
+from unnorm.report.numbers import MOST_FIXED
+
 
 def whole(lines: str) -> Text:
     """Paths and commands, never broken into lines however long, so that they can be copied."""
     return Text(lines, no_wrap=True, overflow="ignore")
+
+
+def fixed(value: float, sign: str = "") -> str:
+    """Four decimals; three digits and a power of ten where a model went astray. `sign` is `+` to show it always."""
+    return f"{value:{sign}{'.4f' if abs(value) < MOST_FIXED else '.3g'}}"
 
 
 def mark(passed: bool) -> str:
