@@ -7,6 +7,8 @@
 The control (the original fine-tuned with its norms kept) is trained for each seed and number of tokens, in the runs of
 `sequential` and with the optimizer of the published recipes. All gaps are relative to it; with several learning rates,
 to the best control.
+
+With `--keep FILE` each run is written to FILE as it ends, and the same command later does not run it again.
 """
 
 import argparse
@@ -32,9 +34,20 @@ MEASURES = ("lnfree_loss", "gap", "kl", "jsd", "top1_agreement", "tokens_per_sec
 KL_TICKS = [factor * 10**power for power in range(-4, 2) for factor in (1, 2, 5)]
 
 
-def measure(
-    recipe: str, tokens: int, seed: int, lr: float | None, options: dict[str, Any], console: Console
-) -> dict[str, Any]:
+def measure_once(keep: Path | None, settings: dict[str, Any], console: Console) -> dict[str, Any]:
+    """The run of these settings: from the file of JSON lines if it is there, else measured and added to it."""
+    lines = keep.read_text().splitlines() if keep and keep.exists() else []
+    for line in map(json.loads, lines):
+        if line["settings"] == settings:
+            return dict(line["row"])
+    row = measure(**settings, console=console)
+    if keep:
+        with keep.open("a") as file:
+            file.write(json.dumps({"settings": settings, "row": row}) + "\n")
+    return row
+
+
+def measure(recipe: str, tokens: int, seed: int, lr: float | None, console: Console, **options: Any) -> dict[str, Any]:
     """Results of one run; the error message if it failed."""
     console.rule(f"{recipe}, {tokens:,} tokens, seed {seed}, lr {lr or 'its own'}")
     with tempfile.TemporaryDirectory() as directory, Progress(console) as progress:
@@ -163,10 +176,11 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--keep", type=Path, help="file of JSON lines: each run as it ends, not run again")
     parser.add_argument("--table", type=Path, help="Markdown file")
     parser.add_argument("--plot", type=Path, help="HTML file")
     args = parser.parse_args()
-    for path in (args.table, args.plot):
+    for path in (args.keep, args.table, args.plot):
         if path and not path.parent.is_dir():
             parser.error(f"there is no directory '{path.parent}' for {path.name}: make it first")
 
@@ -175,7 +189,7 @@ def main() -> None:
     options = {"model": args.model, "data": args.data, "device": args.device, "dtype": args.dtype}
     options["batch_size"] = args.batch_size
     rows = [
-        measure(recipe, tokens, seed, lr, options, console)
+        measure_once(args.keep, {"recipe": recipe, "tokens": tokens, "seed": seed, "lr": lr, **options}, console)
         for seed in range(args.seeds)
         for tokens in args.tokens
         for recipe in args.recipes

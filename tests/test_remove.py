@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
-from tests.conftest import SETTINGS, VOCAB, Cli, assert_same_weights, ctrl_c_at
+from tests.conftest import SETTINGS, VOCAB, Cli, Saved, assert_same_weights, ctrl_c_at
+from tests.families import FAMILIES
 from unnorm.cli import app, main
 from unnorm.folding.checkpoint import load_sites
 from unnorm.removal import conclude
@@ -362,6 +363,17 @@ def test_the_report_has_the_twins_scales(
     unnorm.remove(tiny_model_dir, data=text_file, tokens=0, out=tmp_path / "run", device="cpu")
     assert [row.site for row in seen[0].scales_before] == [row.site for row in seen[0].scales_after]
     assert seen[0].scales_before[1:] != seen[0].scales_after[1:]
+
+
+def test_the_reports_scales_of_norms_folded_into_their_writers_are_what_they_would_divide_by(
+    saved_family: Saved, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(conclude, "render_report", lambda data: seen.append(data) or "<html>")
+    unnorm.remove(saved_family(FAMILIES["qwen3"][0]), data=text_file, tokens=0, out=tmp_path / "run", device="cpu")
+    before, after = ({row.site: row.mean for row in rows} for rows in (seen[0].scales_before, seen[0].scales_after))
+    query_norms = [name for name in before if name.endswith("q_norm")]
+    assert query_norms and all(after[name] == pytest.approx(before[name], rel=0.2) for name in query_norms)
 
 
 def test_a_run_of_which_one_check_fails_is_not_verified(

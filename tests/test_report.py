@@ -240,6 +240,12 @@ def test_failed_check_is_announced_at_the_top(data: ReportData) -> None:
     assert "FAIL" in reader.text
 
 
+def test_shading_is_explained_where_there_is_some(data: ReportData) -> None:
+    assert "In the shaded part" in render_report(data) and "norms being removed" in render_report(data)
+    healed = render_report(replace(data, rows=[row | {"alpha": 1.0} for row in data.rows]))
+    assert "shaded" not in healed and "norms being removed" not in healed
+
+
 def test_scaled_down_neurons_are_named(data: ReportData) -> None:
     assert "scaled down" not in render_report(data)
     neuron = {"writer": "transformer.h.2.mlp.c_proj", "index": 447, "length": 55.46, "factor": 0.0227}
@@ -263,12 +269,18 @@ def test_naive_removal_that_overflows_is_said_to(data: ReportData) -> None:
     everywhere = {"overflowed_blocks": 196, "validation_blocks": 196, "top1_agreement": 0.0}
     page = Reader(render_report(replace(data, result=data.result | everywhere))).text
     assert re.search(r"Top-1 agreement\s+—", page) and "0.0%" not in page
+    page = Reader(render_report(replace(data, result=data.result | everywhere | {"lnfree_loss": None}))).text
+    assert re.search(r"\btwin\s+overflows", page)
 
 
 def test_training_that_did_harm_is_said_to_have_done_so(data: ReportData) -> None:
     page = Reader(render_report(replace(data, result=data.result | {"kl": 4.5}))).text
     assert "naive removal: 3.81; the twin is further from the original" in page
     assert "further from the original" not in Reader(render_report(data)).text
+
+
+def test_headline_has_no_path_in_it() -> None:
+    assert headline({"model": "/home/somebody/mine", "tokens": 0}).startswith("All norms of mine replaced")
 
 
 def test_headline_claims_no_removal_while_norms_are_left() -> None:

@@ -1,6 +1,7 @@
 """Tables on the terminal: every number under its own heading and beside its own model."""
 
 import json
+import math
 import re
 from io import StringIO
 from pathlib import Path
@@ -51,6 +52,18 @@ def test_the_summarys_losses_are_each_models_own(finished_run: Path) -> None:
         assert re.search(said, text), (said, text)
 
 
+def test_what_overflows_has_no_nan_in_the_summary_and_a_remedy_that_helps(finished_run: Path) -> None:
+    result = json.loads((finished_run / "result.json").read_text())
+    result |= {"kl": math.nan, "lnfree_loss": math.nan, "loss_increase_ci": None}
+    result |= {"overflowed_blocks": 2, "validation_blocks": 8, "kl_elsewhere": 0.5, "lnfree_loss_elsewhere": 3.5}
+    trained, naive = (shown(result_table(result | {"tokens": tokens})) for tokens in (1000, 0))
+    everywhere = {"overflowed_blocks": 8, "kl_elsewhere": None, "lnfree_loss_elsewhere": None, "tokens": 1000}
+    lost = shown(result_table(result | everywhere))
+    assert "nan" not in trained + naive + lost and re.search(r"loss, twin *│ *overflows *│ *3\.5000 in the", trained)
+    assert "train further: unnorm heal" in trained
+    assert "start a new run with more --tokens" in naive and "start a new run with more --tokens" in lost
+
+
 def test_steps_are_said_to_be_refused_only_where_some_were(finished_run: Path) -> None:
     assert "refused" not in shown(result_table(json.loads((finished_run / "result.json").read_text())))
 
@@ -98,13 +111,13 @@ def test_the_models_numbers_come_before_the_references() -> None:
     }
     values = {"loss": 1.25, "reference_loss": 2.5, "residual_norm": 3.5, "reference_residual_norm": 4.5}
     row |= {key: dict.fromkeys(("99.9%", "99.99%", "largest"), value) for key, value in values.items()}
-    result = {"reference": "original", "classes": [row], "tokens": 20_000}
-    text = shown(audit_tables(result))
+    text = shown(audit_tables({"reference": "original", "classes": [row]}))
     for said in ("1.25 (2.50)", "3.5 (4.5)", "5.25 (6.50)", "float16 (none)", "all 1 classes passed"):
         assert said in text, said
-    assert "one token decides" not in text
-    few = shown(audit_tables(result | {"classes": [row, row | {"passed": False}], "tokens": 300}))
-    assert "1 of 2 classes FAILED" in few and "With 300 tokens per class" in few and "one token decides" in few
+    assert "One token decides, since" in text and text.rstrip().endswith(": rare.")
+    many = shown(audit_tables({"reference": "original", "classes": [row | {"tokens": 10_000, "passed": False}, row]}))
+    assert "1 of 2 classes FAILED" in many and many.rstrip().endswith(": rare.")
+    assert "One token" not in shown(audit_tables({"reference": "original", "classes": [row | {"tokens": 10_000}]}))
 
 
 def test_the_originals_figures_come_before_the_twins() -> None:

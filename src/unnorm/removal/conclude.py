@@ -46,7 +46,8 @@ def conclude(run: Run, facts: Facts, control: PreTrainedModel | None, started: f
     if control is not None:
         evaluations["control"] = evaluate_on_held_out(run, control, "control")
     run.say("verifying")
-    checks = check_twin(twin.cpu(), load_unfolded(run.directory), sites)
+    unfolded = load_unfolded(run.directory)
+    checks = check_twin(twin.cpu(), unfolded, sites)
     rows = history(run.directory)
     result = _result(run, evaluations, facts, rows, twin)
     seconds = time.perf_counter() - started + facts.earlier_seconds
@@ -58,7 +59,8 @@ def conclude(run: Run, facts: Facts, control: PreTrainedModel | None, started: f
         rows=rows,
         control_rows=[] if control is None else history(run.directory / CONTROL),
         scales_before=scale_statistics(_log_scales(run, run.original)),
-        scales_after=scale_statistics(_log_scales(run, twin)),
+        # Where a norm was folded into its writer, the twin's site already gets what the norm would have given.
+        scales_after=scale_statistics(_log_scales(run, unfolded.float().to(run.plan.device))),
         constants=constants,
         position_loss={name: list(evaluation.position_loss) for name, evaluation in evaluations.items()},
         samples=_samples(run, twin),

@@ -36,6 +36,7 @@ from unnorm.report.sentences import (
     worse_than_naive,
 )
 from unnorm.report.templates import render_page
+from unnorm.runs.directory import short_name
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ def render_report(data: ReportData) -> str:
         "interval_over": data.result.get("interval_over", "blocks"),
         "has_control": _has_control(data),
         "has_line": any(finite_or_none(row.get("teacher_loss")) is not None for row in data.rows),
+        "has_stretch": figures.removal_stretch(data.rows) is not None,
         "several_texts": len(sources(data.result)) > 1,
         "in_context": "control" in data.position_loss,
         "scales_complete": bool(data.scales_before and data.scales_after),
@@ -95,7 +97,7 @@ def render_report(data: ReportData) -> str:
 
 def headline(result: dict[str, Any]) -> str:
     """One plain sentence on what was achieved, claiming no more than the numbers show."""
-    model, sites = result.get("model") or "the model", finite_or_none(result.get("sites"))
+    model, sites = short_name(result.get("model") or "the model"), finite_or_none(result.get("sites"))
     norms = "All norms" if sites is None else "The only norm" if sites == 1 else f"All {count(sites)} norms"
     if result.get("norm_modules_left"):
         left = count(result["norm_modules_left"])
@@ -177,12 +179,13 @@ def _losses(result: dict[str, Any]) -> list[dict[str, str]]:
     rows = []
     for name, key, kl in models:
         loss = finite_or_none(result.get(f"{key}_loss"))
+        overflows = loss is None and (key == "naive" or (key == "lnfree" and bool(result.get("overflowed_blocks"))))
         if (key == "control" and loss is None) or (key == "naive" and not knows_naive_removal(result)):
             continue
         rows.append(
             {
                 "name": name,
-                "loss": "overflows" if key == "naive" and loss is None else fixed(loss),
+                "loss": "overflows" if overflows else fixed(loss),
                 "interval": interval(result.get(f"{key}_loss_ci")),
                 "kl": significant(result.get(kl)) if kl else "0",
             }

@@ -15,7 +15,7 @@ _AUDITED = ("99.9%", "99.99%", "largest")
 _MOST_SHOWN = 60
 """Characters shown of a text."""
 _ENOUGH = 10_000
-"""Tokens per class needed for the 99.99th percentile to differ from the largest loss."""
+"""Tokens in a class needed for the 99.99th percentile to differ from the largest loss."""
 
 
 def audit_tables(result: dict[str, Any]) -> RenderableType:
@@ -23,9 +23,10 @@ def audit_tables(result: dict[str, Any]) -> RenderableType:
     rows = result["classes"]
     passed = verdict(sum(not row["passed"] for row in rows), len(rows), "classes")
     ends = [f"{passed}; in brackets: the reference, {escape(result['reference'])}"]
-    if result["tokens"] < _ENOUGH:
+    if few := [row["name"] for row in rows if row["tokens"] < _ENOUGH]:
         ends += [
-            f"With {result['tokens']:,} tokens per class the 99.99th percentile is the largest loss: one token decides."
+            f"One token decides, since the 99.99th percentile of fewer than {_ENOUGH:,} tokens is the largest loss: "
+            f"{escape(', '.join(few))}."
         ]
     return Group(
         _audit_losses(rows),

@@ -58,7 +58,9 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
     if result["overflowed_blocks"]:
         overflowed = f"{result['overflowed_blocks']:,} of {result['validation_blocks']:,}"
-        remedy = "start a new run with more --tokens" if overflows_everywhere(result) else "train further: unnorm heal"
+        # Without training, nothing was done about massive activations, and healing can't make up for that.
+        heals = result["tokens"] and not overflows_everywhere(result)
+        remedy = "train further: unnorm heal" if heals else "start a new run with more --tokens"
         rows.append(("overflows in", overflowed, f"held-out blocks: {remedy}"))
     if result["control_loss"] is not None:
         rows += [
@@ -87,7 +89,8 @@ def _agreement(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _naive_removal(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     if not knows_naive_removal(result):
         return []
-    return [("loss, naive removal", _loss_or_overflow(result["naive_loss"]), "constant scales, no training")]
+    loss = result["naive_loss"]  # None in a result that was read from its file.
+    return [("loss, naive removal", fixed(math.nan if loss is None else loss), "constant scales, no training")]
 
 
 def _worse_than_naive(result: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -116,13 +119,11 @@ def _limits(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _increase(result: dict[str, Any]) -> str:
     """The twin's loss minus the original's on the same tokens, with its interval."""
+    if not math.isfinite(result["lnfree_loss"]):
+        return ""
     increase = fixed(result["lnfree_loss"] - result["teacher_loss"], "+")
     ends = result["loss_increase_ci"]
     return f"{increase}, 95% interval {fixed(ends[0], '+')} to {fixed(ends[1], '+')}" if ends else increase
-
-
-def _loss_or_overflow(loss: float | None) -> str:
-    return fixed(loss) if loss is not None and math.isfinite(loss) else "overflows"
 
 
 def _elsewhere(value: float | None) -> str:

@@ -1,5 +1,7 @@
 """Text shared by several tables."""
 
+import math
+
 from rich.text import Text
 
 from unnorm.report.numbers import MOST_FIXED
@@ -12,6 +14,8 @@ def whole(lines: str) -> Text:
 
 def fixed(value: float, sign: str = "") -> str:
     """Four decimals; three digits and a power of ten where a model went astray. `sign` is `+` to show it always."""
+    if not math.isfinite(value):
+        return "overflows"
     return f"{value:{sign}{'.4f' if abs(value) < MOST_FIXED else '.3g'}}"
 
 
