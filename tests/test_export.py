@@ -277,9 +277,10 @@ def test_checkpoint_boots_once_its_class_is_registered(finished_run: Path) -> No
         assert_alike(bridge(ids), logits(twin, ids), 1e-5)
 
 
-def test_bridge_in_bfloat16(finished_run: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16"])
+def test_bridge_in_bfloat16(finished_run: Path, dtype: torch.dtype | str) -> None:
     pytest.importorskip("transformer_lens")
-    bridge = unnorm.to_transformer_lens(finished_run, torch.bfloat16)
+    bridge = unnorm.to_transformer_lens(finished_run, dtype)
     twin = unnorm.load(finished_run)
     ids = trace_inputs(twin, 2, 20)
     with torch.no_grad():
@@ -391,7 +392,7 @@ def test_interventions_through_nnsight(finished_run: Path) -> None:
 
 
 def test_stock_form_where_the_language_model_is_a_part(saved: Saved, text_file: Path, tmp_path: Path) -> None:
-    """Gemma 3 with its vision tower: the epsilon stands in the config of the text model."""
+    """Gemma 3 with its vision tower: the epsilon stands in the config of the text model, and its own norms stay."""
     vision = {"image_size": 28, "patch_size": 14, "num_hidden_layers": 1, "num_attention_heads": 2}
     sizes = {"hidden_size": 32, "intermediate_size": 48}
     text = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
@@ -404,6 +405,12 @@ def test_stock_form_where_the_language_model_is_a_part(saved: Saved, text_file: 
     unnorm.remove(tmp_path / "model", data=text_file, tokens=0, context=32, out=tmp_path / "run", device="cpu")
     exported = unnorm.export(tmp_path / "run", to="stock", out=tmp_path / "stock")
     assert exported.errors[0].relative < 1e-4
+    norm_free = unnorm.verify(tmp_path / "run")[0]
+    assert norm_free.passed and "in parts that text does not run" in norm_free.detail
+    assert "vision_tower" in norm_free.detail
+    card = " ".join((tmp_path / "run" / "model" / "README.md").read_text().split())
+    assert "has no normalization layers that text passes through: each" in card
+    assert "Parts that text does not run keep their norms: `model.vision_tower" in card
 
 
 def test_a_bridge_may_be_off_by_rounding_alone(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

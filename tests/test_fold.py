@@ -13,6 +13,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 from unnorm.errors import UnnormError
 from unnorm.folding.fold import fold
+from unnorm.modeling.modeling_unnorm import AffineMap
 from unnorm.proof.at_load import prove_sites
 from unnorm.sites.find import find_sites, norm_modules
 from unnorm.sites.norm_behaviour import is_norm
@@ -92,6 +93,13 @@ def test_a_frozen_model_has_the_same_sites_and_stays_frozen() -> None:
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
+def with_weights(module: nn.Module, gain: float, bias: float) -> nn.Module:
+    nn.init.constant_(module.weight, gain)
+    with torch.no_grad():
+        module.bias[0] = bias
+    return module
+
+
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
@@ -104,6 +112,8 @@ def test_a_frozen_model_has_the_same_sites_and_stays_frozen() -> None:
         (nn.GELU(), False),
         (nn.Identity(), False),
         (nn.BatchNorm1d(16).eval(), False),
+        (with_weights(nn.LayerNorm(16), gain=1e-3, bias=1.0), True),
+        (with_weights(AffineMap(16, bias=True, centered=True), gain=0.03, bias=40.0), False),
     ],
 )
 def test_a_norm_is_what_ignores_the_scale_of_its_input(module: nn.Module, expected: bool) -> None:

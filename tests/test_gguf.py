@@ -8,6 +8,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tests.conftest import POSITIONS, Cli, small_llama
+from unnorm.errors import UnnormError
 from unnorm.models.load import load_original
 
 gguf = pytest.importorskip("gguf")
@@ -55,7 +56,12 @@ def quantized(
     tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: PreTrainedTokenizerFast, original: LlamaForCausalLM
 ) -> Path:
     """The model in eight bits a weight, norms in float32."""
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    return write_gguf(tmp_path_factory.mktemp("gguf") / "tiny.gguf", tensors(original), original, tiny_tokenizer)
+
+
+def write_gguf(
+    path: Path, weights: dict[str, torch.Tensor], original: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> Path:
     writer = gguf.GGUFWriter(str(path), "llama")
     writer.add_context_length(POSITIONS)
     writer.add_embedding_length(WIDTH)
@@ -65,7 +71,7 @@ def quantized(
     writer.add_head_count_kv(HEADS)
     writer.add_layer_norm_rms_eps(original.config.rms_norm_eps)
     writer.add_vocab_size(original.config.vocab_size)
-    state = json.loads(tiny_tokenizer.backend_tokenizer.to_str())["model"]
+    state = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(sorted(state["vocab"], key=state["vocab"].get))
@@ -74,7 +80,7 @@ def quantized(
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(0)
     eight_bits = gguf.GGMLQuantizationType.Q8_0
-    for name, weight in tensors(original).items():
+    for name, weight in weights.items():
         if weight.ndim == 1:
             writer.add_tensor(name, weight.numpy())
         else:
@@ -93,6 +99,18 @@ def test_weights_are_the_files(quantized: Path, original: LlamaForCausalLM) -> N
         found = loaded.get_parameter(name)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, weight, atol=0.01, rtol=0)
+
+
+def test_a_file_that_lacks_weights_is_refused(
+    original: LlamaForCausalLM, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    weights = tensors(original)
+    del weights["blk.1.ffn_down.weight"]
+    path = write_gguf(tmp_path / "part.gguf", weights, original, tiny_tokenizer)
+    with pytest.raises(
+        UnnormError, match=r"lacks weights of LlamaForCausalLM.*model\.layers\.1\.mlp\.down_proj\.weight"
+    ):
+        load_original(str(path))
 
 
 def test_it_trains(quantized: Path, text_file: Path, tmp_path: Path, cli: Cli) -> None:

@@ -12,7 +12,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 import unnorm
-from tests.conftest import Cli, ctrl_c_at
+from tests.conftest import Cli, Saved, ctrl_c_at
+from tests.families import FAMILIES
 from unnorm.models.load import load_original
 from unnorm.removal import blocks, remove
 from unnorm.runs.plan import default_lr
@@ -234,6 +235,33 @@ def test_a_run_healed_on_other_text_does_not_compare_across_texts(trained: Path,
     assert f"`{Path(result['earlier_data'][0]).name}`, then `other.txt`" in card.read_text()
     same = unnorm.heal(trained, out=tmp_path / "same", **options)
     assert same["earlier_data"] == [] and "naive removal" in (tmp_path / "same" / "report.html").read_text()
+
+
+def test_text_named_by_a_relative_path_is_the_same_text_when_healed(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(text_file.parent)
+    unnorm.remove(tiny_model_dir, data=text_file.name, out=tmp_path / "run", **SETTINGS | {"tokens": 0})
+    monkeypatch.chdir(tmp_path)
+    healed = unnorm.heal(tmp_path / "run", tokens=512, out=tmp_path / "healed", device="cpu", dtype="float32")
+    assert healed["earlier_data"] == []
+    assert "naive removal" in (tmp_path / "healed" / "report.html").read_text()
+
+
+def test_the_penalty_at_the_final_norm_stays_there_when_healed(
+    saved_family: Saved, text_file: Path, tmp_path: Path
+) -> None:
+    """OPT's final norm is the first module of its decoder; the last one is an MLP's, which sees merged positions."""
+    saved_family(FAMILIES["opt"][0])
+    options: dict[str, Any] = {"recipe": "tapernorm", "data": text_file, "device": "cpu", "dtype": "float32"}
+    unnorm.remove(tmp_path / "model", out=tmp_path / "run", tokens=512, context=32, batch_size=4, **options)
+    healed = unnorm.heal(tmp_path / "run", tokens=512, batch_size=4, out=tmp_path / "healed", dtype="float32")
+    assert healed["verified"]
+    kept = unnorm.remove(
+        tmp_path / "model", out=tmp_path / "kept", tokens=512, context=32, batch_size=4, keep="final_layer_norm$",
+        **options | {"recipe": "sequential-aux"},
+    )  # fmt: skip
+    assert kept["verified"]
 
 
 def test_other_norms_to_keep_are_refused_at_once(trained: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gc
 import random
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -160,6 +161,27 @@ def test_a_watch_may_wait_for_another_thread(tiny_model_dir: Path, text_file: Pa
 
     unnorm.remove(tiny_model_dir, data=text_file, out=tmp_path / "run", watch=watch, tokens=0, context=32, device="cpu")
     assert len(loaded) == 1
+
+
+def test_a_watch_of_nested_calls_lets_others_in_once_for_all() -> None:
+    seen: list[bool] = []
+
+    @isolated
+    def inner(watch: Callable[[dict[str, Any]], None]) -> None:
+        watch({})
+
+    @isolated
+    def outer(watch: Callable[[dict[str, Any]], None]) -> None:
+        inner(watch=watch)
+
+    def watch(_: dict[str, Any]) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            seen.append(pool.submit(isolated(lambda: True)).result(timeout=60))
+
+    outer(watch=watch)
+    assert seen == [True]
+    with ThreadPoolExecutor(1) as pool:  # The lock was given back as often as it was taken.
+        assert pool.submit(isolated(lambda: True)).result(timeout=60)
 
 
 def test_the_callers_default_device_does_not_matter(finished_run: Path, text_file: Path) -> None:

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -245,10 +246,24 @@ def test_models_whose_mlps_are_not_quadratic_get_none(tiny_model: PreTrainedMode
     assert limits_of(student) == {}
 
 
-def test_transformer_lens_shows_what_the_mlp_writes(limited: Path, tmp_path: Path) -> None:
+def booted(run: Path) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from unnorm.exports.transformer_lens import register_adapter, show_limits
+
+    register_adapter("UnnormLlamaForCausalLM")
+    bridge = TransformerBridge.boot_transformers(str(run / "model"), device="cpu")
+    show_limits(bridge)
+    return bridge
+
+
+@pytest.mark.parametrize("bridged", [unnorm.to_transformer_lens, booted])
+def test_transformer_lens_shows_what_the_mlp_writes(
+    bridged: Callable[[Path], Any], limited: Path, tmp_path: Path
+) -> None:
     pytest.importorskip("transformer_lens")
     run = lowered(limited, tmp_path / "run")
-    model, bridge = unnorm.load(run), unnorm.to_transformer_lens(run)
+    model, bridge = unnorm.load(run), bridged(run)
     with torch.no_grad():
         logits, cache = bridge.run_with_cache(IDS)
         torch.testing.assert_close(logits, model(input_ids=IDS).logits)

@@ -132,6 +132,17 @@ def test_a_run_without_weights_is_not_published(hub: Hub, run: Path) -> None:
     assert hub.calls == []
 
 
+def test_what_is_quick_to_check_is_checked_before_the_proof(
+    hub: Hub, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    proved: list[Path] = []
+    monkeypatch.setattr("unnorm.exports.push.verify", lambda directory: proved.append(directory) or [])
+    assert "is not a valid repository name" in refusal(run, "a/b/c")
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    assert "no token" in refusal(run, "me/twin")
+    assert proved == [] and push(run, "me/twin", token="given") and proved == [run]
+
+
 def test_only_finished_and_proved_runs(hub: Hub, run: Path, tmp_path: Path) -> None:
     assert "is not a valid repository name" in refusal(run, "a/b/c")
     result = json.loads((run / "result.json").read_text())

@@ -483,6 +483,36 @@ def test_a_control_that_is_in_the_way_may_be_let_go_of(
     assert (result["verified"], result["control_loss"]) == (True, None)
 
 
+def test_a_control_of_fewer_tokens_is_trained_anew(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """It took smaller steps, which would count as large ones."""
+    options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file), "control": True}
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(removal, "conclude", stop)
+        with pytest.raises(unnorm.RunInterruptedError):
+            unnorm.remove(out=tmp_path / "run", **options)
+    assert read_rows(tmp_path / "run" / "control" / "metrics.jsonl")[-1]["step"] == 10
+    tokens = 4 * SETTINGS["tokens"]
+    result = unnorm.remove(out=tmp_path / "run", resume=True, tokens=tokens)
+    rows = read_rows(tmp_path / "run" / "control" / "metrics.jsonl")
+    assert result["tokens"] == rows[-1]["tokens"] == tokens and rows[-1]["step"] == 10
+
+
+def test_a_control_that_diverges_leaves_the_twin(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file), "tokens": 2048, "control": True}
+    monkeypatch.setattr(distillation, "next_token_loss", lambda logits, ids: logits.sum() * math.nan)
+    with pytest.raises(unnorm.UnnormError, match=r"by the control.*twin is saved.*--resume.*--no-control"):
+        unnorm.remove(out=tmp_path / "run", **options)
+    assert unnorm.remove(out=tmp_path / "run", resume=True, control=False)["verified"]
+
+
 def test_a_control_is_added_where_cleaning_up_was_cut_short(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

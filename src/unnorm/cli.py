@@ -386,6 +386,9 @@ def stats(
     text_field: TextField = None,
     split: Split = "train",
     context: Context = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Leave out norms whose path matches this regular expression.")
+    ] = None,
     device: Device = "auto",
     trust_remote_code: Trust = False,
     json_: Json = False,

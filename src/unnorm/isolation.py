@@ -49,7 +49,7 @@ def alone() -> Iterator[None]:
 @contextmanager
 def _others_let_in() -> Iterator[None]:
     """Let other threads run while a caller's function runs, which may wait for one of them."""
-    times = getattr(_DEPTH, "value", 0)
+    times, _DEPTH.value = getattr(_DEPTH, "value", 0), 0
     for _ in range(times):
         _LOCK.release()
     try:
@@ -57,6 +57,7 @@ def _others_let_in() -> Iterator[None]:
     finally:
         for _ in range(times):
             _LOCK.acquire()
+        _DEPTH.value = times
 
 
 def isolated(function: Callable[P, T]) -> Callable[P, T]:

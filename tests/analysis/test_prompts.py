@@ -1,6 +1,7 @@
 """Generated prompts, and prompts of one's own."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -36,7 +37,16 @@ def test_prompts_have_names_of_one_token_and_equal_lengths() -> None:
             for answer in (pair.answer, pair.wrong_answer):
                 start, both = tokenizer(prompt).input_ids, tokenizer(prompt + answer).input_ids
                 assert both[:-1] == start
-        assert pair.clean.count(pair.answer.strip()) < pair.clean.count(pair.wrong_answer.strip())
+        said = re.findall(r"\w+", pair.clean)
+        assert said.count(pair.answer.strip()) == 1 and said.count(pair.wrong_answer.strip()) == 2
+
+
+def test_the_answer_is_first_in_some_prompts_and_second_in_others() -> None:
+    people = words("and", "Anna", "Mark", "Laura", "Peter", "Rose")
+    pairs = indirect_object_prompts(people, 40)
+    first = sum(pair.clean.index(pair.answer) < pair.clean.index(pair.wrong_answer) for pair in pairs)
+    assert 8 < first < len(pairs) - 8
+    assert all(people.vocab.keys() >= {pair.answer.strip(), pair.wrong_answer.strip()} for pair in pairs)
 
 
 def test_prompts_have_people_where_the_tokenizer_knows_them() -> None:

@@ -26,7 +26,7 @@ from tests.bad_input.edits import (
     write,
 )
 from tests.conftest import VOCAB
-from unnorm import audit, remove
+from unnorm import audit, remove, stats
 from unnorm.errors import UnnormError
 from unnorm.sites.find import find_sites
 
@@ -158,9 +158,12 @@ class TestKindsOfModels:
         config = transformers.Mamba2Config(
             vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_heads=8, head_dim=8, state_size=8, n_groups=2
         )
-        text = refused(command, save(transformers.Mamba2ForCausalLM(config)), "--data", text_file)
+        saved = save(transformers.Mamba2ForCausalLM(config))
+        text = refused(command, saved, "--data", text_file)
         assert "'backbone.layers.0.mixer.norm' (MambaRMSNormGated) takes a second tensor" in text
         assert r"--keep 'backbone\.layers\.[0-9]+\.mixer\.norm$'" in text
+        sites = [site for site, _ in stats(saved, text_file, keep=r"mixer\.norm$")]
+        assert sites and not any(site.name.endswith("mixer.norm") for site in sites)
 
     def test_no_float64(self, save: Callable[..., Path], options: list[object], refused: Callable[..., str]) -> None:
         config = transformers.XGLMConfig(

@@ -48,6 +48,13 @@ def test_of_a_directory_only_the_split_that_is_measured_on_is_read(tmp_path: Pat
     assert [row["page"] for row in wikitext(str(tmp_path))["test"]] == ["test set"]
 
 
+def test_articles_of_wikitext_in_lines_without_their_ends(tmp_path: Path) -> None:
+    lines = ["the end of one", " = First = ", "", " = = Part = = ", "some text", " = Second = ", "more"]
+    pages = ["the end of one\n", " = First = \n\n = = Part = = \nsome text\n", " = Second = \nmore"]
+    source = write_rows(tmp_path / "lines.jsonl", [{"text": line} for line in lines])
+    assert [row["page"] for row in wikitext(source)["test"]] == pages
+
+
 def test_articles_of_wikitext_are_found_by_their_titles_or_come_one_by_one(tmp_path: Path) -> None:
     pages = [" = First = \n\n = = Part = = \n\n text \n", " = Second = \n\n text \n"]
     (tmp_path / "a.txt").write_text("".join(pages))

@@ -64,6 +64,19 @@ class TestIntervals:
         """Values of F1 and MCC are pairs too."""
         assert _interval({item: (item % 2, 0) for item in range(20)}, 0.0) == (None, {})
 
+    def test_a_metrics_interval_is_that_of_how_its_items_were_put_together(self) -> None:
+        assert _interval({0: 1.0, 1: 0.0, 2: 1.0}, 2 / 3) == (share_interval(2, 3), {0: 1.0, 1: 0.0, 2: 1.0})
+        values = [4.0, 5.0, 9.0]
+        assert _interval(dict(enumerate(values)), 6.0)[0] == bootstrap_interval(values)
+        low, high = bootstrap_interval(values)
+        found = _interval({i: -value for i, value in enumerate(values)}, math.exp(6))
+        assert found == (pytest.approx((math.exp(low), math.exp(high))), {})
+        pairs = {0: (-4.0, 2), 1: (-5.0, 1), 2: (-9.0, 6)}
+        low, high = bootstrap_interval(values, [2, 1, 6])
+        assert _interval(pairs, math.exp(2))[0] == pytest.approx((math.exp(low), math.exp(high)))
+        assert _interval(pairs, 2 / math.log(2))[0] == pytest.approx((low / math.log(2), high / math.log(2)))
+        assert _interval(pairs, 3.0) == (None, {})
+
     def test_few_units_have_wide_intervals(self) -> None:
         low, high = bootstrap_interval([1.0, 2.0])
         assert (low, high) == pytest.approx((1.5 - 12.706 / 2, 1.5 + 12.706 / 2))

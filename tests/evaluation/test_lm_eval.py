@@ -1,6 +1,8 @@
 """Benchmarks through lm-eval, and suites of them and of text."""
 
+import copy
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,9 @@ from tests.conftest import POSITIONS, Cli, Saved, stdlib_text
 from tests.evaluation.texts import named
 from unnorm.errors import UnnormError
 from unnorm.evaluation import Score, evaluate
+from unnorm.evaluation import run as evaluation_run
 from unnorm.evaluation.harness import _language_model, with_difference
+from unnorm.evaluation.intervals import bootstrap_interval, paired_share_interval
 from unnorm.evaluation.suites import choose
 from unnorm.report.evaluation_page import render_evaluation
 
@@ -108,8 +112,20 @@ class TestBenchmarks:
         score = Score("a", "t", "acc", 0.5, (0, 1), 4, 9, item_values={1: 1.0, 2: 0.0, 3: 1.0, 4: 0.0})
         other = replace(score, model="b", item_values={3: 0.0, 4: 0.0, 5: 1.0, 6: 1.0})
         assert with_difference(score, other).difference == 0.5
+        assert with_difference(score, other).difference_ci == paired_share_interval([1.0, 0.0])
+        in_parts = replace(score, item_values={3: 0.5, 4: 0.0})
+        assert with_difference(in_parts, other).difference_ci == bootstrap_interval([0.5, 0.0])
         with pytest.raises(UnnormError, match="no item of 't' in common"):
             with_difference(score, replace(other, item_values={7: 1.0}))
+
+    def test_a_model_that_went_astray_has_an_infinite_perplexity(
+        self, files: dict[str, Path], saved: Saved, tiny_model: GPT2LMHeadModel, tmp_path: Path
+    ) -> None:
+        astray = copy.deepcopy(tiny_model)
+        astray.transformer.ln_f.weight.data *= 1e4
+        results = evaluate(str(saved(astray)), data=named(files, "lambada"), out=tmp_path / "out")
+        assert {score.metric: score.value for score in results.scores}["perplexity"] == math.inf
+        assert (tmp_path / "out" / "evaluation.html").is_file()
 
 
 class TestSuites:
@@ -138,7 +154,11 @@ class TestSuites:
         assert choose("full", None, None, None, None, "cpu").items == 1000
 
     def test_pile_filtered_has_only_tokens_of_openwebtext(
-        self, tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: PreTrainedTokenizerFast
+        self,
+        tmp_path: Path,
+        tiny_model_dir: Path,
+        tiny_tokenizer: PreTrainedTokenizerFast,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         plain = stdlib_text("os")[:30_000].replace("~", "")
         (tmp_path / "owt.txt").write_text(plain)
@@ -155,6 +175,18 @@ class TestSuites:
         said = f"left out are {left_out} of {of['pile']['blocks_read']} blocks"
         assert of["pile-filtered"]["filter"].startswith(said) and "owt.txt lack" in of["pile-filtered"]["filter"]
         assert render_evaluation(results).count(said) == 1
+
+        pieces = [plain[i : i + 3000] for i in range(0, len(plain), 3000)]
+        as_json = "".join(json.dumps({"text": "~", "content": piece}) + "\n" for piece in pieces)
+        (tmp_path / "owt.jsonl").write_text(as_json)
+        run = {"data": f"{tmp_path}/owt.jsonl", "text_field": "content", "split": "train"}
+        monkeypatch.setattr(evaluation_run, "settings_of", lambda name: run)
+        again = evaluate(
+            str(tiny_model_dir), data=[f"openwebtext={tmp_path}/owt.jsonl", data[1]], suite="paper", tasks=["none"],
+            tokens=10**5,
+        )  # fmt: skip
+        assert [row.tokens for row in again][2] == sizes["pile-filtered"]
+        monkeypatch.undo()
 
         (tmp_path / "pile.jsonl").write_text("".join(json.dumps({"text": "~" * 40}) + "\n" for _ in range(300)))
         results = evaluate(str(tiny_model_dir), data=data, suite="paper", tasks=["none"], tokens=10**5)

@@ -269,6 +269,10 @@ def test_a_stop_that_one_process_alone_heard_stops_all(monkeypatch: pytest.Monke
     assert not interrupt.is_asked(torch.device("cpu"))
     monkeypatch.setattr("unnorm.processes.total", lambda value: value + 1)
     assert interrupt.is_asked(torch.device("cpu")) and interrupt.asked
+    with interrupt.listening():
+        signal.raise_signal(signal.SIGTERM)  # Its own first one, which may come while the checkpoint is written.
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
 
 
 def test_signals_are_handled_as_before_once_a_run_ends(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from tests.conftest import SETTINGS, stdlib_text
 from unnorm.evaluation import evaluate_model
 from unnorm.models.running import copy_model
 from unnorm.runs import config
+from unnorm.runs.directory import read_rows
 from unnorm.runs.plan import Plan
 from unnorm.sites.find import find_sites
 from unnorm.taper.norms import TokenMask
@@ -271,9 +272,11 @@ def test_a_run_that_ends_early_is_measured_where_it_ends(
 ) -> None:
     monkeypatch.setattr(callbacks, "LEAST_PATIENCE", 7)
     monkeypatch.setattr(callbacks, "PATIENCE", 0.0)
-    options = SETTINGS | {"data": text_file, "out": tmp_path / "run", "tokens": 200 * 512, "lr": 1e-9}
+    options = SETTINGS | {"data": text_file, "out": tmp_path / "run", "tokens": 200 * 512, "lr": 1e-9, "control": True}
     result = unnorm.remove(tiny_model_dir, **options)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["kind"] == "validation" and rows[-1]["step"] < 200
     assert result["tokens"] == rows[-1]["tokens"] == rows[-1]["step"] * 512 and result["verified"]
     assert rows[-1]["step"] % 14  # Not where one would have been measured in any case.
+    of_control = read_rows(tmp_path / "run" / "control" / "metrics.jsonl")
+    assert of_control[-1]["tokens"] == pytest.approx(result["tokens"], rel=0.04)

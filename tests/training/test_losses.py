@@ -133,7 +133,7 @@ def trainer_of(
         args=TrainingArguments(str(directory), use_cpu=True, report_to="none"),
         teacher=original if recipe.optimization.distil else None,
         optimization=recipe.optimization,
-        removal=Removal(stand_ins, taper(sites), None, TokenMask(), end_of_text=0),
+        removal=Removal(stand_ins, taper(sites), None, TokenMask(), end_of_text=0, final=stand_ins["transformer.ln_f"]),
     )
 
 

@@ -2,8 +2,10 @@
 
 Indirect-object identification (Wang et al. 2022, arXiv 2211.00593): the right continuation of "When Anna and Mark sat
 down, Mark gave the book to" is the name that was not repeated. The corrupted prompt repeats the other name, so that the
-other answer is right. Names are single tokens, so both prompts differ in one token only. For a tokenizer that splits
-people's names, such as one trained on code, the same task is posed with the arguments of a function.
+other answer is right. Names are single tokens, so both prompts differ in one token only. The answer is the first of the
+two names in some prompts and the second in others, so that no preference for one place is right everywhere. For a
+tokenizer that splits people's names, such as one trained on code, the same task is posed with the arguments of a
+function.
 """
 
 import json
@@ -74,7 +76,10 @@ def indirect_object_prompts(tokenizer: PreTrainedTokenizerBase, count: int = 64,
     for words, templates, before in ((_PEOPLE, _PROSE, "and"), (_ARGUMENTS, _CODE, "(self,")):
         names = [word for word in words.split() if one_token(tokenizer, before, word)]
         if len(names) >= LEAST_NAMES:
-            pairs = (_pair(draw.choice(templates), *draw.sample(names, 2)) for _ in range(10 * count))
+            pairs = (
+                _pair(draw.choice(templates), draw.sample(names, 2), draw.choice((False, True)))
+                for _ in range(10 * count)
+            )
             alike = list(dict.fromkeys(pair for pair in pairs if problem_with(pair, tokenizer) is None))
             if alike:
                 return alike[:count]
@@ -142,11 +147,14 @@ _FORM = (
 )
 
 
-def _pair(template: str, one: str, other: str) -> PromptPair:
-    def say(again: str) -> str:
-        return template.format(A=one, B=other, S=again)
+def _pair(template: str, names: list[str], answer_first: bool) -> PromptPair:
+    first, second = names
+    answer, other = names if answer_first else reversed(names)
 
-    return PromptPair(say(other), say(one), f" {one}", f" {other}")
+    def say(again: str) -> str:
+        return template.format(A=first, B=second, S=again)
+
+    return PromptPair(say(other), say(answer), f" {answer}", f" {other}")
 
 
 def _parsed(path: Path, number: int, line: str) -> PromptPair:

@@ -65,6 +65,7 @@ def stats(
     text_field: str | None = None,
     split: str = "train",
     context: int | None = None,
+    keep: str | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> list[tuple[NormSite, ScaleStatistics]]:
@@ -76,6 +77,7 @@ def stats(
         text_field: column that holds the text.
         split: split that the text comes from.
         context: tokens in a block; by default as many as the model takes, at most 1024.
+        keep: regular expression; norms whose path contains a match are left out.
         device: `auto`, `cpu`, `cuda` or `mps`.
         trust_remote_code: run modeling code that comes with the model.
 
@@ -86,7 +88,7 @@ def stats(
         UnnormError: the model has no norms, or the model or the data cannot be used.
     """
     original, tokenizer = load_original(model_name(model), trust_remote_code)
-    sites = find_sites(original, in_place=True)
+    sites = find_sites(original, in_place=True, keep=keep)
     original.to(choose_device(device))
     context = choose_context(context, original)
     vocab_size = vocabulary_size(original)

@@ -46,7 +46,8 @@ def lambada_openai(lambada_openai: str, **_: Any) -> DatasetDict:
 def wikitext(wikitext: str, **_: Any) -> DatasetDict:
     """Rows of `page`: the articles of a WikiText file, each starting with ` = Title = `.
 
-    The file holds either pieces of articles in `text` or one article per row in `page`.
+    The file holds either pieces of articles in `text`, with their line ends or all without, or one article per row in
+    `page`.
 
     Raises:
         UnnormError: the file does not exist, has neither field or is empty.
@@ -59,10 +60,13 @@ def wikitext(wikitext: str, **_: Any) -> DatasetDict:
     pages = [str(row["page"]) for row in rows if row.get("page")]
     if pages:
         return _as_test_split([{"page": page} for page in pages])
-    whole = "".join(str(row.get("text") or "") for row in rows)
+    texts = [str(row.get("text") or "") for row in rows]
+    whole = ("" if any(text.endswith("\n") for text in texts) else "\n").join(texts)
     if not whole.strip():
         raise UnnormError(f"'{wikitext}' is empty: there is no WikiText article in it.")
-    starts = [match.start() for match in _ARTICLE.finditer(whole)] or [0]
+    starts = [match.start() for match in _ARTICLE.finditer(whole)]
+    if not starts or whole[: starts[0]].strip():  # Text before the first title, as after a split, is an item too.
+        starts = [0, *starts]
     ends = [*starts[1:], len(whole)]
     return _as_test_split([{"page": whole[start:end]} for start, end in zip(starts, ends, strict=True)])
 

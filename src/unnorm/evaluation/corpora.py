@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from unnorm.data import evenly_spaced
 from unnorm.data.packing import begin_of_blocks, held_out_blocks, open_tokens
 from unnorm.errors import UnnormError
+from unnorm.runs.text import TextSource
 
 EVALUATION_TOKENS = 50_000
 """Held-out tokens to evaluate on, or all there are if fewer."""
@@ -111,7 +112,7 @@ def open_corpus(
     tokens: int,
     text_field: str | None = None,
     split: str = "train",
-    filtered_by: str | None = None,
+    filtered_by: TextSource | None = None,
 ) -> Corpus:
     """The held-out part of a source, packed; the same tokenizer and arguments always give the same blocks.
 
@@ -124,7 +125,7 @@ def open_corpus(
         tokens: number of tokens at most, rounded up to whole blocks.
         text_field: column that holds the text.
         split: split that the text comes from, if the source has no validation split.
-        filtered_by: another source; blocks with a token that does not occur in its first `FILTER_TOKENS` are left out.
+        filtered_by: other text; blocks with a token that does not occur in its first `FILTER_TOKENS` are left out.
 
     Raises:
         UnnormError: the source can't be read or holds too little text.
@@ -137,18 +138,18 @@ def open_corpus(
     blocks = with_documents(found, tokenizer)
     left_out = ""
     if filtered_by is not None:
-        keep = tokens_in(filtered_by, tokenizer, vocab_size, text_field=text_field, split=split)
+        keep = tokens_in(filtered_by.data, tokenizer, vocab_size, filtered_by.text_field, filtered_by.split)
         blocks = blocks.select(np.flatnonzero(keep[_column(blocks, "input_ids")].all(1)))
         left_out = (
             f"left out are {len(found) - len(blocks):,} of {len(found):,} blocks, with a token that the first "
-            f"{FILTER_TOKENS:,} of {filtered_by} lack"
+            f"{FILTER_TOKENS:,} of {filtered_by.data} lack"
         )
+        if not len(blocks):
+            raise NothingLeftError(
+                f"Nothing is left of '{name}': each of its {len(found)} blocks has a token that does not occur in the "
+                f"text of '{filtered_by.data}'. Give more of that text, or evaluate on the unfiltered corpus."
+            )
     read = len(blocks)
-    if not len(blocks):
-        raise NothingLeftError(
-            f"Nothing is left of '{name}': each of its {len(found)} blocks has a token that does not occur in the "
-            f"text of '{filtered_by}'. Give more of that text, or evaluate on the unfiltered corpus."
-        )
     blocks = evenly_spaced(blocks, count)
     return Corpus(
         name=name,

@@ -2,10 +2,10 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, wraps
 from importlib import resources
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unnorm.errors import UnnormError, short
 from unnorm.evaluation.benchmarks import READERS
 from unnorm.evaluation.intervals import Interval, bootstrap_interval, paired_share_interval, share_interval
+from unnorm.evaluation.metrics import perplexity
 from unnorm.evaluation.results import Score
 from unnorm.json_text import digest
 from unnorm.progress import Watch
@@ -103,6 +104,8 @@ def open_benchmarks(
         READERS[name](**{name: files[name]})  # Refuses a bad file with its own message, not deep inside lm-eval.
     with _quiet():
         tasks = {name: task for asked in names for name, task in _load(asked, files).items()}
+        for task in tasks.values():
+            _let_perplexities_be_infinite(task)
         sizes = {name: len(task.eval_docs) for name, task in tasks.items()}
     return [
         Benchmark(name, task, files.get(name, "hub"), _draw(sizes[name], most, seed), sizes[name], seed)
@@ -236,6 +239,24 @@ def _load(name: str, files: dict[str, str]) -> dict[str, Any]:
         ) from error
 
 
+def _let_perplexities_be_infinite(task: Any) -> None:
+    """Replace lm-eval's perplexities, which raise OverflowError for a model that went astray, in the task's table."""
+    aggregations = task.aggregation()
+
+    def infinite_if_it_overflows(aggregate: Callable[[Any], float]) -> Callable[[Any], float]:
+        @wraps(aggregate)
+        def total(values: Any) -> float:
+            try:
+                return aggregate(values)
+            except OverflowError:
+                return math.inf
+
+        return total
+
+    for metric in filter(lambda name: name.endswith("perplexity"), aggregations):
+        aggregations[metric] = infinite_if_it_overflows(aggregations[metric])
+
+
 @lru_cache(maxsize=1)
 def _all_tasks() -> Any:
     from lm_eval.tasks import TaskManager
@@ -318,7 +339,7 @@ def _interval(values: dict[int, Any], reported: float) -> tuple[Interval | None,
             single = {item: float(value) for item, value in values.items()}
             shares = set(single.values()) <= {0.0, 1.0}
             return share_interval(sum(rows), len(rows)) if shares else bootstrap_interval(rows), single
-        if _same(math.exp(min(-mean, 700)), reported):
+        if _same(perplexity(-mean), reported):
             return _exp(bootstrap_interval([-row for row in rows])), {}
     elif all(isinstance(row, tuple | list) and [*map(_is_number, row)] == [True, True] for row in rows):
         sums, weights = np.array([(-total, weight) for total, weight in rows], dtype=np.float64).T
@@ -326,7 +347,7 @@ def _interval(values: dict[int, Any], reported: float) -> tuple[Interval | None,
             return None, {}
         mean = float(sums.sum() / weights.sum())
         found = bootstrap_interval(sums, weights)
-        if _same(math.exp(min(mean, 700)), reported):
+        if _same(perplexity(mean), reported):
             return _exp(found), {}
         if _same(mean / math.log(2), reported):
             return found and (found[0] / math.log(2), found[1] / math.log(2)), {}
@@ -335,7 +356,7 @@ def _interval(values: dict[int, Any], reported: float) -> tuple[Interval | None,
 
 def _exp(interval: Interval | None) -> Interval | None:
     """Interval of a perplexity from that of a mean loss."""
-    return interval and (math.exp(min(interval[0], 700)), math.exp(min(interval[1], 700)))
+    return interval and (perplexity(interval[0]), perplexity(interval[1]))
 
 
 def _is_number(value: object) -> bool:

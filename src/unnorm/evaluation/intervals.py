@@ -44,9 +44,9 @@ def bootstrap_interval(
     sizes = np.ones_like(values) if counts is None else np.asarray(counts, dtype=np.float64)
     n = len(values)
     mean = float(values.sum() / sizes.sum())
-    residuals = values - mean * sizes
     if n < 2 or not math.isfinite(mean):
         return None
+    residuals = values - mean * sizes
     error = math.sqrt(n / (n - 1) * float(residuals @ residuals)) / float(sizes.sum())
     if n < _FEW or error == 0:
         half = _STUDENT[min(n, _FEW) - 2] * error

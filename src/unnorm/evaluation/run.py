@@ -153,7 +153,7 @@ def _open_corpora(
     for name, text in texts.items():
         source, field, split = text.data, text.text_field, text.split
         say(watch, f"reading {source}")
-        of = texts["openwebtext"].data if name == PILE_FILTERED and "openwebtext" in texts else None
+        of = texts.get("openwebtext") if name == PILE_FILTERED else None
         its_own = any(suite.corpora.get(name) == source for suite in SUITES.values())
         with explained(its_own, "", f"Or give other text for this corpus of the suite: --data {name}=SOURCE."):
             try:
@@ -173,13 +173,13 @@ def _measure(session: Session, suite: str | None) -> Results:
     original = None if session.original is None else LoadedModel(session, session.original)
     original_scores = {} if original is None else _scores(session, original)
     for entrant in session.entrants:
-        model = LoadedModel(session, entrant)
+        same = original is not None and entrant == original.entrant
+        model = original if original is not None and same else LoadedModel(session, entrant)
         for corpus in session.corpora:
             mine, theirs = _evaluate(session, model, original, corpus)
             evaluations.append(mine)
             if theirs is not None:
                 of_original.setdefault(corpus.name, theirs)
-        same = original is not None and entrant == original.entrant
         for benchmark, found in (original_scores if same else _scores(session, model)).items():
             base = {} if same else {score.metric: score for score in original_scores.get(benchmark, [])}
             scores += [with_difference(score, base[score.metric]) if score.metric in base else score for score in found]

@@ -107,7 +107,7 @@ def choose(
     run += [name for name in (*named, *files) if name != "none"]
     only_benchmarks = suite is None and run and not corpora
     return Choice(
-        corpora=_corpora(chosen, corpora) if not only_benchmarks or chosen.corpora else {},
+        corpora={} if only_benchmarks else _corpora(chosen, corpora),
         tasks=tuple(dict.fromkeys(run)),
         files=files,
         tokens=tokens if tokens is not None else chosen.tokens if on_cpu else chosen.gpu_tokens,

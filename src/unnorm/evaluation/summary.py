@@ -13,12 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unnorm.evaluation.comparison import compare_tokens
 from unnorm.evaluation.corpora import Corpus, count_bytes, documents_of
 from unnorm.evaluation.intervals import bootstrap_interval
-from unnorm.evaluation.metrics import Distances, ModelTokens, calibration, measure_tokens
+from unnorm.evaluation.metrics import Distances, ModelTokens, calibration, measure_tokens, perplexity
 from unnorm.evaluation.results import Evaluation
 from unnorm.progress import Watch
-
-MOST_LOSS = 709.0
-"""In nats; the perplexity of a larger loss is beyond a float's range."""
 
 
 def evaluate_model(
@@ -83,7 +80,7 @@ def summarize(
         data=corpus.name,
         loss=loss,
         loss_ci=bootstrap_interval(sums, sizes),
-        perplexity=math.exp(loss) if loss < MOST_LOSS else math.inf,
+        perplexity=perplexity(loss),
         tokens=ours.loss.size,
         context=corpus.context,
         kl=None,

@@ -52,7 +52,6 @@ def push(directory: str | Path, repo: str, *, private: bool = False, token: str 
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    folder = check_run(named_path(directory))
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
@@ -63,6 +62,7 @@ def push(directory: str | Path, repo: str, *, private: bool = False, token: str 
             "There is no token for writing to the hub. Make one at https://huggingface.co/settings/tokens, then run "
             "`hf auth login`, set HF_TOKEN, or give it with --token."
         )
+    folder = check_run(named_path(directory))  # Last, as the proof takes longest.
     files = tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
     api = huggingface_hub.HfApi(token=known)
     try:

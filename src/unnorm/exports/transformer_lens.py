@@ -34,7 +34,7 @@ _IN_TRANSFORMERS = "Use the model in transformers: unnorm.load(...) and hooks."
 @isolated
 def to_transformer_lens(
     directory: str | Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
 ) -> "TransformerBridge":
@@ -76,7 +76,7 @@ def to_transformer_lens(
         expected = twin(input_ids=ids, use_cache=False).logits  # Before the bridge takes over its modules.
         try:
             bridge = TransformerBridge.boot_transformers(
-                str(path), hf_model=twin, tokenizer=tokenizer, dtype=dtype, device=str(twin.device)
+                str(path), hf_model=twin, tokenizer=tokenizer, dtype=twin.dtype, device=str(twin.device)
             )
             found = bridge(ids)
         except Exception as error:
@@ -85,13 +85,13 @@ def to_transformer_lens(
                 f"{_IN_TRANSFORMERS}"
             ) from error
     difference = compare("bridge", expected, found).relative
-    if not difference <= (TOLERANCE if torch.finfo(dtype).bits >= 32 else HALF_TOLERANCE):
+    if not difference <= (TOLERANCE if torch.finfo(expected.dtype).bits >= 32 else HALF_TOLERANCE):
         raise UnnormError(
             f"TransformerLens computes different logits from the model in '{path}' (by {difference:.1e} of the "
             f"largest): its adapter for {type(twin).__name__.removeprefix(PREFIX)} does not cover all of it. "
             f"{_IN_TRANSFORMERS}"
         )
-    _show_limits(bridge)
+    show_limits(bridge)
     return bridge
 
 
@@ -109,8 +109,11 @@ def _refuse_what_a_bridge_would_leave_out(twin: PreTrainedModel, path: Path) -> 
         )
 
 
-def _show_limits(bridge: "TransformerBridge") -> None:
-    """Clamp limited neurons at `mlp.hook_post`, so that it shows what the MLP writes; these hooks survive resets."""
+def show_limits(bridge: "TransformerBridge") -> None:
+    """Clamp limited neurons at `mlp.hook_post`, so that it shows what the MLP writes; these hooks survive resets.
+
+    For bridges made by `boot_transformers`; `to_transformer_lens` does it itself.
+    """
 
     def held(limit: torch.Tensor) -> Any:
         return lambda neurons, hook: neurons.clamp(-limit, limit)

@@ -49,14 +49,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """In which a twin can be loaded."""
 
 
-def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load(path: str | Path, dtype: torch.dtype | str = torch.float32) -> PreTrainedModel:
     """Load a twin from a run directory, from the `model/` in it, or from the hub after `push`.
 
     A directory with another model, such as the `control/` of a run, loads that model, with its norms.
 
     Args:
         path: a directory, or `OWNER/NAME` on the hub.
-        dtype: dtype of the loaded weights, whatever they were saved in.
+        dtype: dtype of the loaded weights, such as `torch.bfloat16` or `bfloat16`, whatever they were saved in.
 
     Returns:
         A transformers model on the CPU, in evaluation mode.
@@ -64,12 +64,12 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     Raises:
         UnnormError: there is no model, its files are damaged, or `dtype` is not one of torch's four float types.
     """
-    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
-    if dtype not in DTYPES:
+    known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if known not in DTYPES:
         raise UnnormError(f"A model can't be loaded in {dtype}. Choose from {', '.join(map(str, DTYPES))}.")
     with alone():
         path = fetched(named_path(path))
-        return _load(path / MODEL if (path / MODEL).is_dir() else path, dtype)
+        return _load(path / MODEL if (path / MODEL).is_dir() else path, known)
 
 
 def fetched(path: Path) -> Path:

@@ -209,12 +209,7 @@ def _load_weights(model: str, path: str, config: PretrainedConfig, trust_remote_
         raise UnnormError(
             f"Could not load '{model}' ({kind}) as a causal language model: {short(error)} {remedy}"
         ) from error
-    if wrong := missing_weights(info):
-        raise UnnormError(
-            f"The checkpoint of '{model}' lacks weights of {type(loaded).__name__}, or has them in another shape: "
-            f"{first_few(wrong)}. It is incomplete, or of another kind of "
-            "model; fetch it again."
-        )
+    _refuse_incomplete(model, loaded, info)
     return loaded.eval()
 
 
@@ -223,15 +218,25 @@ def _load_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise UnnormError(f"Reading '{path}' needs the gguf package. Install it with: pip install 'unnorm[gguf]'.")
     options = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32)
+        loaded, info = AutoModelForCausalLM.from_pretrained(**options, dtype=torch.float32, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(**options)
     except Exception as error:
         raise UnnormError(
             f"Could not read '{path}': {short(error)} It is damaged, or of a family that transformers does not read "
             "from GGUF; convert it to safetensors."
         ) from error
+    _refuse_incomplete(str(path), loaded, info)
     _forget_quantization(loaded)
     return loaded.eval(), tokenizer
+
+
+def _refuse_incomplete(model: str, loaded: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Raise an UnnormError if weights are missing: transformers fills them with random numbers."""
+    if wrong := missing_weights(info):
+        raise UnnormError(
+            f"The checkpoint of '{model}' lacks weights of {type(loaded).__name__}, or has them in another shape: "
+            f"{first_few(wrong)}. It is incomplete, or of another kind of model; fetch it again."
+        )
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

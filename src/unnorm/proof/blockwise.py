@@ -38,7 +38,9 @@ def in_float64(model: PreTrainedModel, weights: Mapping[str, Tensor] | None = No
                     if own is None or not own.is_floating_point() or (own is tensor and own.dtype == torch.float64):
                         continue
                     taken.setdefault(top, []).append((held, name, tensor))
-                    double = own.double() if weights is not None else wide.setdefault(id(own), own.double())
+                    if weights is not None or id(own) not in wide:
+                        wide[id(own)] = own.double()
+                    double = wide[id(own)]
                     held[name] = nn.Parameter(double, False) if held is part._parameters else double
 
     def give_back(top: nn.Module) -> None:

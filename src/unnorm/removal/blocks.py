@@ -30,7 +30,7 @@ from unnorm.models.sizes import vocabulary_size
 from unnorm.progress import Watch, say
 from unnorm.removal.run import Run
 from unnorm.runs.config import RemoveConfig, read_config_file, run_settings
-from unnorm.runs.directory import CONFIG_FILE, DATA, HELD_OUT, finished_result, write_text
+from unnorm.runs.directory import CHECKPOINTS, CONFIG_FILE, CONTROL, DATA, HELD_OUT, finished_result, write_text
 from unnorm.runs.plan import Plan
 from unnorm.runs.text import check_held_out_alike, choose_text
 
@@ -87,6 +87,8 @@ def write_blocks(
         directory.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True)  # First, so that half-deleted or half-written data are never taken for complete.
         shutil.rmtree(directory / DATA, ignore_errors=True)
+        # A control of fewer tokens took smaller steps, and would count them as large ones.
+        shutil.rmtree(directory / CONTROL / CHECKPOINTS, ignore_errors=True)
         chosen.save(directory / CONFIG_FILE)
         for name, part in parts.items():
             part.save_to_disk(str(directory / DATA / name))

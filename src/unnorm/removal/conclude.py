@@ -29,7 +29,7 @@ from unnorm.removal.run import Run, evaluate_on_held_out
 from unnorm.report.card import render_card
 from unnorm.report.removal_page import ReportData, render_report
 from unnorm.runs.directory import CARD, CHECKPOINTS, CONTROL, DATA, HELD_OUT, LOGS, MODEL, REPORT, RESULT, write_text
-from unnorm.sites.find import norm_modules
+from unnorm.sites.find import idle_norm_modules, norm_modules
 
 SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 4, 32, 48
 
@@ -168,6 +168,7 @@ def _result(
         "peak_memory_mb": _peak_memory_mb(run.plan.device),
         "sites": len(run.sites),
         "norm_modules_left": len(norm_modules(twin)),
+        "idle_norms": idle_norm_modules(twin),
         "seed": run.config.seed,
         "twin": None if run.config.twin is None else str(run.config.twin),
         "directory": str(run.directory),

@@ -5,6 +5,7 @@ from typing import Any
 
 from unnorm.errors import UnnormError
 from unnorm.folding.checkpoint import load, load_unfolded
+from unnorm.isolation import isolated
 from unnorm.progress import Watch
 from unnorm.removal.remove import remove
 from unnorm.removal.resume import check_has_control, facts_of, has_control
@@ -20,6 +21,7 @@ _OF_ONE_RUN = (
 _OF_THE_DATA = ("text_field", "split")
 
 
+@isolated
 def heal(directory: str | Path, *, watch: Watch | None = None, **options: Any) -> dict[str, Any]:
     """Train the twin of a finished run further, on freshly drawn text, in a run directory of its own.
 

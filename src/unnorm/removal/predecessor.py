@@ -14,6 +14,7 @@ from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.removal.facts import Facts
 from unnorm.removal.resume import facts_of
 from unnorm.removal.run import Run, limit_quadratic_mlps
+from unnorm.runs.config import run_settings
 from unnorm.runs.directory import CONTROL, EARLIER, METRICS, RESULT, finished_result, read_rows, write_text
 from unnorm.taper.norms import TaperedNorm, use_bounds
 from unnorm.training.callbacks import seconds_of_steps
@@ -28,12 +29,13 @@ def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], Fac
     directory = run.config.twin
     assert directory is not None
     result, facts = finished_result(directory), facts_of(directory)
-    sources = [*facts.earlier_data, str(result.get("data"))]
+    # As saved in the settings, with absolute paths; the result has them as they were given.
+    sources = [*facts.earlier_data, str(run_settings(directory).get("data"))]
     facts = replace(
         facts,
         skipped_steps=0,
         earlier_text_tokens=int(result.get("text_tokens") or 0),
-        earlier_data=sources if set(sources) != {run.config.data} else [],
+        earlier_data=sources if set(sources) != {run.config.to_saved()["data"]} else [],
     )
     student = load_unfolded(directory)
     stand_ins = {name: module for name, module in student.named_modules() if isinstance(module, TaperedNorm)}

@@ -28,16 +28,17 @@ from unnorm.removal.run import Run, check_disk, open_directory
 from unnorm.removal.start import start
 from unnorm.runs.config import RemoveConfig
 from unnorm.runs.directory import (
-    CHECKPOINTS,
     CONFIG_FILE,
     CONTROL,
     CONTROL_DONE,
     DATA,
     FACTS,
+    METRICS,
     MODEL,
     ORIGINAL,
     RESULT,
     UNFOLDED,
+    read_rows,
     resume_command,
     write_text,
 )
@@ -164,7 +165,8 @@ def _train_removal(run: Run) -> Facts:
         run.say(f"training: {run.plan.steps} steps of {run.plan.step_tokens:,} tokens", run.plan.training_tokens)
         schedule = _lay_out(run, stand_ins)
         controller = FidelityController(run.config.kl_budget, schedule.end) if run.recipe.controlled else None
-        removal = Removal(stand_ins, schedule, controller, token_mask, run.tokenizer.eos_token_id)
+        final = next((stand_ins[site.name] for site in run.sites if site.role == "final"), None)
+        removal = Removal(stand_ins, schedule, controller, token_mask, run.tokenizer.eos_token_id, final)
         facts = replace(facts, skipped_steps=_train(run, student, removal, run.directory).skipped_steps)
     for stand_in in stand_ins.values():
         stand_in.removed = True
@@ -208,16 +210,18 @@ def _check_ended(run: Run, outcome: Outcome, directory: Path) -> None:
             f"Stopped at step {outcome.steps} of {run.plan.steps}{whose}; nothing is lost. Resume with: "
             f"{resume_command(run.directory)}"
         )
+    remedy = "Start a new run with a lower --lr or more --tokens."
+    if whose:
+        remedy = f"The twin is saved; finish its run without a control: {resume_command(run.directory)} --no-control"
     if outcome.diverged:
         raise UnnormError(
-            f"The run diverged: {outcome.skipped_steps} steps had gradients that were not finite or exploded. "
-            f"The last checkpoint is in '{directory / CHECKPOINTS}'. Start a new run with a lower --lr or more "
-            "--tokens."
+            f"The run{whose} diverged: {outcome.skipped_steps} steps had gradients that were not finite or exploded. "
+            f"{remedy}"
         )
     if outcome.skipped_steps >= outcome.steps:
         raise UnnormError(
             f"Nothing was learned{whose and ' by the control'}: each of the {outcome.steps} steps had gradients that "
-            "were not finite or exploded. Start a new run with a lower --lr or more --tokens."
+            f"were not finite or exploded. {remedy}"
         )
     if outcome.unfinished:
         raise UnnormError(_out_of_tokens(run, outcome))
@@ -262,11 +266,17 @@ def _train_control(run: Run) -> PreTrainedModel:
     if not (run.directory / DATA / CONTROL_DONE).is_file():
         control = copy_model(run.original) if run.config.twin is None else take_up_control(run)
         fuse_activations(control)
-        plan = control_plan(run.plan)
+        plan = control_plan(run.plan.model_copy(update={"steps": processes.agree(lambda: _steps_done(run))}))
         run.say(f"training the control: {plan.steps} steps of {plan.step_tokens:,} tokens", plan.training_tokens)
         _train(replace(run, plan=plan), control, None, directory)
         processes.agree(lambda: _save_control(run, control))
     return load(directory).to(run.plan.device)
+
+
+def _steps_done(run: Run) -> int:
+    """Steps that the twin took, fewer than planned if healing ended early; the control gets as many tokens."""
+    rows = read_rows(run.directory / METRICS)
+    return int(rows[-1]["step"]) if rows else run.plan.steps
 
 
 def _save_control(run: Run, control: PreTrainedModel) -> None:

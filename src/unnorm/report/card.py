@@ -10,6 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from unnorm.errors import first_few
 from unnorm.report.numbers import count, finite_or_none, fixed, interval, loss_increase, percent, shortest
 from unnorm.report.sentences import (
     healed,
@@ -41,6 +42,7 @@ def render_card(
         **{key: result[key] for key in ("sites", "recipe", "held_out", "norm_modules_left")},
         "kept": result["norm_modules_left"],
         "in_place": in_place,
+        "idle": first_few([f"`{name}`" for name in result.get("idle_norms") or ()]),
         "folded": _folded(in_place, len(sites), bool(result["norm_modules_left"])),
         "limited": result.get("limited_neurons"),
         "norms": result["sites"] + result["norm_modules_left"],

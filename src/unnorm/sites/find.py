@@ -1,7 +1,7 @@
 """Finding the norm sites of a model by running it."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -48,7 +48,8 @@ def find_sites(model: PreTrainedModel, in_place: bool = False, keep: str | None 
     for name in names:
         if name in trace.gated:
             raise _gated(model, name)
-    sites = [_site(model, trace, name) for name in names]
+    sources = {name: sources_of(trace, x.grad_fn, HANDS_ON) for name, x in trace.inputs.items()}
+    sites = [_site(model, trace, sources, name) for name in names]
     for site in sites:
         if site.folds_into == "in place" and not in_place:
             raise _not_foldable(model, site)
@@ -70,8 +71,20 @@ def _without_kept(names: Sequence[str], keep: str | None) -> list[str]:
 
 
 def norm_modules(model: PreTrainedModel) -> list[str]:
-    """Paths of all leaf modules that normalize, by behaviour; none in an LN-free model."""
+    """Paths of all leaf modules that normalize, by behaviour, in a pass over text; none in an LN-free model."""
     return _norm_names(model, traced(model))
+
+
+def idle_norm_modules(model: PreTrainedModel) -> list[str]:
+    """Paths of norms in parts that a pass over text does not run, such as the vision tower of a multimodal model."""
+    trace = traced(model)
+    weights = {name: getattr(module, "weight", None) for name, module in model.named_modules()}
+    idle = weights.keys() - trace.inputs.keys() - trace.hidden.keys()
+    return [
+        name
+        for name, weight in weights.items()
+        if name in idle and isinstance(weight, Tensor) and is_norm(model.get_submodule(name), weight.shape[-1])
+    ]
 
 
 def unembedding_name(model: PreTrainedModel) -> str:
@@ -108,10 +121,10 @@ def _norm_names(model: PreTrainedModel, trace: Trace) -> list[str]:
     return [name for name, width in widths.items() if is_norm(model.get_submodule(name), width, name in trace.gated)]
 
 
-def _site(model: PreTrainedModel, trace: Trace, name: str) -> NormSite:
+def _site(model: PreTrainedModel, trace: Trace, sources: Mapping[str, list[str]], name: str) -> NormSite:
     module = model.get_submodule(name)
     width = trace.inputs[name].shape[-1]
-    readers = tuple(other for other in trace.inputs if _reads(model, trace, other, name))
+    readers = tuple(other for other, found in sources.items() if found == [name] and _can_absorb(model, other, name))
     writers = tuple(w for w in sources_of(trace, trace.inputs[name].grad_fn, ADDS) if w != UNKNOWN)
     role = _role(model, name, readers, writers)
     site = NormSite(name, kind_of(module, width), eps_of(module, width), width, role, readers, writers)
@@ -186,9 +199,8 @@ def _is_matrix(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and weight.ndim == 2
 
 
-def _reads(model: PreTrainedModel, trace: Trace, reader: str, norm: str) -> bool:
-    if sources_of(trace, trace.inputs[reader].grad_fn, HANDS_ON) != [norm]:
-        return False
+def _can_absorb(model: PreTrainedModel, reader: str, norm: str) -> bool:
+    """Whether a module has a weight, and if need be a bias, for the norm's constant map."""
     read = read_weight(model.get_submodule(reader))
     added = getattr(model.get_submodule(norm), "bias", None) is not None
     return read is not None and (read.takes_bias or not added)

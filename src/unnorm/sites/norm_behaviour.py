@@ -30,14 +30,13 @@ def is_norm(module: nn.Module, width: int, gated: bool = False) -> bool:
     x = _probe(module, width)
     gate = [torch.ones_like(x)] if gated else []
     try:
-        y, scaled, other = module(x, *gate), module(8 * x, *gate), module(x.flip(-1), *gate)
+        y, mirrored, scaled, other = (module(at, *gate) for at in (x, -x, 8 * x, x.flip(-1)))
     except Exception:  # A module that can't take such an input is no norm.
         return False
     if not isinstance(y, Tensor) or y.shape != x.shape or not y.is_floating_point():
         return False
-    alike = torch.allclose(y, scaled, rtol=1e-3, atol=1e-2 * float(y.abs().max()))
-    differs = not torch.allclose(other, y, rtol=1e-2)
-    return alike and differs
+    within = 1e-2 * float((y - mirrored).abs().max())  # The size of the outputs, which scales with the gain.
+    return torch.allclose(y, scaled, rtol=0, atol=within) and not torch.allclose(y, other, rtol=0, atol=within)
 
 
 @torch.no_grad()

@@ -39,8 +39,9 @@ PATIENCE, LEAST_PATIENCE = 0.5, 100
 class Removal:
     """What is being removed: the stand-ins, when each arrives, and where special tokens are marked.
 
-    Without a controller the schedule's clock is the share of the run that is done. `phase` holds what a step decides in
-    Python: whether the norms are removed, and which tokens are special.
+    Without a controller the schedule's clock is the share of the run that is done. `final` is the stand-in of the final
+    norm, None if that is kept. `phase` holds what a step decides in Python: whether the norms are removed, and which
+    tokens are special.
     """
 
     stand_ins: dict[str, TaperedNorm]
@@ -48,6 +49,7 @@ class Removal:
     controller: FidelityController | None
     token_mask: TokenMask
     end_of_text: int | None
+    final: TaperedNorm | None = None
     phase: Hashable = None
 
     def alphas(self) -> dict[str, float]:
@@ -248,7 +250,7 @@ class InterruptCallback(TrainerCallback):
 
     def __init__(self, guard: GuardCallback) -> None:
         self.guard = guard
-        self.asked = False
+        self.asked = self.signalled = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.is_asked(args.device) and not self.guard.in_a_row:
@@ -264,9 +266,9 @@ class InterruptCallback(TrainerCallback):
         """Handle the signals for as long as training runs."""
 
         def ask(number: int, _: Any) -> None:
-            if self.asked:
+            if self.signalled:  # Not `asked`: another process may have been told first.
                 raise KeyboardInterrupt
-            self.asked = True
+            self.asked = self.signalled = True
 
         try:
             before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -61,8 +61,8 @@ class DistillationTrainer(Trainer):
         self.end_of_text = None if removal is None else removal.end_of_text
         self.controller = None if removal is None else removal.controller
         self.penalized: TaperedNorm | None = None
-        if removal is not None and optimization.penalty is not None:
-            self.penalized = list(removal.stand_ins.values())[-1]
+        if removal is not None and removal.final is not None and optimization.penalty is not None:
+            self.penalized = removal.final
             self.penalized.keep_log_scale = True
         self.stand_ins = removal.stand_ins if removal is not None and optimization.read_weight else {}
         self.teacher_reads: dict[str, Tensor] = {}

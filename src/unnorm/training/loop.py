@@ -206,16 +206,12 @@ def _as_unnorm_errors(plan: Plan, checkpoints: Path, report_to: Sequence[str]) -
                 f"The checkpoint in '{checkpoints}' is damaged ({short(error)}). Delete it, and --resume starts from "
                 "the beginning."
             ) from error
-        if isinstance(error, OSError | SafetensorError):
+        if isinstance(error, OSError | SafetensorError) or "inline_container" in str(error):  # torch.save, full disk
             raise UnnormError(
-                f"Could not read or write a checkpoint in '{checkpoints}': {error}. Free some space and continue with "
-                "--resume."
+                f"Could not read or write a checkpoint in '{checkpoints}' ({short(error)}). Free some space and "
+                "continue with --resume."
             ) from error
         tracker = type(error).__module__.partition(".")[0]
-        if isinstance(error, RuntimeError) and "inline_container" in str(error):  # torch.save on a full disk
-            raise UnnormError(
-                f"Could not write a checkpoint in '{checkpoints}'. Free some space and continue with --resume."
-            ) from error
         if tracker not in report_to:
             raise
         raise UnnormError(

@@ -159,7 +159,7 @@ def _repeated(m: Material) -> InputClass:
 
 def _after_text(m: Material) -> InputClass:
     prefix = min(_PREFIX, m.context - 1)
-    tokens = _sample(m, m.vocabulary if m.vocabulary <= m.tokens else m.tokens)
+    tokens = _sample(m, m.tokens)
     starts = m.below(max(1, len(m.text) - prefix), len(tokens))
     before = _begun(m, m.text[(starts[:, None] + torch.arange(prefix)) % len(m.text)])
     ids = torch.cat([before, tokens[:, None]], dim=1)
