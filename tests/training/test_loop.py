@@ -124,8 +124,8 @@ def test_trackers_get_what_the_metrics_say(
     monkeypatch.setattr(loop, "LOG_LINES", 5)
     settings = {"data": str(text_file), "tokens": 10_000, "device": "cpu", "batch_size": 8, "report_to": ["abacus"]}
     unnorm.remove(model=str(tiny_model_dir), out=tmp_path / "run", **settings)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["kind"] == "train"]
+    all_rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in all_rows if row["kind"] == "train"]
     measured = ["loss", "kl", "grad_norm"]
     assert [[row[key] for key in measured] for row in rows] == [
         [logs[key] for key in measured] for logs in seen if "learning_rate" in logs
@@ -135,6 +135,9 @@ def test_trackers_get_what_the_metrics_say(
     torch.testing.assert_close(torch.tensor([[row["loss"], row["kl"]] for row in rows]), means)
     assert rows[-1]["kl"] > 0
     assert all(0 < row["grad_norm"] < math.inf for row in rows)
+    assert [logs["alpha"] for logs in seen if "alpha" in logs] == [row["alpha"] for row in rows]
+    evaluated = [row for row in all_rows if row["kind"] == "validation"]
+    assert [logs["eval_kl"] for logs in seen if "eval_kl" in logs] == [row["kl"] for row in evaluated]
 
 
 def test_a_quick_evaluation_is_an_evaluation_of_few_blocks(

@@ -56,6 +56,15 @@ class Removal:
         """Current alpha of each site, averaged over its paths."""
         return {name: float(stand_in.alpha.mean()) for name, stand_in in self.stand_ins.items()}
 
+    def progress(self) -> dict[str, float]:
+        """Mean alpha and number of removed sites; with a controller also how often it waited and went back so far."""
+        alphas = self.alphas().values()
+        removed = [bool((stand_in.alpha >= 1).all()) for stand_in in self.stand_ins.values()]
+        values = {"alpha": sum(alphas) / len(alphas), "sites_removed": sum(removed), "sites": len(removed)}
+        if self.controller is not None:
+            values |= {"waited": self.controller.waited, "set_back": self.controller.set_back}
+        return values
+
 
 def saved_attributes(callback: ExportableState, state: TrainerState) -> dict[str, Any]:
     """What a callback's `state` stored in the checkpoint being resumed; empty at the start of a run."""
@@ -351,12 +360,7 @@ class MetricsCallback(TrainerCallback):
         }
         row |= {**values, "seconds": self.seconds}
         if self.removal is not None:
-            alphas = self.removal.alphas().values()
-            row["alpha"] = sum(alphas) / len(alphas)
-            removed = [bool((s.alpha >= 1).all()) for s in self.removal.stand_ins.values()]
-            row |= {"sites_removed": sum(removed), "sites": len(removed)}
-            if self.removal.controller is not None:
-                row["waited"], row["set_back"] = self.removal.controller.waited, self.removal.controller.set_back
+            row |= self.removal.progress()
         row["tokens_per_second"] = row["tokens"] / max(row["seconds"] - self.measuring, 1e-9)
         self.rows.append(row)
         if state.is_world_process_zero:

@@ -159,10 +159,11 @@ class DistillationTrainer(Trainer):
         return inputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log as the Trainer does, but with loss and KL on text and the gradient norm that the guard measured."""
+        """Log as the Trainer does, but with loss and KL on text, the guard's gradient norm and how far removal is."""
         if "learning_rate" in logs:
             logs.pop("loss", None)
-            logs |= {**self.take_means(), "grad_norm": self.guard.norm}
+            progress = {} if self.removal is None else self.removal.progress()
+            logs |= {**self.take_means(), "grad_norm": self.guard.norm, **progress}
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

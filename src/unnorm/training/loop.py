@@ -111,13 +111,15 @@ def train(
         plan=plan,
     )
     quick_blocks = evenly_spaced(validation_blocks, QUICK_BLOCKS)
-    metrics = MetricsCallback(
-        directory / METRICS,
-        plan,
-        watch,
-        lambda: quick_evaluation(model, teacher, quick_blocks, plan),
-        removal,
-    )
+
+    def evaluate() -> dict[str, float]:
+        values = quick_evaluation(model, teacher, quick_blocks, plan)
+        due = trainer.control.should_log
+        trainer.log({f"eval_{key}": value for key, value in values.items()})  # For trackers.
+        trainer.control.should_log = due  # Logging takes the step's own log line for done.
+        return values
+
+    metrics = MetricsCallback(directory / METRICS, plan, watch, evaluate, removal)
     interrupt = InterruptCallback(trainer.guard)
     schedule = ScheduleCallback(removal, model) if removal is not None else None
     callbacks: list[TrainerCallback] = [*([schedule] if schedule else []), metrics, interrupt]
