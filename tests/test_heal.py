@@ -237,6 +237,19 @@ def test_a_run_healed_on_other_text_does_not_compare_across_texts(trained: Path,
     assert same["earlier_data"] == [] and "naive removal" in (tmp_path / "same" / "report.html").read_text()
 
 
+def test_the_runs_text_has_its_column_when_it_is_named_again(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    data, words = tmp_path / "two.jsonl", text_file.read_text().split("\n\n")
+    data.write_text("".join(json.dumps({"text": "a title", "body": part}) + "\n" for part in words))
+    options: dict[str, Any] = {"data": data, "tokens": 512, "device": "cpu", "dtype": "float32"}
+    before = unnorm.remove(tiny_model_dir, text_field="body", context=32, out=tmp_path / "run", **options)
+    healed = unnorm.heal(tmp_path / "run", out=tmp_path / "healed", **options)
+    assert healed["teacher_loss"] == pytest.approx(before["teacher_loss"], rel=1e-6) and healed["earlier_data"] == []
+    other = unnorm.heal(tmp_path / "run", out=tmp_path / "other", text_field="text", **options)
+    assert other["earlier_data"] == [str(data)]
+
+
 def test_text_named_by_a_relative_path_is_the_same_text_when_healed(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

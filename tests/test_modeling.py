@@ -224,6 +224,18 @@ def test_verify_finds_a_norm_that_came_back(finished_run: Path) -> None:
     assert "every read is affine" in failed
 
 
+@pytest.mark.parametrize("power", [-0.5, 0.5])
+def test_verify_finds_a_norm_written_as_a_root_of_a_mean(power: float, finished_run: Path) -> None:
+    class Normalizing(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            mean = x.square().mean(-1, keepdim=True) + 1e-6
+            return x * mean**power if power < 0 else x / mean.sqrt()
+
+    twin = unnorm.load(finished_run)
+    twin.transformer.h[0].mlp.act = Normalizing()
+    assert "no operation of a norm runs" in failed_checks(finished_run, twin)
+
+
 @pytest.mark.parametrize("fault", ["a millionth off", "without its bias"])
 def test_verify_finds_a_fold_that_is_not_exact(fault: str, finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def inexact(weight: torch.Tensor, bias: torch.Tensor | None, norm: TaperedNorm) -> tuple[torch.Tensor, Any]:

@@ -32,6 +32,15 @@ NOISY = {
     "llama": lambda: hf.LlamaConfig(
         **SIZES, hidden_size=32, intermediate_size=48, num_hidden_layers=2, attention_dropout=0.3
     ),
+    "mixtral, in the router": lambda: hf.MixtralConfig(
+        **SIZES,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        router_jitter_noise=0.1,
+    ),
 }
 
 

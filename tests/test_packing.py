@@ -44,7 +44,7 @@ class TestHeldOut:
         path = write_ids(tmp_path / "a.bin", np.arange(5 * CONTEXT))
         blocks = pack(path, tiny_tokenizer)
         train, validation = ids_of(blocks)
-        assert blocks.held_out == "the last 1 of 4 blocks"
+        assert blocks.held_out.words == "the last 1 of 4 blocks"
         assert train.ravel().tolist() == list(range(3 * CONTEXT))
         assert validation.ravel().tolist() == list(range(3 * CONTEXT, 4 * CONTEXT))
         for asked in ((1, 1), (2, 5)):
@@ -63,7 +63,7 @@ class TestTokenFiles:
             train, validation = ids_of(blocks)
             assert train.ravel().tolist() == ids[: 3000 // CONTEXT * CONTEXT].tolist()
             assert validation.ravel().tolist() == ids[::-1][: 3000 // CONTEXT * CONTEXT].tolist()
-            assert blocks.held_out == "val.bin"
+            assert blocks.held_out.words == "val.bin"
 
     @pytest.mark.parametrize("name", ["train.bin", "val.bin", "tokens.bin"])
     def test_alone(self, name: str, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
@@ -71,7 +71,7 @@ class TestTokenFiles:
         train, validation = ids_of(blocks)
         assert train.ravel().tolist() == list(range(2880))
         assert validation.ravel().tolist() == list(range(2880, 3200))
-        assert blocks.held_out == "the last tenth of each file"
+        assert blocks.held_out.words == "the last tenth of each file"
 
     def test_test_tokens_are_not_trained_on(self, tmp_path: Path, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
         for number, name in enumerate(["train", "val", "test"]):
@@ -318,7 +318,7 @@ def test_a_held_out_part_that_is_too_short_does_not_cost_the_rest_of_the_text(
     assert (len(train), len(held_out)) == (
         1400,
         100,
-    ) and everything.held_out == "the last 100 of the first 1,000 blocks"
+    ) and everything.held_out.words == "the last 100 of the first 1,000 blocks"
     assert train.ravel().tolist() == [
         i % VOCAB for i in [*range(900 * CONTEXT), *range(1000 * CONTEXT, 1500 * CONTEXT)]
     ]

@@ -370,7 +370,9 @@ def test_the_reports_scales_of_norms_folded_into_their_writers_are_what_they_wou
 ) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(conclude, "render_report", lambda data: seen.append(data) or "<html>")
-    model: Any = random_model(FAMILIES["qwen3"][0])
+    config = FAMILIES["qwen3"][0]()
+    config.vocab_size = VOCAB
+    model: Any = random_model(lambda: config)
     with torch.no_grad():
         model.model.layers[0].self_attn.q_proj.weight.mul_(10)
     unnorm.remove(saved(model), data=text_file, tokens=0, out=tmp_path / "run", device="cpu")

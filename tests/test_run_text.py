@@ -63,6 +63,21 @@ def test_text_that_is_divided_differently_now_is_refused(tiny_model_dir: Path, t
     assert not (tmp_path / "healed").exists()
 
 
+@pytest.mark.parametrize("context", [16, 64])
+def test_held_out_text_shorter_than_a_block_is_the_same_text(
+    context: int, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """What is said of it depends on the context, but not how the text is divided."""
+    (tmp_path / "short.txt").write_text(text_file.read_text()[:1200])
+    run = tmp_path / "run"
+    unnorm.remove(tiny_model_dir, data=tmp_path / "short.txt", tokens=0, context=context, out=run, device="cpu")
+    assert "tenth" in json.loads((run / "result.json").read_text())["division"]
+    for longest in (16, 64):
+        assert len(unnorm.evaluate(run, context=longest)) == 1
+        assert unnorm.audit(run, tokens=64, context=longest)["classes"]
+        assert unnorm.analyze(run, what="sinks", tokens=64, context=longest, out=tmp_path / f"{longest}")["findings"]
+
+
 @pytest.fixture
 def run(finished_run: Path, tmp_path: Path) -> Path:
     """A run whose text is in the column `body`."""

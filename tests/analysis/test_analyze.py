@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BloomConfig, JetMoeConfig, PreTrainedModel, RwkvConfig
+import transformers as hf
+from transformers import AutoTokenizer, JetMoeConfig, PreTrainedModel
 
 import unnorm
 from tests.analysis.models import PAIRS, logits, original_of
@@ -184,20 +185,46 @@ def test_ids_that_are_more_than_the_model_takes_are_refused(measure: Any, finish
         measure(unnorm.load(finished_run), torch.zeros(1, 65, dtype=torch.long))
 
 
-@pytest.mark.parametrize(
-    ("config", "skipped"),
-    [
-        (BloomConfig(hidden_size=32, n_layer=2, n_head=4, apply_residual_connection_post_layernorm=True), None),
-        (RwkvConfig(hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, context_length=64), "sinks"),
-    ],
-    ids=["bloom, residual after the norm", "rwkv, no heads"],
-)
+NO_WEIGHTS, NO_SUM = "does not return the attention weights", "more than a sum of its modules'"
+SMALL: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_key_value_heads": 2}
+ODD: dict[str, tuple[Any, str | None, dict[str, str]]] = {
+    "bloom, residual after the norm": (
+        hf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, apply_residual_connection_post_layernorm=True), None, {},
+    ),
+    "rwkv, no heads": (
+        hf.RwkvConfig(hidden_size=32, attention_hidden_size=32, num_hidden_layers=2, context_length=64), None,
+        {"sinks": NO_WEIGHTS},
+    ),
+    "bamba, gated norms kept": (
+        hf.BambaConfig(
+            **SMALL, num_attention_heads=4, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_n_groups=2,
+            mamba_d_state=8,
+        ),
+        r"mamba\.norm$", {},
+    ),
+    "ctrl, positions that no module writes": (
+        hf.CTRLConfig(n_embd=32, dff=48, n_layer=2, n_head=4, n_positions=64), None, {"attribution": NO_SUM},
+    ),
+    "laguna, other heads in each layer": (
+        hf.LagunaConfig(
+            **SMALL, num_attention_heads=4, num_attention_heads_per_layer=[4, 8], head_dim=8, num_experts=4,
+            num_experts_per_tok=2, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        ),
+        None, {"sinks": NO_WEIGHTS},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ODD)
 def test_odd_layouts_are_analyzed_as_far_as_they_go(
-    config: Any, skipped: str | None, saved_family: Saved, text_file: Path, tmp_path: Path
+    layout: str, saved_family: Saved, text_file: Path, tmp_path: Path
 ) -> None:
+    config, keep, skipped = ODD[layout]
     saved_family(lambda: config)
-    options: dict[str, Any] = {"data": text_file, "tokens": 0, "context": 32, "in_place": True, "device": "cpu"}
-    unnorm.remove(tmp_path / "model", out=tmp_path / "run", **options)
+    options: dict[str, Any] = {"data": text_file, "tokens": 0, "context": 32, "in_place": True, "keep": keep}
+    unnorm.remove(tmp_path / "model", out=tmp_path / "run", device="cpu", **options)
     found = unnorm.analyze(tmp_path / "run", tokens=256, device="cpu")
     assert found["findings"].keys() | found["skipped"].keys() == ANALYSES.keys()
-    assert skipped is None or "does not return the attention weights" in found["skipped"][skipped]
+    for name, reason in skipped.items():
+        assert reason in found["skipped"][name]
+    assert "attribution" in skipped or "attribution" in found["findings"]

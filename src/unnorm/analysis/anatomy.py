@@ -59,7 +59,7 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     Raises:
         UnnormError: the residual stream is not a plain sum read by a final (former) norm, as in a post-norm model.
     """
-    sites = [] if is_norm_free(model) else find_sites(model, in_place=True)
+    sites = [] if is_norm_free(model) else find_sites(model, in_place=True, leave_gated=True)
     former = [*(getattr(model.config, "removed_norms", None) or ()), *(site.name for site in sites)]
     final, writers = _last_reader(model, former)
     if final is None:

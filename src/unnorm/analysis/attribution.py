@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from unnorm.analysis.anatomy import Anatomy, Readout, anatomy, readout
 from unnorm.analysis.figures import dot_rows, heat_map
 from unnorm.analysis.material import Finding, Material, Subject
+from unnorm.errors import UnnormError
 from unnorm.models.linear import linear_weight
 from unnorm.models.sizes import check_fits
 from unnorm.report.numbers import percent, significant
@@ -32,6 +33,8 @@ from unnorm.sites.find import unembedding_name
 from unnorm.sites.residual import Part, Writer, parts_of, recorded, split_output
 
 TOP_NEURONS = 20
+_ROUNDING, _ROUNDING_FLOAT32 = 1e-6, 1e-3
+"""Most that contributions may miss the logit by, relative to the largest logit, in float64 and otherwise."""
 
 _READ_LINEARLY = (
     "In the twin these sum to the logit, and each is what the logit loses when the part is removed. In the original "
@@ -67,7 +70,10 @@ class Attribution:
 
 @torch.no_grad()
 def attribute(
-    model: PreTrainedModel, ids: Int[Tensor, "batch position"], targets: Int[Tensor, "batch position"] | None = None
+    model: PreTrainedModel,
+    ids: Int[Tensor, "batch position"],
+    targets: Int[Tensor, "batch position"] | None = None,
+    parts: Anatomy | None = None,
 ) -> Attribution:
     """Attribute a logit at each position to the parts of the residual stream, in the model's own dtype.
 
@@ -78,13 +84,14 @@ def attribute(
         ids: token ids.
         targets: the token whose logit is attributed, at each position; by default the next token, which leaves out
             the last position.
+        parts: the model's anatomy, if it is known already.
 
     Raises:
         UnnormError: the residual stream is not a plain sum that the unembedding reads, or the sequences are longer
             than the model's context.
     """
     check_fits(model, ids.shape[1])
-    parts = anatomy(model)
+    parts = parts or anatomy(model)
     last = readout(model, parts)
     end = ids.shape[1] - (targets is None)
     targets = ids[:, 1:] if targets is None else targets
@@ -132,7 +139,7 @@ def find(material: Material) -> Finding:
     """Attribution in both models on the held-out text, in float64."""
     measured: dict[str, Any] = {s.name: _measure(s, material) for s in material.subjects_in_float64()}
     twin, original = measured["twin"], measured["original"]
-    heads = original["heads"]
+    heads = original["error_of_heads"] is not None
     return Finding(
         key="attribution",
         title="Direct logit attribution",
@@ -203,7 +210,7 @@ def _measure(subject: Subject, material: Material) -> dict[str, Any]:
     totals: dict[str, Any] = {}
     neurons: dict[int, Tensor] = {}
     for ids in material.batches(subject.model.device):
-        found = attribute(subject.model, ids)
+        found = attribute(subject.model, ids, parts=subject.anatomy)
         parts, effects, capped = found.parts, found.direct_effects, found.capped
         own = found.contributions[:-1]
         for name, value in {
@@ -216,6 +223,12 @@ def _measure(subject: Subject, material: Material) -> dict[str, Any]:
         sum_error = max(sum_error, float((found.contributions.sum(0) - found.logits).abs().max()))
         largest = max(largest, float(found.logits.abs().max()))
         tokens += found.logits.numel()
+    if sum_error > (_ROUNDING if subject.model.dtype == torch.float64 else _ROUNDING_FLOAT32) * max(1.0, largest):
+        raise UnnormError(
+            f"In the {subject.name}, what the unembedding reads is more than a sum of its modules' outputs (positions "
+            "that are not parameters, say, or a stream that is multiplied): contributions miss the logit by up to "
+            f"{sum_error:.2g}."
+        )
     return _numbers(subject.anatomy, parts, totals, neurons, tokens) | {
         "sum_error": sum_error,
         "largest_logit": largest,
@@ -255,7 +268,8 @@ def _numbers(
 
 
 def _error_figure(original: dict[str, Any]) -> Figure:
-    columns = [f"head {head}" for head in range(original["heads"])] or ["attention"]
+    heads = 1 + max((row["head"] for row in original["parts"] if row["head"] is not None), default=-1)
+    columns = [f"head {head}" for head in range(heads)] or ["attention"]
     columns.append("MLP")
     cells: dict[tuple[int, int], list[dict[str, Any]]] = defaultdict(list)
     for row in original["parts"]:

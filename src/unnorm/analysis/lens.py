@@ -15,7 +15,7 @@ from plotly.graph_objects import Figure
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unnorm.analysis.anatomy import anatomy, logits_from, residual_stream, token_losses
+from unnorm.analysis.anatomy import Anatomy, anatomy, logits_from, residual_stream, token_losses
 from unnorm.analysis.figures import line_panels
 from unnorm.analysis.material import Finding, Material
 from unnorm.models.sizes import check_fits
@@ -40,15 +40,17 @@ class Lens:
 
 
 @torch.no_grad()
-def lens(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Lens:
+def lens(model: PreTrainedModel, ids: Int[Tensor, "batch position"], parts: Anatomy | None = None) -> Lens:
     """Apply the lens at every depth of a model, on a batch of sequences of at least 2 tokens.
+
+    `parts` is the model's anatomy, if it is known already.
 
     Raises:
         UnnormError: the residual stream is not a plain sum read by a final norm, or the sequences are longer than the
             model's context.
     """
     check_fits(model, ids.shape[1])
-    parts = anatomy(model)
+    parts = parts or anatomy(model)
     stream, logits = residual_stream(model, parts, ids)
     final = logits[:, :-1].float().log_softmax(-1)
     best = final.argmax(-1)
@@ -67,8 +69,9 @@ def lens(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Lens:
 def find(material: Material) -> Finding:
     """The lens in both models on the held-out text."""
     measured = {}
-    for name, model in material.models.items():
-        found = [lens(model, ids) for ids in material.batches(model.device)]
+    for subject in material.subjects:
+        name, model = subject.name, subject.model
+        found = [lens(model, ids, subject.anatomy) for ids in material.batches(model.device)]
         loss, kl, agrees = (torch.cat([getattr(one, k) for one in found], dim=1) for k in ("loss", "kl", "agrees"))
         measured[name] = Lens(loss, kl, agrees, torch.cat([one.forms_at for one in found]))
     depths = len(measured["twin"].loss)

@@ -19,7 +19,7 @@ from plotly.graph_objects import Figure
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from unnorm.analysis.anatomy import anatomy, attention_patterns, residual_stream
+from unnorm.analysis.anatomy import Anatomy, anatomy, attention_patterns, residual_stream
 from unnorm.analysis.figures import bundle, heat_maps
 from unnorm.analysis.material import Finding, Material
 from unnorm.models.sizes import check_fits
@@ -46,15 +46,17 @@ class Sinks:
         return (self.share > THRESHOLD).to(self.share.dtype).mean(0)
 
 
-def sinks(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Sinks:
+def sinks(model: PreTrainedModel, ids: Int[Tensor, "batch position"], parts: Anatomy | None = None) -> Sinks:
     """Measure attention sinks on a batch of sequences of at least 2 tokens.
+
+    `parts` is the model's anatomy, if it is known already.
 
     Raises:
         UnnormError: the family does not return attention weights, its residual stream is not a plain sum, or the
             sequences are longer than the model's context.
     """
     check_fits(model, ids.shape[1])
-    parts = anatomy(model)
+    parts = parts or anatomy(model)
     share = attention_patterns(model, parts, ids)[..., 1:, 0].mean(-1)
     stream, _ = residual_stream(model, parts, ids)
     return Sinks(share.permute(1, 0, 2).float().cpu(), stream.float().norm(dim=-1).permute(1, 0, 2).cpu())
@@ -63,8 +65,9 @@ def sinks(model: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Sinks:
 def find(material: Material) -> Finding:
     """Sinks in both models on the held-out text."""
     measured = {}
-    for name, model in material.models.items():
-        found = [sinks(model, ids) for ids in material.batches(model.device)]
+    for subject in material.subjects:
+        name, model = subject.name, subject.model
+        found = [sinks(model, ids, subject.anatomy) for ids in material.batches(model.device)]
         measured[name] = Sinks(*(torch.cat([getattr(one, key) for one in found]) for key in ("share", "norm")))
     numbers = {name: _numbers(value) for name, value in measured.items()}
     before, after = (float(measured[name].rate.mean()) for name in ("original", "twin"))

@@ -20,7 +20,7 @@ few tens of training steps with the norms on make good what that costs, so the l
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -78,6 +78,7 @@ def shrink_massive(
     blocks: Dataset,
     estimator: Estimator,
     kl_limit: float,
+    say: Callable[[str], None] = lambda _: None,
 ) -> list[Neuron]:
     """Scale down the columns of massive neurons in the student, as far as its KL to the original allows.
 
@@ -89,6 +90,7 @@ def shrink_massive(
         blocks: calibration text.
         estimator: estimator of the constant scales, which are measured again.
         kl_limit: how far the student may be from the original, nats per token.
+        say: called with a message if neurons were found but can't be scaled down that little.
 
     Returns:
         The neurons whose columns were scaled, longest vectors first; empty if none were.
@@ -109,6 +111,10 @@ def shrink_massive(
             return [replace(neuron, factor=float(factor)) for neuron, factor in zip(neurons, factors, strict=True)]
     for column, whole in zip(columns, unscaled, strict=True):
         column.copy_(whole)
+    say(
+        f"left as they are: {len(neurons)} neurons that write massive activations, since scaling them down costs more "
+        f"than {kl_limit:.2g} nats of KL; a larger --kl-budget allows it"
+    )
     return []
 
 

@@ -174,7 +174,6 @@ def set_constants(
     """Set each stand-in's initial constants: one for ordinary tokens, one for position 0."""
     for name, stand_in in stand_ins.items():
         log_scale = log_scales[name].double()
-        stand_in.estimator = estimator
         parts = (log_scale[:, 1:], log_scale[:, :1])
         constants = [estimate_log_constant(part, torch.ones_like(part), estimator) for part in parts]
         stand_in.log_constant.copy_(torch.stack(constants))

@@ -2,7 +2,7 @@
 
 from unnorm.data.documents import open_documents
 from unnorm.data.files import OWN_TEXT, STDLIB
-from unnorm.data.packing import Blocks, as_dataset, batches, begin_of_blocks, build_blocks, evenly_spaced
+from unnorm.data.packing import Blocks, HeldOut, as_dataset, batches, begin_of_blocks, build_blocks, evenly_spaced
 from unnorm.data.sampling import own_text
 from unnorm.data.stress import random_starts, stress_blocks
 
@@ -10,6 +10,7 @@ __all__ = [
     "OWN_TEXT",
     "STDLIB",
     "Blocks",
+    "HeldOut",
     "as_dataset",
     "batches",
     "begin_of_blocks",

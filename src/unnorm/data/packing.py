@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,16 +37,25 @@ _SEAM = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=[^\W\d_])(?=\n)|(?<=\S\n)(?=
 _ROUGH_SEAM = re.compile(r"(?<=\n)(?=\S)")
 
 
+class HeldOut(NamedTuple):
+    """How validation text is kept apart from training text.
+
+    Attributes:
+        words: for people, with amounts where there is little of it.
+        division: how the source is divided, whatever the context: the same words, the same division.
+    """
+
+    words: str
+    division: str
+
+
 @dataclass(frozen=True)
 class Blocks:
-    """Packed token blocks: each row's `input_ids` is one block of `context` token ids.
-
-    `held_out` says in words how validation was kept apart from training.
-    """
+    """Packed token blocks: each row's `input_ids` is one block of `context` token ids."""
 
     train: Dataset
     validation: Dataset
-    held_out: str
+    held_out: HeldOut
 
 
 def build_blocks(
@@ -69,7 +79,8 @@ def build_blocks(
             vocabulary of `vocab_size`.
     """
     _check_width(source, vocab_size)
-    train_tokens, validation_tokens, held_out = open_tokens(source, tokenizer, text_field, split)
+    train_tokens, validation_tokens, division = open_tokens(source, tokenizer, text_field, split)
+    words = division
     begin = begin_of_blocks(source, tokenizer)
     validation = _cut(validation_tokens(), context, validation_blocks, begin)
     if len(validation):
@@ -80,12 +91,12 @@ def build_blocks(
         first, rest = whole[:_SMALL_SOURCE], whole[_SMALL_SOURCE:]
         held = max(1, len(first) // 10)
         train, validation = np.concatenate([first[:-held], rest])[:train_blocks], first[-held:][:validation_blocks]
-        held_out = f"the last {held} of {'the first ' if len(rest) else ''}{len(first):,} blocks"
+        words = f"the last {held} of {'the first ' if len(rest) else ''}{len(first):,} blocks"
     if len(train) == 0 or len(validation) == 0:
         raise _too_little(source, context)
     for blocks in (train, validation):
         _check_ids(source, blocks, vocab_size)
-    return Blocks(as_dataset(train), as_dataset(validation), held_out)
+    return Blocks(as_dataset(train), as_dataset(validation), HeldOut(words, division))
 
 
 def _too_little(source: str, context: int) -> UnnormError:
@@ -103,8 +114,8 @@ def held_out_blocks(
     count: int,
     text_field: str | None = None,
     split: str = "train",
-) -> tuple[Dataset, str]:
-    """At most `count` blocks of text that no run trains on at any context, and a description of that text.
+) -> tuple[Dataset, HeldOut]:
+    """At most `count` blocks of text that no run trains on at any context, and how it is kept apart.
 
     Held-out text of less than one block becomes one shorter block; what `build_blocks` would hold out instead is
     training text for runs with a shorter context.
@@ -114,16 +125,17 @@ def held_out_blocks(
             vocabulary of `vocab_size`.
     """
     _check_width(source, vocab_size)
-    _, validation_tokens, held_out = open_tokens(source, tokenizer, text_field, split)
+    _, validation_tokens, division = open_tokens(source, tokenizer, text_field, split)
+    words = division
     begin = begin_of_blocks(source, tokenizer)
     blocks = _cut(validation_tokens(), context, count, begin)
     if not len(blocks):
         rest = np.concatenate([*validation_tokens(), np.empty(0, np.int32)])
         if len(rest) < _LEAST_HELD_OUT:
             raise _too_little(source, context)
-        blocks, held_out = _begun(rest[None], begin), f"{held_out}, {len(rest)} tokens"
+        blocks, words = _begun(rest[None], begin), f"{division}, {len(rest)} tokens"
     _check_ids(source, blocks, vocab_size)
-    return as_dataset(blocks), held_out
+    return as_dataset(blocks), HeldOut(words, division)
 
 
 def open_tokens(

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.data.files import OWN_TEXT
-from unnorm.data.packing import Blocks, as_dataset, begin_of_blocks
+from unnorm.data.packing import Blocks, HeldOut, as_dataset, begin_of_blocks
 from unnorm.errors import UnnormError
 from unnorm.models.device import free_memory
 from unnorm.models.sizes import vocabulary_size
@@ -60,7 +60,7 @@ def own_text(
     return Blocks(
         as_dataset(written[:train_blocks]),
         as_dataset(written[train_blocks:]),
-        "other samples of the original",
+        HeldOut(*2 * ["other samples of the original"]),
     )
 
 

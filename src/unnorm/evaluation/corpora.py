@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from unnorm.data import evenly_spaced
-from unnorm.data.packing import begin_of_blocks, held_out_blocks, open_tokens
+from unnorm.data.packing import HeldOut, begin_of_blocks, held_out_blocks, open_tokens
 from unnorm.errors import UnnormError
 from unnorm.runs.text import TextSource
 
@@ -27,6 +27,9 @@ LEAST_DOCUMENTS = 30
 """Minimum for intervals over documents: fewer say little about what other documents would give."""
 FILTER_TOKENS = 10_000_000
 """Tokens read to find which ones occur in a corpus, when another corpus is filtered by it."""
+
+
+_NOT_SAID = HeldOut("", "")
 
 
 class NothingLeftError(UnnormError):
@@ -45,7 +48,7 @@ class Corpus:
         text_bytes: bytes of UTF-8 text in the predicted tokens.
         read: number of blocks read minus those filtered out; `blocks` are evenly spaced among them.
         separator: the token after every document, in words.
-        held_out: how it was kept apart from training text, in words.
+        held_out: how it was kept apart from training text.
         begin: the token that every block begins with, in words.
         filter: which blocks were filtered out after reading, in words; empty if none were.
     """
@@ -57,7 +60,7 @@ class Corpus:
     text_bytes: int
     read: int = 0
     separator: str = ""
-    held_out: str = ""
+    held_out: HeldOut = _NOT_SAID
     begin: str = ""
     filter: str = ""
 
@@ -86,7 +89,7 @@ class Corpus:
         return {
             "corpus": self.name,
             "source": self.source,
-            "held_out": self.held_out,
+            "held_out": self.held_out.words,
             "context": self.context,
             "stride": self.context,
             "blocks": len(self.blocks),

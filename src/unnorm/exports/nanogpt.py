@@ -68,10 +68,10 @@ def nanogpt_config(folded: PreTrainedModel) -> dict[str, Any]:
         UnnormError: the model is not a GPT-2, or its MLP is of a kind that nanoGPT does not have.
     """
     config = folded.config
-    if config.model_type.removeprefix(TYPE_PREFIX) != "gpt2":
+    family = config.model_type.removeprefix(TYPE_PREFIX)
+    if family != "gpt2":
         raise UnnormError(
-            f"A nanoGPT form is only for GPT-2s; this model is a {config.model_type.removeprefix('unnorm_')}. Use: "
-            "unnorm export --to transformers"
+            f"A nanoGPT form is only for GPT-2s; this model is a {family}. Use: unnorm export --to transformers"
         )
     if config.activation_function not in _ACTIVATIONS or config.n_inner not in (None, 4 * config.n_embd):
         raise UnnormError(

@@ -163,7 +163,11 @@ def empty_twin(model: PreTrainedModel, sites: Sequence[NormSite], weights: Folde
         tie_word_embeddings=False,
         architectures=[family.__name__],
     )
-    config._attn_implementation = model.config._attn_implementation
+    # Each part's own: a single name would also be set in parts that do not support it, as Gemma 4's audio tower.
+    parts = {key: getattr(model.config, key, None) for key in model.config.sub_configs}
+    config._attn_implementation = {"": model.config._attn_implementation} | {
+        key: part._attn_implementation for key, part in parts.items() if part is not None
+    }
     try:
         with init_empty_weights(include_buffers=False):
             twin = family(config).to(dtype=weights.dtype or model.dtype)

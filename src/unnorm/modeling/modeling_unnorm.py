@@ -134,6 +134,10 @@ def ln_free_model(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
                 f"The neurons of {lost[0]} lost their limits: something replaced that layer, as quantizers do. Leave "
                 "these layers as they are (in bitsandbytes with llm_int8_skip_modules)."
             )
+        if writers and (getattr(model, "tp_size", None) or 1) > 1:
+            raise ValueError(
+                "Neurons of this model have limits, which tensor parallelism does not split. Load it with device_map."
+            )
         return loaded
 
     body = {

@@ -8,6 +8,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+_JITTER = {"jitter_noise", "input_jitter_noise", "moe_jitter_eps"}
+"""Attributes of modules that put noise on what routers read: Mixtral's and MiniMax's, PhiMoE's, DBRX's."""
+
 
 def cast_as_loaded(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Cast a model to another dtype, with the same result as loading it in that dtype.
@@ -39,13 +42,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_dropout(model: PreTrainedModel) -> Iterator[None]:
-    """Turn off dropout inside the context: distillation needs the teacher's function, not a noisy version of it.
+    """Turn off dropout and routers' jitter inside the context: distillation needs the function, not a noisy version.
 
-    Depending on the family, the probability is in an `nn.Dropout`, an attribute of another module, or the config.
+    Depending on the family, the number is in an `nn.Dropout`, an attribute of another module, or the config. PhiMoE
+    also samples its experts in training, which nothing turns off.
     """
     before = [(module, "p", module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
     for holder in (model.config, model.config.get_text_config(), *model.modules()):
-        before += [(holder, key, value) for key, value in vars(holder).items() if "drop" in key and _is_share(value)]
+        before += [(holder, key, value) for key, value in vars(holder).items() if _is_noise(key) and _is_share(value)]
     try:
         for holder, key, _ in before:
             setattr(holder, key, 0.0)
@@ -53,6 +57,10 @@ def without_dropout(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for holder, key, value in before:
             setattr(holder, key, value)
+
+
+def _is_noise(name: str) -> bool:
+    return "drop" in name or name in _JITTER
 
 
 def _is_share(value: object) -> bool:

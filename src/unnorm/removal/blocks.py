@@ -15,6 +15,7 @@ from unnorm.data import (
     OWN_TEXT,
     STDLIB,
     Blocks,
+    HeldOut,
     as_dataset,
     begin_of_blocks,
     build_blocks,
@@ -32,7 +33,7 @@ from unnorm.removal.run import Run
 from unnorm.runs.config import RemoveConfig, read_config_file, run_settings
 from unnorm.runs.directory import CHECKPOINTS, CONFIG_FILE, CONTROL, DATA, HELD_OUT, finished_result, write_text
 from unnorm.runs.plan import Plan
-from unnorm.runs.text import check_held_out_alike, choose_text
+from unnorm.runs.text import check_divided_alike, choose_text
 
 TRAINING_OVERSAMPLING = 4
 """Factor by which more text is read, then thinned evenly: neighbouring blocks share a document and are redundant."""
@@ -45,27 +46,25 @@ def write_blocks(
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     watch: Watch,
-) -> str:
+) -> HeldOut:
     """Write settings and packed blocks to the run directory unless present; return how validation text was held out.
 
     A resumed run that was given more tokens gets new blocks.
 
     Raises:
-        UnnormError: the text can't be used, the disk is full, or the number of processes does not fit the batch size
-            of the run that is resumed.
+        UnnormError: the text can't be used, or the disk is full.
     """
     note = directory / DATA / HELD_OUT
     chosen = _as_chosen(config, plan)
-    if note.is_file():
-        _check_processes_share(config, plan, directory)
-        if read_config_file(directory / CONFIG_FILE).get("tokens") == plan.tokens:
-            chosen.save(directory / CONFIG_FILE)
-            return note.read_text(encoding="utf-8").strip()
+    if note.is_file() and read_config_file(directory / CONFIG_FILE).get("tokens") == plan.tokens:
+        chosen.save(directory / CONFIG_FILE)
+        words, *division = note.read_text(encoding="utf-8").splitlines()
+        return HeldOut(words, *(division or [words]))
     train_blocks = max(CALIBRATION_BLOCKS, math.ceil(plan.tokens / plan.context))
     blocks = _read_blocks(config, plan, model, tokenizer, train_blocks, watch)
     if config.twin is not None:
         text = choose_text(run_settings(config.twin), config.data)
-        check_held_out_alike(config.data, text.was_held_out, blocks.held_out)
+        check_divided_alike(config.data, text.division, blocks.held_out.division)
     train = _choose(blocks.train, train_blocks, config)
     if times := _times_over(len(train), plan):
         say(watch, times)
@@ -92,7 +91,7 @@ def write_blocks(
         chosen.save(directory / CONFIG_FILE)
         for name, part in parts.items():
             part.save_to_disk(str(directory / DATA / name))
-        write_text(note, blocks.held_out)
+        write_text(note, "\n".join(blocks.held_out))
     except OSError as error:
         raise UnnormError(f"Could not write to '{directory}': {error}.") from error
     return blocks.held_out
@@ -131,15 +130,6 @@ def _as_chosen(config: RemoveConfig, plan: Plan) -> RemoveConfig:
             "lr": plan.lr if plan.steps else None,
         }
     )
-
-
-def _check_processes_share(config: RemoveConfig, plan: Plan, directory: Path) -> None:
-    """Raise an UnnormError if the number of processes does not fit the batch size of the run that is resumed."""
-    if config.batch_size is not None and config.batch_size != plan.batch_size and plan.steps:
-        raise UnnormError(
-            f"The run in '{directory}' takes {config.batch_size} blocks per step, which {plan.processes} processes "
-            "can't share evenly. Resume it with a number that divides it."
-        )
 
 
 def _times_over(blocks: int, plan: Plan) -> str:

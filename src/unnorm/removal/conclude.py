@@ -28,7 +28,19 @@ from unnorm.removal.predecessor import history
 from unnorm.removal.run import Run, evaluate_on_held_out
 from unnorm.report.card import render_card
 from unnorm.report.removal_page import ReportData, render_report
-from unnorm.runs.directory import CARD, CHECKPOINTS, CONTROL, DATA, HELD_OUT, LOGS, MODEL, REPORT, RESULT, write_text
+from unnorm.runs.directory import (
+    CARD,
+    CHECKPOINTS,
+    CONTROL,
+    DATA,
+    HELD_OUT,
+    LOGS,
+    MODEL,
+    REPORT,
+    RESULT,
+    finished_result,
+    write_text,
+)
 from unnorm.sites.find import idle_norm_modules, norm_modules
 
 SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 4, 32, 48
@@ -50,6 +62,9 @@ def conclude(run: Run, facts: Facts, control: PreTrainedModel | None, started: f
     checks = check_twin(twin.cpu(), unfolded, sites)
     rows = history(run.directory)
     result = _result(run, evaluations, facts, rows, twin)
+    if (run.directory / RESULT).is_file():  # Only the control was added: how the twin was made stays.
+        was = finished_result(run.directory)
+        result |= {key: was[key] for key in ("plan", "versions", "peak_memory_mb") if key in was}
     seconds = time.perf_counter() - started + facts.earlier_seconds
     result |= {"seconds": seconds, "verified": all(check.passed for check in checks)}
     result["failed_checks"] = [check.name for check in checks if not check.passed]
@@ -133,7 +148,8 @@ def _result(
     return {
         "model": run.config.model,
         "data": run.config.data,
-        "held_out": run.held_out,
+        "held_out": run.held_out.words,
+        "division": run.held_out.division,
         "recipe": run.config.recipe,
         "teacher_loss": original.loss,
         "teacher_loss_ci": _ends(original.loss_ci),

@@ -12,13 +12,13 @@ from unnorm.removal.resume import check_has_control, facts_of, has_control
 from unnorm.report.sentences import overflows_everywhere
 from unnorm.runs.config import read_config_file, read_count
 from unnorm.runs.directory import CONFIG_FILE, CONTROL, RESULT, finished_result, named_path
+from unnorm.runs.text import choose_text
 
 _OF_ONE_RUN = (
     *("tokens", "lr", "batch_size", "micro_batch", "device", "dtype", "compile", "cuda_graph"),
     *("report_to", "out", "twin"),
 )
 """Settings that a healing run does not inherit from the finished run."""
-_OF_THE_DATA = ("text_field", "split")
 
 
 @isolated
@@ -29,8 +29,8 @@ def heal(directory: str | Path, *, watch: Watch | None = None, **options: Any) -
         directory: the finished run; it is not changed.
         watch: as for `remove`.
         **options: fields of `RemoveConfig`. `tokens`, `lr`, batch sizes, `report_to`, device, precision, `compile` and
-            `cuda_graph` are chosen anew, as are `text_field` and `split` if `data` is given. The seed is the finished
-            run's plus 1, and a control is trained only if the finished run has one. The rest is inherited.
+            `cuda_graph` are chosen anew, as are `text_field` and `split` if `data` is other text. The seed is the
+            finished run's plus 1, and a control is trained only if the finished run has one. The rest is inherited.
 
     Returns:
         The contents of `result.json`; tokens and seconds are totals over all runs so far.
@@ -61,13 +61,13 @@ def heal(directory: str | Path, *, watch: Watch | None = None, **options: Any) -
             f"The run in '{directory}' {f'kept {saved_keep}' if saved_keep else 'removed all norms'}, and its twin is "
             "healed as it is. Leave --keep out, or start a new run."
         )
-    left_out = {*_OF_ONE_RUN, *(_OF_THE_DATA if "data" in options else ())}
-    saved = {key: value for key, value in read_config_file(directory / CONFIG_FILE).items() if key not in left_out}
+    saved = {key: value for key, value in read_config_file(directory / CONFIG_FILE).items() if key not in _OF_ONE_RUN}
     anew = {
         "seed": (saved.get("seed", 0) + 1) % 2**32,
         "control": saved.get("control", False) and has_control(directory),
     }
-    settings = {**saved, **anew, **options, "twin": directory}
+    text = choose_text(saved, *map(options.get, ("data", "text_field", "split")))
+    settings = {**saved, **anew, **options, "text_field": text.text_field, "split": text.split, "twin": directory}
     # Detect damaged files now, before a directory is created or the twin is trained.
     facts_of(directory)
     load_unfolded(directory)

@@ -29,13 +29,13 @@ def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], Fac
     directory = run.config.twin
     assert directory is not None
     result, facts = finished_result(directory), facts_of(directory)
-    # As saved in the settings, with absolute paths; the result has them as they were given.
-    sources = [*facts.earlier_data, str(run_settings(directory).get("data"))]
+    was, now = run_settings(directory), run.config.to_saved()  # With absolute paths, unlike the result.
+    same = not facts.earlier_data and all(was.get(key) == now[key] for key in ("data", "text_field", "split"))
     facts = replace(
         facts,
         skipped_steps=0,
         earlier_text_tokens=int(result.get("text_tokens") or 0),
-        earlier_data=sources if set(sources) != {run.config.to_saved()["data"]} else [],
+        earlier_data=[] if same else [*facts.earlier_data, str(was.get("data"))],
     )
     student = load_unfolded(directory)
     stand_ins = {name: module for name, module in student.named_modules() if isinstance(module, TaperedNorm)}

@@ -233,9 +233,9 @@ def _out_of_tokens(run: Run, outcome: Outcome) -> str:
     sites = first_few([f"{name} (alpha {alpha:.2f})" for name, alpha in alphas.items()])
     more = 2 * outcome.tokens
     why = (
-        f"The taper waited in {last.get('waited', 0)} steps, {run.config.kl_budget} nats or more from the original, "
-        f"and went back {last.get('set_back', 0)} times, after spikes or refused steps. Resume with more tokens, and "
-        "with a larger --kl-budget if it mostly waited"
+        f"The taper waited for KL to fall in {last.get('waited', 0)} steps, and went back {last.get('set_back', 0)} "
+        f"times, after spikes or refused steps; from half the budget of {run.config.kl_budget} nats on it is slower. "
+        "Resume with more tokens, and with a larger --kl-budget if KL stayed above half of it"
     )
     if not any(alphas.values()) and outcome.kl_limit is not None and outcome.kl_limit < run.config.kl_budget:
         more = max(more, MASSIVE_TOKENS)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.calibration.limits import set_limits
 from unnorm.calibration.scales import CALIBRATION_BLOCKS
-from unnorm.data import evenly_spaced
+from unnorm.data import HeldOut, evenly_spaced
 from unnorm.errors import UnnormError
 from unnorm.evaluation import Evaluation, evaluate_model
 from unnorm.progress import Watch, say
@@ -38,7 +38,7 @@ class Run:
     train_blocks: Dataset
     stress_blocks: Dataset | None
     validation_blocks: Dataset
-    held_out: str
+    held_out: HeldOut
     watch: Watch
 
     @property

@@ -41,6 +41,8 @@ def start(run: Run, token_mask: TokenMask) -> tuple[PreTrainedModel, dict[str, T
         token_mask=token_mask,
         interpolation=run.recipe.interpolation,
     )
+    for stand_in in stand_ins.values():
+        stand_in.estimator = run.config.estimator  # Of the running constants.
     known = processes.agree(lambda: _known_layout(run.directory))
     if known is None:
         facts = _calibrate(run, student, stand_ins)
@@ -109,7 +111,7 @@ def _equalize(
     """Equalize scales while the norms are still on; return the massive neurons that were scaled down."""
     run.say("equalizing")
     common = student, run.original, run.sites, stand_ins, calibration, run.config.estimator
-    neurons = shrink_massive(*common, MADE_GOOD * run.config.kl_budget)
+    neurons = shrink_massive(*common, MADE_GOOD * run.config.kl_budget, run.say)
     if neurons:
         run.say(f"scaled down MLP neurons that write massive activations: {len(neurons)}")
         use_bounds(stand_ins.values())

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from unnorm.analysis.material import Finding
+from unnorm.errors import first_few
 from unnorm.report.templates import render_page
+from unnorm.runs.directory import short_name
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,8 @@ def render_analysis(
     """
     figures = {name: figure for finding in findings for name, figure in finding.figures.items()}
     values = {
-        "original": original,
-        "kept_norms": list(kept_norms),
+        "original": short_name(original),
+        "kept_norms": first_few(list(kept_norms)),
         "tiles": [{"name": name, "value": value, "note": note} for name, value, note in (f.headline for f in findings)],
         "findings": [
             {

@@ -217,7 +217,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def run_settings(directory: Path) -> dict[str, Any]:
-    """The settings that a run was started with, and `held_out`, in words, if it is finished; empty without their file.
+    """The settings that a run was started with, and the text's `division` if it is finished; empty without their file.
 
     Raises:
         UnnormError: the file can't be read.
@@ -227,5 +227,5 @@ def run_settings(directory: Path) -> dict[str, Any]:
     with suppress(UnnormError):
         result = finished_result(directory)
         if settings.get("data") in (result.get("data"), absolute_source(str(result.get("data")))):
-            settings["held_out"] = result.get("held_out")
+            settings["division"] = result.get("division")
     return settings

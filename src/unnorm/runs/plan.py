@@ -75,13 +75,18 @@ def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) 
 
     Raises:
         UnnormError: the device is missing, the context is longer than the model's or too short, a step takes more
-            tokens than there are, or training does not fit in memory.
+            tokens than there are or can't be shared by the processes, or training does not fit in memory.
     """
     device = choose_device(config.device)
     context = choose_context(config.context, model)
     tokens = config.tokens if config.tokens is not None else (GPU_TOKENS if device == "cuda" else CPU_TOKENS)
     wanted = min(max(tokens // RECIPES[config.recipe].steps_wanted, LEAST_STEP_TOKENS), MOST_STEP_TOKENS)
     batch_size = config.batch_size or max(1, round(wanted / context))
+    if tokens and config.batch_size and batch_size % processes:
+        raise UnnormError(
+            f"The run takes {batch_size:,} blocks per step, which {processes} processes can't share evenly. Use a "
+            "number of processes that divides it."
+        )
     if batch_size > processes and 0 < tokens < batch_size * context / 2:
         raise UnnormError(
             f"--tokens {tokens:,} is less than one step, which takes {batch_size:,} blocks of {context:,} tokens. "

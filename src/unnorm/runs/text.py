@@ -33,14 +33,14 @@ class TextSource(NamedTuple):
         text_field: column that holds the text.
         split: split that the text comes from.
         is_own: whether it is the run's since the user named none.
-        was_held_out: how the run held out a part of it, in words; None if the run had another text or is not finished.
+        division: how the run divided it, in words; None if the run had another text or is not finished.
     """
 
     data: str
     text_field: str | None
     split: str
     is_own: bool
-    was_held_out: str | None = None
+    division: str | None = None
 
     def held_out(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, context: int, count: int) -> Dataset:
         """At most `count` blocks of its held-out part.
@@ -51,11 +51,11 @@ class TextSource(NamedTuple):
         with blaming_the_run(self.is_own):
             source = self.data, tokenizer, vocab_size, context, count, self.text_field, self.split
             blocks, held_out = held_out_blocks(*source)
-            check_held_out_alike(self.data, self.was_held_out, held_out)
+            check_divided_alike(self.data, self.division, held_out.division)
             return blocks
 
 
-def check_held_out_alike(data: str, was: str | None, now: str) -> None:
+def check_divided_alike(data: str, was: str | None, now: str) -> None:
     """Raise an UnnormError if a run's text is divided in another way now: what is held out may have been trained on.
 
     That happens where files are renamed, or where few documents become many.
@@ -80,10 +80,12 @@ def choose_text(
     """
     is_the_runs = data is None or settings.get("data") in (str(data), absolute_source(str(data)))
     own = settings if is_the_runs else {}
+    field, part = text_field or own.get("text_field"), split or own.get("split") or "train"
+    is_alike = (field, part) == (own.get("text_field"), own.get("split") or "train")
     return TextSource(
         str(own.get("data") or STDLIB if data is None else data),
-        text_field or own.get("text_field"),
-        split or own.get("split") or "train",
+        field,
+        part,
         data is None,
-        own.get("held_out"),
+        own.get("division") if is_alike else None,
     )

@@ -18,7 +18,9 @@ _FUSED_QKV_THIRDS = ("c_attn",)
 _VALUE_PROJECTIONS = ("v_proj", "value")
 
 
-def find_sites(model: PreTrainedModel, in_place: bool = False, keep: str | None = None) -> list[NormSite]:
+def find_sites(
+    model: PreTrainedModel, in_place: bool = False, keep: str | None = None, leave_gated: bool = False
+) -> list[NormSite]:
     """Every norm site of a decoder-only language model, in the order in which a forward pass meets them.
 
     Norms are recognized by behaviour: leaf modules whose output does not change when their input is scaled. One
@@ -29,6 +31,7 @@ def find_sites(model: PreTrainedModel, in_place: bool = False, keep: str | None 
         model: the model, in any dtype.
         in_place: allow sites that fold into no weight; each keeps its constant map as a module.
         keep: regular expression; norms whose path contains a match are left out and stay norms.
+        leave_gated: leave out norms that take a gate, which can't be removed, instead of refusing the model.
 
     Raises:
         UnnormError: there are no norms, `keep` is invalid or matches none or all of them, a norm can't be traced or
@@ -45,9 +48,10 @@ def find_sites(model: PreTrainedModel, in_place: bool = False, keep: str | None 
                 "it can't be traced. That would need modeling code without its own gradient functions."
             )
     names = _without_kept(names, keep)
-    for name in names:
-        if name in trace.gated:
-            raise _gated(model, name)
+    gated = [name for name in names if name in trace.gated]
+    if gated and not leave_gated:
+        raise _gated(model, gated[0])
+    names = [name for name in names if name not in gated]
     sources = {name: sources_of(trace, x.grad_fn, HANDS_ON) for name, x in trace.inputs.items()}
     sites = [_site(model, trace, sources, name) for name in names]
     for site in sites:

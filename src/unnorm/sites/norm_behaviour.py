@@ -1,6 +1,7 @@
 """Norms by what they compute: recognizing them, and finding their kind, eps, gain and bias."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -109,6 +110,15 @@ def stays_with_keep(name: str) -> str:
     )
 
 
+def _is_root_of_mean(kind: str, args: Sequence[Any]) -> bool:
+    """Whether an operation takes the square root, or its inverse, of one number for each token, as Gemma 4's norms do.
+
+    Roots of every feature are something else, such as RecurrentGemma's gates.
+    """
+    is_root = kind == "sqrt" or (kind == "pow" and isinstance(args[1], float) and abs(args[1]) == 0.5)
+    return is_root and isinstance(args[0], Tensor) and args[0].ndim > 1 and args[0].shape[-1] == 1
+
+
 class _Operations(TorchDispatchMode):
     """Records which norm operations of ATen run, each with the innermost module that it runs in."""
 
@@ -121,7 +131,7 @@ class _Operations(TorchDispatchMode):
         name = func.overloadpacket.__name__
         kind = name.removeprefix("native_").removeprefix("_fused_").removeprefix("linalg_vector_")
         is_sum = kind == "norm" and args[1:2] == (1,)  # DBRX sums a router's probabilities with it.
-        if kind in _NORM_OPERATIONS and not is_sum:
+        if (kind in _NORM_OPERATIONS and not is_sum) or _is_root_of_mean(kind, args):
             self.found[name, max(self.modules.parents, key=len).partition(".")[2]] = None
         return func(*args, **(kwargs or {}))
 
