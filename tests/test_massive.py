@@ -116,6 +116,16 @@ def shrink(original: PreTrainedModel, budget: float = BUDGET, blocks: Dataset = 
     return Shrunk(student, neurons, before, naive_kl(student, original, stand_ins, blocks))
 
 
+def test_neurons_that_can_not_be_scaled_down_are_said_to_be_left(tiny_model: GPT2LMHeadModel) -> None:
+    planted = with_massive(tiny_model, GPT2)
+    student, said = copy_model(planted).eval(), list[str]()
+    sites = find_sites(student)
+    stand_ins = install(student, sites)
+    set_constants(stand_ins, collect_log_scales(student, sites, BLOCKS), "geometric")
+    assert shrink_massive(student, planted, sites, stand_ins, BLOCKS, "geometric", 1e-9, said.append) == []
+    assert differing(student, planted) == [] and len(said) == 1 and "a larger --kl-budget" in said[0]
+
+
 def differing(student: PreTrainedModel, original: PreTrainedModel) -> list[str]:
     """Names of the weights that both models have, not bit for bit alike."""
     ours = student.state_dict()

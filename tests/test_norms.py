@@ -176,6 +176,7 @@ def test_first_constants_are_of_position_0_and_of_the_others_and_the_running_one
     stand_in, x = make(), residual()
     scale = scale_of(x)
     set_constants({"norm": stand_in}, {"norm": scale.log()}, estimator)
+    stand_in.estimator = estimator
     expected = [constant(scale[:, 1:]), constant(scale[:, 0])]
     assert stand_in.log_constant.exp().tolist() == pytest.approx(expected)
     stand_in.momentum, stand_in.estimating = 0.0, True

@@ -430,8 +430,11 @@ def test_a_control_may_be_asked_for_afterwards(tiny_model_dir: Path, text_file: 
     options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file)}
     together = unnorm.remove(out=tmp_path / "together", control=True, **options)
     first = unnorm.remove(out=tmp_path / "run", **options)
+    path = tmp_path / "run" / "result.json"
+    path.write_text(json.dumps(first | {"plan": first["plan"] | {"device": "cuda"}}))  # The twin's, not the control's.
     twin = load_file(tmp_path / "run" / "model" / "model.safetensors")
     result = unnorm.remove(out=tmp_path / "run", resume=True, control=True)
+    assert result["plan"]["device"] == "cuda"
     assert {key: result[key] for key in ("control_loss", "gap", "kl", "naive_kl", "tokens")} == {
         key: together[key] for key in ("control_loss", "gap", "kl", "naive_kl", "tokens")
     }
