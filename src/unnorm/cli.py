@@ -461,7 +461,7 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # tqdm reads this on first import; it is the only way to turn off the bars of lm-eval and of GGUF loading.
     os.environ.setdefault("TQDM_DISABLE", "1")
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # Characters outside the stream's encoding are escaped.
             stream.reconfigure(errors="backslashreplace")
@@ -489,10 +489,6 @@ def main() -> None:
             "or --device cpu."
         )
         sys.exit(2)
-
-
-def _stop(*_: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _say(message: str) -> None:

@@ -79,8 +79,8 @@ def output_weights(model: PreTrainedModel) -> OutputWeights:
         UnnormError: the last MLP's output is not a linear projection of neurons, or the residual stream is not a plain
             sum that the unembedding reads.
     """
-    writer = _last_mlp(model)
-    last = readout(model, anatomy(model))
+    parts = anatomy(model)
+    writer, last = _last_mlp(model, parts), readout(model, parts)
     written = writer.factor * linear_weight(model.get_submodule(writer.name))
     norm = written.norm(dim=0)
     unit = written / norm.clamp_min(1e-12)
@@ -110,7 +110,8 @@ def ablate(
         UnnormError: the last MLP's output is not a linear projection of neurons, or the residual stream is not a plain
             sum that the unembedding reads.
     """
-    parts, writer = anatomy(model), _last_mlp(model)
+    parts = anatomy(model)
+    writer = _last_mlp(model, parts)
     texts = list(batches)
     means = _mean_activations(model, writer, texts)
 
@@ -222,8 +223,7 @@ def _some(batches: Iterable[Tensor]) -> Iterator[Tensor]:
             return
 
 
-def _last_mlp(model: PreTrainedModel) -> Writer:
-    parts = anatomy(model)
+def _last_mlp(model: PreTrainedModel, parts: Anatomy) -> Writer:
     writer = parts.mlps[-1]
     if not writer.linear or len(parts.mlps) != len(parts.layers):
         raise UnnormError(

@@ -19,7 +19,7 @@ from unnorm.evaluation.metrics import measure_tokens
 from unnorm.evaluation.record import Record
 from unnorm.evaluation.results import Evaluation, Results, Score
 from unnorm.evaluation.session import LoadedModel, Session, enter, settings_of
-from unnorm.evaluation.suites import PILE_FILTERED, SUITES, choose
+from unnorm.evaluation.suites import PILE_FILTERED, SUITES, Choice, choose
 from unnorm.evaluation.summary import summarize
 from unnorm.isolation import isolated
 from unnorm.models.device import choose_device
@@ -94,18 +94,7 @@ def evaluate(
     sources = [str(data)] if isinstance(data, str | Path) else [str(each) for each in data or ()]
     most = None if tokens is None else read_count(tokens)
     choice = choose(suite, sources, [tasks] if isinstance(tasks, str) else tasks, most, items, place)
-    named = {source.rpartition("=")[2] for source in sources}
-    is_unnamed = choice.corpora == {STDLIB: STDLIB} and STDLIB not in named
-    settings: dict[str, Any] = {}
-    try:
-        settings = next(filter(None, map(settings_of, names)), {})
-    except UnnormError:  # Unreadable settings matter only where the text is theirs.
-        if is_unnamed:
-            raise
-    is_own = is_unnamed and bool(settings)
-    if is_own:
-        own = choose_text(settings).data
-        choice = replace(choice, corpora={short_name(own): own})
+    choice, settings, is_own = _with_own_text(choice, names, sources)
     watch = watch or silent
     record = Record.open(out)
     entered = enter(names, against, context, trust_remote_code, watch)
@@ -138,6 +127,22 @@ def evaluate(
         ) from stop
     record.conclude(results)
     return results
+
+
+def _with_own_text(choice: Choice, names: Sequence[str], sources: Sequence[str]) -> tuple[Choice, dict[str, Any], bool]:
+    """The choice, with the run's text if none was named; the run's settings; and whether the text is the run's."""
+    named = {source.rpartition("=")[2] for source in sources}
+    is_unnamed = choice.corpora == {STDLIB: STDLIB} and STDLIB not in named
+    settings: dict[str, Any] = {}
+    try:
+        settings = next(filter(None, map(settings_of, names)), {})
+    except UnnormError:  # Unreadable settings matter only where the text is theirs.
+        if is_unnamed:
+            raise
+    if not (is_unnamed and settings):
+        return choice, settings, False
+    own = choose_text(settings).data
+    return replace(choice, corpora={short_name(own): own}), settings, True
 
 
 def _open_corpora(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from unnorm.errors import UnnormError
 from unnorm.models.device import choose_device, free_memory
 from unnorm.models.sizes import choose_context
+from unnorm.processes import count_here
 from unnorm.runs.config import RemoveConfig
 from unnorm.taper.recipes import RECIPES, RecipeName
 
@@ -144,7 +145,7 @@ def _micro_batch(model: PreTrainedModel, context: int, most: int, device: str, a
     config = model.config.get_text_config()
     numbers = context * (40 * config.hidden_size * config.num_hidden_layers + 6 * config.vocab_size)
     states = STATE_BYTES * sum(p.numel() for p in model.parameters())
-    free = free_memory(device)
+    free = free_memory(device) // (count_here() if device == "cpu" else 1)
     if states > free:
         raise UnnormError(
             f"Training this model takes {states / 1e9:.1f} GB on {device} for weights, gradients and the optimizer "

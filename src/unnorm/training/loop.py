@@ -130,21 +130,29 @@ def train(
     clipping = clipping_tokens(model, model.get_output_embeddings()) if trainer.bounded else nullcontext()
     with interrupt.listening(), without_dropout(model), trainer.matching_reads(), clipping, errors:
         trainer.train(resume_from_checkpoint=last)
-    steps = int(trainer.state.global_step)
     interrupted = interrupt.is_asked(trainer.args.device) and not trainer.guard.diverged
-    unfinished = {}
-    if schedule is not None and removal is not None and not interrupted:
-        unfinished = {} if removal.controller is None or removal.controller.arrived else removal.alphas()
+    outcome = _outcome(trainer, removal, plan, metrics.rows, interrupted)
+    if schedule is not None and not interrupted:
         schedule.finish()
+    return outcome
+
+
+def _outcome(
+    trainer: DistillationTrainer, removal: Removal | None, plan: Plan, rows: list[dict[str, Any]], interrupted: bool
+) -> Outcome:
+    """How training ended; sites that are still norms are known only before the schedule completes the removal."""
+    steps = int(trainer.state.global_step)
+    controller = None if removal is None else removal.controller
+    is_late = controller is not None and not controller.arrived and not interrupted
     return Outcome(
         steps=steps,
         tokens=steps * plan.step_tokens,
         skipped_steps=trainer.guard.skipped,
         interrupted=interrupted,
         diverged=trainer.guard.diverged,
-        unfinished=unfinished,
-        kl_limit=None if removal is None or removal.controller is None else removal.controller.limit,
-        rows=metrics.rows,
+        unfinished=removal.alphas() if removal is not None and is_late else {},
+        kl_limit=None if controller is None else controller.limit,
+        rows=rows,
     )
 
 
