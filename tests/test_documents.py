@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from tests.texts import COMPRESS, DOCUMENTS, pack, sides, write
 from unnorm.data import STDLIB, documents, files, open_documents
-from unnorm.data.files import COMPRESSIONS, find_files
+from unnorm.data.files import _PACKAGES, COMPRESSIONS, find_files
 from unnorm.errors import UnnormError
 
 
@@ -72,7 +72,7 @@ class TestFiles:
         compressed = open_documents(str(write(tmp_path / f"a{suffix}{compression}", DOCUMENTS)))
         assert sides(compressed) == sides(plain)
 
-    @pytest.mark.parametrize(("suffix", "package"), [(".zst", "backports.zstd"), (".lz4", "lz4")])
+    @pytest.mark.parametrize(("suffix", "package"), sorted(_PACKAGES.items()))
     def test_missing_decompressor_is_named(
         self, suffix: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -64,6 +64,15 @@ def crash(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
             unnorm.remove(**SETTINGS, **options)
 
 
+@pytest.fixture(scope="module")
+def crashed(tiny_model_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that broke off, on `text_file`; copy it."""
+    run = tmp_path_factory.mktemp("crashed") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        crash(patch, model=str(tiny_model_dir), data=str(text_file), out=run)
+    return run
+
+
 # Some of the last one's layers share their norms.
 @pytest.mark.parametrize("family", ["gpt_neox, sequential", "mixtral", "zamba, not in our list"])
 def test_all_weights_come_back_whatever_the_hub_calls_them(
@@ -89,10 +98,8 @@ def test_all_weights_come_back_whatever_the_hub_calls_them(
 
 
 @pytest.mark.parametrize("fault", CUT_SHORT)
-def test_a_checkpoint_that_was_cut_short_is_passed_over(
-    fault: str, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
-) -> None:
-    crash(monkeypatch, model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "run")
+def test_a_checkpoint_that_was_cut_short_is_passed_over(crashed: Path, fault: str, tmp_path: Path) -> None:
+    shutil.copytree(crashed, tmp_path / "run")
     whole = last_checkpoint(tmp_path / "run" / "checkpoints")
     assert whole is not None
     cut_short = Path(whole).with_name("checkpoint-15")
@@ -101,10 +108,8 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(
     assert unnorm.remove(out=tmp_path / "run", resume=True)["verified"]
 
 
-def test_the_time_of_interrupted_parts_counts(
-    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
-) -> None:
-    crash(monkeypatch, model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "run")
+def test_the_time_of_interrupted_parts_counts(crashed: Path, tmp_path: Path) -> None:
+    shutil.copytree(crashed, tmp_path / "run")
     file = tmp_path / "run" / "metrics.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     file.write_text("".join(json.dumps({**row, "seconds": 10_000.0}) + "\n" for row in rows))
@@ -112,10 +117,8 @@ def test_the_time_of_interrupted_parts_counts(
     assert result["seconds"] > result["training_seconds"] > 10_000
 
 
-def test_metrics_that_were_cut_short_lose_their_last_line_alone(
-    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
-) -> None:
-    crash(monkeypatch, model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "run")
+def test_metrics_that_were_cut_short_lose_their_last_line_alone(crashed: Path, tmp_path: Path) -> None:
+    shutil.copytree(crashed, tmp_path / "run")
     file = tmp_path / "run" / "metrics.jsonl"
     whole = read_rows(file)
     with file.open("a") as rows:
@@ -125,10 +128,8 @@ def test_metrics_that_were_cut_short_lose_their_last_line_alone(
     assert read_rows(file)[-1]["step"] > whole[-1]["step"]
 
 
-def test_metrics_that_are_damaged_are_refused(
-    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
-) -> None:
-    crash(monkeypatch, model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "run")
+def test_metrics_that_are_damaged_are_refused(crashed: Path, tmp_path: Path) -> None:
+    shutil.copytree(crashed, tmp_path / "run")
     file = tmp_path / "run" / "metrics.jsonl"
     file.write_text("{\n" + file.read_text())
     with pytest.raises(unnorm.UnnormError, match=r"Line 1 of .*metrics\.jsonl' is damaged"):
@@ -139,10 +140,8 @@ def test_no_checkpoint_is_none(tmp_path: Path) -> None:
     assert last_checkpoint(tmp_path / "nowhere") is None
 
 
-def test_a_checkpoint_that_lacks_weights_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
-) -> None:
-    crash(monkeypatch, model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "run")
+def test_a_checkpoint_that_lacks_weights_is_refused(crashed: Path, tmp_path: Path) -> None:
+    shutil.copytree(crashed, tmp_path / "run")
     file = Path(str(last_checkpoint(tmp_path / "run" / "checkpoints"))) / "model.safetensors"
     weights = load_file(file)
     del weights["transformer.h.1.mlp.c_fc.weight"]
@@ -193,10 +192,8 @@ def test_more_tokens_are_more_steps_of_the_same_size(
         unnorm.remove(out=tmp_path / "run", resume=True)
 
 
-def test_settings_survive_a_disk_that_is_full(
-    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
-) -> None:
-    crash(monkeypatch, model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "run")
+def test_settings_survive_a_disk_that_is_full(crashed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shutil.copytree(crashed, tmp_path / "run")
     before = saved(tmp_path / "run")
     write = Path.write_text
 
@@ -240,9 +237,9 @@ def test_text_is_written_as_utf_8_whatever_the_locale(tmp_path: Path) -> None:
 
 
 def test_what_the_run_wrote_counts_as_room_that_it_has(
-    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+    crashed: Path, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
-    crash(monkeypatch, model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "run")
+    shutil.copytree(crashed, tmp_path / "run")
     written = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
     model = load_original(str(tiny_model_dir))[0]
     needed = DISK_COPIES * 4 * model.num_parameters()
@@ -552,10 +549,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("damaged", DAMAGES)
-def test_a_damaged_run_is_refused_in_words(
-    damaged: str, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
-) -> None:
-    crash(monkeypatch, model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "run")
+def test_a_damaged_run_is_refused_in_words(crashed: Path, damaged: str, tmp_path: Path) -> None:
+    shutil.copytree(crashed, tmp_path / "run")
     damage, message = DAMAGES[damaged]
     damage(tmp_path / "run")
     with pytest.raises(unnorm.UnnormError, match=message):

@@ -133,6 +133,19 @@ def test_only_memory_that_the_states_leave_is_for_activations(
     assert plan.make_plan(config, tiny_model).micro_batch == at_once
 
 
+def test_processes_of_one_machine_share_its_memory(
+    tiny_model: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = plan.STATE_BYTES * tiny_model.num_parameters()
+    monkeypatch.setattr(plan, "free_memory", lambda _: 3 * states)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    config = RemoveConfig(tokens=4096, batch_size=15, context=2, device="cpu", dtype="float32")
+    assert plan.make_plan(config, tiny_model, 3).micro_batch == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(unnorm.UnnormError, match="for weights, gradients and the optimizer"):
+        plan.make_plan(config, tiny_model, 3)
+
+
 @pytest.mark.parametrize(("steps", "control_steps"), [(1, 1), (4, 4), (20, 10), (79, 11), (3125, 391)])
 def test_the_controls_larger_steps_are_as_many_tokens(
     steps: int, control_steps: int, tiny_model: GPT2LMHeadModel

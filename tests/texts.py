@@ -6,6 +6,7 @@ import gzip
 import importlib
 import json
 import lzma
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,12 +14,16 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from backports import zstd
 from transformers import PreTrainedTokenizerFast
 
 from unnorm.data import Blocks, build_blocks
 from unnorm.data.documents import Documents
 from unnorm.data.files import COMPRESSIONS
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 DOCUMENTS = [f'Document {i}: naïve\n  text,\twith "quotes" and {"words " * (i % 7)}' for i in range(120)]
 CONTEXT = 16

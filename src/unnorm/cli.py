@@ -29,7 +29,17 @@ app = typer.Typer(
     rich_markup_mode=None,  # Rich help tables would cut option names at 80 columns.
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_progress = Console(stderr=True)
+
+
+class _Aside(Console):
+    """Progress and messages, without which a run goes on if nobody reads them any more (as in `2>&1 | head`)."""
+
+    def on_broken_pipe(self) -> None:
+        """Print nothing more; rich would end the program."""
+        self.quiet = True
+
+
+_progress = _Aside(stderr=True)
 MOST_SEED = 2**32 - 1
 STOPPED = 130
 """Exit code after Ctrl-C, by shell convention."""

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 class UnnormError(Exception):
     """A problem that the user can fix: the message says what was wrong, where, and what to do.
 
-    The CLI prints the message without a traceback and exits with `exit_code`.
+    The CLI prints the message without a traceback and exits with `exit_code`. In a loop over models, let
+    `RunInterruptedError` through, which is Ctrl-C.
     """
 
     exit_code = 2

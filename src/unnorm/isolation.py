@@ -3,14 +3,16 @@
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers.utils import logging
 
+from unnorm import processes
 from unnorm.errors import cant_be_used
 from unnorm.progress import Watch
 
@@ -63,9 +65,10 @@ def _others_let_in() -> Iterator[None]:
 def isolated(function: Callable[P, T]) -> Callable[P, T]:
     """Make a function independent of the mode it is called in, and restore global state after it.
 
-    Gradients work even when called within `torch.no_grad()` or `torch.inference_mode()`. The random states of Python,
-    NumPy and torch are restored, as are float32 precision and transformers' verbosity. One thread at a time runs such
-    functions. A path that can't be used is an `UnnormError`. Exceptions raised by `watch` reach the caller unchanged.
+    Gradients work even when called within `torch.no_grad()` or `torch.inference_mode()`, and autocast is off. The
+    random states of Python, NumPy and torch are restored, as are float32 precision, transformers' verbosity and
+    accelerate's state. One thread at a time runs such functions. A path that can't be used is an `UnnormError`.
+    Exceptions raised by `watch` reach the caller unchanged.
     """
 
     @wraps(function)
@@ -73,9 +76,11 @@ def isolated(function: Callable[P, T]) -> Callable[P, T]:
         if kwargs.get("watch") is not None:
             kwargs["watch"] = _passing_on(kwargs["watch"])  # type: ignore[arg-type]
         try:
-            with alone(), _state_kept(), torch.inference_mode(False), torch.enable_grad():
+            with alone(), _state_kept(), _no_autocast(), torch.inference_mode(False), torch.enable_grad():
                 return function(*args, **kwargs)
         except _WatchError as error:
+            if getattr(_DEPTH, "value", 0):  # Only the outermost call may unwrap it: others would change it.
+                raise
             raise error.raised from None
         except OSError as error:
             said = cant_be_used(error)
@@ -98,12 +103,37 @@ def _passing_on(watch: Watch) -> Watch:
 
 
 @contextmanager
+def _no_autocast() -> Iterator[None]:
+    with ExitStack() as stack:
+        for kind in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
+def _accelerate_kept() -> Iterator[None]:
+    """Restore the settings that all Accelerators of a process share: a Trainer replaces the caller's."""
+    if processes.count() > 1:  # Of a launch of its own, whose processes stay connected.
+        yield
+        return
+    shared = [kind._shared_state for kind in (PartialState, AcceleratorState, GradientState)]
+    before = [dict(state) for state in shared]
+    try:
+        yield
+    finally:
+        for state, was in zip(shared, before, strict=True):
+            state.clear()
+            state.update(was)
+
+
+@contextmanager
 def _state_kept() -> Iterator[None]:
     of_python, of_numpy = random.getstate(), np.random.get_state()
     verbosity, precision = logging.get_verbosity(), torch.backends.fp32_precision
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), _accelerate_kept():
             yield
     finally:
         random.setstate(of_python)

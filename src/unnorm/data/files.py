@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import partial
@@ -42,7 +43,7 @@ FORMATS = {
 TOKEN_FILE = ".bin"
 
 _COMPRESS_THEMSELVES = (".parquet", TOKEN_FILE)
-_PACKAGES = {".zst": "backports.zstd", ".lz4": "lz4"}
+_PACKAGES = {".lz4": "lz4"} | ({} if sys.version_info >= (3, 14) else {".zst": "backports.zstd"})
 # Metadata files in a copy of a hub repository or in a data set saved by `datasets`.
 _NO_DATA = {"README.md", "dataset_infos.json", "dataset_info.json", "dataset_dict.json", "state.json"}
 _SPLIT_WORDS = {

@@ -17,8 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unnorm.errors import UnnormError, short
 from unnorm.evaluation.benchmarks import READERS
 from unnorm.evaluation.intervals import Interval, bootstrap_interval, paired_share_interval, share_interval
-from unnorm.evaluation.metrics import perplexity
-from unnorm.evaluation.results import Score
+from unnorm.evaluation.results import Score, perplexity, perplexity_interval
 from unnorm.json_text import digest
 from unnorm.progress import Watch
 
@@ -340,7 +339,8 @@ def _interval(values: dict[int, Any], reported: float) -> tuple[Interval | None,
             shares = set(single.values()) <= {0.0, 1.0}
             return share_interval(sum(rows), len(rows)) if shares else bootstrap_interval(rows), single
         if _same(perplexity(-mean), reported):
-            return _exp(bootstrap_interval([-row for row in rows])), {}
+            found = bootstrap_interval([-row for row in rows])
+            return found and perplexity_interval(found), {}
     elif all(isinstance(row, tuple | list) and [*map(_is_number, row)] == [True, True] for row in rows):
         sums, weights = np.array([(-total, weight) for total, weight in rows], dtype=np.float64).T
         if not (weights > 0).all():  # Other pairs, e.g. a class and its prediction.
@@ -348,15 +348,10 @@ def _interval(values: dict[int, Any], reported: float) -> tuple[Interval | None,
         mean = float(sums.sum() / weights.sum())
         found = bootstrap_interval(sums, weights)
         if _same(perplexity(mean), reported):
-            return _exp(found), {}
+            return found and perplexity_interval(found), {}
         if _same(mean / math.log(2), reported):
             return found and (found[0] / math.log(2), found[1] / math.log(2)), {}
     return None, {}
-
-
-def _exp(interval: Interval | None) -> Interval | None:
-    """Interval of a perplexity from that of a mean loss."""
-    return interval and (perplexity(interval[0]), perplexity(interval[1]))
 
 
 def _is_number(value: object) -> bool:

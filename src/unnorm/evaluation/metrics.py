@@ -1,7 +1,5 @@
 """Per-token measurements: loss, distance to the original, entropy, confidence."""
 
-import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,8 +23,6 @@ TOP = 5
 
 _AT_ONCE, _AT_ONCE_GPU = 2**20, 2**26
 """Logits processed at once, on a CPU and on a GPU: a softmax of all would take several times the model's memory."""
-
-_MOST_LOSS = math.log(sys.float_info.max)
 
 Floats = NDArray[np.float32]
 
@@ -183,11 +179,6 @@ class CalibrationBin:
     tokens: int
     confidence: float
     accuracy: float
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss), for a loss in nats; infinite beyond a float's range."""
-    return math.inf if loss >= _MOST_LOSS else math.exp(loss)
 
 
 def calibration(confidence: NDArray[Any], correct: NDArray[Any]) -> tuple[float, tuple[CalibrationBin, ...]]:

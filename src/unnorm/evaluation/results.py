@@ -1,5 +1,7 @@
 """Results of an evaluation: each model on each corpus and benchmark, also as plain values."""
 
+import math
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -9,6 +11,17 @@ from typing import Any, overload
 from unnorm.evaluation.comparison import Comparison
 from unnorm.evaluation.intervals import Interval
 from unnorm.evaluation.metrics import CalibrationBin
+from unnorm.json_text import finite
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), for a loss in nats; infinite beyond a float's range."""
+    return math.inf if loss >= math.log(sys.float_info.max) else math.exp(loss)
+
+
+def perplexity_interval(losses: Interval) -> Interval:
+    """Interval of a perplexity from that of a mean loss."""
+    return perplexity(losses[0]), perplexity(losses[1])
 
 
 @dataclass(frozen=True)
@@ -57,13 +70,13 @@ class Evaluation:
     kl: float | None
     jsd: float | None
     top1_agreement: float | None
-    position_loss: tuple[float, ...]
+    position_loss: tuple[float, ...] = field(repr=False)
     top5_agreement: float | None = None
     bits_per_byte: float | None = None
     entropy: float | None = None
     entropy_difference: float | None = None
     ece: float | None = None
-    calibration: tuple[CalibrationBin, ...] = ()
+    calibration: tuple[CalibrationBin, ...] = field(default=(), repr=False)
     difference: float | None = None
     difference_ci: Interval | None = None
     interval_over: str = "blocks"
@@ -76,9 +89,14 @@ class Evaluation:
     kl_elsewhere: float | None = None
     comparison: Comparison | None = field(default=None, repr=False)
 
+    @property
+    def perplexity_ci(self) -> Interval | None:
+        """95% confidence interval of the perplexity, from that of the loss."""
+        return self.loss_ci and perplexity_interval(self.loss_ci)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, without the per-unit and per-token data."""
-        values = asdict(self)
+        values = asdict(self) | {"perplexity_ci": self.perplexity_ci}
         for key in ("unit_losses", "unit_tokens", "comparison"):
             del values[key]
         return values
@@ -189,10 +207,11 @@ class Results(Sequence[Evaluation]):
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, as `unnorm evaluate --json` prints them."""
-        return {
+        """Plain values, as `unnorm evaluate --json` prints them; None in place of NaN and infinity."""
+        values = {
             "results": [row.to_json() for row in self.evaluations],
             "original": [row.to_json() for row in self.original],
             "tasks": [score.to_json() for score in self.scores],
             "protocol": self.protocol,
         }
+        return dict(finite(values))

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.metadata import version
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,14 @@ from unnorm.progress import Watch, say, silent
 from unnorm.runs.config import check_seed, read_count
 from unnorm.runs.directory import short_name
 from unnorm.runs.text import TextSource, blaming_the_run, check_divided_alike, choose_text
+from unnorm.versions import versions
 
 
 @isolated
 def evaluate(
     models: str | Path | Sequence[str | Path],
     against: str | Path | None = None,
-    data: str | Path | Sequence[str | Path] | None = None,
+    data: str | Path | Sequence[str | Path] | Mapping[str, str | Path] | None = None,
     *,
     suite: str | None = None,
     tasks: str | Sequence[str] | None = None,
@@ -57,9 +57,10 @@ def evaluate(
         against: the original, relative to which fidelity and differences are measured; by default the one original
             that the finished runs among the models share. Without one, or if that default can't be loaded, these
             measurements are left out.
-        data: corpora, each as for `remove` or `NAME=SOURCE`, of which the held-out part is used; `hellaswag=FILE`,
-            `lambada=FILE` and `wikitext=FILE` give a benchmark's items. By default the suite's corpora; if it has
-            none, the text of the first finished run among the models, otherwise the standard library.
+        data: corpora, each as for `remove` or `NAME=SOURCE`, or a mapping of names to sources. The held-out part is
+            used; `hellaswag=FILE`, `lambada=FILE` and `wikitext=FILE` give a benchmark's items. By default the suite's
+            corpora; if it has none, the text of the first finished run among the models, otherwise the standard
+            library.
         suite: `quick`, `full` or `paper`: a choice of corpora, benchmarks and their sizes.
         tasks: further lm-eval tasks; `none` leaves the suite's out.
         text_field: column that holds the text; by default the run's, if the run's text is used.
@@ -91,7 +92,10 @@ def evaluate(
     check_seed(seed)
     if not isinstance(batch_size, Integral) or batch_size < 1:
         raise UnnormError(f"--batch-size {batch_size}: a pass takes at least 1 block.")
-    sources = [str(data)] if isinstance(data, str | Path) else [str(each) for each in data or ()]
+    if isinstance(data, Mapping):
+        data = [f"{name}={source}" for name, source in data.items()]
+    given = [data] if isinstance(data, str | Path) else [] if data is None else data
+    sources = [str(each) for each in given]
     most = None if tokens is None else read_count(tokens)
     choice = choose(suite, sources, [tasks] if isinstance(tasks, str) else tasks, most, items, place)
     choice, settings, is_own = _with_own_text(choice, names, sources)
@@ -261,5 +265,5 @@ def _protocol(session: Session, suite: str | None) -> dict[str, Any]:
         "of shares of benchmark items Wilson's, of their differences Agresti and Min's; differences are paired",
         "dtype": "float32",
         "device": session.device,
-        "versions": {name: version(name) for name in ("unnorm", "torch", "transformers", "datasets")},
+        "versions": versions(),
     }

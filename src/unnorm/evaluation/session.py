@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,6 +17,7 @@ from unnorm.models.sizes import choose_context, vocabulary_size
 from unnorm.progress import Watch, say
 from unnorm.runs.config import run_settings
 from unnorm.runs.directory import MODEL, named_path
+from unnorm.versions import versions
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Session:
     @property
     def computed_by(self) -> dict[str, str]:
         """What else the last digits of the numbers depend on."""
-        return {"device": self.device, "torch": version("torch"), "unnorm": version("unnorm")}
+        return {"device": self.device, **{name: versions()[name] for name in ("torch", "unnorm")}}
 
     def say(self, text: str, tokens: int | None = None) -> None:
         """Announce a measurement to the watch, and how many tokens it takes."""

@@ -149,7 +149,7 @@ def _items(asked: int | str | None, default: int | None) -> int | None:
         return None
     try:
         count = int(asked)
-    except ValueError:
+    except (ValueError, TypeError):
         count = 0
     if count < 1:
         raise UnnormError(f"--items {asked}: give a number of benchmark items (at least 1) or 'all'.")

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unnorm.evaluation.comparison import compare_tokens
 from unnorm.evaluation.corpora import Corpus, count_bytes, documents_of
 from unnorm.evaluation.intervals import bootstrap_interval
-from unnorm.evaluation.metrics import Distances, ModelTokens, calibration, measure_tokens, perplexity
-from unnorm.evaluation.results import Evaluation
+from unnorm.evaluation.metrics import Distances, ModelTokens, calibration, measure_tokens
+from unnorm.evaluation.results import Evaluation, perplexity
 from unnorm.progress import Watch
 
 

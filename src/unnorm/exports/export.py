@@ -20,9 +20,9 @@ from unnorm.runs.directory import MODEL, finished_result, named_path
 Form = Literal["transformers", "stock", "nanogpt"]
 
 _LOAD = {
-    "transformers": 'AutoModelForCausalLM.from_pretrained("{path}", trust_remote_code=True)',
-    "stock": 'AutoModelForCausalLM.from_pretrained("{path}")',
-    "nanogpt": 'safetensors.torch.load_file("{path}/model.safetensors")',
+    "transformers": "AutoModelForCausalLM.from_pretrained({path!r}, trust_remote_code=True)",
+    "stock": "AutoModelForCausalLM.from_pretrained({path!r})",
+    "nanogpt": "safetensors.torch.load_file({weights!r})",
 }
 _NOTES = {
     "transformers": "Where norms were are nn.Identity, or affine maps that no weight took up; the modeling file beside "
@@ -87,11 +87,11 @@ def export(
         # Written beside or inside `out` and moved there once complete: a refused form leaves nothing behind.
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=place))
         rows = _write(directory, folded, to, work, trust_remote_code)
+        work.chmod(0o755)  # A copy of a read-only run is read-only.
         if out.is_dir():  # It may be a link, a mount or the current directory, which can't be replaced.
             for path in work.iterdir():
                 path.rename(out / path.name)
         else:
-            work.chmod(0o755)
             work.rename(out)
     except (OSError, SafetensorError) as error:
         raise UnnormError(
@@ -100,7 +100,8 @@ def export(
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
-    return Exported(to, out, rows, _LOAD[to].format(path=out), _NOTES[to])
+    loaded = _LOAD[to].format(path=str(out), weights=str(out / "model.safetensors"))
+    return Exported(to, out, rows, loaded, _NOTES[to])
 
 
 def _write(directory: Path, folded: PreTrainedModel, to: Form, out: Path, trust_remote_code: bool) -> list[FormError]:

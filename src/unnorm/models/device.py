@@ -1,6 +1,9 @@
-"""Where a model runs, and how much memory is free there."""
+"""Where a model runs, and how much memory is free and used there."""
 
 import gc
+import sys
+from contextlib import suppress
+from pathlib import Path
 
 import psutil
 import torch
@@ -15,6 +18,26 @@ def free_memory(device: str) -> int:
         torch.cuda.empty_cache()
         return int(torch.cuda.mem_get_info()[0])
     return int(psutil.virtual_memory().available)
+
+
+def reset_peak_memory(device: str) -> None:
+    """Let the peak be that of what follows; on macOS and Windows the CPU's stays that of the process so far."""
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size.
+
+
+def peak_memory_mb(device: str) -> float:
+    """Peak memory since the last reset: torch's on a GPU, otherwise the process's."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 2**20
+    if sys.platform == "win32":
+        return float(psutil.Process().memory_info().peak_wset) / 2**20
+    from resource import RUSAGE_SELF, getrusage  # Windows has no such module.
+
+    return getrusage(RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def choose_device(device: str | torch.device) -> str:

@@ -57,11 +57,11 @@ def choose_context(asked: int | None, *models: PreTrainedModel) -> int:
     """
     longest = min(context_length(model) for model in models)
     context = min(longest, MOST_CONTEXT) if asked is None else asked
-    if context > longest:
-        raise UnnormError(f"--context {context} is longer than the {longest} tokens that the model takes.")
     if not isinstance(context, Integral):
         raise UnnormError(f"--context {context} is not a whole number of tokens.")
     context = int(context)
+    if context > longest:
+        raise UnnormError(f"--context {context} is longer than the {longest} tokens that the model takes.")
     if context < 2:
         raise UnnormError(f"--context {context} is too short: a block takes at least 2 tokens.")
     return context

@@ -5,11 +5,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -19,8 +17,9 @@ from unnorm.data import evenly_spaced
 from unnorm.evaluation import Evaluation
 from unnorm.evaluation.intervals import Interval
 from unnorm.folding.checkpoint import load, load_sites, load_unfolded
-from unnorm.json_text import json_text
+from unnorm.json_text import finite, json_text
 from unnorm.modeling.modeling_unnorm import limits_of
+from unnorm.models.device import peak_memory_mb
 from unnorm.proof.verify import check_twin
 from unnorm.removal.blocks import text_digest
 from unnorm.removal.facts import Facts
@@ -42,6 +41,7 @@ from unnorm.runs.directory import (
     write_text,
 )
 from unnorm.sites.find import idle_norm_modules, norm_modules
+from unnorm.versions import versions
 
 SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 4, 32, 48
 
@@ -90,7 +90,7 @@ def conclude(run: Run, facts: Facts, control: PreTrainedModel | None, started: f
     for trained in (run.directory, run.directory / CONTROL):
         _keep_logs(trained)
         shutil.rmtree(trained / CHECKPOINTS, ignore_errors=True)
-    return result
+    return finite(result)
 
 
 def _keep_logs(directory: Path) -> None:
@@ -181,7 +181,7 @@ def _result(
         "waited_steps": trained.get("waited", 0),
         "set_backs": trained.get("set_back", 0),
         "validation_tokens": lnfree.tokens,
-        "peak_memory_mb": _peak_memory_mb(run.plan.device),
+        "peak_memory_mb": peak_memory_mb(run.plan.device),
         "sites": len(run.sites),
         "norm_modules_left": len(norm_modules(twin)),
         "idle_norms": idle_norm_modules(twin),
@@ -189,21 +189,10 @@ def _result(
         "twin": None if run.config.twin is None else str(run.config.twin),
         "directory": str(run.directory),
         "plan": run.plan.model_dump() | {"cuda_graph": run.plan.records_steps},
-        "versions": {name: version(name) for name in ("unnorm", "torch", "transformers", "datasets")}
-        | {"python": sys.version.split()[0]},
+        "versions": versions() | {"python": sys.version.split()[0]},
     }
 
 
 def _ends(interval: Interval | None) -> list[float] | None:
     """An interval as `result.json` stores it."""
     return None if interval is None else list(interval)
-
-
-def _peak_memory_mb(device: str) -> float:
-    if device.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 2**20
-    if sys.platform == "win32":
-        return float(psutil.Process().memory_info().peak_wset) / 2**20
-    from resource import RUSAGE_SELF, getrusage  # Windows has no such module.
-
-    return getrusage(RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

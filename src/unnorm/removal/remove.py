@@ -7,14 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from unnorm import processes
 from unnorm.errors import RunInterruptedError, UnnormError, explained, first_few
 from unnorm.folding.checkpoint import load, save_folded, save_model, save_sites, save_unfolded
 from unnorm.isolation import isolated
-from unnorm.models.device import choose_device
+from unnorm.models.device import choose_device, reset_peak_memory
 from unnorm.models.load import load_original, weights_digest
 from unnorm.models.running import copy_model, fuse_activations
 from unnorm.progress import Watch, say, silent
@@ -112,8 +111,7 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watch) -> Run:
     plan = processes.agree(lambda: _plan(config, model))
     check_disk(directory, model)
     set_seed(config.seed)
-    if plan.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    reset_peak_memory(plan.device)
     model.to(plan.device).requires_grad_(False)
     fuse_activations(model)
     held_out = processes.agree(lambda: write_blocks(config, plan, model, tokenizer, directory, watch))

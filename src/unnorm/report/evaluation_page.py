@@ -52,6 +52,7 @@ def _row(row: Evaluation, original: str | None) -> dict[str, Any]:
         "difference_interval": _signed(row.difference_ci),
         "resolved": row.difference_ci is not None and not row.difference_ci[0] <= 0 <= row.difference_ci[1],
         "perplexity": fixed(row.perplexity, 2),
+        "perplexity_interval": "" if row.perplexity_ci is None else interval(row.perplexity_ci, 2),
         "bits_per_byte": fixed(row.bits_per_byte),
         "kl": significant(row.kl),
         "jsd": significant(row.jsd),

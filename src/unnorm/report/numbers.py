@@ -84,10 +84,10 @@ def duration(value: Any) -> str:
     return f"{minutes} minutes" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def interval(value: Any) -> str:
+def interval(value: Any, places: int = 4) -> str:
     """A confidence interval, low to high."""
     ends = list(value) if isinstance(value, list | tuple) else []
-    return f"{fixed(ends[0])} to {fixed(ends[1])}" if len(ends) == 2 else MISSING
+    return f"{fixed(ends[0], places)} to {fixed(ends[1], places)}" if len(ends) == 2 else MISSING
 
 
 def _minus(text: str) -> str:

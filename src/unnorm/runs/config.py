@@ -9,6 +9,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
@@ -80,10 +81,10 @@ class RemoveConfig(BaseModel):
     trust_remote_code: bool = Field(default=False, description="run modeling code that comes with the model")
     report_to: list[str] = Field(default_factory=list, description="wandb, trackio, tensorboard, …")
 
-    @field_validator("model", "data", mode="before")
+    @field_validator("model", "data", "device", mode="before")
     @classmethod
-    def _path_as_text(cls, value: Any) -> Any:
-        return str(value) if isinstance(value, Path) else value
+    def _as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path | torch.device) else value
 
     @field_validator("tokens", mode="before")
     @classmethod

@@ -44,7 +44,13 @@ def short_name(source: str) -> str:
 
 
 def named_path(source: str | Path) -> Path:
-    """A name as a path, whether or not it exists; `~` is expanded unless its user is unknown."""
+    """A name as a path, whether or not it exists; `~` is expanded unless its user is unknown.
+
+    Raises:
+        UnnormError: it is neither a name nor a path.
+    """
+    if not isinstance(source, str | os.PathLike):
+        raise UnnormError(f"Give a name or a path, not a {type(source).__name__}.")
     return Path(os.path.expanduser(source))  # noqa: PTH111 (pathlib's raises where there is no such user)
 
 
@@ -57,7 +63,8 @@ def write_text(path: Path, text: str) -> None:
     unfinished = path.with_name(f".{path.name}")
     end = "\n" if text and not text.endswith("\n") else ""
     try:
-        unfinished.write_text(text + end, encoding="utf-8")
+        # File names that are not UTF-8 are escaped.
+        unfinished.write_text(text + end, encoding="utf-8", errors="backslashreplace")
         unfinished.replace(path)
     except OSError as error:
         with suppress(OSError):
@@ -98,6 +105,10 @@ def nearest_existing(directory: Path) -> Path:
 
 def check_can_be_made(directory: Path) -> None:
     """Raise an UnnormError if a directory can't be created or, where it exists, written to."""
+    try:
+        str(directory).encode()
+    except UnicodeEncodeError as error:
+        raise UnnormError(f"{str(directory)!r} is not UTF-8. Choose another --out.") from error
     place = nearest_existing(directory)
     if not place.is_dir():
         raise UnnormError(f"'{directory}' can't be created: '{place}' is a file. Choose another --out.")

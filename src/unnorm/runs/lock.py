@@ -38,7 +38,8 @@ def held(directory: Path) -> Iterator[None]:
         yield
     finally:
         if lock.is_locked:
-            (directory / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # Windows deletes no open file; there filelock does it on release.
+                (directory / LOCK).unlink()
             lock.release()
             with suppress(OSError):  # Not empty: something was written.
                 for made in missing:

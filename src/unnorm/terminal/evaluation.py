@@ -48,7 +48,7 @@ def _loss_table(rows: Sequence["Evaluation"]) -> FittingTable:
             escape(row.data),
             _with_interval(_or_dash(row.loss, ".4f"), row.loss_ci, ".3f"),
             _with_interval(_or_dash(row.difference, "+.4f"), row.difference_ci, "+.4f"),
-            _or_dash(row.perplexity, ".2f"),
+            _with_interval(_or_dash(row.perplexity, ".2f"), row.perplexity_ci, ".2f"),
             _or_dash(row.bits_per_byte, ".4f"),
         )
     return table

@@ -89,8 +89,7 @@ def _agreement(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _naive_removal(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     if not knows_naive_removal(result):
         return []
-    loss = result["naive_loss"]  # None in a result that was read from its file.
-    return [("loss, naive removal", fixed(math.nan if loss is None else loss), "constant scales, no training")]
+    return [("loss, naive removal", fixed(result["naive_loss"]), "constant scales, no training")]
 
 
 def _worse_than_naive(result: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -119,7 +118,7 @@ def _limits(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def _increase(result: dict[str, Any]) -> str:
     """The twin's loss minus the original's on the same tokens, with its interval."""
-    if not math.isfinite(result["lnfree_loss"]):
+    if result["lnfree_loss"] is None:
         return ""
     increase = fixed(result["lnfree_loss"] - result["teacher_loss"], "+")
     ends = result["loss_increase_ci"]

@@ -12,9 +12,9 @@ def whole(lines: str) -> Text:
     return Text(lines, no_wrap=True, overflow="ignore")
 
 
-def fixed(value: float, sign: str = "") -> str:
+def fixed(value: float | None, sign: str = "") -> str:
     """Four decimals; three digits and a power of ten where a model went astray. `sign` is `+` to show it always."""
-    if not math.isfinite(value):
+    if value is None or not math.isfinite(value):  # None is how JSON has what is not finite.
         return "overflows"
     return f"{value:{sign}{'.4f' if abs(value) < MOST_FIXED else '.3g'}}"
 
