@@ -64,7 +64,7 @@ def measure(recipe: str, tokens: int, seed: int, lr: float | None, console: Cons
             )
         except unnorm.UnnormError as error:
             return {"recipe": recipe, "tokens": tokens, "seed": seed, "lr": lr, "error": str(error)}
-    keys = (*MEASURES, "control_loss", "control_kl", "teacher_loss", "naive_kl", "skipped_steps", "plan")
+    keys = (*MEASURES, "control_loss", "control_kl", "teacher_loss", "naive_kl", "skipped_steps", "plan", "seconds")
     named = {"recipe": recipe, "tokens": tokens, "seed": seed, "lr": result["plan"]["lr"]}
     return {**named, **{key: result[key] for key in keys}}
 

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import SETTINGS
+from unnorm import evaluate, remove
 from unnorm.analysis.analyze import analyze
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -76,6 +78,18 @@ def test_report(browser: Any, finished_run: Path) -> None:
     # Nothing was trained, so there is no course of a run to show.
     figures = {"scales", "positions", "density", "kl", "entropy"}
     assert_page_works(browser, finished_run / "report.html", figures)
+
+
+def test_report_of_a_trained_run(browser: Any, tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    remove(tiny_model_dir, data=text_file, out=tmp_path / "run", control=True, **SETTINGS)
+    figures = {"run", "scales", "positions", "density", "kl", "entropy"}
+    assert_page_works(browser, tmp_path / "run" / "report.html", figures)
+
+
+def test_evaluation(browser: Any, finished_run: Path, tmp_path: Path) -> None:
+    evaluate(finished_run, tokens=1000, out=tmp_path / "evaluation", device="cpu")
+    figures = {"positions", "calibration", "density", "kl", "entropy"}
+    assert_page_works(browser, tmp_path / "evaluation" / "evaluation.html", figures)
 
 
 def test_analysis(browser: Any, finished_run: Path, tmp_path: Path) -> None:

@@ -250,6 +250,19 @@ def test_the_runs_text_has_its_column_when_it_is_named_again(
     assert other["earlier_data"] == [str(data)]
 
 
+def test_another_split_of_the_runs_text_is_other_text(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    words = text_file.read_text()
+    for split, part in (("train", words), ("validation", words[::-1])):
+        (tmp_path / "data" / f"{split}.jsonl").write_text("".join(
+            json.dumps({"text": part[at : at + 400]}) + "\n" for at in range(0, len(part) - 400, 400)
+        ))  # fmt: skip
+    options: dict[str, Any] = {"data": tmp_path / "data", "tokens": 512, "device": "cpu", "dtype": "float32"}
+    unnorm.remove(tiny_model_dir, out=tmp_path / "run", context=32, **options)
+    healed = unnorm.heal(tmp_path / "run", split="validation", out=tmp_path / "healed", **options)
+    assert healed["verified"] and healed["earlier_data"] == [str(tmp_path / "data")]
+
+
 def test_text_named_by_a_relative_path_is_the_same_text_when_healed(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
@@ -31,18 +32,19 @@ class CancelledError(Exception):
     """The caller's own."""
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
 def test_the_callers_grad_mode_does_not_matter(
     mode: Any, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file)}
     unnorm.remove(out=tmp_path / "a", **options)
     with mode():
+        before = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
         unnorm.remove(out=tmp_path / "b", **options)
         assert all(check.passed for check in unnorm.verify(tmp_path / "b"))
         assert unnorm.stats(tiny_model_dir, text_file, context=32)
         unnorm.analyze(tmp_path / "b", what=["attribution", "scales"], tokens=256, context=32)
-        assert not torch.is_grad_enabled()
+        assert (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")) == before
     assert_same_weights(tmp_path / "a", tmp_path / "b")
 
 
@@ -161,6 +163,23 @@ def test_a_watch_may_wait_for_another_thread(tiny_model_dir: Path, text_file: Pa
 
     unnorm.remove(tiny_model_dir, data=text_file, out=tmp_path / "run", watch=watch, tokens=0, context=32, device="cpu")
     assert len(loaded) == 1
+
+
+def test_the_callers_accelerator_is_left_alone(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    mine = Accelerator(gradient_accumulation_steps=8)
+    before = mine.mixed_precision, mine.gradient_accumulation_steps, str(mine.device)
+    options = {**SETTINGS, "tokens": 512, "dtype": "bfloat16", "data": text_file}
+    unnorm.remove(tiny_model_dir, out=tmp_path / "run", **options)
+    assert (mine.mixed_precision, mine.gradient_accumulation_steps, str(mine.device)) == before
+    assert Accelerator(mixed_precision=mine.mixed_precision).mixed_precision == before[0]
+
+
+def test_what_watch_raises_in_a_nested_call_comes_out_as_it_is(finished_run: Path, tmp_path: Path) -> None:
+    def watch(_: dict[str, Any]) -> None:
+        raise FileNotFoundError(2, "no such log", "/my/log.txt")
+
+    with pytest.raises(FileNotFoundError):
+        unnorm.heal(finished_run, tokens=512, out=tmp_path / "healed", watch=watch, device="cpu")
 
 
 def test_a_watch_of_nested_calls_lets_others_in_once_for_all() -> None:

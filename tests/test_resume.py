@@ -483,6 +483,19 @@ def test_a_control_that_is_in_the_way_may_be_let_go_of(
     assert (result["verified"], result["control_loss"]) == (True, None)
 
 
+def test_text_that_is_divided_differently_by_then_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    words, data = text_file.read_text(), tmp_path / "rows.jsonl"
+    rows = [json.dumps({"text": words[number * 200 :][:400]}) + "\n" for number in range(150)]
+    data.write_text("".join(rows[:20]))
+    crash(monkeypatch, model=str(tiny_model_dir), data=str(data), out=tmp_path / "run")
+    data.write_text("".join(rows))
+    with pytest.raises(unnorm.UnnormError, match=r"by a hash of its .*, but for the run it was the last tenth"):
+        unnorm.remove(out=tmp_path / "run", resume=True, tokens=2 * SETTINGS["tokens"])
+    assert unnorm.remove(out=tmp_path / "run", resume=True)["verified"]
+
+
 def test_a_control_of_fewer_tokens_is_trained_anew(
     monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -47,6 +47,13 @@ def test_sequential_goes_in_the_papers_order_at_the_papers_times(layers: int) ->
     assert all(removal.start == removal.end for removal in schedule.removals)
 
 
+def test_near_the_end_kl_is_no_reason_to_wait() -> None:
+    for share, moves in ((0.92, False), (0.94, True)):
+        controller = FidelityController(kl_budget=0.1, end=0.4, position=share * 0.4, running_kl=0.2)
+        controller.advance(0.2, refused=False, steps=1000)
+        assert (controller.position > share * 0.4) is moves is controller.arrived
+
+
 def test_sequential_keeps_unsplit_attention_in_one_piece() -> None:
     schedule = sequential(SITES, [])
     assert len(schedule.removals) == len(SITES)

@@ -4,11 +4,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pandas as pd
 import pytest
+import torch
 from transformers import GPT2LMHeadModel
 
 import unnorm
 from tests.conftest import Cli
+from unnorm.runs.config import RemoveConfig
 
 
 def test_a_path_that_can_not_be(refused: Callable[..., str], tiny_model_dir: Path) -> None:
@@ -146,6 +149,24 @@ def test_a_model_in_memory_is_no_name(tiny_model: GPT2LMHeadModel) -> None:
     for ask in (unnorm.stats, unnorm.evaluate, lambda model: unnorm.evaluate([model])):
         with pytest.raises(unnorm.UnnormError, match="not a GPT2LMHeadModel"):
             ask(tiny_model)
+
+
+def test_values_of_other_types_are_taken_or_refused_in_words(finished_run: Path, tiny_model_dir: Path) -> None:
+    for call, message in (
+        (lambda: unnorm.evaluate(finished_run, context="64"), "--context 64 is not a whole number"),
+        (lambda: unnorm.audit(finished_run, context=16.5), "--context 16.5 is not a whole number"),
+        (lambda: unnorm.verify({"directory": "x"}), "not a dict"),
+        (lambda: unnorm.load(None), "not a NoneType"),
+        (lambda: unnorm.analyze(finished_run, prompts=[{"clean": "a"}]), "not a list"),
+        (lambda: unnorm.evaluate(finished_run, items=[1]), r"--items \[1\]"),
+    ):
+        with pytest.raises(unnorm.UnnormError, match=message):
+            call()
+    assert RemoveConfig.create(device=torch.device("cpu")).device == "cpu"
+    several = pd.Series([str(finished_run.parent / "gone.txt")])
+    for data in (several, several.to_numpy(), {"mine": several[0]}):
+        with pytest.raises(unnorm.UnnormError, match=r"gone\.txt"):
+            unnorm.evaluate(tiny_model_dir, data=data)
 
 
 def test_a_process_that_is_not_the_first_says_what_it_alone_meets(

@@ -116,7 +116,7 @@ def breaking(step: int, broken: Path) -> Any:
     return Breaks
 
 
-@pytest.mark.parametrize("broken_at", [9, 10, 12])
+@pytest.mark.parametrize("broken_at", [9, 10, 12, 29])
 def test_an_update_that_breaks_the_model_is_taken_back(
     broken_at: int, tiny_model: PreTrainedModel, saved: Saved, tmp_path: Path
 ) -> None:
@@ -131,7 +131,23 @@ def test_an_update_that_breaks_the_model_is_taken_back(
             out=tmp_path / "run", kl_budget=100, device="cpu", dtype="float32", recipe="tapernorm",
         )  # fmt: skip
     assert (tmp_path / "broken").exists()
-    assert result["skipped_steps"] == RESTORE_AFTER and result["verified"]
+    assert result["skipped_steps"] == min(RESTORE_AFTER, 30 - broken_at) and result["verified"]
+    assert result["lnfree_loss"] < 2 * result["teacher_loss"]
+
+
+def test_weights_are_remembered_at_few_steps_of_a_long_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    guard, model = GuardCallback(), nn.Linear(1, 1)
+    arguments, control, remembered = TrainingArguments(str(tmp_path)), TrainerControl(), list[int]()
+    state = TrainerState(max_steps=200)
+    monkeypatch.setattr(
+        guard, "_remember", lambda _: remembered.append(state.global_step) or setattr(guard, "to_remember", False)
+    )
+    guard.on_train_begin(arguments, state, control, model=model)
+    for state.global_step in range(1, 201):
+        model.weight.grad = torch.full((1, 1), 0.1)
+        guard.on_pre_optimizer_step(arguments, state, control, model=model)
+        guard.on_step_end(arguments, state, control, model=model)
+    assert 50 <= len(remembered) <= 52
 
 
 def test_a_resumed_guard_goes_on_as_it_was(tmp_path: Path) -> None:

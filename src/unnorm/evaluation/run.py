@@ -26,7 +26,7 @@ from unnorm.models.load import model_name
 from unnorm.progress import Watch, say, silent
 from unnorm.runs.config import check_seed, read_count
 from unnorm.runs.directory import short_name
-from unnorm.runs.text import TextSource, blaming_the_run, check_divided_alike, choose_text
+from unnorm.runs.text import TextSource, blaming_the_run, choose_text
 from unnorm.versions import versions
 
 
@@ -167,7 +167,7 @@ def _open_corpora(
         with explained(its_own, "", f"Or give other text for this corpus of the suite: --data {name}=SOURCE."):
             try:
                 corpus = open_corpus(name, source, tokenizer, vocab_size, context, tokens, field, split, of)
-                check_divided_alike(source, text.division, corpus.held_out.division)
+                text.check_divided(corpus.held_out.division)
                 opened.append(corpus)
             except NothingLeftError as error:
                 left_out.append(str(error))

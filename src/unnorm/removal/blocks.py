@@ -33,7 +33,7 @@ from unnorm.removal.run import Run
 from unnorm.runs.config import RemoveConfig, read_config_file, run_settings
 from unnorm.runs.directory import CHECKPOINTS, CONFIG_FILE, CONTROL, DATA, HELD_OUT, finished_result, write_text
 from unnorm.runs.plan import Plan
-from unnorm.runs.text import check_divided_alike, choose_text
+from unnorm.runs.text import TextSource, choose_text
 
 TRAINING_OVERSAMPLING = 4
 """Factor by which more text is read, then thinned evenly: neighbouring blocks share a document and are redundant."""
@@ -58,13 +58,16 @@ def write_blocks(
     chosen = _as_chosen(config, plan)
     if note.is_file() and read_config_file(directory / CONFIG_FILE).get("tokens") == plan.tokens:
         chosen.save(directory / CONFIG_FILE)
-        words, *division = note.read_text(encoding="utf-8").splitlines()
-        return HeldOut(words, *(division or [words]))
+        return _noted(note)
     train_blocks = max(CALIBRATION_BLOCKS, math.ceil(plan.tokens / plan.context))
     blocks = _read_blocks(config, plan, model, tokenizer, train_blocks, watch)
     if config.twin is not None:
-        text = choose_text(run_settings(config.twin), config.data)
-        check_divided_alike(config.data, text.division, blocks.held_out.division)
+        text = choose_text(run_settings(config.twin), config.data, config.text_field, config.split)
+        text.check_divided(blocks.held_out.division)
+    elif note.is_file() and (directory / CHECKPOINTS).is_dir():  # Of a run that goes on with more tokens.
+        TextSource(config.data, config.text_field, config.split, True, _noted(note).division).check_divided(
+            blocks.held_out.division
+        )
     train = _choose(blocks.train, train_blocks, config)
     if times := _times_over(len(train), plan):
         say(watch, times)
@@ -95,6 +98,11 @@ def write_blocks(
     except OSError as error:
         raise UnnormError(f"Could not write to '{directory}': {error}.") from error
     return blocks.held_out
+
+
+def _noted(note: Path) -> HeldOut:
+    words, *division = note.read_text(encoding="utf-8").splitlines()
+    return HeldOut(words, *(division or [words]))
 
 
 def read_blocks(directory: Path, config: RemoveConfig) -> tuple[Dataset, Dataset | None, Dataset]:

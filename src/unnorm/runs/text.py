@@ -51,20 +51,19 @@ class TextSource(NamedTuple):
         with blaming_the_run(self.is_own):
             source = self.data, tokenizer, vocab_size, context, count, self.text_field, self.split
             blocks, held_out = held_out_blocks(*source)
-            check_divided_alike(self.data, self.division, held_out.division)
+            self.check_divided(held_out.division)
             return blocks
 
+    def check_divided(self, now: str) -> None:
+        """Raise an UnnormError if a run's text is divided in another way now: held-out text may have been trained on.
 
-def check_divided_alike(data: str, was: str | None, now: str) -> None:
-    """Raise an UnnormError if a run's text is divided in another way now: what is held out may have been trained on.
-
-    That happens where files are renamed, or where few documents become many.
-    """
-    if was is not None and was != now:
-        raise UnnormError(
-            f"Of '{data}' {now} would be held out, but for the run it was {was}: the twin has seen some of this text. "
-            "Put the files back as they were, or name other text with --data."
-        )
+        That happens where files are renamed, or where few documents become many.
+        """
+        if self.division is not None and self.division != now:
+            raise UnnormError(
+                f"Of '{self.data}' {now} would be held out, but for the run it was {self.division}: the twin has seen "
+                "some of this text. Put the files back as they were, or name other text with --data."
+            )
 
 
 def choose_text(

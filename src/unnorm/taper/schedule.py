@@ -84,7 +84,7 @@ class FidelityController:
 
     Attributes:
         kl_budget: KL above which the clock waits, in nats per token.
-        end: position at which the schedule has removed everything; from there on the clock no longer waits.
+        end: position at which the schedule has removed everything; from `LANDING` of it on the clock no longer waits.
         position: the clock's time, at which the schedule is evaluated.
         speed: as a share of full speed.
         running_kl: running average of KL over steps; None before the first.

@@ -234,6 +234,12 @@ class GuardCallback(TrainerCallback, ExportableState):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.to_remember = True  # As a run resumed from this checkpoint does.
 
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+    ) -> None:
+        if self.in_a_row and not self.diverged:  # No step is left to tell whether the last applied one broke them.
+            self._restore(model)
+
     @torch.no_grad()
     def _remember(self, model: nn.Module) -> None:
         self.to_remember = False
