@@ -487,8 +487,8 @@ def test_text_that_is_divided_differently_by_then_is_refused(
     monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     words, data = text_file.read_text(), tmp_path / "rows.jsonl"
-    rows = [json.dumps({"text": words[number * 200 :][:400]}) + "\n" for number in range(150)]
-    data.write_text("".join(rows[:20]))
+    rows = [json.dumps({"text": words[number * 100 :][:4000]}) + "\n" for number in range(150)]
+    data.write_text("".join(rows[:4]))
     crash(monkeypatch, model=str(tiny_model_dir), data=str(data), out=tmp_path / "run")
     data.write_text("".join(rows))
     with pytest.raises(unnorm.UnnormError, match=r"by a hash of its .*, but for the run it was the last tenth"):
