@@ -14,7 +14,7 @@ from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
 from tests.conftest import Saved
-from tests.families import IDS, random_model
+from tests.families import FAMILIES, IDS, random_model
 from unnorm.errors import UnnormError
 from unnorm.folding.checkpoint import load_unfolded
 from unnorm.models.load import check_same_tokenizer, load_original
@@ -23,6 +23,13 @@ from unnorm.models.sizes import blocks_at_once, context_length
 
 OPT: dict[str, Any] = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "word_embed_proj_dim": 32}
 SIZES: dict[str, Any] = {"vocab_size": 64, "num_attention_heads": 4, "max_position_embeddings": 64, **IDS}
+
+
+def with_jitter(config: Any) -> Any:
+    config.router_jitter_noise = 0.1
+    return config
+
+
 NOISY = {
     "gpt2, in modules": lambda: hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64, **IDS),
     "opt, in numbers": lambda: hf.OPTConfig(**SIZES, **OPT, attention_dropout=0.2, layerdrop=0.5),
@@ -32,15 +39,7 @@ NOISY = {
     "llama": lambda: hf.LlamaConfig(
         **SIZES, hidden_size=32, intermediate_size=48, num_hidden_layers=2, attention_dropout=0.3
     ),
-    "mixtral, in the router": lambda: hf.MixtralConfig(
-        **SIZES,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        router_jitter_noise=0.1,
-    ),
+    "mixtral, in the router": lambda: with_jitter(FAMILIES["mixtral"][0]()),
 }
 
 
