@@ -300,3 +300,60 @@ def test_signals_are_handled_as_before_once_a_run_ends(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):  # The second one stops at once.
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_first_step_without_text_tells_the_controller_nothing(tmp_path: Path) -> None:
+    kls = iter([None, 0.6, None, 0.6])
+    controller = FidelityController(end=0.0)
+    guard, model = GuardCallback(controller, lambda: next(kls)), torch.nn.Linear(1, 1)
+    arguments, state, control = TrainingArguments(str(tmp_path)), TrainerState(max_steps=100), TrainerControl()
+    guard.on_train_begin(arguments, state, control, model=model)
+    seen = []
+    for _ in range(4):
+        state.global_step += 1
+        model.weight.grad = torch.ones(1, 1)
+        guard.on_pre_optimizer_step(arguments, state, control, model=model)
+        guard.on_step_end(arguments, state, control, model=model)
+        seen.append(controller.running_kl)
+    assert seen == [None, *[pytest.approx(0.6)] * 3]
+    assert controller.set_back == 0
+    assert guard.state()["attributes"]["kl"] == 0.6
+
+
+@pytest.mark.parametrize(("position", "expected"), [(0.2, 1), (0.5, 0)])
+def test_a_spike_counts_once_though_steps_without_text_follow(position: float, expected: int, tmp_path: Path) -> None:
+    kls = iter([0.1, 0.1, 0.8, None, None, 0.1])
+    controller = FidelityController(end=0.4, position=position)
+    guard, model = GuardCallback(controller, lambda: next(kls)), torch.nn.Linear(1, 1)
+    arguments, state, control = TrainingArguments(str(tmp_path)), TrainerState(max_steps=100), TrainerControl()
+    guard.on_train_begin(arguments, state, control, model=model)
+    for _ in range(6):
+        model.weight.grad = torch.ones(1, 1)
+        guard.on_pre_optimizer_step(arguments, state, control, model=model)
+        guard.on_step_end(arguments, state, control, model=model)
+    assert (controller.set_back, controller.bad_in_a_row) == (expected, 0)
+
+
+def test_a_refused_step_without_text_counts(tmp_path: Path) -> None:
+    controller = FidelityController(end=0.5, position=0.4)
+    guard, model = GuardCallback(controller, lambda: None), torch.nn.Linear(1, 1)
+    arguments, state, control = TrainingArguments(str(tmp_path)), TrainerState(max_steps=100), TrainerControl()
+    guard.on_train_begin(arguments, state, control, model=model)
+    model.weight.grad = torch.full((1, 1), math.nan)
+    guard.on_pre_optimizer_step(arguments, state, control, model=model)
+    guard.on_step_end(arguments, state, control, model=model)
+    assert controller.set_back == 1
+
+
+def test_weights_that_may_come_back_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    guard, model = GuardCallback(), torch.nn.Linear(1, 1)
+    arguments, state, control = TrainingArguments(str(tmp_path)), TrainerState(max_steps=100), TrainerControl()
+    guard.on_train_begin(arguments, state, control, model=model)
+    model.weight.data.fill_(3.0)
+    guard.on_save(arguments, state, control, model=model)
+    model.weight.grad = torch.full((1, 1), math.nan)
+    guard.on_pre_optimizer_step(arguments, state, control, model=model)
+    assert guard.good["weight"].item() != 3.0  # They are not known to be sound.
+    model.weight.grad = torch.full((1, 1), 0.5)
+    guard.on_pre_optimizer_step(arguments, state, control, model=model)
+    assert guard.good["weight"].item() == 3.0

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache, wraps
+from functools import cached_property, lru_cache, partial
 from importlib import resources
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -241,19 +241,16 @@ def _load(name: str, files: dict[str, str]) -> dict[str, Any]:
 def _let_perplexities_be_infinite(task: Any) -> None:
     """Replace lm-eval's perplexities, which raise OverflowError for a model that went astray, in the task's table."""
     aggregations = task.aggregation()
+    for metric, aggregate in aggregations.items():
+        if metric.endswith("perplexity"):
+            aggregations[metric] = partial(_or_infinite, aggregate)
 
-    def infinite_if_it_overflows(aggregate: Callable[[Any], float]) -> Callable[[Any], float]:
-        @wraps(aggregate)
-        def total(values: Any) -> float:
-            try:
-                return aggregate(values)
-            except OverflowError:
-                return math.inf
 
-        return total
-
-    for metric in filter(lambda name: name.endswith("perplexity"), aggregations):
-        aggregations[metric] = infinite_if_it_overflows(aggregations[metric])
+def _or_infinite(aggregate: Callable[[Any], float], values: Any) -> float:
+    try:
+        return aggregate(values)
+    except OverflowError:
+        return math.inf
 
 
 @lru_cache(maxsize=1)

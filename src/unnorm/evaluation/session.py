@@ -55,7 +55,8 @@ class Session:
     @property
     def computed_by(self) -> dict[str, str]:
         """What else the last digits of the numbers depend on."""
-        return {"device": self.device, **{name: versions()[name] for name in ("torch", "unnorm")}}
+        known = versions()
+        return {"device": self.device, "torch": known["torch"], "unnorm": known["unnorm"]}
 
     def say(self, text: str, tokens: int | None = None) -> None:
         """Announce a measurement to the watch, and how many tokens it takes."""

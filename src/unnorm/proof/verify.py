@@ -20,7 +20,7 @@ from unnorm.modeling.modeling_unnorm import AffineMap
 from unnorm.models.linear import is_linear, linear_weight
 from unnorm.proof.blockwise import float64_logits, in_float64
 from unnorm.runs.directory import MODEL, named_path
-from unnorm.sites.find import idle_norm_modules, norm_modules, unembedding_name
+from unnorm.sites.find import norm_modules, norm_modules_and_idle, unembedding_name
 from unnorm.sites.norm_behaviour import norm_operations
 from unnorm.sites.reading import read_weight
 from unnorm.sites.residual import recorded, replaced_inputs, split_output, writer_of
@@ -107,7 +107,7 @@ def _row(name: str, value: float, limit: float, detail: str) -> Check:
 
 
 def _no_norm_modules(twin: PreTrainedModel) -> Check:
-    left, idle = norm_modules(twin), idle_norm_modules(twin)
+    left, idle = norm_modules_and_idle(twin)
     besides = f"; norms in parts that text does not run: {first_few(idle)}" if idle else ""
     what = ", ".join(left) or "modules whose output ignores input scale"
     return _row("no module is a norm", len(left), 0, what + besides)

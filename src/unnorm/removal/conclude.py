@@ -40,7 +40,7 @@ from unnorm.runs.directory import (
     finished_result,
     write_text,
 )
-from unnorm.sites.find import idle_norm_modules, norm_modules
+from unnorm.sites.find import norm_modules_and_idle
 from unnorm.versions import versions
 
 SAMPLES, PROMPT_TOKENS, SAMPLE_TOKENS = 4, 32, 48
@@ -144,6 +144,7 @@ def _result(
 ) -> dict[str, Any]:
     original, lnfree, control = (evaluations.get(name) for name in ("original", "lnfree", "control"))
     assert original is not None and lnfree is not None
+    left, idle = norm_modules_and_idle(twin)
     trained = rows[-1] if rows else {"tokens": 0, "tokens_per_second": 0.0, "seconds": 0.0}
     return {
         "model": run.config.model,
@@ -183,8 +184,8 @@ def _result(
         "validation_tokens": lnfree.tokens,
         "peak_memory_mb": peak_memory_mb(run.plan.device),
         "sites": len(run.sites),
-        "norm_modules_left": len(norm_modules(twin)),
-        "idle_norms": idle_norm_modules(twin),
+        "norm_modules_left": len(left),
+        "idle_norms": idle,
         "seed": run.config.seed,
         "twin": None if run.config.twin is None else str(run.config.twin),
         "directory": str(run.directory),

@@ -79,12 +79,12 @@ def norm_modules(model: PreTrainedModel) -> list[str]:
     return _norm_names(model, traced(model))
 
 
-def idle_norm_modules(model: PreTrainedModel) -> list[str]:
-    """Paths of norms in parts that a pass over text does not run, such as the vision tower of a multimodal model."""
+def norm_modules_and_idle(model: PreTrainedModel) -> tuple[list[str], list[str]]:
+    """`norm_modules`, and norms in parts that a pass over text does not run, such as a vision tower's."""
     trace = traced(model)
     weights = {name: getattr(module, "weight", None) for name, module in model.named_modules()}
     idle = weights.keys() - trace.inputs.keys() - trace.hidden.keys()
-    return [
+    return _norm_names(model, trace), [
         name
         for name, weight in weights.items()
         if name in idle and isinstance(weight, Tensor) and is_norm(model.get_submodule(name), weight.shape[-1])
