@@ -2,16 +2,20 @@
 
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
 from tests.conftest import END_OF_TEXT, Cli
-from unnorm.data import own_text
+from unnorm.data import Blocks, own_text
 from unnorm.errors import UnnormError
+from unnorm.removal.blocks import with_stress
+from unnorm.removal.run import Run
 
 CONTEXT, BLOCKS = 24, 200
 
@@ -77,6 +81,39 @@ def test_norms_are_removed_without_a_corpus(cli: Cli, tiny_model_dir: Path, text
     assert "Name text with --data" in failed.err.replace("\n", " ")
     assert "Traceback" not in failed.err
     assert cli("audit", out, "--tokens", 64, "--data", text_file, "--json").out.startswith("{")
+
+
+def test_a_corpus_and_own_text_can_be_mixed(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def write(*args: Any) -> Blocks:
+        asked.append(args[3])
+        blocks = own_text(*args)
+        written.update(map(tuple, blocks.train["input_ids"]))
+        return blocks
+
+    def remember(run: Run) -> Dataset:
+        train.extend(map(tuple, run.train_blocks["input_ids"]))
+        return with_stress(run)
+
+    train: list[tuple[int, ...]] = []
+    written: set[tuple[int, ...]] = set()
+    monkeypatch.setattr("unnorm.removal.blocks.own_text", write)
+    monkeypatch.setattr("unnorm.removal.remove.with_stress", remember)
+    common = {"model": str(tiny_model_dir), "data": str(text_file), "context": 32, "device": "cpu"}
+    out = tmp_path / "run"
+    result = unnorm.remove(tokens=64 * 32, self_share=0.25, out=out, **common)
+    assert asked == [16] and result["self_share"] == 0.25
+    assert len(train) == 64 and len(written) == 16 and set(train[-16:]) == written and not written & set(train[:-16])
+    # What is measured is measured on the corpus.
+    plain = unnorm.remove(tokens=0, out=tmp_path / "plain", **common)
+    assert (result["teacher_loss"], result["held_out"]) == (plain["teacher_loss"], plain["held_out"])
+    assert "25.0% of the training text" in (out / "report.html").read_text()
+    assert "25.0% of the training text" in (out / "model" / "README.md").read_text()
+    with pytest.raises(UnnormError, match=r"self_share: with --data self the model writes all text"):
+        unnorm.remove(model=tiny_model_dir, data="self", self_share=0.5, out=tmp_path / "both")
 
 
 def test_a_tokenizer_without_a_first_token_is_refused(

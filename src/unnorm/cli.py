@@ -141,6 +141,9 @@ def remove(
     stress_share: Annotated[
         float, typer.Option(help="Share of training sequences that are random, repeated or foreign tokens.")
     ] = 0.2,
+    self_share: Annotated[
+        float, typer.Option(help="Share of training text that the model writes itself; the rest is from --data.")
+    ] = 0.0,
     keep: Annotated[str | None, typer.Option(help="Keep norms whose path matches this regular expression.")] = None,
     in_place: Annotated[
         bool,

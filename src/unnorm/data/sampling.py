@@ -1,4 +1,4 @@
-"""Text that a model writes itself, for removing its norms without a corpus (`--data self`)."""
+"""Text that a model writes itself, in place of a corpus (`--data self`) or beside one (`--self-share`)."""
 
 from collections.abc import Callable
 
@@ -16,6 +16,8 @@ from unnorm.models.sizes import vocabulary_size
 _LOGITS_AT_ONCE, _GPU_LOGITS_AT_ONCE = 2**20, 2**26
 _CACHE_SHARE = 0.5
 """Share of free memory for keys and values, which transformers copies as they grow."""
+
+_REMEDY = "Name text with --data, and leave out --self-share."
 
 
 def own_text(
@@ -47,8 +49,8 @@ def own_text(
     start = next((token for token in begins if token is not None), None)
     if start is None:
         raise UnnormError(
-            f"--data {OWN_TEXT}: the tokenizer has neither a begin-of-text nor an end-of-text token for the model to "
-            "start from. Name text with --data."
+            "The model can't write text itself: its tokenizer has neither a begin-of-text nor an end-of-text token to "
+            f"start from. {_REMEDY}"
         )
     at_once = _blocks_at_once(model, context)
     blocks: list[Tensor] = []
@@ -83,8 +85,8 @@ def _write(model: PreTrainedModel, start: int, blocks: int, context: int) -> Int
         cache = output.past_key_values
         if cache is None:
             raise UnnormError(
-                f"--data {OWN_TEXT}: {type(model).__name__} has no key-value cache, so writing text would take too "
-                "long. Name text with --data."
+                f"The model can't write text itself: {type(model).__name__} has no key-value cache, so it would take "
+                f"too long. {_REMEDY}"
             )
         ids = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1)
         columns.append(ids)

@@ -60,7 +60,8 @@ def write_blocks(
         chosen.save(directory / CONFIG_FILE)
         return _noted(note)
     train_blocks = max(CALIBRATION_BLOCKS, math.ceil(plan.tokens / plan.context))
-    blocks = _read_blocks(config, plan, model, tokenizer, train_blocks, watch)
+    own_blocks = min(round(config.self_share * train_blocks), train_blocks - 1)
+    blocks = _read_blocks(config, plan, model, tokenizer, train_blocks - own_blocks, watch)
     if config.twin is not None:
         text = choose_text(run_settings(config.twin), config.data, config.text_field, config.split)
         text.check_divided(blocks.held_out.division)
@@ -68,7 +69,10 @@ def write_blocks(
         TextSource(config.data, config.text_field, config.split, True, _noted(note).division).check_divided(
             blocks.held_out.division
         )
-    train = _choose(blocks.train, train_blocks, config)
+    train = _choose(blocks.train, train_blocks - own_blocks, config)
+    if own_blocks:
+        own = own_text(model, tokenizer, plan.context, own_blocks, 0, partial(say, watch))
+        train = concatenate_datasets([train, own.train])
     if times := _times_over(len(train), plan):
         say(watch, times)
     stress = stress_blocks(
@@ -147,7 +151,7 @@ def _times_over(blocks: int, plan: Plan) -> str:
         return ""
     return (
         f"the text has {tokens:,} tokens to train on and will be repeated {plan.tokens / tokens:.1f} times: "
-        "more text, or --data self, would bring the twin closer"
+        "more text, --data self or --self-share would bring the twin closer"
     )
 
 

@@ -149,6 +149,7 @@ def _result(
     return {
         "model": run.config.model,
         "data": run.config.data,
+        "self_share": run.config.self_share,
         "held_out": run.held_out.words,
         "division": run.held_out.division,
         "recipe": run.config.recipe,

@@ -19,6 +19,7 @@ from unnorm.report.sentences import (
     massive_neurons,
     overflowed,
     overflows_everywhere,
+    own_share,
     sources,
     without_norms,
 )
@@ -183,7 +184,8 @@ def _any_layer(name: str) -> str:
 
 def _settings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     plan, versions = result["plan"], result["versions"]
-    further, neurons, limited = healed(result), massive_neurons(result.get("massive_neurons")), limits(result)
+    own, further = own_share(result), healed(result)
+    neurons, limited = massive_neurons(result.get("massive_neurons")), limits(result)
     steps = [
         ("batch size", f"{plan.get('batch_size')} blocks of {plan['context']} tokens"),
         ("peak learning rate", shortest(plan.get("lr"))),
@@ -192,6 +194,7 @@ def _settings(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("recipe", f"`{result['recipe']}`"),
         ("training tokens", count(result.get("tokens"))),
         ("data", ", then ".join(f"`{_published(source)}`" for source in sources(result))),
+        *([("written by the original", own)] if own else []),
         *(steps if result.get("tokens") else []),
         ("seed", str(result.get("seed"))),
         *([("healed further", further)] if further else []),

@@ -31,6 +31,7 @@ from unnorm.report.sentences import (
     massive_neurons,
     overflowed,
     overflows_everywhere,
+    own_share,
     sources,
     without_norms,
     worse_than_naive,
@@ -262,6 +263,8 @@ def _settings(result: dict[str, Any]) -> list[tuple[str, str]]:
     }
     rows = [(words, shapes.get(key, _plain)(result.get(key))) for key, words in SETTINGS]
     rows += [(words, count(result[key])) for key, words in HELD_UP if finite_or_none(result.get(key))]
+    if own := own_share(result):
+        rows.append(("written by the original", own))
     if further := healed(result):
         rows.append(("healed further", further))
     if neurons := massive_neurons(result.get("massive_neurons")):

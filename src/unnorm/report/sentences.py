@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from unnorm.report.numbers import MISSING, count, finite_or_none, fixed, shortest, significant
+from unnorm.report.numbers import MISSING, count, finite_or_none, fixed, percent, shortest, significant
 from unnorm.runs.directory import short_name
 
 
@@ -41,6 +41,12 @@ def overflows_everywhere(result: Mapping[str, Any]) -> bool:
 def sources(result: Mapping[str, Any]) -> list[str]:
     """All texts that the twin was trained on, in order, each once."""
     return list(dict.fromkeys([*(result.get("earlier_data") or ()), str(result.get("data"))]))
+
+
+def own_share(result: Mapping[str, Any]) -> str:
+    """How much of the training text the original wrote, beside a corpus; empty where it wrote none."""
+    share = finite_or_none(result.get("self_share"))
+    return f"{percent(share)} of the training text" if share else ""
 
 
 def shared_prefix(names: Sequence[str]) -> str:

@@ -71,6 +71,9 @@ class RemoveConfig(BaseModel):
         lt=1,
         description="share of the distilled blocks that no corpus has: random, repeated, foreign tokens",
     )
+    self_share: float = Field(
+        default=0.0, ge=0, lt=1, description="share of the training text that the original writes itself"
+    )
     keep: str | None = Field(default=None, description="regular expression of norms that stay norms")
     in_place: bool = Field(default=False, description="let maps that fold into no weight stay as modules")
     neuron_limits: bool = Field(
@@ -97,6 +100,13 @@ class RemoveConfig(BaseModel):
         if control and others.data.get("tokens") == 0:
             raise ValueError("without training tokens, the control is the original; leave it out, or give --tokens")
         return control
+
+    @field_validator("self_share")
+    @classmethod
+    def _beside_a_corpus(cls, share: float, others: ValidationInfo) -> float:
+        if share and others.data.get("data") == OWN_TEXT:
+            raise ValueError(f"with --data {OWN_TEXT} the model writes all text; leave it out, or name a corpus")
+        return share
 
     @field_validator("report_to", mode="before")
     @classmethod
