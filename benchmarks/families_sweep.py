@@ -46,7 +46,7 @@ SIZES = {
     "num_hidden_layers num_layers n_layer n_layers encoder_layers decoder_layers num_encoder_layers "
     "num_decoder_layers depth": 2,
     "hidden_size d_model n_embd dim embedding_size word_embed_proj_dim embed_dim attention_hidden_size lru_width "
-    "emb_dim": 32,
+    "emb_dim hidden_size_global": 32,
     "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads encoder_num_heads "
     "num_encoder_attention_heads num_decoder_attention_heads linear_num_value_heads": 4,
     "num_key_value_heads num_kv_heads n_groups mamba_n_groups mamba_ngroups num_experts_per_tok moe_topk top_k moe_k "
@@ -67,7 +67,9 @@ SIZES = {
 _FOUR_LAYERS = {"num_hidden_layers": 4}
 SPECIAL: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8},
-    "bailing_hybrid": _FOUR_LAYERS,
+    "axk1": {"n_group": 1, "topk_group": 1},
+    "bailing_hybrid": {**_FOUR_LAYERS, "num_expert_group": 1, "topk_group": 1},
+    "blt": {"encoder_hash_byte_group_vocab": 128},
     "bamba": {"attn_layer_indices": [1]},
     "dots1": {"n_shared_experts": 1},
     "dots3_note": {"num_key_value_heads": 4},

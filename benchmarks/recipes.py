@@ -1,6 +1,6 @@
 """Every recipe on the same model, data, seeds and tokens; prints JSON and writes a table and a plot.
 
-    python benchmarks/recipes.py > benchmarks/recipes.json
+    python benchmarks/recipes.py --tokens 40k 400k --plot recipes.html > benchmarks/recipes.json
     python benchmarks/recipes.py --model openai-community/gpt2 --data Skylion007/openwebtext --tokens 1M 4M 16M 64M
     python benchmarks/recipes.py --tokens 160k 400k --lr 3e-4 1.5e-4  # The published recipes at other rates.
 

@@ -7,10 +7,19 @@ import transformers as hf
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from unnorm.folding.fold import fold
+from unnorm.models.running import copy_model
 from unnorm.sites.find import find_sites
 from unnorm.sites.site import NormSite
 from unnorm.sites.tracing import trace_inputs
 from unnorm.taper.stand_ins import install
+
+
+def float64_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """An independent copy that computes in float64."""
+    copy = copy_model(model).double()
+    copy.config._experts_implementation = "eager"  # The fused experts do not support float64.
+    return copy
+
 
 IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 LLAMA_LIKE = {

@@ -100,6 +100,12 @@ class TestHealthy:
     def test_the_same_seed_gives_the_same(self, audited: dict[str, Any], healthy: Path) -> None:
         assert unnorm.audit(healthy, tokens=2048) == audited
 
+    def test_another_seed_gives_other_inputs(self, healthy: Path) -> None:
+        some = {"tokens": 256, "context": 16}
+        first, second = (by_name(unnorm.audit(healthy, seed=seed, **some)) for seed in (0, 1))
+        for name in ("random tokens", "byte noise", "digits", "left padding"):
+            assert first[name]["loss"] != second[name]["loss"], name
+
     def test_the_original_is_the_reference_of_a_run_without_control(
         self, finished_run: Path, tiny_model_dir: Path
     ) -> None:

@@ -170,6 +170,17 @@ def test_refusals_write_nothing(finished_run: Path, tmp_path: Path, cli: Cli) ->
         done = cli("export", *arguments)
         assert done.code == 2 and message in done.err and "Traceback" not in done.err
     assert [path.name for path in tmp_path.rglob("*")] == ["taken", "mine"]
+    kept = tmp_path.parent / f"{tmp_path.name}-kept"
+    shutil.copytree(finished_run, kept)
+    edit_config(kept, kept_norms=["transformer.ln_f"])
+    done = cli("export", kept, "--to", "stock", "--out", tmp_path / "new" / "under" / "out")
+    assert done.code == 2 and "--keep" in done.err
+    assert [path.name for path in tmp_path.rglob("*")] == ["taken", "mine"]
+
+
+def edit_config(run: Path, **values: Any) -> None:
+    path = run / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 @pytest.mark.parametrize("family", IN_LENS)
@@ -196,6 +207,16 @@ def test_contributions_in_the_bridge_add_up_to_the_logits(family: str, runs: dic
         found, cache = bridge.run_with_cache(ids)
         parts = cache.get_full_resid_decomposition(expand_neurons=False)  # heads, MLPs, embeddings, biases
         assert_alike(parts.sum(0) @ bridge.W_U + bridge.b_U, found, 1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_compatibility_mode_changes_no_probability(family: str, runs: dict[str, Path]) -> None:
+    pytest.importorskip("transformer_lens")
+    bridge, twin = unnorm.to_transformer_lens(runs[family]), unnorm.load(runs[family])
+    ids = trace_inputs(twin, 2, 20)
+    bridge.enable_compatibility_mode()
+    with torch.no_grad():
+        assert_alike(bridge(ids).log_softmax(-1), logits(twin, ids).log_softmax(-1), 1e-4)
 
 
 @pytest.mark.parametrize("family", IN_LENS[:7])

@@ -22,10 +22,10 @@ from tests.families import (
     IDS,
     IN_PLACE,
     LLAMA_LIKE,
+    float64_copy,
     random_model,
     removed_twin,
 )
-from unnorm.analysis.material import float64_copy
 from unnorm.calibration.scales import collect_log_scales
 from unnorm.errors import UnnormError
 from unnorm.folding.checkpoint import load_unfolded, save_sites, save_unfolded
@@ -254,6 +254,15 @@ def test_an_mlp_in_a_layer_that_is_called_after_attention_is_none() -> None:
     assert kinds["model.layers.1.self_attn.o_proj"] == ("attention", 4)
     roles = {site.name: site.role for site in find_sites(model, in_place=True)}
     assert (roles["model.layers.1.input_layernorm"], roles["model.layers.1.pre_ff_layernorm"]) == ("attention", "mlp")
+    # Nothing is known of what writes their inputs, least of all that it is an embedding.
+    inner = {role for name, role in roles.items() if name.endswith(("dt_layernorm", "b_layernorm", "c_layernorm"))}
+    assert inner == {"mlp"}
+
+
+def test_norms_of_single_heads_are_attentions() -> None:
+    """Of StableLM's, which work on pieces of a tensor, the writers are not known."""
+    sites = find_sites(random_model(lambda: hf.StableLmConfig(**GROUPED, qk_layernorm=True)), in_place=True)
+    assert {site.role for site in sites if "_layernorm.norms." in site.name} == {"attention"}
 
 
 def test_what_layers_share_is_saved_of_each_where_the_unembedding_is_untied(

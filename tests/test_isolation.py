@@ -71,6 +71,19 @@ def test_random_numbers_verbosity_and_precision_of_the_process_go_on(
     assert (logging.get_verbosity(), torch.backends.fp32_precision) == before
 
 
+def test_float32_is_float32_whatever_the_caller_chose(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    """On a GPU "high" would be TF32."""
+    seen: set[str] = set()
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        options: dict[str, Any] = {"data": text_file, "tokens": 0, "device": "cpu", "out": tmp_path / "run"}
+        unnorm.remove(tiny_model_dir, watch=lambda _: seen.add(torch.get_float32_matmul_precision()), **options)
+        assert seen == {"highest"} and torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @pytest.mark.parametrize("kind", ["phase", "train"])
 @pytest.mark.parametrize("error", [CancelledError, BrokenPipeError])
 def test_what_watch_raises_comes_out_as_it_is(

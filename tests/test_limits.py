@@ -141,6 +141,20 @@ def test_a_run_on_a_gated_model_with_massive_activations_leaves_limits_and_says_
     assert norm_modules(twin) == []
 
 
+def test_a_bridge_with_limits_can_be_moved_to_another_dtype(limited: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformer_lens")
+    run = lowered(limited, tmp_path / "run")
+    twin = unnorm.load(run)
+    bridge = unnorm.to_transformer_lens(run).to(torch.bfloat16)
+    ids = torch.tensor(BLOCKS["input_ids"][:2])
+    with torch.no_grad():
+        found, cache = bridge.run_with_cache(ids)
+        expected = twin.to(torch.bfloat16)(input_ids=ids).logits
+    torch.testing.assert_close(found.float(), expected.float(), rtol=0, atol=0.05 * float(expected.abs().max()))
+    limit = next(iter(limits_of(twin).values()))
+    assert bool((cache["blocks.0.mlp.hook_post"].abs() <= limit.to(torch.bfloat16)).all())
+
+
 def lowered(run: Path, copy: Path) -> Path:
     """A copy of a run whose folded model has limits so low that many activations are held."""
     shutil.copytree(run, copy)

@@ -184,6 +184,8 @@ def test_a_model_that_scales_its_own_weights_is_kept_from_it(
     options: dict[str, Any] = {"data": text_file, "tokens": 0, "context": 32, "in_place": True, "device": "cpu"}
     result = unnorm.remove(tmp_path / "model", out=tmp_path / "run", **options)
     assert result["verified"] and result["kl"] == pytest.approx(result["naive_kl"], rel=1e-3)
+    with pytest.raises(UnnormError, match=r"can't write text itself.*no key-value cache.*--data"):
+        unnorm.remove(tmp_path / "model", out=tmp_path / "own", **(options | {"data": "self"}))
 
 
 def test_a_model_that_changes_its_weights_when_it_runs_is_refused(

@@ -25,20 +25,24 @@ class Hub:
 
     def __init__(self, root: Path) -> None:
         self.root, self.calls = root, []  # type: ignore[var-annotated]
+        self.private: dict[str, bool] = {}
         self.error: Exception | None = None
 
     def client(self, token: str) -> SimpleNamespace:
         return SimpleNamespace(
-            create_repo=lambda repo, **options: self.create(token, repo, **options), upload_folder=self.upload
+            create_repo=lambda repo, **options: self.create(token, repo, **options),
+            repo_info=lambda repo, repo_type: SimpleNamespace(private=self.private[repo]),
+            upload_folder=self.upload,
         )
 
     def create(
-        self, token: str, repo: str, *, private: bool, exist_ok: bool, repo_type: str
+        self, token: str, repo: str, *, private: bool | None, exist_ok: bool, repo_type: str
     ) -> huggingface_hub.RepoUrl:
         self.calls.append((token, repo, private, exist_ok, repo_type))
         if self.error is not None:
             raise self.error
         full = repo if "/" in repo else f"me/{repo}"
+        self.private.setdefault(full, bool(private))  # Of a repository that exists nothing changes.
         return huggingface_hub.RepoUrl(f"https://huggingface.co/{full}")
 
     def upload(
@@ -79,6 +83,14 @@ def test_uploads_the_model_as_it_is(hub: Hub, run: Path, cli: Cli) -> None:
     assert set(values["files"]) == {path.name for path in here.iterdir()} == {path.name for path in there.iterdir()}
     assert {"README.md", "config.json", "model.safetensors", "modeling_unnorm.py"} <= set(values["files"])
     assert all((there / name).read_bytes() == (here / name).read_bytes() for name in values["files"])
+
+
+def test_a_repository_is_public_only_if_its_owners_default_is(hub: Hub, run: Path) -> None:
+    assert not push(run, "me/twin").private
+    assert hub.calls[-1][2] is None  # False would override an organization's default.
+    hub.private["org/twin"] = True
+    assert push(run, "org/twin").private
+    assert "public already" in refusal(run, "me/twin", private=True)
 
 
 def test_weights_of_another_model_are_not_left_beside_it(hub: Hub, run: Path) -> None:

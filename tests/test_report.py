@@ -348,6 +348,8 @@ def test_a_local_path_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "models" / "gpt").mkdir(parents=True)
     assert not _on_hub("models/gpt") and _published("models/gpt") == "gpt"
     assert not _on_hub("./gpt") and not _on_hub("~/gpt")
+    assert not _on_hub("demo") and not _on_hub("self") and _published("self") == "text written by the original"
+    assert not _on_hub(str(tmp_path / "gpt2")) and _on_hub("gpt2")  # One of the few without an owner.
     assert _on_hub("openai-community/gpt2") and _on_hub("Salesforce/wikitext:wikitext-2-raw-v1")
 
 

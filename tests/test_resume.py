@@ -22,7 +22,7 @@ from unnorm import processes
 from unnorm.errors import RunInterruptedError
 from unnorm.models.load import load_original
 from unnorm.removal import remove as removal
-from unnorm.removal.run import DISK_COPIES, check_disk
+from unnorm.removal.run import check_disk, needed_disk
 from unnorm.runs.config import read_config_file
 from unnorm.runs.directory import read_rows
 from unnorm.training import distillation
@@ -101,7 +101,7 @@ def test_a_checkpoint_that_was_cut_short_is_passed_over(crashed: Path, fault: st
     cut_short = Path(whole).with_name("checkpoint-15")
     cut_short.mkdir()
     CUT_SHORT[fault](cut_short)
-    assert unnorm.remove(out=tmp_path / "run", resume=True)["verified"]
+    assert last_checkpoint(tmp_path / "run" / "checkpoints") == whole and not cut_short.exists()
 
 
 def test_the_time_of_interrupted_parts_counts(crashed: Path, tmp_path: Path) -> None:
@@ -239,13 +239,33 @@ def test_what_the_run_wrote_counts_as_room_that_it_has(
     shutil.copytree(crashed, tmp_path / "run")
     written = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
     model = load_original(str(tiny_model_dir))[0]
-    needed = DISK_COPIES * 4 * model.num_parameters()
+    needed = needed_disk(model, control=False)
     for free, enough in ((needed - written, True), (needed - written - 1, False)):
         usage = shutil.disk_usage(tmp_path)._replace(free=free)
         with monkeypatch.context() as patch:
             patch.setattr(shutil, "disk_usage", lambda _, usage=usage: usage)
             with nullcontext() if enough else pytest.raises(unnorm.UnnormError, match="Free some space"):
-                check_disk(tmp_path / "run", model)
+                check_disk(tmp_path / "run", model, control=False)
+
+
+@pytest.mark.parametrize("control", [False, True])
+def test_a_run_takes_as_much_disk_as_it_is_checked_for(
+    control: bool, monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    sizes: list[int] = []
+    remove_tree = shutil.rmtree
+
+    def measured(path: Any, *args: Any, **more: Any) -> None:
+        """A checkpoint is deleted when the one that replaces it is written, so sizes are largest just before."""
+        files = (*tmp_path.rglob("*.safetensors"), *tmp_path.rglob("optimizer.pt"))
+        sizes.append(sum(file.stat().st_size for file in files))
+        remove_tree(path, *args, **more)
+
+    monkeypatch.setattr(shutil, "rmtree", measured)
+    options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file), "control": control}
+    unnorm.remove(out=tmp_path / "run", **options)
+    needed = needed_disk(load_original(str(tiny_model_dir))[0], control)
+    assert 0.75 * needed < max(sizes) < 1.05 * needed
 
 
 def test_more_tokens_of_text_that_is_gone_change_nothing(

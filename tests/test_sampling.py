@@ -47,11 +47,11 @@ def test_no_more_blocks_are_written_at_once_than_memory_holds(
     """Keys and values of all layers are what fills it: those of a GPT-2 small take 75 MB a block."""
     config = tiny_model.config
     block = 2 * 4 * CONTEXT * config.n_embd * config.n_layer
-    monkeypatch.setattr("unnorm.data.sampling.free_memory", lambda _: 2 * 7 * block)
+    monkeypatch.setattr("unnorm.data.sampling.free_memory", lambda _: 2 * 9 * block)
     said: list[str] = []
     blocks = own_text(tiny_model, tiny_tokenizer, CONTEXT, 18, 2, said.append)
     assert len(blocks.train) + len(blocks.validation) == 20
-    assert [line.split(": ")[1] for line in said] == [f"{n} of 20 blocks" for n in (7, 14, 20)]
+    assert [line.split(": ")[1] for line in said] == [f"{n} of 20 blocks" for n in (8, 16, 20)]
 
 
 def test_the_seed_decides_the_text(tiny_model: GPT2LMHeadModel, tiny_tokenizer: PreTrainedTokenizerFast) -> None:

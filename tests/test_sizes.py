@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedModel,
 
 import unnorm
 import unnorm.folding.checkpoint
-from tests.families import FAMILIES, IN_PLACE, random_model, removed_twin
-from unnorm.analysis.material import float64_copy
+from tests.families import FAMILIES, IN_PLACE, float64_copy, random_model, removed_twin
 from unnorm.folding.fold import FoldedWeights, empty_twin, fold
 from unnorm.models.running import copy_model
 from unnorm.proof.blockwise import float64_logits

@@ -18,6 +18,7 @@ from unnorm.sites.find import find_sites
 from unnorm.terminal.analysis import analysis_table
 from unnorm.terminal.audit import audit_tables
 from unnorm.terminal.evaluation import evaluation_tables
+from unnorm.terminal.progress import Progress
 from unnorm.terminal.removal import export_table, proof_table, result_table, sites_table
 
 Result = dict[str, Any]
@@ -31,6 +32,18 @@ def shown(table: RenderableType, width: int = 300) -> str:
     out = StringIO()
     Console(file=out, width=width).print(table)
     return out.getvalue()
+
+
+def test_only_the_main_process_has_a_live_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def drawn(rank: str) -> str:
+        monkeypatch.setenv("RANK", rank)
+        out = StringIO()
+        with Progress(Console(file=out, force_terminal=True)) as progress:
+            if progress.live is not None:
+                progress.live.refresh()
+        return out.getvalue()
+
+    assert drawn("0") and not drawn("1")
 
 
 def test_the_summarys_losses_are_each_models_own(finished_run: Path) -> None:

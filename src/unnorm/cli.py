@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from unnorm import __version__
-from unnorm.errors import UnnormError, cant_be_used
+from unnorm.errors import UnnormError, cant_be_used, is_out_of_memory
 from unnorm.terminal.analysis import analysis_table
 from unnorm.terminal.audit import audit_tables
 from unnorm.terminal.evaluation import evaluation_tables
@@ -479,7 +479,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):  # Characters outside the stream's encoding are escaped.
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        app(windows_expand_args=False)  # Globs are expanded where they are read, as on other systems.
     except UnnormError as error:
         if not error.told_elsewhere:
             _say(str(error))
@@ -495,11 +495,11 @@ def main() -> None:
         _say(str(said))
         sys.exit(said.exit_code)
     except Exception as error:
-        if type(error).__name__ != "OutOfMemoryError":
+        if not is_out_of_memory(error):
             raise
         _say(
-            "The device is out of memory. Use a smaller --batch-size (--micro-batch in training) or --context, "
-            "or --device cpu."
+            "The device is out of memory. Use smaller batches (--batch-size, in training --micro-batch), a smaller "
+            "--context or another --device, where the command has them."
         )
         sys.exit(2)
 

@@ -42,6 +42,12 @@ def cant_be_used(error: OSError) -> UnnormError | None:
     return UnnormError(f"'{path}' can't be used: {error.strerror}. Name another path, or fix its permissions.")
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device's memory is exhausted: on a CPU, and on Apple GPUs, torch says so in words alone."""
+    words = ("DefaultCPUAllocator", "backend out of memory")
+    return type(error).__name__ == "OutOfMemoryError" or any(word in str(error) for word in words)
+
+
 def first_few(names: Sequence[str]) -> str:
     """The first three names, with "and more" if there are others."""
     return ", ".join(names[:3]) + (" and more" if len(names) > 3 else "")

@@ -1,7 +1,7 @@
 """Hooks that are removed when a block of code ends, however it ends."""
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from torch.utils.hooks import RemovableHandle
 
@@ -9,9 +9,7 @@ from torch.utils.hooks import RemovableHandle
 @contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Keep the hooks with these handles for the duration of the block."""
-    handles = list(handles)
-    try:
-        yield
-    finally:
+    with ExitStack() as kept:
         for handle in handles:
-            handle.remove()
+            kept.callback(handle.remove)
+        yield

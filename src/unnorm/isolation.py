@@ -65,10 +65,10 @@ def _others_let_in() -> Iterator[None]:
 def isolated(function: Callable[P, T]) -> Callable[P, T]:
     """Make a function independent of the mode it is called in, and restore global state after it.
 
-    Gradients work even when called within `torch.no_grad()` or `torch.inference_mode()`, and autocast is off. The
-    random states of Python, NumPy and torch are restored, as are float32 precision, transformers' verbosity and
-    accelerate's state. One thread at a time runs such functions. A path that can't be used is an `UnnormError`.
-    Exceptions raised by `watch` reach the caller unchanged.
+    Gradients work even when called within `torch.no_grad()` or `torch.inference_mode()`, autocast is off, and float32
+    is float32, not TF32. The random states of Python, NumPy and torch are restored, as are float32 precision,
+    transformers' verbosity and accelerate's state. One thread at a time runs such functions. A path that can't be used
+    is an `UnnormError`. Exceptions raised by `watch` reach the caller unchanged.
     """
 
     @wraps(function)
@@ -131,6 +131,8 @@ def _accelerate_kept() -> Iterator[None]:
 def _state_kept() -> Iterator[None]:
     of_python, of_numpy = random.getstate(), np.random.get_state()
     verbosity, precision = logging.get_verbosity(), torch.backends.fp32_precision
+    matmul = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
         with torch.random.fork_rng(devices), _accelerate_kept():
@@ -140,3 +142,4 @@ def _state_kept() -> Iterator[None]:
         np.random.set_state(of_numpy)
         logging.set_verbosity(verbosity)
         torch.backends.fp32_precision = precision
+        torch.set_float32_matmul_precision(matmul)

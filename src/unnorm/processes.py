@@ -71,6 +71,11 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
+def mean(values: Tensor) -> Tensor:
+    """The mean of a tensor over all processes, as a new tensor."""
+    return total(values) / (dist.get_world_size() if dist.is_initialized() else 1)
+
+
 def gathered(values: Tensor) -> Tensor:
     """The tensors of all processes, concatenated along the first dimension."""
     if not dist.is_initialized():

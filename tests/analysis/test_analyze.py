@@ -13,10 +13,10 @@ from transformers import AutoTokenizer, JetMoeConfig, PreTrainedModel
 import unnorm
 from tests.analysis.models import PAIRS, logits, original_of
 from tests.conftest import Cli, Saved, with_other_tokens
+from tests.families import float64_copy
 from unnorm.analysis.analyze import ANALYSES
 from unnorm.analysis.attribution import attribute
 from unnorm.analysis.lens import lens
-from unnorm.analysis.material import float64_copy
 from unnorm.analysis.neurons import ablate, output_weights
 from unnorm.analysis.patching import patch
 from unnorm.analysis.sinks import sinks

@@ -9,10 +9,10 @@ import torch
 import unnorm
 from tests.analysis.models import BRIDGED, hooked_logits, logits, material_of, original_of
 from tests.conftest import randomize
+from tests.families import float64_copy
 from unnorm.analysis import attribution
 from unnorm.analysis.anatomy import anatomy
 from unnorm.analysis.attribution import attribute, frozen_scale_error
-from unnorm.analysis.material import float64_copy
 from unnorm.errors import UnnormError
 from unnorm.models.running import cast_as_loaded
 from unnorm.sites.find import find_sites

@@ -35,6 +35,14 @@ def test_entropy_neurons_are_those_that_act_through_the_norm_alone(runs: dict[st
     assert float(nowhere.loss.abs().max()) < 1e-4
 
 
+def test_what_the_final_norm_takes_away_makes_no_entropy_neuron(runs: dict[str, Path]) -> None:
+    original = original_of(runs["gpt2"])
+    with torch.no_grad():
+        original.transformer.h[1].mlp.c_proj.weight[7] = 9.0  # The same in every direction, which LayerNorm subtracts.
+    found = output_weights(original)
+    assert float(found.norm[7]) < 1e-4 and 7 not in found.entropy_neurons().tolist()
+
+
 def test_neurons_by_hand(runs: dict[str, Path]) -> None:
     pytest.importorskip("transformer_lens")
     twin, bridge = unnorm.load(runs["gpt2"]), unnorm.to_transformer_lens(runs["gpt2"])

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import unnorm
 from tests.analysis.models import BRIDGED, PAIRS, hooked_logits, original_of
+from tests.families import float64_copy
 from unnorm.analysis.anatomy import anatomy
-from unnorm.analysis.material import float64_copy
 from unnorm.analysis.patching import Patching, patch
 from unnorm.analysis.prompts import by_length
 

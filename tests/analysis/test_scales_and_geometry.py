@@ -36,7 +36,7 @@ def test_scales_are_what_the_norms_divide_by(runs: dict[str, Path]) -> None:
     torch.testing.assert_close(found["original"]["model.layers.1.input_layernorm"], divisors, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "cohere, query and key norms, not in our list"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "bloom", "cohere, query and key norms, not in our list"])
 def test_geometry_without_training_changes_nothing(family: str, runs: dict[str, Path]) -> None:
     material = material_of(runs[family])
     rows = geometry(material.original, material.twin, material.sites, material.constants)
@@ -51,6 +51,24 @@ def test_geometry_without_training_changes_nothing(family: str, runs: dict[str, 
         torch.testing.assert_close(row.gain[0], norm.abs().double())
         values = np.linalg.svd((weight * norm).numpy(), compute_uv=False)
         np.testing.assert_allclose(row.singular_values[1].numpy(), values, rtol=1e-4)
+
+
+def test_geometry_of_a_weight_of_zeros_is_all_zeros(runs: dict[str, Path]) -> None:
+    material = material_of(runs["gpt2"])
+    for model in (material.original, material.twin):
+        with torch.no_grad():
+            model.transformer.h[1].mlp.c_fc.weight.zero_()
+    rows = find_geometry(material).numbers["weights"]
+    (row,) = (row for row in rows if row["weight"] == "transformer.h.1.mlp.c_fc")
+    assert row["twin"]["stable_rank"] == 0 and set(row["twin"]["singular_values"]) == {0.0}
+
+
+def test_scales_of_norms_that_are_maps_in_the_twin_are_there(runs: dict[str, Path]) -> None:
+    material = material_of(runs["opt, post-norm"])
+    found = find_scales(material)
+    assert len(found.numbers["twin"]) == len(material.sites) and not found.numbers["sites_left_out"]
+    left_out = find_scales(material_of(runs["qwen3"]))
+    assert "are left out: model.layers.0.self_attn" in left_out.text
 
 
 def test_geometry_sees_a_weight_that_was_trained(runs: dict[str, Path]) -> None:

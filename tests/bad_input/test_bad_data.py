@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from backports import zstd
 
 from tests.conftest import VOCAB
+from tests.texts import COMPRESS
 
 
 class TestData:
@@ -65,7 +65,7 @@ class TestData:
             ("a.txt.xz", b"not compressed"),
             ("a.txt.xz", lzma.compress(b"words and words " * 2000)[:-30]),
             ("a.jsonl.xz", lzma.compress(b'{"text": "words"}\n' * 200)[:-30]),
-            ("a.txt.zst", zstd.compress(random.Random(0).randbytes(100_000).hex().encode())[:-30_000]),
+            ("a.txt.zst", COMPRESS[".zst"](random.Random(0).randbytes(100_000).hex().encode())[:-30_000]),
             ("a.csv", b"text\nWell, hello\nno comma\n"),
             ("a.csv", b"title,text\na,Well, hello\nb,no comma\n"),
             ("a.csv", b"text\n" + 3000 * b"no comma\n" + b"Well, hello\n"),

@@ -101,6 +101,12 @@ class TestNumbers:
         (row,) = evaluate(str(tiny_model_dir), str(tiny_model_dir), str(tokens), tokens=2000)
         assert (row.kl, row.difference, row.difference_ci, row.top5_agreement) == (0, 0, (0, 0), 1)
 
+    def test_dropout_is_off_in_both_models(self, tiny_model: GPT2LMHeadModel) -> None:
+        model = deepcopy(tiny_model).train()
+        blocks = as_dataset(np.arange(64, dtype=np.int32).reshape(4, 16))
+        assert evaluate_model(model, blocks, deepcopy(model).train()).kl == 0
+        assert model.training
+
     def test_blocks_that_overflow_are_counted_and_the_others_measured(
         self, tokens: Path, tiny_model: GPT2LMHeadModel
     ) -> None:
@@ -216,6 +222,32 @@ class TestOwnOriginal:
     def test_is_the_default(self, finished_run: Path, tiny_model_dir: Path, tokens: Path) -> None:
         (own,), (named,) = (evaluate(finished_run, against, tokens, tokens=500) for against in (None, tiny_model_dir))
         assert own.kl is not None and own == named
+
+    def test_is_measured_once_by_whichever_path_it_is_named(
+        self, finished_run: Path, tiny_model_dir: Path, tokens: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tiny_model_dir.parent)
+        said: list[str] = []
+        results = evaluate(
+            [finished_run, tiny_model_dir.name], data=tokens, tokens=500, watch=lambda r: said.append(r.get("text", ""))
+        )
+        assert [text for text in said if text.startswith("loading")] == [
+            f"loading {finished_run}",
+            f"loading {tiny_model_dir.name}",
+        ]
+        assert results[1].kl == 0 and list(results.protocol["original"]) == [tiny_model_dir.name]
+
+    def test_is_read_up_to_the_position_that_the_twin_was_trained_to(
+        self, finished_run: Path, text_file: Path, tokens: Path, tmp_path: Path, tiny_model_dir: Path
+    ) -> None:
+        options: dict[str, Any] = {"data": text_file, "tokens": 0, "context": 16, "device": "cpu"}
+        unnorm.remove(tiny_model_dir, out=tmp_path / "run", **options)
+
+        def context(models: list[Path], **more: int) -> int:
+            return int(evaluate(models, data=tokens, tokens=500, **more).protocol["context"])
+
+        assert context([tmp_path / "run"]) == context([finished_run, tmp_path / "run"]) == 16
+        assert context([finished_run]) == context([tmp_path / "run"], context=POSITIONS) == POSITIONS
 
     def test_is_left_out_where_it_is_gone(self, finished_run: Path, tokens: Path, tmp_path: Path) -> None:
         run = tmp_path / "run"

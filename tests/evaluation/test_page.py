@@ -30,6 +30,16 @@ def test_names_that_tell_models_apart() -> None:
     ]
 
 
+def test_requests_that_were_cut_are_said() -> None:
+    score = Score("gpt", "triviaqa", "em", 0.5, None, 9, 9, truncated=36)
+    protocol = {"tasks": [], "corpora": [], "context": 64, "interval": "", "dtype": "float32", "device": "cpu"}
+    results = Results((), (), (score, replace(score, metric="f1")), protocol)
+    said = "gpt on triviaqa: 36 requests were longer than the context and lost their beginning"
+    out = StringIO()
+    Console(file=out, width=200).print(evaluation_tables(results))
+    assert render_evaluation(results).count(said) == out.getvalue().count(said) == 1
+
+
 def test_two_models_never_have_one_name() -> None:
     names = ("demo", "./demo", "demo/", "/a/model")
     scores = tuple(Score(name, "t", "acc", 0.5, None, 1, 1) for name in names)

@@ -22,7 +22,7 @@ from unnorm.models.device import choose_device
 from unnorm.models.sizes import choose_context, context_length, vocabulary_size
 from unnorm.progress import Watch, say, silent
 from unnorm.report.analysis_page import Skipped, render_analysis
-from unnorm.report.numbers import count, short_count
+from unnorm.report.numbers import count, duration
 from unnorm.runs.config import check_seed, read_count
 from unnorm.runs.directory import check_can_be_made, named_path, write_text
 from unnorm.runs.pair import Pair, open_pair
@@ -211,7 +211,7 @@ def _settings(result: dict[str, Any]) -> dict[str, str]:
         "tokens": f"{count(result['tokens'])} in blocks of {count(result['context'])}",
         "prompts": result["prompts"],
         "seed": str(result["seed"]),
-        "time": f"{short_count(result['seconds'])} seconds",
+        "time": duration(result["seconds"]),
     }
 
 

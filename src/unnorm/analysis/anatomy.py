@@ -177,7 +177,7 @@ def _factor(unembedded: Float[Tensor, "*token vocab"], logits: Float[Tensor, "*t
     """The constant factor from the unembedding's output to the logits; None if there is no such constant."""
     if torch.equal(unembedded, logits.to(unembedded.dtype)):
         return 1.0
-    before, after = unembedded.double(), logits.double()
+    before, after = unembedded.cpu().double(), logits.cpu().double()  # Apple GPUs have no float64.
     factor = (before * after).sum() / before.square().sum()
     rounding = max(1e-3, 4 * torch.finfo(logits.dtype).eps)
     alike = torch.allclose(factor * before, after, rtol=rounding, atol=rounding * float(after.abs().max()))

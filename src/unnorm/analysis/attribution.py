@@ -13,6 +13,7 @@ et al. 2025, arXiv 2507.02559, for its error against the direct effect.)
 """
 
 from collections import Counter, defaultdict
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from unnorm.analysis.material import Finding, Material, Subject
 from unnorm.errors import UnnormError
 from unnorm.models.linear import linear_weight
 from unnorm.models.sizes import check_fits
+from unnorm.proof.blockwise import in_float64
 from unnorm.report.numbers import percent, significant
 from unnorm.sites.find import unembedding_name
 from unnorm.sites.residual import Part, Writer, parts_of, recorded, split_output
@@ -136,8 +138,11 @@ def _share(miss: Float[Tensor, " part"], effect: Float[Tensor, " part"]) -> Floa
 
 
 def find(material: Material) -> Finding:
-    """Attribution in both models on the held-out text, in float64."""
-    measured: dict[str, Any] = {s.name: _measure(s, material) for s in material.subjects_in_float64()}
+    """Attribution in both models on the held-out text, in float64; as loaded where there is none (Apple GPUs)."""
+    measured: dict[str, Any] = {}
+    for subject in material.subjects:
+        with nullcontext() if subject.model.device.type == "mps" else in_float64(subject.model):
+            measured[subject.name] = _measure(subject, material)
     twin, original = measured["twin"], measured["original"]
     heads = original["error_of_heads"] is not None
     return Finding(
@@ -200,7 +205,7 @@ def _effects(
 def _neurons(
     model: PreTrainedModel, writer: Writer, z: Tensor, direction: Tensor, scale: Tensor
 ) -> Float[Tensor, "batch position neuron"]:
-    read = direction @ linear_weight(model.get_submodule(writer.name))
+    read = direction @ linear_weight(model.get_submodule(writer.name)).to(direction.dtype)
     return writer.factor * z * read / scale.unsqueeze(-1)
 
 
@@ -250,10 +255,8 @@ def _numbers(
         for p, s, m, d, e in zip(parts, size, signed, direct, error, strict=True)
     ]
     is_head = torch.tensor([part.kind == "head" for part in parts[:-1]])
-    ranked = sorted(
-        ((float(value) / tokens, layer, index) for layer, sums in neurons.items() for index, value in enumerate(sums)),
-        reverse=True,
-    )
+    means = {layer: (sums / tokens).tolist() for layer, sums in neurons.items()}
+    ranked = sorted(((value, layer, i) for layer, of in means.items() for i, value in enumerate(of)), reverse=True)
     return {
         "heads": shape.heads,
         "layers": len(shape.layers),

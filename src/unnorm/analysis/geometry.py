@@ -79,8 +79,10 @@ def geometry(
         stored, folded = (_weight(model.get_submodule(name)) for model in (original, twin))
         mapped = stored
         for site in its_sites:
-            gain, _ = affine_parameters(original.get_submodule(site.name), site)
+            gain, bias = affine_parameters(original.get_submodule(site.name), site)
             mapped = _mapped(mapped, site, gain.cpu().double())
+            if bias is not None and isinstance(twin.get_submodule(name), nn.Embedding):  # Its rows hold the norm's.
+                folded = folded - bias.cpu().double()[:, None]
             folded = constants[site.name] * folded
         rows.append(_compare(its_sites, name, stored, mapped, folded))
     return rows
@@ -98,7 +100,8 @@ def find(material: Material) -> Finding:
         title="Weights with folded norms",
         text=(
             "Each weight next to a former norm: the original's with the norm's gain included, and the twin's times the "
-            "constant scale. Without training the two are equal; any difference is due to training."
+            "constant scale. Without training the two are equal; any difference is due to training (of an embedding "
+            "also to equalizing)."
         ),
         numbers={"weights": rows, "mean_change": {"twin": change}},
         figures={"geometry_singular": _singular_figure(found), "geometry_gain": _gain_figure(rows)},
@@ -162,6 +165,8 @@ def _numbers(row: Geometry) -> dict[str, Any]:
 
 def _thinned(values: Tensor) -> tuple[list[int], list[float]]:
     """At most `SHOWN_VALUES` of the values, denser among the largest, preceded by their ranks (from 1)."""
+    if not len(values):  # Of a weight of zeros.
+        return [], []
     ends = torch.logspace(0, 1, SHOWN_VALUES, base=float(len(values))).round().long().clamp(1, len(values))
     places = sorted(set(ends.tolist()))
     return places, [float(values[place - 1]) for place in places]

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from unnorm.analysis.anatomy import Anatomy, anatomy
 from unnorm.analysis.prompts import PromptPair
 from unnorm.data import batches
-from unnorm.models.running import copy_model
 from unnorm.sites.site import NormSite
 
 
@@ -68,22 +67,9 @@ class Material:
         """Both models with their parts."""
         return [Subject(name, model, anatomy(model)) for name, model in self.models.items()]
 
-    def subjects_in_float64(self) -> Iterator[Subject]:
-        """Float64 copies of both models, one at a time; the models as loaded where the device has no float64 (MPS)."""
-        for subject in self.subjects:
-            exact = subject.model if subject.model.device.type == "mps" else float64_copy(subject.model)
-            yield Subject(subject.name, exact, subject.anatomy)
-
     def batches(self, device: torch.device) -> Iterator[Int[Tensor, "batch position"]]:
         """Batches of the held-out text."""
         return batches(self.blocks, self.batch_size, device)
-
-
-def float64_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """An independent copy that computes in float64."""
-    copy = copy_model(model).double()
-    copy.config._experts_implementation = "eager"  # The fused experts do not support float64.
-    return copy
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class OutputWeights:
     """Statistics of the output weights of the last MLP's neurons.
 
     Attributes:
-        norm: |w| of each neuron.
+        norm: |w| of each neuron, without the mean of w where the final norm subtracts it.
         logit_variance: LogitVar(w), see the module docstring.
     """
 
@@ -72,16 +72,21 @@ class Ablation:
 
 
 @torch.no_grad()
-def output_weights(model: PreTrainedModel) -> OutputWeights:
+def output_weights(model: PreTrainedModel, parts: Anatomy | None = None) -> OutputWeights:
     """|w| and LogitVar of each neuron of the last MLP.
+
+    Args:
+        model: a twin, or a model with norms.
+        parts: its parts, if known.
 
     Raises:
         UnnormError: the last MLP's output is not a linear projection of neurons, or the residual stream is not a plain
             sum that the unembedding reads.
     """
-    parts = anatomy(model)
+    parts = parts or anatomy(model)
     writer, last = _last_mlp(model, parts), readout(model, parts)
     written = writer.factor * linear_weight(model.get_submodule(writer.name))
+    written = last.centered(written.T).T  # What LayerNorm takes away lengthens nothing that it divides by.
     norm = written.norm(dim=0)
     unit = written / norm.clamp_min(1e-12)
     tokens = last.directions / last.directions.norm(dim=1, keepdim=True).clamp_min(1e-12)
@@ -95,6 +100,7 @@ def ablate(
     model: PreTrainedModel,
     batches: Iterable[Int[Tensor, "batch position"]],
     sets: list[Int[Tensor, " neuron"]],
+    parts: Anatomy | None = None,
 ) -> list[Ablation]:
     """Mean-ablate each set of neurons of the last MLP, one set at a time.
 
@@ -102,6 +108,7 @@ def ablate(
         model: a twin, or a model with norms.
         batches: token ids, over which the means are taken and the effects measured.
         sets: indices of neurons of the last MLP.
+        parts: the model's parts, if known.
 
     Returns:
         The effects of each set, at each predicted token of all batches.
@@ -110,7 +117,7 @@ def ablate(
         UnnormError: the last MLP's output is not a linear projection of neurons, or the residual stream is not a plain
             sum that the unembedding reads.
     """
-    parts = anatomy(model)
+    parts = parts or anatomy(model)
     writer = _last_mlp(model, parts)
     texts = list(batches)
     means = _mean_activations(model, writer, texts)
@@ -155,7 +162,8 @@ def _measured(material: Material, weights: dict[str, OutputWeights], chosen: Int
     neurons = [*chosen.cpu(), *random]
     sets = [*(neuron.view(1) for neuron in neurons), chosen.cpu(), random]
     results = {
-        name: ablate(model, _some(material.batches(model.device)), sets) for name, model in material.models.items()
+        subject.name: ablate(subject.model, _some(material.batches(subject.model.device)), sets, subject.anatomy)
+        for subject in material.subjects
     }
     rows = [
         {"neuron": int(neuron), "kind": "entropy" if place < len(chosen) else "random"}
@@ -170,7 +178,7 @@ def _measured(material: Material, weights: dict[str, OutputWeights], chosen: Int
 
 def find(material: Material) -> Finding:
     """The original's entropy neurons and equally many random neurons, ablated in the original and in the twin."""
-    weights = {n: output_weights(m) for n, m in material.models.items()}
+    weights = {subject.name: output_weights(subject.model, subject.anatomy) for subject in material.subjects}
     chosen = weights["original"].entropy_neurons()
     numbers = _measured(material, weights, chosen)
     rows = numbers["neurons"]

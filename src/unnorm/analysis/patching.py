@@ -76,7 +76,11 @@ class Patching:
 
 @isolated
 def patch(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pairs: Sequence[PromptPair], batch_size: int = 32
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: Sequence[PromptPair],
+    batch_size: int = 32,
+    parts: Anatomy | None = None,
 ) -> Patching:
     """Patch every head from clean prompts into corrupted ones, both exactly and to first order.
 
@@ -85,6 +89,7 @@ def patch(
         tokenizer: its tokenizer.
         pairs: clean and corrupted prompts with equally many tokens, each pair with two answers.
         batch_size: prompts in one forward pass.
+        parts: the model's parts, if known.
 
     Returns:
         Effects in the order of the pairs.
@@ -100,7 +105,7 @@ def patch(
         problem = problem_with(pair, tokenizer)
         if problem:
             raise UnnormError(f"The prompt '{pair.clean}' can't be used: {problem}.")
-    parts = anatomy(model)
+    parts = parts or anatomy(model)
     unknown = without_heads(model, parts)
     if unknown is not None:
         raise unknown
@@ -125,8 +130,10 @@ def find(material: Material) -> Finding:
     if isinstance(material.prompts, str):
         raise UnnormError(material.prompts)
     measured = {
-        name: patch(model, material.tokenizer, material.prompts, 8 * material.batch_size)
-        for name, model in material.models.items()
+        subject.name: patch(
+            subject.model, material.tokenizer, material.prompts, 8 * material.batch_size, subject.anatomy
+        )
+        for subject in material.subjects
     }
     original, twin = measured["original"], measured["twin"]
     return Finding(

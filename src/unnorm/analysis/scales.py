@@ -15,7 +15,7 @@ from torch import Tensor
 from unnorm.analysis.figures import range_rows
 from unnorm.analysis.material import Finding, Material
 from unnorm.calibration.scales import collect_log_scales, scale_statistics
-from unnorm.errors import UnnormError
+from unnorm.errors import UnnormError, first_few
 from unnorm.report.drawing import short_names
 from unnorm.report.numbers import fixed
 
@@ -23,14 +23,14 @@ QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
 
 
 def log_scales(material: Material) -> dict[str, dict[str, Float[Tensor, "block position"]]]:
-    """Log scale of every token at every site that was folded into its readers, by model (`original` and `twin`).
+    """Log scale of every token at every site whose input is the twin's too, by model (`original` and `twin`).
 
     Where a norm was folded into the layer before it (query/key norms), the map is already applied to what the twin's
     site reads, so the norm's scale is no longer defined there.
     """
-    sites = [site for site in material.sites if site.folds_into == "readers"]
+    sites = [site for site in material.sites if site.folds_into != "writer"]
     if not sites:
-        raise UnnormError("No norm of this model was folded into its readers, so the twin has no scales to compare.")
+        raise UnnormError("All norms of this model were folded into the layers before them, so the twin has no scales.")
     return {
         name: collect_log_scales(model, sites, material.blocks, material.batch_size)
         for name, model in material.models.items()
@@ -41,6 +41,7 @@ def find(material: Material) -> Finding:
     """The spread of each site's scale in both models on the held-out text."""
     found = log_scales(material)
     numbers = {name: _numbers(of_model, material.constants) for name, of_model in found.items()}
+    left_out = [site.name for site in material.sites if site.folds_into == "writer"]
     means = {name: sum(row["spread"] for row in rows) / len(rows) for name, rows in numbers.items()}
     return Finding(
         key="scales",
@@ -49,9 +50,13 @@ def find(material: Material) -> Finding:
             "What each norm divides a token by in the original, or would in the twin, relative to one reference scale: "
             "in the original the geometric mean, in the twin the folded constant. The narrower the bars, the less "
             "dividing by a constant changes."
+            + (
+                f" Norms that were folded into the layer before them are left out: {first_few(left_out)}."
+                if left_out
+                else ""
+            )
         ),
-        numbers=numbers
-        | {"mean_spread": means, "sites_left_out": [s.name for s in material.sites if s.folds_into != "readers"]},
+        numbers=numbers | {"mean_spread": means, "sites_left_out": left_out},
         figures={"scales": _figure(numbers)},
         captions={
             "scales": "Scale relative to that reference, tokens after position 0: median, with bars from the 5th to "

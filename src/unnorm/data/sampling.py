@@ -67,12 +67,16 @@ def own_text(
 
 
 def _blocks_at_once(model: PreTrainedModel, context: int) -> int:
-    """How many blocks fit, given their logits, and the keys and values of every layer in float32."""
+    """How many blocks fit, given their logits, and the keys and values of every layer in float32.
+
+    A power of two: the number decides the draws, and should not change with each little change of free memory.
+    """
     most = _LOGITS_AT_ONCE if model.device.type == "cpu" else _GPU_LOGITS_AT_ONCE
     config = model.config.get_text_config()
     cache = 2 * 4 * context * config.hidden_size * config.num_hidden_layers
     room = int(_CACHE_SHARE * free_memory(str(model.device)))
-    return max(1, min(most // vocabulary_size(model), room // cache))
+    fit = max(1, min(most // vocabulary_size(model), room // cache))
+    return 1 << (fit.bit_length() - 1)
 
 
 @torch.no_grad()
@@ -82,7 +86,7 @@ def _write(model: PreTrainedModel, start: int, blocks: int, context: int) -> Int
     columns, cache = [ids], None
     for _ in range(context - 1):
         output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        cache = getattr(output, "past_key_values", None)
         if cache is None:
             raise UnnormError(
                 f"The model can't write text itself: {type(model).__name__} has no key-value cache, so it would take "

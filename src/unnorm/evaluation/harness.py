@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from unnorm.errors import UnnormError, short
+from unnorm.errors import UnnormError, is_out_of_memory, short
 from unnorm.evaluation.benchmarks import READERS
 from unnorm.evaluation.intervals import Interval, bootstrap_interval, paired_share_interval, share_interval
 from unnorm.evaluation.results import Score, perplexity, perplexity_interval
@@ -55,7 +55,8 @@ class Benchmark:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the chosen items' contents."""
-        return digest([self.task.eval_docs[item] for item in self.items])
+        docs = self.task.eval_docs  # Once: lm-eval processes the whole set anew at each access.
+        return digest([docs[item] for item in self.items])
 
     def protocol(self) -> dict[str, Any]:
         """What was run, as plain values."""
@@ -149,9 +150,9 @@ def run_benchmark(
                 log_samples=True,
                 task_manager=TaskManager(include_defaults=False),  # It is loaded; indexing all others takes seconds.
             )
-    except UnnormError:
-        raise
     except Exception as error:
+        if isinstance(error, UnnormError) or is_out_of_memory(error):
+            raise
         raise UnnormError(f"lm-eval could not run '{benchmark.name}' on '{name}': {short(error)}") from error
     return _scores(benchmark, results, name, lm.truncated)
 

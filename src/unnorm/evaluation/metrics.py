@@ -1,6 +1,7 @@
 """Per-token measurements: loss, distance to the original, entropy, confidence."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +86,7 @@ def measure_tokens(
     """
     parts: list[tuple[dict[str, Tensor], ...]] = []
     seen, total = 0, 0.0
-    with evaluating(model):
+    with evaluating(model), nullcontext() if original is None else evaluating(original):
         for ids in batches(blocks, batch_size, model.device):
             logits = model(input_ids=ids, use_cache=False).logits
             reference = None if original is None else original(input_ids=ids, use_cache=False).logits

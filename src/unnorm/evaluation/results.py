@@ -189,7 +189,7 @@ class Results(Sequence[Evaluation]):
             others = [parts[other] for other in names if other != name]
             lengths = (n for n in range(1, len(parts[name])) if all(parts[name][-n:] != other[-n:] for other in others))
             is_path = len(parts[name]) != 2 or name.startswith((".", "/", "~"))
-            shorts[name] = "/".join(parts[name][-next(lengths, len(parts[name])) :]) if is_path else name
+            shorts[name] = str(PurePath(*parts[name][-next(lengths, len(parts[name])) :])) if is_path else name
         alike = Counter(shorts.values())  # `demo` is the bundled model, `./demo` a directory.
         return {name: short if alike[short] == 1 else name for name, short in shorts.items()}
 

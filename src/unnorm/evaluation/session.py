@@ -1,6 +1,7 @@
 """Participants of one evaluation: models that are checked up front and loaded again only when needed."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -15,8 +16,8 @@ from unnorm.json_text import digest
 from unnorm.models.load import DEMO, check_same_tokenizer, check_same_vocabulary, load_original, weights_digest
 from unnorm.models.sizes import choose_context, vocabulary_size
 from unnorm.progress import Watch, say
-from unnorm.runs.config import run_settings
-from unnorm.runs.directory import MODEL, named_path
+from unnorm.runs.config import absolute_source, run_settings
+from unnorm.runs.directory import MODEL, RESULT, finished_result, named_path
 from unnorm.versions import versions
 
 
@@ -72,7 +73,8 @@ class Entered:
         original: the model they are compared with, or None.
         tokenizer: the tokenizer they share.
         vocab_size: rows of their token embeddings.
-        context: tokens per block: as asked for, otherwise the longest that all of them take, at most 1024.
+        context: tokens per block: as asked for, otherwise the longest that all of them take and that runs among them
+            were trained with, at most 1024.
     """
 
     entrants: tuple[Entrant, ...]
@@ -97,7 +99,7 @@ def enter(
     Args:
         names: the models.
         against: the original; by default the one that the finished runs among the models share, if it can be loaded.
-        context: tokens per block, or None for the longest, at most 1024.
+        context: tokens per block, or None for the longest that all take and were trained with, at most 1024.
         trust_remote_code: run modeling code that comes with a model.
         watch: told what is loaded.
 
@@ -115,6 +117,7 @@ def enter(
     own = _own_original(names) if against is None else None
     if own is not None:
         try:
+            own = next((name for name in found if _is_same(name, own)), own)
             if own not in found:
                 candidate = _candidate(own, context, trust_remote_code, watch)
                 _check_comparable(first, candidate)
@@ -135,7 +138,9 @@ def _candidate(name: str, context: int | None, trust_remote_code: bool, watch: W
     say(watch, f"loading {name}")
     model, tokenizer = load_original(name, trust_remote_code)
     entrant = Entrant(name, weights_digest(model), _config_digest(model))
-    return _Candidate(entrant, tokenizer, vocabulary_size(model), choose_context(context, model))
+    longest = choose_context(context, model)
+    trained = _trained_context(name) if context is None else None
+    return _Candidate(entrant, tokenizer, vocabulary_size(model), min(longest, trained or longest))
 
 
 def _own_original(names: Sequence[str]) -> str | None:
@@ -147,10 +152,26 @@ def _own_original(names: Sequence[str]) -> str | None:
     return originals.pop() if len(originals) == 1 else None
 
 
+def _is_same(name: str, original: str) -> bool:
+    """Whether a model that was named is a run's original, which the run knows by its absolute path."""
+    return name == original or (name != DEMO and absolute_source(name) == original)
+
+
 def settings_of(name: str) -> dict[str, Any]:
     """Settings of a finished run; empty for any other model."""
     directory = named_path(name)
     return run_settings(directory) if name != DEMO and (directory / MODEL).is_dir() else {}
+
+
+def _trained_context(name: str) -> int | None:
+    """Tokens in a block of the run that made a twin; None for any other model."""
+    directory = named_path(name)
+    if name == DEMO or not (directory / RESULT).is_file():
+        return None
+    with suppress(UnnormError):
+        context = dict(finished_result(directory).get("plan") or {}).get("context")
+        return context if isinstance(context, int) else None
+    return None
 
 
 def _check_comparable(first: _Candidate, other: _Candidate) -> None:

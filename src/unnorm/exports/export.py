@@ -15,7 +15,7 @@ from unnorm.exports.measure import FormError, form_errors
 from unnorm.folding.checkpoint import load, load_sites
 from unnorm.isolation import isolated
 from unnorm.models.load import load_tokenizer
-from unnorm.runs.directory import MODEL, finished_result, named_path
+from unnorm.runs.directory import MODEL, finished_result, named_path, nearest_existing
 
 Form = Literal["transformers", "stock", "nanogpt"]
 
@@ -82,9 +82,8 @@ def export(
     folded = load(directory)
     work: Path | None = None
     try:
-        place = out if out.is_dir() else out.parent
-        place.mkdir(parents=True, exist_ok=True)
         # Written beside or inside `out` and moved there once complete: a refused form leaves nothing behind.
+        place = out if out.is_dir() else nearest_existing(out.parent)
         work = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=place))
         rows = _write(directory, folded, to, work, trust_remote_code)
         work.chmod(0o755)  # A copy of a read-only run is read-only.
@@ -92,6 +91,7 @@ def export(
             for path in work.iterdir():
                 path.rename(out / path.name)
         else:
+            out.parent.mkdir(parents=True, exist_ok=True)
             work.rename(out)
     except (OSError, SafetensorError) as error:
         raise UnnormError(

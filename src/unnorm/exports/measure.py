@@ -5,18 +5,18 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError, first_few
 from unnorm.models.running import cast_as_loaded, copy_model
-from unnorm.models.sizes import context_length
 from unnorm.sites.tracing import trace_inputs
 
 Logits = Float[Tensor, "batch position vocab"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 PROBE_SHAPE = (2, 64)
+"""Blocks and tokens, random but seeded, that errors are measured on; no more tokens than the model's context."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,6 @@ def refuse_kept_norms(folded: PreTrainedModel, form: str) -> None:
         )
 
 
-def probe_ids(model: PreTrainedModel) -> Int[Tensor, "batch position"]:
-    """The token ids that errors are measured on: random (seeded), no longer than the model's context."""
-    batch, length = PROBE_SHAPE
-    return trace_inputs(model, batch, min(length, context_length(model)))
-
-
 @torch.no_grad()
 def compare(name: str, reference: Logits, logits: Logits) -> FormError:
     """The error of `logits` relative to `reference`, in float64, over positions where the reference is finite.
@@ -84,7 +78,7 @@ def form_errors(folded: PreTrainedModel, form: Callable[[torch.dtype], PreTraine
         folded: the folded model in float32; it is not changed.
         form: loads the form in a given precision.
     """
-    ids = probe_ids(folded)
+    ids = trace_inputs(folded, *PROBE_SHAPE)
     reference = folded(input_ids=ids).logits
     rows = [compare(name, reference, form(dtype)(input_ids=ids).logits) for name, dtype in DTYPES.items()]
     rounded = cast_as_loaded(copy_model(folded), torch.bfloat16)

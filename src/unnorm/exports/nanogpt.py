@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from unnorm.auto_classes import TYPE_PREFIX
 from unnorm.errors import UnnormError
-from unnorm.exports.measure import FormError, compare, probe_ids, refuse_kept_norms
+from unnorm.exports.measure import PROBE_SHAPE, FormError, compare, refuse_kept_norms
+from unnorm.sites.tracing import trace_inputs
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 TOLERANCE = 1e-4
@@ -41,7 +42,7 @@ def write_nanogpt(folded: PreTrainedModel, out: Path) -> list[FormError]:
     config = nanogpt_config(folded)
     save_file(nanogpt_weights(folded), out / WEIGHTS)
     (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    ids = probe_ids(folded)
+    ids = trace_inputs(folded, *PROBE_SHAPE)
     with torch.no_grad():
         reference = folded(input_ids=ids).logits
         row = compare("float32", reference, forward(load_file(out / WEIGHTS), config, ids))

@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import yaml
@@ -11,7 +10,7 @@ from huggingface_hub import metadata_load
 from unnorm.errors import UnnormError, short
 from unnorm.folding.checkpoint import load_sites
 from unnorm.proof.verify import verify
-from unnorm.runs.directory import CARD, MODEL, finished_result, named_path
+from unnorm.runs.directory import CARD, MODEL, finished_result, named_path, quoted
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Pushed:
         repo: the repository's full name.
         url: its page.
         files: uploaded paths, sorted.
-        private: whether a private repository was asked for.
+        private: whether the repository is private.
     """
 
     repo: str
@@ -41,12 +40,12 @@ def push(directory: str | Path, repo: str, *, private: bool = False, token: str 
     Args:
         directory: a finished run; its proof is made again and has to pass.
         repo: `owner/name`, or `name` for a repository of your own.
-        private: make a new repository private.
+        private: make a new repository private; by default it is public, unless the organization's default is private.
         token: hub token with write access; by default that of `HF_TOKEN` or of `hf auth login`.
 
     Raises:
-        UnnormError: the run is not finished or its proof failed, the card is damaged, there is no token, or the hub
-            can't be reached or refuses.
+        UnnormError: the run is not finished or its proof failed, the card is damaged, there is no token, the hub can't
+            be reached or refuses, or a private repository was asked for and there is a public one.
     """
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
@@ -66,8 +65,14 @@ def push(directory: str | Path, repo: str, *, private: bool = False, token: str 
     files = tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))
     api = huggingface_hub.HfApi(token=known)
     try:
-        made = api.create_repo(repo, private=private, exist_ok=True, repo_type="model")
+        made = api.create_repo(repo, private=private or None, exist_ok=True, repo_type="model")
         full = made.repo_id
+        is_private = bool(api.repo_info(full, repo_type="model").private)
+        if private and not is_private:
+            raise UnnormError(
+                f"'{full}' is public already, so nothing was uploaded. Make it private in its settings, or give "
+                "another REPO."
+            )
         api.upload_folder(
             repo_id=full,
             folder_path=str(folder),
@@ -76,9 +81,11 @@ def push(directory: str | Path, repo: str, *, private: bool = False, token: str 
             # Deletes weights of an earlier upload: transformers would prefer a single old file to new shards.
             delete_patterns=["model*.safetensors", "model.safetensors.index.json"],
         )
+    except UnnormError:
+        raise
     except Exception as error:
         raise UnnormError(_why(repo, error)) from error
-    return Pushed(full, str(made), files, private)
+    return Pushed(full, str(made), files, is_private)
 
 
 def check_run(directory: Path) -> Path:
@@ -99,7 +106,7 @@ def check_run(directory: Path) -> Path:
     if not result.get("verified") or not all(check.passed for check in verify(directory)):
         raise UnnormError(
             f"The proof of the run in '{directory}' does not pass, so it is not published: see unnorm verify "
-            f"{quote(str(directory))}"
+            f"{quoted(directory)}"
         )
     return folder
 

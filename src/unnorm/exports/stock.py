@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from unnorm.errors import UnnormError
 from unnorm.exports.measure import FormError, form_errors, refuse_kept_norms
-from unnorm.folding.checkpoint import load_sites, load_trained, with_weights
+from unnorm.folding.checkpoint import load_trained, with_weights
 from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.sites.norm_behaviour import affine_parameters, gain_offset
 from unnorm.sites.site import NormSite
@@ -48,9 +48,8 @@ def write_stock(directory: Path, folded: PreTrainedModel, out: Path) -> list[For
             config (so that the form would not survive saving), or the form's logits differ from the folded model's.
     """
     refuse_kept_norms(folded, "A stock form")
-    stock = stock_form(directory)
+    stock, sites = stock_form(directory)
     stock.save_pretrained(out)
-    sites, _ = load_sites(directory)
     _check_epsilons(_load_stock(out, torch.float32), sites)
     rows = form_errors(folded, lambda dtype: _load_stock(out, dtype))
     if not rows[0].relative <= TOLERANCE:
@@ -62,12 +61,12 @@ def write_stock(directory: Path, folded: PreTrainedModel, out: Path) -> list[For
     return rows
 
 
-def stock_form(directory: Path) -> PreTrainedModel:
-    """The stock form of a finished run, in memory, in float32.
+def stock_form(directory: Path) -> tuple[PreTrainedModel, list[NormSite]]:
+    """The stock form of a finished run, in memory, in float32, and the sites of its norms.
 
     Raises:
-        UnnormError: there is no finished run, its neurons have limits, a norm has no gain, or its epsilon does not
-            come from the config.
+        UnnormError: there is no finished run, its neurons have limits, a norm has no gain, or the config holds no
+            epsilon.
     """
     trained, sites, constants = load_trained(directory)
     if limits_of(trained):
@@ -76,8 +75,7 @@ def stock_form(directory: Path) -> PreTrainedModel:
     for site in sites:
         weights |= _scaled_gain(trained.get_submodule(site.name), site, constants[site.name])
     stock = with_weights(trained, _with_huge_epsilon(trained.config, sites), weights, trained.generation_config)
-    _check_epsilons(stock, sites)
-    return stock.eval()
+    return stock.eval(), sites
 
 
 def _scaled_gain(norm: nn.Module, site: NormSite, constant: float) -> dict[str, torch.Tensor]:

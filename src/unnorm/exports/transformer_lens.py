@@ -14,13 +14,14 @@ import torch
 from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError, short
-from unnorm.exports.measure import compare, probe_ids, refuse_kept_norms
+from unnorm.exports.measure import PROBE_SHAPE, compare, refuse_kept_norms
 from unnorm.folding.checkpoint import fetched, load
 from unnorm.isolation import isolated
 from unnorm.modeling.modeling_unnorm import PREFIX
 from unnorm.models.load import load_tokenizer
 from unnorm.runs.directory import MODEL, named_path
 from unnorm.sites.find import norm_modules
+from unnorm.sites.tracing import trace_inputs
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -71,7 +72,8 @@ def to_transformer_lens(
     register_adapter(type(twin).__name__)
     # Without a tokenizer the bridge asks the hub for one.
     tokenizer = load_tokenizer(str(directory), path, trust_remote_code)
-    ids = probe_ids(twin).to(device)
+    tokenizer.init_kwargs["trust_remote_code"] = trust_remote_code  # The bridge loads it once more, and would ask.
+    ids = trace_inputs(twin, *PROBE_SHAPE)
     with torch.no_grad():
         expected = twin(input_ids=ids, use_cache=False).logits  # Before the bridge takes over its modules.
         try:
@@ -115,13 +117,17 @@ def show_limits(bridge: "TransformerBridge") -> None:
     For bridges made by `boot_transformers`; `to_transformer_lens` does it itself.
     """
 
-    def held(limit: torch.Tensor) -> Any:
-        return lambda neurons, hook: neurons.clamp(-limit, limit)
+    def held(writer: torch.nn.Module) -> Any:
+        def clamp(neurons: torch.Tensor, hook: Any) -> torch.Tensor:
+            limit = writer.get_buffer("limit").to(neurons)  # Read each time: the bridge may have moved.
+            return neurons.clamp(-limit, limit)
+
+        return clamp
 
     for component in bridge.modules():
         writer = component._modules.get("_original_component")
         if writer is not None and "limit" in writer._buffers and hasattr(component, "hook_in"):
-            component.hook_in.add_perma_hook(held(writer.limit))
+            component.hook_in.add_perma_hook(held(writer))
 
 
 def register_adapter(architecture: str) -> None:

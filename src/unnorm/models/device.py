@@ -52,5 +52,6 @@ def choose_device(device: str | torch.device) -> str:
     if device == "auto":
         return "cuda" if "cuda" in present else "cpu"  # Apple GPUs are untested.
     if device not in present:
-        raise UnnormError(f"No device '{device}' here. Choose from {', '.join(present)}.")
+        one_of_several = "" if device.partition(":")[0] not in present else " (one of several: CUDA_VISIBLE_DEVICES)"
+        raise UnnormError(f"No device '{device}' here. Choose from {', '.join(present)}{one_of_several}.")
     return device

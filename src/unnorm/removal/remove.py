@@ -109,7 +109,7 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watch) -> Run:
     weights = weights_digest(model)
     processes.agree(lambda: check_same_original(config, directory, weights))
     plan = processes.agree(lambda: _plan(config, model))
-    check_disk(directory, model)
+    check_disk(directory, model, config.control)
     set_seed(config.seed)
     reset_peak_memory(plan.device)
     model.to(plan.device).requires_grad_(False)
@@ -239,7 +239,7 @@ def _out_of_tokens(run: Run, outcome: Outcome) -> str:
         more = max(more, MASSIVE_TOKENS)
         why = (
             f"The taper has not begun: in a model with massive activations it starts once KL is under "
-            f"{outcome.kl_limit:.2g} nats, and then takes a quarter of a million tokens or more. Resume with "
+            f"{outcome.kl_limit:.2g} nats, and then took a quarter of a million tokens in SmolLM2-135M. Resume with "
             "more tokens"
         )
     return (

@@ -20,8 +20,9 @@ from unnorm.runs.plan import Plan
 from unnorm.sites.site import NormSite
 from unnorm.taper.recipes import RECIPES, Recipe
 
-DISK_COPIES = 8
-"""Disk a run may need, in float32 copies of the model: a checkpoint with optimizer state, and the saved models."""
+CHECKPOINT_COPIES, SAVED_COPIES = 3, 2
+"""Disk that a checkpoint with optimizer state, and the twin with and without stand-ins, take: in float32 copies of the
+model. Two checkpoints are there while one replaces the other."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +94,21 @@ def _unused_name(name: str) -> Path:
     return next(path for path in numbered if not path.exists())
 
 
-def check_disk(directory: Path, model: PreTrainedModel) -> None:
+def needed_disk(model: PreTrainedModel, control: bool) -> int:
+    """Bytes that a run's checkpoints and saved models take at most, if its unembedding is untied.
+
+    A control is trained while the twin's checkpoint and both saved forms are still there.
+    """
+    copies = 2 * CHECKPOINT_COPIES + SAVED_COPIES + (CHECKPOINT_COPIES if control else 0)
+    unembedding = model.get_output_embeddings()
+    tied = unembedding.weight.numel() if model.config.tie_word_embeddings and unembedding is not None else 0
+    return copies * 4 * (tied + sum(p.numel() for p in model.parameters()))
+
+
+def check_disk(directory: Path, model: PreTrainedModel, control: bool) -> None:
     """Raise an UnnormError if the disk has no room for what the run may write; files already in it count as free."""
     parent = nearest_existing(directory)
-    needed = DISK_COPIES * 4 * sum(p.numel() for p in model.parameters())
+    needed = needed_disk(model, control)
     written = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     free = shutil.disk_usage(parent).free + written
     if free < needed:

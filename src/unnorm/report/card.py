@@ -10,7 +10,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from unnorm.data import OWN_TEXT, STDLIB
 from unnorm.errors import first_few
+from unnorm.models.load import DEMO
 from unnorm.report.numbers import count, finite_or_none, fixed, interval, loss_increase, percent, shortest
 from unnorm.report.sentences import (
     healed,
@@ -25,7 +27,8 @@ from unnorm.report.sentences import (
 )
 from unnorm.sites.site import NormSite
 
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_BUILT_IN = {STDLIB: "Python's standard library", OWN_TEXT: "text written by the original"}
+_HUB_NAME = re.compile(r"(?:[\w.-]+/)?[\w.-]+")  # GPT-2 and a few others have no owner.
 
 
 def render_card(
@@ -53,6 +56,7 @@ def render_card(
         "front_matter": yaml.safe_dump(front_matter(result), sort_keys=False, allow_unicode=True).strip(),
         "title": without_norms(result, _name(result)),
         "trained": bool(result.get("tokens")),
+        "verified": bool(result.get("verified")),
         "context": result["plan"]["context"],
         "results": _results(result),
         "interval_over": result["interval_over"],
@@ -69,7 +73,7 @@ def render_card(
 
 def front_matter(result: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata for the hub: how to load the model, what it is derived from, and its loss and KL as results."""
-    model, data = (_published(str(result[key])) for key in ("model", "data"))
+    model, data = str(result["model"]), str(result["data"])
     tags = ["unnorm", "interpretability"]
     tags += [] if result.get("norm_modules_left") else ["norm-free", "layernorm-free"]
     measured = (("loss", "loss, nats per token", "lnfree_loss"), ("kl", "KL to the original, nats per token", "kl"))
@@ -77,8 +81,8 @@ def front_matter(result: Mapping[str, Any]) -> dict[str, Any]:
         EvalResult(
             task_type="text-generation",
             task_name="Language modelling",
-            dataset_type=data,
-            dataset_name=f"{data}, held-out part",
+            dataset_type=_published(data),
+            dataset_name=f"{_published(data)}, held-out part",
             metric_type=kind,
             metric_name=words,
             metric_value=round(float(result[key]), 5),
@@ -114,12 +118,12 @@ def _name(result: Mapping[str, Any]) -> str:
 
 def _published(source: str) -> str:
     """Hub name of a model or data set; for a local path only its last component, since cards are read elsewhere."""
-    return source if _on_hub(source) else Path(source).name
+    return source if _on_hub(source) else _BUILT_IN.get(source, Path(source).name)
 
 
 def _on_hub(source: str) -> bool:
-    """Whether a name has the hub's form, OWNER/NAME or OWNER/NAME:SUBSET, and is not a local path."""
-    here = source.startswith((".", "~")) or Path(source).exists()
+    """Whether a name has the hub's form, [OWNER/]NAME or [OWNER/]NAME:SUBSET, and is not a local path."""
+    here = source.startswith((".", "~")) or Path(source).exists() or source in (DEMO, STDLIB, OWN_TEXT)
     return bool(_HUB_NAME.fullmatch(source.partition(":")[0])) and not here
 
 

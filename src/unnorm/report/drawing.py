@@ -175,6 +175,6 @@ def finish(figure: Figure, height: int, x_title: str) -> Figure:
         automargin=True,
     )
     figure.update_yaxes(gridcolor=RULE, zeroline=False, automargin=True)
-    last = max(axis for axis in figure.layout if axis.startswith("xaxis"))
+    last = max((axis for axis in figure.layout if axis.startswith("xaxis")), key=lambda axis: int(axis[5:] or 1))
     figure.layout[last].title = {"text": x_title, "standoff": 8}
     return figure

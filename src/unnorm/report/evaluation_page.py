@@ -7,7 +7,7 @@ from unnorm.evaluation.results import Evaluation, Results, Score
 from unnorm.report import evaluation_figures as figures
 from unnorm.report.comparison import make_pair
 from unnorm.report.numbers import MISSING, count, fixed, interval, percent, significant
-from unnorm.report.sentences import elsewhere, intervals_over
+from unnorm.report.sentences import intervals_over, overflow, truncations
 from unnorm.report.templates import render_page
 
 
@@ -22,9 +22,10 @@ def render_evaluation(results: Results) -> str:
     pairs = [make_pair(f"{row.model} on {row.data}", row.comparison) for row in rows if row.comparison is not None]
     values = {
         "title": headline(results, original),
-        "rows": [_row(row, original) for row in rows],
-        "overflows": [_overflow(row) for row in rows if row.overflowed_blocks],
-        "scores": [_score(score, original) for score in results.scores],
+        "rows": [_row(row) for row in rows],
+        "overflows": [overflow(row) for row in rows if row.overflowed_blocks],
+        "scores": [_score(score) for score in results.scores],
+        "truncated": truncations(results.scores),
         "style": style,
         "original": original,
         "heights": {name: int(figure.layout.height) for name, figure in kept.items()},
@@ -41,10 +42,9 @@ def headline(results: Results, original: str | None) -> str:
     return named if original is None or not others else f"{named} against {original}"
 
 
-def _row(row: Evaluation, original: str | None) -> dict[str, Any]:
+def _row(row: Evaluation) -> dict[str, Any]:
     return {
         "model": row.model,
-        "is_original": row.model == original,
         "data": row.data,
         "loss": fixed(row.loss),
         "interval": interval(row.loss_ci),
@@ -64,17 +64,11 @@ def _row(row: Evaluation, original: str | None) -> dict[str, Any]:
     }
 
 
-def _overflow(row: Evaluation) -> str:
-    words = f"{row.model} overflows in {count(row.overflowed_blocks)} of {count(row.blocks)} blocks of {row.data}"
-    return words + elsewhere(row.kl_elsewhere, row.loss_elsewhere)
-
-
-def _score(score: Score, original: str | None) -> dict[str, Any]:
+def _score(score: Score) -> dict[str, Any]:
     small = abs(score.value) < 1e4
     shown = (lambda value: fixed(value, 4)) if small else (lambda value: significant(value))
     return {
         "model": score.model,
-        "is_original": score.model == original,
         "task": score.task,
         "metric": score.metric,
         "value": shown(score.value),

@@ -2,11 +2,14 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from unnorm.report.numbers import MISSING, count, finite_or_none, fixed, percent, shortest, significant
 from unnorm.runs.directory import short_name
+
+if TYPE_CHECKING:  # These import torch, which would slow down `--help`.
+    from unnorm.evaluation.results import Evaluation, Score
 
 
 def without_norms(result: Mapping[str, Any], name: str) -> str:
@@ -62,6 +65,21 @@ def overflowed(result: Mapping[str, Any]) -> str:
         return ""
     words = f"it overflows in {count(number)} of {count(result.get('validation_blocks'))} held-out blocks"
     return words + elsewhere(result.get("kl_elsewhere"), result.get("lnfree_loss_elsewhere"))
+
+
+def overflow(row: "Evaluation") -> str:
+    """In how many blocks of a corpus a model overflows, and the KL and loss in the others."""
+    words = f"{row.model} overflows in {count(row.overflowed_blocks)} of {count(row.blocks)} blocks of {row.data}"
+    return words + elsewhere(row.kl_elsewhere, row.loss_elsewhere)
+
+
+def truncations(scores: Iterable["Score"]) -> list[str]:
+    """One sentence for each model and benchmark with requests that were cut to the context."""
+    found = {(score.model, score.task): score.truncated for score in scores if score.truncated}
+    return [
+        f"{model} on {task}: {count(number)} requests were longer than the context and lost their beginning"
+        for (model, task), number in found.items()
+    ]
 
 
 def elsewhere(kl: Any, loss: Any) -> str:

@@ -5,6 +5,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 from shlex import quote
+from subprocess import list2cmdline
 from typing import Any
 
 from unnorm.errors import UnnormError
@@ -95,7 +96,12 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def resume_command(directory: Path) -> str:
     """The shell command that resumes a run."""
-    return f"unnorm remove --resume --out {quote(str(directory))}"
+    return f"unnorm remove --resume --out {quoted(directory)}"
+
+
+def quoted(path: Path | str) -> str:
+    """A path as an argument of the machine's shell."""
+    return list2cmdline([str(path)]) if os.name == "nt" else quote(str(path))
 
 
 def nearest_existing(directory: Path) -> Path:

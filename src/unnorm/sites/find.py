@@ -214,7 +214,7 @@ def _role(model: PreTrainedModel, name: str, readers: Sequence[str], writers: Se
     unembedding = model.get_output_embeddings()
     if any(model.get_submodule(reader) is unembedding for reader in readers):
         return "final"
-    if not readers and all(isinstance(model.get_submodule(writer), nn.Embedding) for writer in writers):
+    if not readers and writers and all(isinstance(model.get_submodule(writer), nn.Embedding) for writer in writers):
         return "embedding"
     in_attention = [inside_attention(model, other) for other in (readers or (name, *writers))]
     if all(in_attention):

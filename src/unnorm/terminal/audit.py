@@ -8,8 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from unnorm.report.numbers import MOST_FIXED
-from unnorm.terminal.text import mark, verdict
+from unnorm.terminal.text import mark, shown, verdict
 
 _AUDITED = ("99.9%", "99.99%", "largest")
 _MOST_SHOWN = 60
@@ -73,18 +72,14 @@ def _audit_worst(rows: Sequence[dict[str, Any]]) -> Table:
     table = _audit_table("Largest excess of loss over the reference", "text", "next", right=("loss",))
     for row in rows:
         for worst in row["worst"][:1]:
-            loss = f"{_shown(worst['loss'], '.2f')} ({_shown(worst['reference_loss'], '.2f')})"
+            loss = f"{shown(worst['loss'], '.2f')} ({shown(worst['reference_loss'], '.2f')})"
             table.add_row(row["name"], Text(_printable(worst["text"])), Text(_printable(worst["next"])), loss)
     return table
 
 
 def _pairs(row: dict[str, Any], key: str, form: str) -> list[str]:
     ours, theirs = row[key], row[f"reference_{key}"]
-    return [f"{_shown(ours[name], form)} ({_shown(theirs[name], form)})" for name in ours]
-
-
-def _shown(value: float | None, form: str) -> str:
-    return "inf" if value is None else format(value, form if value < MOST_FIXED else ".1e")
+    return [f"{shown(ours[name], form)} ({shown(theirs[name], form)})" for name in ours]
 
 
 def _printable(text: str) -> str:

@@ -9,10 +9,9 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.text import Text
 
-from unnorm.report.numbers import MOST_FIXED
-from unnorm.report.sentences import intervals_over
+from unnorm.report.sentences import intervals_over, overflow, truncations
 from unnorm.terminal.fitting import Column, FittingTable
-from unnorm.terminal.text import fixed, whole
+from unnorm.terminal.text import shown, whole
 
 if TYPE_CHECKING:  # These import torch, which would slow down `--help`.
     from unnorm.evaluation import Evaluation, Results, Score
@@ -32,8 +31,9 @@ def evaluation_tables(results: "Results", out: Path | None = None) -> Renderable
         parts.append(
             Text("Nothing to compare with: name the original with --against for KL, agreement and differences.")
         )
-    parts += [Text(_overflow_line(row)) for row in rows if row.overflowed_blocks]
+    parts += [Text(overflow(row)) for row in rows if row.overflowed_blocks]
     parts += [_score_table(results.scores)] if results.scores else []
+    parts += [Text(line) for line in truncations(results.scores)]
     parts += [Text(line, style="dim") for line in _protocol_lines(results.protocol)]
     parts += [whole(f"page  {out / 'evaluation.html'}")] if out is not None else []
     return Group(*parts)
@@ -52,13 +52,6 @@ def _loss_table(rows: Sequence["Evaluation"]) -> FittingTable:
             _or_dash(row.bits_per_byte, ".4f"),
         )
     return table
-
-
-def _overflow_line(row: "Evaluation") -> str:
-    line = f"{row.model} overflows in {row.overflowed_blocks:,} of {row.blocks:,} blocks of {row.data}"
-    if row.loss_elsewhere is None:
-        return line
-    return f"{line}; in the others loss {row.loss_elsewhere:.4f}, KL {_or_dash(row.kl_elsewhere, '.4f')}"
 
 
 def _fidelity_table(rows: Sequence["Evaluation"]) -> FittingTable:
@@ -83,10 +76,10 @@ def _score_table(scores: Sequence["Score"]) -> FittingTable:
     headings = ("value", "Δ original")
     table = _side_by_side("Benchmarks via lm-eval, 95% intervals", "benchmark", "metric", numbers=headings)
     for score in scores:
-        interval = "" if score.ci is None else f"\n{fixed(score.ci[0])} to {fixed(score.ci[1])}"
+        interval = "" if score.ci is None else f"\n{shown(score.ci[0])} to {shown(score.ci[1])}"
         change = _with_interval(_or_dash(score.difference, "+.4g"), score.difference_ci, "+.4f")
         names = map(escape, (score.model, score.task, score.metric))
-        table.add_row(*names, fixed(score.value) + interval, change)
+        table.add_row(*names, shown(score.value) + interval, change)
     return table
 
 
@@ -104,9 +97,7 @@ def _with_interval(value: str, interval: tuple[float, float] | None, form: str) 
 
 
 def _or_dash(value: float | None, form: str) -> str:
-    if value is None:
-        return "-"
-    return format(value, form if abs(value) < MOST_FIXED or form.endswith("%") else f"{form[: form.index('.')]}.2e")
+    return "-" if value is None else shown(value, form)
 
 
 def _protocol_lines(protocol: dict[str, Any]) -> list[str]:

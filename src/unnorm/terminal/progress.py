@@ -1,5 +1,6 @@
 """Live progress on a terminal; quiet and plain elsewhere."""
 
+import os
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +21,7 @@ class Progress:
         self.task: Any = None
 
     def __enter__(self) -> "Progress":
-        if self.console.is_terminal:
+        if self.console.is_terminal and os.environ.get("RANK", "0") == "0":  # Other processes would erase its line.
             self.live = RichProgress(
                 TextColumn("{task.description}", markup=False),
                 BarColumn(bar_width=24),

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -19,9 +18,9 @@ from unnorm.report.sentences import (
     without_norms,
     worse_than_naive,
 )
-from unnorm.runs.directory import MODEL, REPORT
+from unnorm.runs.directory import MODEL, REPORT, quoted
 from unnorm.terminal.fitting import Column, FittingTable
-from unnorm.terminal.text import fixed, mark, verdict, whole
+from unnorm.terminal.text import mark, shown, verdict, whole
 
 if TYPE_CHECKING:  # These import torch, which would slow down `--help`.
     from unnorm.calibration.scales import ScaleStatistics
@@ -40,19 +39,19 @@ def result_table(result: dict[str, Any]) -> RenderableType:
         table.add_row(*row)
     where = result["directory"]
     return Group(
-        table, whole(f"model   {where}/{MODEL}\nreport  {where}/{REPORT}\nproof   unnorm verify {quote(where)}")
+        table, whole(f"model   {where}/{MODEL}\nreport  {where}/{REPORT}\nproof   unnorm verify {quoted(where)}")
     )
 
 
 def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     rows = [
-        ("KL to the original", fixed(result["kl"]), _elsewhere(result["kl_elsewhere"]) or "nats per token"),
+        ("KL to the original", shown(result["kl"]), _elsewhere(result["kl_elsewhere"]) or "nats per token"),
         *_worse_than_naive(result),
         *_agreement(result),
-        ("loss, original", fixed(result["teacher_loss"]), f"{result['validation_tokens']:,} held-out tokens"),
+        ("loss, original", shown(result["teacher_loss"]), f"{result['validation_tokens']:,} held-out tokens"),
         (
             "loss, twin",
-            fixed(result["lnfree_loss"]),
+            shown(result["lnfree_loss"]),
             _elsewhere(result["lnfree_loss_elsewhere"]) or _increase(result),
         ),
     ]
@@ -64,8 +63,8 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         rows.append(("overflows in", overflowed, f"held-out blocks: {remedy}"))
     if result["control_loss"] is not None:
         rows += [
-            ("loss, control", fixed(result["control_loss"]), "norms kept, same number of tokens"),
-            ("gap", fixed(result["gap"], "+"), "loss of twin minus loss of control"),
+            ("loss, control", shown(result["control_loss"]), "norms kept, same number of tokens"),
+            ("gap", shown(result["gap"], "+.4f"), "loss of twin minus loss of control"),
         ]
     rows += [
         *_naive_removal(result),
@@ -89,13 +88,13 @@ def _agreement(result: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _naive_removal(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     if not knows_naive_removal(result):
         return []
-    return [("loss, naive removal", fixed(result["naive_loss"]), "constant scales, no training")]
+    return [("loss, naive removal", shown(result["naive_loss"]), "constant scales, no training")]
 
 
 def _worse_than_naive(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     if not worse_than_naive(result):
         return []
-    return [("[red]KL, naive removal[/]", fixed(result["naive_kl"]), f"[red]{WORSE_THAN_NAIVE}[/]")]
+    return [("[red]KL, naive removal[/]", shown(result["naive_kl"]), f"[red]{WORSE_THAN_NAIVE}[/]")]
 
 
 def _training(result: dict[str, Any]) -> str:
@@ -120,9 +119,9 @@ def _increase(result: dict[str, Any]) -> str:
     """The twin's loss minus the original's on the same tokens, with its interval."""
     if result["lnfree_loss"] is None:
         return ""
-    increase = fixed(result["lnfree_loss"] - result["teacher_loss"], "+")
+    increase = shown(result["lnfree_loss"] - result["teacher_loss"], "+.4f")
     ends = result["loss_increase_ci"]
-    return f"{increase}, 95% interval {fixed(ends[0], '+')} to {fixed(ends[1], '+')}" if ends else increase
+    return f"{increase}, 95% interval {shown(ends[0], '+.4f')} to {shown(ends[1], '+.4f')}" if ends else increase
 
 
 def _elsewhere(value: float | None) -> str:

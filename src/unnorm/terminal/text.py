@@ -12,11 +12,12 @@ def whole(lines: str) -> Text:
     return Text(lines, no_wrap=True, overflow="ignore")
 
 
-def fixed(value: float | None, sign: str = "") -> str:
-    """Four decimals; three digits and a power of ten where a model went astray. `sign` is `+` to show it always."""
+def shown(value: float | None, form: str = ".4f") -> str:
+    """A number in a form such as `+.4f`; three digits and a power of ten where a model went astray."""
     if value is None or not math.isfinite(value):  # None is how JSON has what is not finite.
         return "overflows"
-    return f"{value:{sign}{'.4f' if abs(value) < MOST_FIXED else '.3g'}}"
+    large = abs(value) >= MOST_FIXED and not form.endswith("%")
+    return format(value, f"{form.partition('.')[0]}.3g" if large else form)
 
 
 def mark(passed: bool) -> str:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -124,12 +123,10 @@ class ScheduleCallback(TrainerCallback):
         self.removal.token_mask.mask = mask
 
     def _share_constants(self) -> None:
-        if not dist.is_initialized():
-            return
         stand_ins = list(self.removal.stand_ins.values())
-        constants = processes.total(torch.stack([stand_in.log_constant for stand_in in stand_ins]))
-        for stand_in, mean in zip(stand_ins, constants / dist.get_world_size(), strict=True):
-            stand_in.log_constant.copy_(mean)
+        constants = processes.mean(torch.stack([stand_in.log_constant for stand_in in stand_ins]))
+        for stand_in, constant in zip(stand_ins, constants, strict=True):
+            stand_in.log_constant.copy_(constant)
 
 
 class GuardCallback(TrainerCallback, ExportableState):

@@ -267,11 +267,7 @@ class DistillationTrainer(Trainer):
     def held(self) -> float | None:
         """Share of the last batch's tokens held down by bounds, over all sites and processes; None without bounds."""
         shares = [share for stand_in in self.bounded if (share := stand_in.held) is not None]
-        if not shares:
-            return None
-        mean = torch.stack(shares).mean()
-        share, count = processes.total(torch.stack([mean, torch.ones_like(mean)])).tolist()
-        return float(share / count)
+        return float(processes.mean(torch.stack(shares).mean())) if shares else None
 
     def _penalty(self, norm: TaperedNorm, ids: Int[Tensor, "batch position"]) -> Float[Tensor, ""]:
         assert norm.kept_log_scale is not None and self.optimization.penalty is not None

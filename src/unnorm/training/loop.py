@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 
 from unnorm import processes
 from unnorm.data import batches, evenly_spaced
-from unnorm.errors import UnnormError, short
+from unnorm.errors import UnnormError, is_out_of_memory, short
 from unnorm.models.running import evaluating, without_dropout
 from unnorm.models.sizes import vocabulary_size
 from unnorm.progress import Watch
@@ -128,7 +129,7 @@ def train(
     last = processes.agree(lambda: last_checkpoint(checkpoints))
     errors = _as_unnorm_errors(plan, checkpoints, report_to)
     clipping = clipping_tokens(model, model.get_output_embeddings()) if trainer.bounded else nullcontext()
-    with interrupt.listening(), without_dropout(model), trainer.matching_reads(), clipping, errors:
+    with interrupt.listening(), without_dropout(model), trainer.matching_reads(), clipping, errors, _run_of_its_own():
         trainer.train(resume_from_checkpoint=last)
     interrupted = interrupt.is_asked(trainer.args.device) and not trainer.guard.diverged
     outcome = _outcome(trainer, removal, plan, metrics.rows, interrupted)
@@ -201,16 +202,29 @@ def _as_many(blocks: Dataset, rows: int) -> Dataset:
 
 
 @contextmanager
+def _run_of_its_own() -> Iterator[None]:
+    """Finish the run that training began in wandb: otherwise the control's curves, and the next model's, go into it."""
+    before = _wandb_run()
+    yield
+    if before is None and _wandb_run() is not None:
+        sys.modules["wandb"].finish()
+
+
+def _wandb_run() -> Any:
+    return getattr(sys.modules.get("wandb"), "run", None)
+
+
+@contextmanager
 def _as_unnorm_errors(plan: Plan, checkpoints: Path, report_to: Sequence[str]) -> Iterator[None]:
     """Turn lack of memory or disk, and failing trackers, into errors that say what to do."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise UnnormError(
-            f"Out of memory with {plan.micro_batch} blocks of {plan.context} tokens at once. "
-            "Use a smaller --micro-batch or --context."
-        ) from error
     except Exception as error:
+        if is_out_of_memory(error):
+            raise UnnormError(
+                f"Out of memory with {plan.micro_batch} blocks of {plan.context} tokens at once. "
+                "Use a smaller --micro-batch or --context."
+            ) from error
         if any(word in str(error) for word in ("deserializing", "PytorchStreamReader")):  # Of safetensors, of torch.
             raise UnnormError(
                 f"The checkpoint in '{checkpoints}' is damaged ({short(error)}). Delete it, and --resume starts from "
@@ -287,7 +301,7 @@ def _arguments(
         use_cpu=plan.device == "cpu",
         ddp_backend="gloo" if plan.device == "cpu" and plan.processes > 1 else None,
         ddp_broadcast_buffers=False,  # Constants are averaged instead; see ScheduleCallback.
-        ddp_find_unused_parameters=False,
+        ddp_find_unused_parameters=True,  # A vision tower that text does not run, experts without a token.
         save_strategy="steps",
         save_steps=max(1, math.ceil(plan.steps / CHECKPOINTS_PER_RUN)),
         save_total_limit=1,
@@ -301,4 +315,5 @@ def _arguments(
     )
     # With several devices the Trainer would use DataParallel, whose replicas have no reads or bounds; use `torchrun`.
     arguments._n_gpu = min(1, arguments.n_gpu)
+    arguments.mixed_precision = "bf16" if plan.bfloat16 else "no"  # Else `accelerate launch` would choose it.
     return arguments

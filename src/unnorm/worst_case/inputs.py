@@ -233,7 +233,8 @@ def _left_padded(m: Material, positions: bool) -> InputClass:
 
 def _late_positions(m: Material) -> InputClass:
     assert m.trained is not None
-    inputs = _windows(m, m.text, max(1, m.tokens // (m.context - m.trained)))
+    # Of few late positions, fewer tokens are measured: each window also runs all earlier positions.
+    inputs = _windows(m, m.text, max(1, min(m.tokens // (m.context - m.trained), 2 * m.rows)))
     inputs.targets[:, : m.trained] = IGNORED
     what = f"text at positions {m.trained:,} to {m.context - 1:,}: training had {m.trained:,}"
     return InputClass("late positions", what, (inputs,))
