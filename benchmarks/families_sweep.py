@@ -38,7 +38,7 @@ from unnorm.errors import UnnormError, short
 from unnorm.folding.checkpoint import load, load_sites, load_unfolded
 from unnorm.json_text import json_text
 from unnorm.models.load import model_path
-from unnorm.sites.tracing import trace_inputs
+from unnorm.models.probe import trace_inputs
 
 SECONDS = 900
 MOST_PARAMETERS = 100_000_000

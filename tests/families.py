@@ -7,10 +7,10 @@ import transformers as hf
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from unnorm.folding.fold import fold
+from unnorm.models.probe import trace_inputs
 from unnorm.models.running import copy_model
 from unnorm.sites.find import find_sites
 from unnorm.sites.site import NormSite
-from unnorm.sites.tracing import trace_inputs
 from unnorm.taper.stand_ins import install
 
 

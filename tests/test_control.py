@@ -14,7 +14,7 @@ import unnorm
 from tests.conftest import SETTINGS
 from unnorm.errors import RunInterruptedError
 from unnorm.removal import remove as removal
-from unnorm.runs.directory import read_rows
+from unnorm.run_directory import read_rows
 from unnorm.training import distillation
 
 

@@ -25,8 +25,8 @@ from unnorm.exports.measure import FormError, compare
 from unnorm.exports.nanogpt import forward
 from unnorm.exports.stock import EPS
 from unnorm.exports.transformer_lens import register_adapter
+from unnorm.models.probe import trace_inputs
 from unnorm.sites.find import find_sites
-from unnorm.sites.tracing import trace_inputs
 
 IN_LENS = [
     "gpt2",

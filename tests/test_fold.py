@@ -14,10 +14,10 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from unnorm.errors import UnnormError
 from unnorm.folding.fold import fold
 from unnorm.modeling.modeling_unnorm import AffineMap
+from unnorm.models.probe import trace_inputs
 from unnorm.proof.at_load import prove_sites
 from unnorm.sites.find import find_sites, norm_modules
 from unnorm.sites.norm_behaviour import is_norm
-from unnorm.sites.tracing import trace_inputs
 from unnorm.taper.stand_ins import install, uninstall_paths
 
 

@@ -1,10 +1,14 @@
 """Importing unnorm costs little, and needs nothing that is optional."""
 
+import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import unnorm
 
 OPTIONAL = ("transformer_lens", "nnsight", "nnterp", "gguf", "matplotlib", "selenium", "nbclient", "IPython")
 
@@ -47,3 +51,24 @@ def test_every_verb_is_there_without_what_is_optional() -> None:
     code = f"import sys; sys.modules.update(dict.fromkeys({(*OPTIONAL, 'lm_eval')!r})); import unnorm"
     every = "set(unnorm.__all__) - {'__version__'}"
     assert run(f"{code}; print(all(callable(getattr(unnorm, name)) for name in {every}))") == ["True"]
+
+
+def imported(module: ast.Module) -> Iterator[str]:
+    """What a module of ours imports from others of ours when it is imported itself."""
+    for node in module.body:
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("unnorm."):
+            yield str(node.module)
+
+
+def test_rooms_do_not_import_each_other_in_a_circle() -> None:
+    """So that each can be read, and used, with nothing but those below it."""
+    root = Path(unnorm.__file__).parent
+    rooms: dict[str, set[str]] = {}
+    for path in root.rglob("*.py"):
+        room = path.relative_to(root).with_suffix("").parts[0]
+        others = {name.split(".")[1] for name in imported(ast.parse(path.read_text(encoding="utf-8")))}
+        rooms.setdefault(room, set()).update(others - {room})
+    while lowest := [room for room, others in rooms.items() if not others & rooms.keys()]:
+        for room in lowest:
+            del rooms[room]
+    assert not rooms

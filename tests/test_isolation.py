@@ -24,7 +24,7 @@ from unnorm.analysis.sinks import sinks
 from unnorm.evaluation import evaluate
 from unnorm.isolation import isolated
 from unnorm.models.load import load_original
-from unnorm.sites.tracing import trace_inputs
+from unnorm.models.probe import trace_inputs
 from unnorm.training.distillation import DistillationTrainer
 
 

@@ -24,10 +24,10 @@ from tests.test_modeling import WITHOUT_UNNORM
 from unnorm.calibration.limits import COMMON, ROOM, measure_limits, quadratic_writers, set_limits, share_at_limit
 from unnorm.folding.checkpoint import load_unfolded, save_limits
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
+from unnorm.models.probe import trace_inputs
 from unnorm.models.running import copy_model
-from unnorm.runs.directory import LIMITS
+from unnorm.run_directory import LIMITS
 from unnorm.sites.find import find_sites, norm_modules
-from unnorm.sites.tracing import trace_inputs
 from unnorm.taper.stand_ins import install
 from unnorm.terminal.removal import result_table
 

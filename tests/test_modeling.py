@@ -28,10 +28,11 @@ from unnorm.folding.checkpoint import load_sites, load_unfolded
 from unnorm.folding.fold import fold_reader
 from unnorm.modeling import modeling_unnorm
 from unnorm.models.load import load_original
+from unnorm.models.probe import trace_inputs
 from unnorm.proof import verify as proof
 from unnorm.proof.verify import check_twin
 from unnorm.sites.find import norm_modules
-from unnorm.sites.tracing import stream_sources, trace_inputs
+from unnorm.sites.tracing import stream_sources
 from unnorm.taper.norms import TaperedNorm
 
 WITHOUT_UNNORM = """

@@ -31,9 +31,9 @@ from unnorm.folding.checkpoint import load_sites
 from unnorm.models.load import load_original
 from unnorm.removal import conclude
 from unnorm.removal.run import Run
+from unnorm.run_directory import read_rows
 from unnorm.runs import plan
 from unnorm.runs.config import RemoveConfig
-from unnorm.runs.directory import read_rows
 from unnorm.taper.norms import TaperedNorm
 from unnorm.terminal.progress import Progress
 from unnorm.training import distillation

@@ -12,10 +12,10 @@ import unnorm
 import unnorm.folding.checkpoint
 from tests.families import FAMILIES, IN_PLACE, float64_copy, random_model, removed_twin
 from unnorm.folding.fold import FoldedWeights, empty_twin, fold
+from unnorm.models.probe import trace_inputs
 from unnorm.models.running import copy_model
 from unnorm.proof.blockwise import float64_logits
 from unnorm.sites.find import find_sites
-from unnorm.sites.tracing import trace_inputs
 from unnorm.taper.stand_ins import install
 
 MODELS = {

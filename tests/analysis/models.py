@@ -11,7 +11,7 @@ from unnorm.analysis.material import Material
 from unnorm.analysis.prompts import PromptPair
 from unnorm.folding.checkpoint import load_sites
 from unnorm.models.load import load_original
-from unnorm.sites.tracing import trace_inputs
+from unnorm.models.probe import trace_inputs
 
 BRIDGED = ["gpt2", "gpt_neox, parallel", "llama", "qwen3"]
 # Each letter with the space before it is one of the tiny tokenizer's tokens.

@@ -21,8 +21,8 @@ from unnorm.analysis.neurons import ablate, output_weights
 from unnorm.analysis.patching import patch
 from unnorm.analysis.sinks import sinks
 from unnorm.errors import UnnormError
+from unnorm.models.probe import trace_inputs
 from unnorm.models.running import copy_model
-from unnorm.sites.tracing import trace_inputs
 
 
 def test_states_that_a_model_keeps_from_its_last_pass_are_copied_without_its_graph(tiny_model: PreTrainedModel) -> None:

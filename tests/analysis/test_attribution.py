@@ -14,10 +14,10 @@ from unnorm.analysis import attribution
 from unnorm.analysis.anatomy import anatomy
 from unnorm.analysis.attribution import attribute, frozen_scale_error
 from unnorm.errors import UnnormError
+from unnorm.models.probe import trace_inputs
 from unnorm.models.running import cast_as_loaded
 from unnorm.sites.find import find_sites
 from unnorm.sites.residual import parts_of, stream_writers
-from unnorm.sites.tracing import trace_inputs
 
 
 @pytest.mark.parametrize(

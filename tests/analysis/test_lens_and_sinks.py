@@ -14,7 +14,7 @@ from unnorm.analysis.lens import find as find_lens
 from unnorm.analysis.lens import lens
 from unnorm.analysis.sinks import find as find_sinks
 from unnorm.analysis.sinks import sinks
-from unnorm.sites.tracing import trace_inputs
+from unnorm.models.probe import trace_inputs
 
 
 @pytest.mark.parametrize("family", BRIDGED)

@@ -12,7 +12,7 @@ import unnorm
 from tests.analysis.models import material_of, original_of
 from unnorm.analysis import neurons
 from unnorm.analysis.neurons import ablate, output_weights
-from unnorm.sites.tracing import trace_inputs
+from unnorm.models.probe import trace_inputs
 
 
 def test_entropy_neurons_are_those_that_act_through_the_norm_alone(runs: dict[str, Path]) -> None:

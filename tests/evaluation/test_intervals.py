@@ -18,7 +18,7 @@ from unnorm.evaluation import evaluate, evaluate_model, intervals
 from unnorm.evaluation.corpora import open_corpus
 from unnorm.evaluation.harness import _interval
 from unnorm.evaluation.intervals import bootstrap_interval, paired_share_interval, share_interval
-from unnorm.runs.directory import CARD, MODEL, REPORT
+from unnorm.run_directory import CARD, MODEL, REPORT
 
 
 class TestIntervals:

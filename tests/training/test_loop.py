@@ -23,8 +23,8 @@ import unnorm
 from tests.conftest import SETTINGS, stdlib_text
 from unnorm.evaluation import evaluate_model
 from unnorm.models.running import copy_model
+from unnorm.run_directory import read_rows
 from unnorm.runs import config
-from unnorm.runs.directory import read_rows
 from unnorm.runs.plan import Plan
 from unnorm.sites.find import find_sites
 from unnorm.taper.norms import TokenMask

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.analysis import attribution, geometry, lens, neurons, patching, scales, sinks
 from unnorm.analysis.material import Finding, Material
+from unnorm.analysis.page import Skipped, render_analysis
 from unnorm.analysis.prompts import PromptPair, indirect_object_prompts, read_prompts
 from unnorm.data import evenly_spaced
 from unnorm.errors import UnnormError, first_few
@@ -20,11 +21,10 @@ from unnorm.json_text import finite, json_text
 from unnorm.modeling.modeling_unnorm import PREFIX
 from unnorm.models.device import choose_device
 from unnorm.models.sizes import choose_context, context_length, vocabulary_size
+from unnorm.paths import check_can_be_made, named_path, write_text
 from unnorm.progress import Watch, say, silent
-from unnorm.report.analysis_page import Skipped, render_analysis
 from unnorm.report.numbers import count, duration
 from unnorm.runs.config import check_seed, read_count
-from unnorm.runs.directory import check_can_be_made, named_path, write_text
 from unnorm.runs.pair import Pair, open_pair
 from unnorm.runs.text import TextSource, choose_text
 from unnorm.sites.site import NormSite

@@ -24,10 +24,10 @@ from transformers import PreTrainedModel
 from unnorm.data import batches
 from unnorm.hooks import hooked
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
+from unnorm.models.probe import trace_inputs
 from unnorm.models.running import evaluating
 from unnorm.sites.residual import recorded, stream_writers
 from unnorm.sites.site import NormSite
-from unnorm.sites.tracing import trace_inputs
 
 ROOM = 2.0
 """How large a neuron may become, relative to its largest activation in the original."""

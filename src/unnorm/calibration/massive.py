@@ -34,9 +34,10 @@ from unnorm.calibration.scales import collect_log_scales, set_constants
 from unnorm.data import evenly_spaced
 from unnorm.models.linear import linear_weight
 from unnorm.models.running import evaluating
+from unnorm.sites.norm_behaviour import centered, log_scale_of
 from unnorm.sites.residual import recorded, stream_writers
 from unnorm.sites.site import NormSite
-from unnorm.taper.norms import Estimator, TaperedNorm, centered, log_scale_of
+from unnorm.taper.norms import Estimator, TaperedNorm
 
 MASSIVE = 10.0
 """A neuron is massive if it adds a vector over this many times as long as the stream usually is at the next site."""

@@ -20,8 +20,9 @@ from unnorm.models.load import load_original, model_name
 from unnorm.models.running import evaluating
 from unnorm.models.sizes import blocks_at_once, choose_context, vocabulary_size
 from unnorm.sites.find import find_sites
+from unnorm.sites.norm_behaviour import centered, log_scale_of
 from unnorm.sites.site import NormSite
-from unnorm.taper.norms import Estimator, TaperedNorm, centered, estimate_log_constant, log_scale_of
+from unnorm.taper.norms import Estimator, TaperedNorm, estimate_log_constant
 
 CALIBRATION_BLOCKS = 32
 """Blocks of training data on which the first constants are measured."""

@@ -20,7 +20,7 @@ import pandas as pd  # type: ignore[import-untyped]
 from pyarrow import parquet  # type: ignore[import-untyped]
 
 from unnorm.errors import UnnormError, short
-from unnorm.runs.directory import named_path
+from unnorm.paths import named_path
 
 Row = dict[str, object]
 

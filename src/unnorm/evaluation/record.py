@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from unnorm.errors import UnnormError
 from unnorm.evaluation.results import Results
 from unnorm.json_text import digest, json_text
-from unnorm.runs.directory import check_can_be_made, named_path, write_text
+from unnorm.paths import check_can_be_made, named_path, write_text
 
 MEASUREMENTS, RESULTS, PAGE = "measurements", "evaluation.json", "evaluation.html"
 

@@ -23,9 +23,9 @@ from unnorm.evaluation.summary import summarize
 from unnorm.isolation import isolated
 from unnorm.models.device import choose_device
 from unnorm.models.load import model_name
+from unnorm.paths import short_name
 from unnorm.progress import Watch, say, silent
 from unnorm.runs.config import check_seed, read_count
-from unnorm.runs.directory import short_name
 from unnorm.runs.text import TextSource, blaming_the_run, choose_text
 from unnorm.versions import versions
 

@@ -15,9 +15,10 @@ from unnorm.evaluation.record import Record
 from unnorm.json_text import digest
 from unnorm.models.load import DEMO, check_same_tokenizer, check_same_vocabulary, load_original, weights_digest
 from unnorm.models.sizes import choose_context, vocabulary_size
+from unnorm.paths import named_path
 from unnorm.progress import Watch, say
+from unnorm.run_directory import MODEL, RESULT, finished_result
 from unnorm.runs.config import absolute_source, run_settings
-from unnorm.runs.directory import MODEL, RESULT, finished_result, named_path
 from unnorm.versions import versions
 
 

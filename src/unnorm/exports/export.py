@@ -15,7 +15,8 @@ from unnorm.exports.measure import FormError, form_errors
 from unnorm.folding.checkpoint import load, load_sites
 from unnorm.isolation import isolated
 from unnorm.models.load import load_tokenizer
-from unnorm.runs.directory import MODEL, finished_result, named_path, nearest_existing
+from unnorm.paths import named_path, nearest_existing
+from unnorm.run_directory import MODEL, finished_result
 
 Form = Literal["transformers", "stock", "nanogpt"]
 

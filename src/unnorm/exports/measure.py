@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError, first_few
+from unnorm.models.probe import trace_inputs
 from unnorm.models.running import cast_as_loaded, copy_model
-from unnorm.sites.tracing import trace_inputs
 
 Logits = Float[Tensor, "batch position vocab"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from unnorm.auto_classes import TYPE_PREFIX
 from unnorm.errors import UnnormError
 from unnorm.exports.measure import PROBE_SHAPE, FormError, compare, refuse_kept_norms
-from unnorm.sites.tracing import trace_inputs
+from unnorm.models.probe import trace_inputs
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 TOLERANCE = 1e-4

@@ -9,8 +9,9 @@ from huggingface_hub import metadata_load
 
 from unnorm.errors import UnnormError, short
 from unnorm.folding.checkpoint import load_sites
+from unnorm.paths import named_path, quoted
 from unnorm.proof.verify import verify
-from unnorm.runs.directory import CARD, MODEL, finished_result, named_path, quoted
+from unnorm.run_directory import CARD, MODEL, finished_result
 
 
 @dataclass(frozen=True)

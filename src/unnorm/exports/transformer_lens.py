@@ -19,9 +19,10 @@ from unnorm.folding.checkpoint import fetched, load
 from unnorm.isolation import isolated
 from unnorm.modeling.modeling_unnorm import PREFIX
 from unnorm.models.load import load_tokenizer
-from unnorm.runs.directory import MODEL, named_path
+from unnorm.models.probe import trace_inputs
+from unnorm.paths import named_path
+from unnorm.run_directory import MODEL
 from unnorm.sites.find import norm_modules
-from unnorm.sites.tracing import trace_inputs
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge

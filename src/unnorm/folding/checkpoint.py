@@ -28,7 +28,8 @@ from unnorm.isolation import alone
 from unnorm.modeling import register_twin_class
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.models.load import missing_weights
-from unnorm.runs.directory import LIMITS, MODEL, SITES, UNFOLDED, named_path, write_text
+from unnorm.paths import named_path, write_text
+from unnorm.run_directory import LIMITS, MODEL, SITES, UNFOLDED
 from unnorm.sites.norm_behaviour import gain_offset
 from unnorm.sites.site import NormSite
 from unnorm.taper.norms import TaperedNorm

@@ -22,9 +22,10 @@ from transformers import (
 
 from unnorm.errors import UnnormError, first_few, short
 from unnorm.modeling import register_twin_class
+from unnorm.models.probe import trace_inputs
 from unnorm.models.sizes import vocabulary_size
-from unnorm.runs.directory import MODEL, SITES, named_path
-from unnorm.sites.tracing import trace_inputs
+from unnorm.paths import named_path
+from unnorm.run_directory import MODEL, SITES
 
 DEMO = "demo"
 """Name of the bundled model: a small GPT-2 trained on the Python standard library's source."""

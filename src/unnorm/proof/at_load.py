@@ -12,12 +12,12 @@ from unnorm.errors import UnnormError, short
 from unnorm.folding.fold import FoldedWeights, empty_twin, twin_class
 from unnorm.hooks import hooked
 from unnorm.modeling.modeling_unnorm import PREFIX
+from unnorm.models.probe import trace_inputs
 from unnorm.models.running import copy_model
 from unnorm.proof.blockwise import float64_logits, in_float64
-from unnorm.sites.norm_behaviour import norm_operations
+from unnorm.sites.norm_behaviour import centered, norm_operations
 from unnorm.sites.site import NormSite
-from unnorm.sites.tracing import trace_inputs
-from unnorm.taper.norms import TaperedNorm, centered
+from unnorm.taper.norms import TaperedNorm
 from unnorm.taper.stand_ins import install
 
 PROOF_TOLERANCE = 1e-10

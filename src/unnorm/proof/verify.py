@@ -18,15 +18,16 @@ from unnorm.isolation import isolated
 from unnorm.modeling import modeling_unnorm
 from unnorm.modeling.modeling_unnorm import AffineMap
 from unnorm.models.linear import is_linear, linear_weight
+from unnorm.models.probe import trace_inputs
+from unnorm.paths import named_path
 from unnorm.proof.blockwise import float64_logits, in_float64
-from unnorm.runs.directory import MODEL, named_path
+from unnorm.run_directory import MODEL
 from unnorm.sites.find import norm_modules, norm_modules_and_idle, unembedding_name
-from unnorm.sites.norm_behaviour import norm_operations
+from unnorm.sites.norm_behaviour import centered, norm_operations
 from unnorm.sites.reading import read_weight
 from unnorm.sites.residual import recorded, replaced_inputs, split_output, writer_of
 from unnorm.sites.site import NormSite
-from unnorm.sites.tracing import stream_sources, trace_inputs
-from unnorm.taper.norms import centered
+from unnorm.sites.tracing import stream_sources
 
 FLOAT64_LIMIT = 1e-10
 FLOAT32_LIMIT = 1e-4

@@ -28,10 +28,11 @@ from unnorm.errors import UnnormError, short
 from unnorm.evaluation import EVALUATION_OVERSAMPLING, EVALUATION_TOKENS, with_documents
 from unnorm.models.load import DEMO
 from unnorm.models.sizes import vocabulary_size
+from unnorm.paths import write_text
 from unnorm.progress import Watch, say
 from unnorm.removal.run import Run
+from unnorm.run_directory import CHECKPOINTS, CONFIG_FILE, CONTROL, DATA, HELD_OUT, finished_result
 from unnorm.runs.config import RemoveConfig, read_config_file, run_settings
-from unnorm.runs.directory import CHECKPOINTS, CONFIG_FILE, CONTROL, DATA, HELD_OUT, finished_result, write_text
 from unnorm.runs.plan import Plan
 from unnorm.runs.text import TextSource, choose_text
 

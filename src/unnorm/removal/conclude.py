@@ -20,6 +20,7 @@ from unnorm.folding.checkpoint import load, load_sites, load_unfolded
 from unnorm.json_text import finite, json_text
 from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.models.device import peak_memory_mb
+from unnorm.paths import write_text
 from unnorm.proof.verify import check_twin
 from unnorm.removal.blocks import text_digest
 from unnorm.removal.facts import Facts
@@ -27,7 +28,7 @@ from unnorm.removal.predecessor import history
 from unnorm.removal.run import Run, evaluate_on_held_out
 from unnorm.report.card import render_card
 from unnorm.report.removal_page import ReportData, render_report
-from unnorm.runs.directory import (
+from unnorm.run_directory import (
     CARD,
     CHECKPOINTS,
     CONTROL,
@@ -38,7 +39,6 @@ from unnorm.runs.directory import (
     REPORT,
     RESULT,
     finished_result,
-    write_text,
 )
 from unnorm.sites.find import norm_modules_and_idle
 from unnorm.versions import versions

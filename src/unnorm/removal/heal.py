@@ -6,12 +6,13 @@ from typing import Any
 from unnorm.errors import UnnormError
 from unnorm.folding.checkpoint import load, load_unfolded
 from unnorm.isolation import isolated
+from unnorm.paths import named_path
 from unnorm.progress import Watch
 from unnorm.removal.remove import remove
 from unnorm.removal.resume import check_has_control, facts_of, has_control
 from unnorm.report.sentences import overflows_everywhere
+from unnorm.run_directory import CONFIG_FILE, CONTROL, RESULT, finished_result
 from unnorm.runs.config import read_config_file, read_count
-from unnorm.runs.directory import CONFIG_FILE, CONTROL, RESULT, finished_result, named_path
 from unnorm.runs.text import choose_text
 
 _OF_ONE_RUN = (

@@ -16,6 +16,7 @@ from unnorm.isolation import isolated
 from unnorm.models.device import choose_device, reset_peak_memory
 from unnorm.models.load import load_original, weights_digest
 from unnorm.models.running import copy_model, fuse_activations
+from unnorm.paths import write_text
 from unnorm.progress import Watch, say, silent
 from unnorm.proof.at_load import prove_sites
 from unnorm.removal.blocks import check_same_text, read_blocks, with_stress, write_blocks
@@ -25,8 +26,7 @@ from unnorm.removal.predecessor import spent_seconds, spent_tokens, take_up_cont
 from unnorm.removal.resume import check_same_original, facts_of, not_saved, saved_options
 from unnorm.removal.run import Run, check_disk, open_directory
 from unnorm.removal.start import start
-from unnorm.runs.config import RemoveConfig
-from unnorm.runs.directory import (
+from unnorm.run_directory import (
     CONFIG_FILE,
     CONTROL,
     CONTROL_DONE,
@@ -39,8 +39,8 @@ from unnorm.runs.directory import (
     UNFOLDED,
     read_rows,
     resume_command,
-    write_text,
 )
+from unnorm.runs.config import RemoveConfig
 from unnorm.runs.lock import held
 from unnorm.runs.plan import Plan, control_plan, healing_plan, make_plan
 from unnorm.sites.find import find_sites

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from unnorm.errors import UnnormError
+from unnorm.paths import named_path
 from unnorm.removal.facts import Facts
+from unnorm.run_directory import CONFIG_FILE, CONTROL, DATA, FACTS, ORIGINAL, RESULT, finished_result
 from unnorm.runs.config import RemoveConfig, read_config_file
-from unnorm.runs.directory import CONFIG_FILE, CONTROL, DATA, FACTS, ORIGINAL, RESULT, finished_result, named_path
 
 _MAY_CHANGE_ON_RESUME = {"device", "compile", "cuda_graph", "micro_batch", "report_to", "out", "kl_budget", "control"}
 

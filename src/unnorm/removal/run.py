@@ -12,9 +12,9 @@ from unnorm.calibration.scales import CALIBRATION_BLOCKS
 from unnorm.data import HeldOut, evenly_spaced
 from unnorm.errors import UnnormError
 from unnorm.evaluation import Evaluation, evaluate_model
+from unnorm.paths import check_can_be_made, named_path, nearest_existing
 from unnorm.progress import Watch, say
 from unnorm.runs.config import RemoveConfig
-from unnorm.runs.directory import check_can_be_made, named_path, nearest_existing
 from unnorm.runs.lock import LOCK
 from unnorm.runs.plan import Plan
 from unnorm.sites.site import NormSite

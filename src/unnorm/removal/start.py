@@ -17,9 +17,10 @@ from unnorm.data import evenly_spaced
 from unnorm.errors import UnnormError
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.models.running import copy_model
+from unnorm.paths import write_text
 from unnorm.removal.facts import Facts, facts_from, read_note
 from unnorm.removal.run import Run, evaluate_on_held_out, limit_quadratic_mlps
-from unnorm.runs.directory import CHECKPOINTS, LAYOUT, write_text
+from unnorm.run_directory import CHECKPOINTS, LAYOUT
 from unnorm.taper.norms import TaperedNorm, TokenMask, removed, use_bounds
 from unnorm.taper.stand_ins import install
 from unnorm.training.loop import last_checkpoint

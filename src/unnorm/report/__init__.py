@@ -1,1 +1,1 @@
-"""Self-contained HTML pages of a removal, an evaluation and an analysis, and the model card."""
+"""Self-contained HTML pages of a removal and an evaluation, what all pages share, and the model card."""

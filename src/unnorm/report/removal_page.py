@@ -8,6 +8,7 @@ from plotly.graph_objects import Figure
 
 from unnorm.calibration.scales import ScaleStatistics
 from unnorm.evaluation.comparison import Comparison
+from unnorm.paths import short_name
 from unnorm.report import removal_figures as figures
 from unnorm.report.comparison import make_pair
 from unnorm.report.numbers import (
@@ -37,7 +38,6 @@ from unnorm.report.sentences import (
     worse_than_naive,
 )
 from unnorm.report.templates import render_page
-from unnorm.runs.directory import short_name
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from unnorm.paths import short_name
 from unnorm.report.numbers import MISSING, count, finite_or_none, fixed, percent, shortest, significant
-from unnorm.runs.directory import short_name
 
 if TYPE_CHECKING:  # These import torch, which would slow down `--help`.
     from unnorm.evaluation.results import Evaluation, Score

@@ -1,1 +1,1 @@
-"""One run: its settings, the plan made from them, its directory and its text."""
+"""One run: its settings, the plan made from them, its lock and its text."""

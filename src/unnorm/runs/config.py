@@ -17,7 +17,8 @@ from transformers.integrations import get_available_reporting_integrations, get_
 from unnorm.data import OWN_TEXT, STDLIB
 from unnorm.errors import UnnormError
 from unnorm.models.load import DEMO
-from unnorm.runs.directory import CONFIG_FILE, finished_result, write_text
+from unnorm.paths import write_text
+from unnorm.run_directory import CONFIG_FILE, finished_result
 from unnorm.taper.norms import Estimator
 from unnorm.taper.recipes import RecipeName
 from unnorm.taper.schedule import KL_BUDGET

@@ -12,8 +12,8 @@ from unnorm.folding.checkpoint import load_sites
 from unnorm.models.load import check_same_tokenizer, check_same_vocabulary, load_original, model_name
 from unnorm.models.sizes import vocabulary_size
 from unnorm.progress import Watch, say
+from unnorm.run_directory import CONFIG_FILE, CONTROL, MODEL
 from unnorm.runs.config import run_settings
-from unnorm.runs.directory import CONFIG_FILE, CONTROL, MODEL
 from unnorm.sites.site import NormSite
 
 

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from unnorm.errors import UnnormError
 from unnorm.models.linear import is_linear
 from unnorm.sites.site import Kind, NormSite
-from unnorm.taper.norms import centered
 
 # ATen names of the operations that norms are made of and that nothing else in these models uses.
 _NORM_OPERATIONS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "rsqrt", "var", "std", "var_mean", "norm"}
@@ -163,3 +162,13 @@ def _probe(module: nn.Module, width: int) -> Float[Tensor, "2 3 *heads width"]:
     if isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[1] == width:  # Cohere's query/key norms.
         x = x.unsqueeze(-2).expand(2, 3, *weight.shape)
     return x
+
+
+def centered(x: Float[Tensor, "*token width"], removes_mean: bool) -> Float[Tensor, "*token width"]:
+    """What a norm divides: x minus its mean for LayerNorm, x for RMSNorm."""
+    return x - x.mean(-1, keepdim=True) if removes_mean else x
+
+
+def log_scale_of(centered_x: Float[Tensor, "*token width"], eps: float) -> Float[Tensor, "*token 1"]:
+    """Log of the scale, computed from what the norm divides (x already centered for LayerNorm)."""
+    return 0.5 * torch.log(centered_x.square().mean(-1, keepdim=True) + eps)

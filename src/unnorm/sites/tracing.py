@@ -6,15 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError
 from unnorm.hooks import hooked
+from unnorm.models.probe import trace_inputs
 from unnorm.models.running import evaluating
-from unnorm.models.sizes import context_length, vocabulary_size
 from unnorm.sites.reading import is_experts
 
 # Autograd nodes that pass a tensor on unchanged except for its shape or dtype.
@@ -35,7 +34,6 @@ ADDS = ("Add", *HANDS_ON)
 # The subset after which each row of the writer's weight still produces one feature of the norm's input.
 RESHAPES = tuple(name for name in HANDS_ON if name not in ("Slice", "Select", "Index", "Expand", "NativeDropout"))
 
-_TRACE_TOKENS = 8
 UNKNOWN = "?"
 """Stands for a source that can't be traced."""
 
@@ -65,14 +63,6 @@ class Trace:
     hidden: dict[str, int] = field(default_factory=dict)
     ends: dict[str, list[Node]] = field(default_factory=dict)
     begins: dict[str, set[Node]] = field(default_factory=dict)
-
-
-def trace_inputs(model: PreTrainedModel, batch: int = 1, length: int = _TRACE_TOKENS) -> Int[Tensor, "batch length"]:
-    """Seeded random token ids that any causal model takes: within its vocabulary, no longer than its context."""
-    vocab = vocabulary_size(model)
-    length = min(length, context_length(model))
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(vocab, (batch, length), generator=generator, device="cpu").to(model.device)
 
 
 def traced(model: PreTrainedModel) -> Trace:

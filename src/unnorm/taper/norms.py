@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from unnorm.models.linear import linear_weight
+from unnorm.sites.norm_behaviour import centered, log_scale_of
 
 Estimator = Literal["geometric", "mean", "least-squares"]
 Interpolation = Literal["log", "linear", "bounded"]
@@ -42,16 +43,6 @@ def estimate_log_constant(
     if estimator == "mean":
         return top + mean.log()
     return top + (weight * scale.square()).sum().log() - mean.log()
-
-
-def centered(x: Float[Tensor, "*token width"], removes_mean: bool) -> Float[Tensor, "*token width"]:
-    """What a norm divides: x minus its mean for LayerNorm, x for RMSNorm."""
-    return x - x.mean(-1, keepdim=True) if removes_mean else x
-
-
-def log_scale_of(centered_x: Float[Tensor, "*token width"], eps: float) -> Float[Tensor, "*token 1"]:
-    """Log of the scale, computed from what the norm divides (x already centered for LayerNorm)."""
-    return 0.5 * torch.log(centered_x.square().mean(-1, keepdim=True) + eps)
 
 
 class TokenMask:

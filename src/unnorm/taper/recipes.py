@@ -7,8 +7,8 @@ from typing import Literal
 from unnorm.sites.site import NormSite
 from unnorm.taper.norms import Interpolation
 from unnorm.taper.schedule import PAPER_STEPS, Schedule, sequential, taper, tapernorm
-from unnorm.training.losses import Penalty
 
+Penalty = Literal["spread", "target"]
 RecipeName = Literal["taper", "sequential", "sequential-aux", "tapernorm"]
 
 

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from unnorm.paths import quoted
 from unnorm.report.sentences import (
     WORSE_THAN_NAIVE,
     knows_naive_removal,
@@ -18,7 +19,7 @@ from unnorm.report.sentences import (
     without_norms,
     worse_than_naive,
 )
-from unnorm.runs.directory import MODEL, REPORT, quoted
+from unnorm.run_directory import MODEL, REPORT
 from unnorm.terminal.fitting import Column, FittingTable
 from unnorm.terminal.text import mark, shown, verdict, whole
 

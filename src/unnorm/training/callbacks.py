@@ -16,8 +16,9 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_callback import ExportableState
 
 from unnorm import processes
+from unnorm.paths import write_text
 from unnorm.progress import Watch
-from unnorm.runs.directory import read_rows, write_text
+from unnorm.run_directory import read_rows
 from unnorm.runs.plan import Plan
 from unnorm.taper.norms import MOMENTUM, TaperedNorm, TokenMask
 from unnorm.taper.schedule import FidelityController, Schedule

@@ -24,7 +24,7 @@ from unnorm.errors import UnnormError, is_out_of_memory, short
 from unnorm.models.running import evaluating, without_dropout
 from unnorm.models.sizes import vocabulary_size
 from unnorm.progress import Watch
-from unnorm.runs.directory import CHECKPOINTS, METRICS
+from unnorm.run_directory import CHECKPOINTS, METRICS
 from unnorm.runs.plan import Plan
 from unnorm.taper.recipes import Optimization
 from unnorm.training.callbacks import (

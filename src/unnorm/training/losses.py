@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Penalty = Literal["spread", "target"]
+from unnorm.taper.recipes import Penalty
 
 EVEN_ENOUGH = 0.25
 """Distance between a log scale and the log constant, in either direction, up to which `unevenness` is zero."""

@@ -20,9 +20,10 @@ from unnorm.json_text import finite
 from unnorm.models.device import choose_device
 from unnorm.models.running import cast_as_loaded
 from unnorm.models.sizes import choose_context, context_length, vocabulary_size
+from unnorm.paths import named_path
 from unnorm.progress import Watch, say, silent
+from unnorm.run_directory import finished_result
 from unnorm.runs.config import check_seed, read_count
-from unnorm.runs.directory import finished_result, named_path
 from unnorm.runs.pair import open_pair
 from unnorm.runs.text import choose_text
 from unnorm.sites.find import unembedding_name

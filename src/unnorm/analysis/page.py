@@ -6,8 +6,8 @@ from typing import Any
 
 from unnorm.analysis.material import Finding
 from unnorm.errors import first_few
+from unnorm.paths import short_name
 from unnorm.report.templates import render_page
-from unnorm.runs.directory import short_name
 
 
 @dataclass(frozen=True)
