@@ -29,11 +29,12 @@ from tests.families import (
 from unnorm.calibration.scales import collect_log_scales
 from unnorm.errors import UnnormError
 from unnorm.folding.checkpoint import load_unfolded, save_sites, save_unfolded
+from unnorm.hooks import recorded
 from unnorm.models.probe import trace_inputs
 from unnorm.models.running import copy_model
 from unnorm.proof.at_load import prove_sites
 from unnorm.sites.find import find_sites, norm_modules, value_features
-from unnorm.sites.residual import recorded, residual_writers
+from unnorm.sites.residual import residual_writers
 from unnorm.taper.stand_ins import install
 
 DOCS = Path(__file__).parent.parent / "docs" / "families.md"

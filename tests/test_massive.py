@@ -17,11 +17,11 @@ from tests.families import FAMILIES, random_model
 from unnorm.calibration.equalize import mean_kl, naive_kl
 from unnorm.calibration.massive import TOKENS, Neuron, _tokens, shrink_massive
 from unnorm.calibration.scales import collect_log_scales, set_constants
+from unnorm.hooks import recorded
 from unnorm.models.linear import linear_weight
 from unnorm.models.running import copy_model
 from unnorm.models.sizes import vocabulary_size
 from unnorm.sites.find import find_sites
-from unnorm.sites.residual import recorded
 from unnorm.taper.stand_ins import install
 from unnorm.training.losses import RUNAWAY, massive_unevenness, read_mismatch, unevenness
 from unnorm.training.token_clip import clip_tokens

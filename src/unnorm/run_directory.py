@@ -36,6 +36,11 @@ CONTROL_DONE = "control.txt"
 """In `DATA`, written once the control is saved."""
 
 
+def model_within(path: Path) -> Path:
+    """The twin in a run directory; any other path itself."""
+    return path if (path / "config.json").is_file() or not (path / MODEL).is_dir() else path / MODEL
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of metrics, one per line; none if there is no file.
 

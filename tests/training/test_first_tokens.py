@@ -23,9 +23,9 @@ from tests.test_remove import assert_same_weights
 from tests.test_resume import CrashError, stop_at
 from unnorm import processes
 from unnorm.calibration.scales import set_constants
+from unnorm.hooks import recorded
 from unnorm.models.running import copy_model
 from unnorm.sites.find import find_sites
-from unnorm.sites.residual import recorded
 from unnorm.taper.norms import TaperedNorm
 from unnorm.taper.stand_ins import install
 from unnorm.training.first_tokens import DRAWN, LEARNED, FirstTokens

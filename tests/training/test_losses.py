@@ -14,10 +14,10 @@ from transformers import (
 
 import unnorm
 from tests.conftest import SETTINGS, VOCAB
+from unnorm.hooks import recorded
 from unnorm.models.running import copy_model, without_dropout
 from unnorm.sites.find import find_sites
 from unnorm.sites.norm_behaviour import log_scale_of
-from unnorm.sites.residual import recorded
 from unnorm.taper.norms import TokenMask
 from unnorm.taper.recipes import SEQUENTIAL_AUX, TAPER, TAPERNORM, Recipe
 from unnorm.taper.schedule import taper

@@ -13,9 +13,8 @@ from unnorm.analysis import attribution, geometry, lens, neurons, patching, scal
 from unnorm.analysis.material import Finding, Material
 from unnorm.analysis.page import Skipped, render_analysis
 from unnorm.analysis.prompts import PromptPair, indirect_object_prompts, read_prompts
-from unnorm.data import evenly_spaced
+from unnorm.data import OVERSAMPLING, evenly_spaced
 from unnorm.errors import UnnormError, first_few
-from unnorm.evaluation import EVALUATION_OVERSAMPLING
 from unnorm.isolation import isolated
 from unnorm.json_text import finite, json_text
 from unnorm.modeling.modeling_unnorm import PREFIX
@@ -199,7 +198,7 @@ def _blocks(
     length = choose_context(context, *models)
     length = min(length, MOST_CONTEXT) if context is None else length
     blocks = max(1, math.ceil(tokens / length))
-    found = text.held_out(tokenizer, vocabulary_size(models[0]), length, EVALUATION_OVERSAMPLING * blocks)
+    found = text.held_out(tokenizer, vocabulary_size(models[0]), length, OVERSAMPLING * blocks)
     return evenly_spaced(found, blocks)
 
 

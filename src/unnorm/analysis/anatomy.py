@@ -10,12 +10,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError
+from unnorm.hooks import recorded, replaced_inputs
 from unnorm.modeling.modeling_unnorm import PREFIX
 from unnorm.models.linear import linear_weight
 from unnorm.models.probe import trace_inputs
 from unnorm.sites.find import find_sites, inside_attention, unembedding_name
 from unnorm.sites.norm_behaviour import affine_parameters, centered
-from unnorm.sites.residual import Writer, layer_number, recorded, replaced_inputs, residual_writers
+from unnorm.sites.residual import Writer, layer_number, residual_writers
 from unnorm.sites.site import NormSite
 
 

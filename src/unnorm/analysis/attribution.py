@@ -27,12 +27,13 @@ from unnorm.analysis.anatomy import Anatomy, Readout, anatomy, readout
 from unnorm.analysis.figures import dot_rows, heat_map
 from unnorm.analysis.material import Finding, Material, Subject
 from unnorm.errors import UnnormError
+from unnorm.hooks import recorded
 from unnorm.models.linear import linear_weight
 from unnorm.models.sizes import check_fits
 from unnorm.proof.blockwise import in_float64
 from unnorm.report.numbers import percent, significant
 from unnorm.sites.find import unembedding_name
-from unnorm.sites.residual import Part, Writer, parts_of, recorded, split_output
+from unnorm.sites.residual import Part, Writer, parts_of, split_output
 
 TOP_NEURONS = 20
 _ROUNDING, _ROUNDING_FLOAT32 = 1e-6, 1e-3

@@ -27,9 +27,10 @@ from unnorm.analysis.anatomy import Anatomy, Readout, anatomy, readout, token_lo
 from unnorm.analysis.figures import dot_rows, scatter
 from unnorm.analysis.material import Finding, Material
 from unnorm.errors import UnnormError
+from unnorm.hooks import recorded, replaced_inputs
 from unnorm.models.linear import linear_weight
 from unnorm.report.numbers import significant
-from unnorm.sites.residual import Writer, recorded, replaced_inputs
+from unnorm.sites.residual import Writer
 
 FOUND = 8
 LONGEST_SHARE = 0.25

@@ -25,10 +25,10 @@ from unnorm.analysis.figures import dot_rows, scatter
 from unnorm.analysis.material import Finding, Material
 from unnorm.analysis.prompts import PromptPair, answer_token, by_length, problem_with
 from unnorm.errors import UnnormError
+from unnorm.hooks import recorded, replaced_inputs
 from unnorm.isolation import isolated
 from unnorm.models.sizes import check_fits
 from unnorm.report.numbers import fixed, percent
-from unnorm.sites.residual import recorded, replaced_inputs
 
 
 @dataclass(frozen=True)

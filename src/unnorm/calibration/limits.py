@@ -22,11 +22,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from unnorm.data import batches
-from unnorm.hooks import hooked
+from unnorm.hooks import hooked, recorded
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.models.probe import trace_inputs
 from unnorm.models.running import evaluating
-from unnorm.sites.residual import recorded, stream_writers
+from unnorm.sites.residual import stream_writers
 from unnorm.sites.site import NormSite
 
 ROOM = 2.0

@@ -32,10 +32,11 @@ from transformers import PreTrainedModel
 from unnorm.calibration.equalize import mean_kl
 from unnorm.calibration.scales import collect_log_scales, set_constants
 from unnorm.data import evenly_spaced
+from unnorm.hooks import recorded
 from unnorm.models.linear import linear_weight
 from unnorm.models.running import evaluating
 from unnorm.sites.norm_behaviour import centered, log_scale_of
-from unnorm.sites.residual import recorded, stream_writers
+from unnorm.sites.residual import stream_writers
 from unnorm.sites.site import NormSite
 from unnorm.taper.norms import Estimator, TaperedNorm
 

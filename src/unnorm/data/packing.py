@@ -279,6 +279,10 @@ def as_dataset(blocks: Tokens) -> Dataset:
     return Dataset.from_dict({"input_ids": blocks}, features=features)
 
 
+OVERSAMPLING = 4
+"""Factor by which more text is read, then thinned evenly: neighbouring blocks share a document and are redundant."""
+
+
 def evenly_spaced(blocks: Dataset, count: int) -> Dataset:
     """At most `count` rows, evenly spaced: neighbouring blocks often come from one document."""
     count = min(count, len(blocks))

@@ -14,15 +14,13 @@ from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from unnorm.data import evenly_spaced
+from unnorm.data import OVERSAMPLING, evenly_spaced
 from unnorm.data.packing import HeldOut, begin_of_blocks, held_out_blocks, open_tokens
 from unnorm.errors import UnnormError
 from unnorm.runs.text import TextSource
 
 EVALUATION_TOKENS = 50_000
 """Held-out tokens to evaluate on, or all there are if fewer."""
-EVALUATION_OVERSAMPLING = 4
-"""This many times as much held-out text is read and thinned evenly, as neighbouring blocks often share a document."""
 LEAST_DOCUMENTS = 30
 """Minimum for intervals over documents: fewer say little about what other documents would give."""
 FILTER_TOKENS = 10_000_000
@@ -135,9 +133,7 @@ def open_corpus(
         NothingLeftError: the filter leaves no block.
     """
     count = max(1, math.ceil(tokens / context))
-    found, held_out = held_out_blocks(
-        source, tokenizer, vocab_size, context, EVALUATION_OVERSAMPLING * count, text_field, split
-    )
+    found, held_out = held_out_blocks(source, tokenizer, vocab_size, context, OVERSAMPLING * count, text_field, split)
     blocks = with_documents(found, tokenizer)
     left_out = ""
     if filtered_by is not None:

@@ -1,7 +1,6 @@
 """Participants of one evaluation: models that are checked up front and loaded again only when needed."""
 
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -17,8 +16,8 @@ from unnorm.models.load import DEMO, check_same_tokenizer, check_same_vocabulary
 from unnorm.models.sizes import choose_context, vocabulary_size
 from unnorm.paths import named_path
 from unnorm.progress import Watch, say
-from unnorm.run_directory import MODEL, RESULT, finished_result
-from unnorm.runs.config import absolute_source, run_settings
+from unnorm.run_directory import MODEL
+from unnorm.runs.config import absolute_source, run_settings, trained_context
 from unnorm.versions import versions
 
 
@@ -140,7 +139,7 @@ def _candidate(name: str, context: int | None, trust_remote_code: bool, watch: W
     model, tokenizer = load_original(name, trust_remote_code)
     entrant = Entrant(name, weights_digest(model), _config_digest(model))
     longest = choose_context(context, model)
-    trained = _trained_context(name) if context is None else None
+    trained = trained_context(named_path(name)) if context is None and name != DEMO else None
     return _Candidate(entrant, tokenizer, vocabulary_size(model), min(longest, trained or longest))
 
 
@@ -162,17 +161,6 @@ def settings_of(name: str) -> dict[str, Any]:
     """Settings of a finished run; empty for any other model."""
     directory = named_path(name)
     return run_settings(directory) if name != DEMO and (directory / MODEL).is_dir() else {}
-
-
-def _trained_context(name: str) -> int | None:
-    """Tokens in a block of the run that made a twin; None for any other model."""
-    directory = named_path(name)
-    if name == DEMO or not (directory / RESULT).is_file():
-        return None
-    with suppress(UnnormError):
-        context = dict(finished_result(directory).get("plan") or {}).get("context")
-        return context if isinstance(context, int) else None
-    return None
 
 
 def _check_comparable(first: _Candidate, other: _Candidate) -> None:

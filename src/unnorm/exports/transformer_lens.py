@@ -21,7 +21,7 @@ from unnorm.modeling.modeling_unnorm import PREFIX
 from unnorm.models.load import load_tokenizer
 from unnorm.models.probe import trace_inputs
 from unnorm.paths import named_path
-from unnorm.run_directory import MODEL
+from unnorm.run_directory import model_within
 from unnorm.sites.find import norm_modules
 
 if TYPE_CHECKING:
@@ -60,8 +60,7 @@ def to_transformer_lens(
     _import_transformer_lens()
     from transformer_lens.model_bridge import TransformerBridge
 
-    path = fetched(named_path(directory))
-    path = path / MODEL if (path / MODEL).is_dir() else path
+    path = model_within(fetched(named_path(directory)))
     twin = load(path, dtype)
     try:
         twin.to(device)

@@ -29,7 +29,7 @@ from unnorm.modeling import register_twin_class
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.models.load import missing_weights
 from unnorm.paths import named_path, write_text
-from unnorm.run_directory import LIMITS, MODEL, SITES, UNFOLDED
+from unnorm.run_directory import LIMITS, SITES, UNFOLDED, model_within
 from unnorm.sites.norm_behaviour import gain_offset
 from unnorm.sites.site import NormSite
 from unnorm.taper.norms import TaperedNorm
@@ -69,8 +69,7 @@ def load(path: str | Path, dtype: torch.dtype | str = torch.float32) -> PreTrain
     if known not in DTYPES:
         raise UnnormError(f"A model can't be loaded in {dtype}. Choose from {', '.join(map(str, DTYPES))}.")
     with alone():
-        path = fetched(named_path(path))
-        return _load(path / MODEL if (path / MODEL).is_dir() else path, known)
+        return _load(model_within(fetched(named_path(path))), known)
 
 
 def fetched(path: Path) -> Path:

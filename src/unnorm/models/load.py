@@ -25,7 +25,7 @@ from unnorm.modeling import register_twin_class
 from unnorm.models.probe import trace_inputs
 from unnorm.models.sizes import vocabulary_size
 from unnorm.paths import named_path
-from unnorm.run_directory import MODEL, SITES
+from unnorm.run_directory import model_within
 
 DEMO = "demo"
 """Name of the bundled model: a small GPT-2 trained on the Python standard library's source."""
@@ -53,9 +53,7 @@ def model_path(model: str) -> str:
     if model == DEMO:
         return str(resources.files("unnorm") / "demo")
     path = named_path(model)
-    if (path / SITES).is_file():
-        return str(path / MODEL)
-    return str(path) if path.exists() else model
+    return str(model_within(path)) if path.exists() else model
 
 
 def load_original(model: str, trust_remote_code: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from unnorm.errors import first_few
 from unnorm.folding.checkpoint import load, load_sites, load_unfolded
 from unnorm.folding.fold import FoldedWeights, empty_twin
+from unnorm.hooks import recorded, replaced_inputs
 from unnorm.isolation import isolated
 from unnorm.modeling import modeling_unnorm
 from unnorm.modeling.modeling_unnorm import AffineMap
@@ -25,7 +26,7 @@ from unnorm.run_directory import MODEL
 from unnorm.sites.find import norm_modules, norm_modules_and_idle, unembedding_name
 from unnorm.sites.norm_behaviour import centered, norm_operations
 from unnorm.sites.reading import read_weight
-from unnorm.sites.residual import recorded, replaced_inputs, split_output, writer_of
+from unnorm.sites.residual import split_output, writer_of
 from unnorm.sites.site import NormSite
 from unnorm.sites.tracing import stream_sources
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.calibration.scales import CALIBRATION_BLOCKS
 from unnorm.data import (
+    OVERSAMPLING,
     OWN_TEXT,
     STDLIB,
     Blocks,
@@ -25,7 +26,7 @@ from unnorm.data import (
     stress_blocks,
 )
 from unnorm.errors import UnnormError, short
-from unnorm.evaluation import EVALUATION_OVERSAMPLING, EVALUATION_TOKENS, with_documents
+from unnorm.evaluation import EVALUATION_TOKENS, with_documents
 from unnorm.models.load import DEMO
 from unnorm.models.sizes import vocabulary_size
 from unnorm.paths import write_text
@@ -35,9 +36,6 @@ from unnorm.run_directory import CHECKPOINTS, CONFIG_FILE, CONTROL, DATA, HELD_O
 from unnorm.runs.config import RemoveConfig, read_config_file, run_settings
 from unnorm.runs.plan import Plan
 from unnorm.runs.text import TextSource, choose_text
-
-TRAINING_OVERSAMPLING = 4
-"""Factor by which more text is read, then thinned evenly: neighbouring blocks share a document and are redundant."""
 
 
 def write_blocks(
@@ -63,15 +61,11 @@ def write_blocks(
     train_blocks = max(CALIBRATION_BLOCKS, math.ceil(plan.tokens / plan.context))
     own_blocks = min(round(config.self_share * train_blocks), train_blocks - 1)
     blocks = _read_blocks(config, plan, model, tokenizer, train_blocks - own_blocks, watch)
-    if config.twin is not None:
-        text = choose_text(run_settings(config.twin), config.data, config.text_field, config.split)
-        text.check_divided(blocks.held_out.division)
-    elif note.is_file() and (directory / CHECKPOINTS).is_dir():  # Of a run that goes on with more tokens.
-        TextSource(config.data, config.text_field, config.split, True, _noted(note).division).check_divided(
-            blocks.held_out.division
-        )
+    _check_division(config, directory, blocks.held_out)
     train = _choose(blocks.train, train_blocks - own_blocks, config)
     if own_blocks:
+        # Of a corpus that is too short no more than its share: it says how the blocks are mixed.
+        own_blocks = min(own_blocks, max(1, round(len(train) * config.self_share / (1 - config.self_share))))
         own = own_text(model, tokenizer, plan.context, own_blocks, 0, partial(say, watch))
         train = concatenate_datasets([train, own.train])
     if times := _times_over(len(train), plan):
@@ -90,6 +84,24 @@ def write_blocks(
         "validation": evenly_spaced(validation, math.ceil(EVALUATION_TOKENS / plan.context)),
         **({"stress": as_dataset(stress)} if len(stress) else {}),
     }
+    _write(directory, chosen, parts, blocks.held_out)
+    return blocks.held_out
+
+
+def _check_division(config: RemoveConfig, directory: Path, held_out: HeldOut) -> None:
+    """Raise an UnnormError if text is held out in another way than before, for a twin or a run that goes on."""
+    note = directory / DATA / HELD_OUT
+    if config.twin is not None:
+        text = choose_text(run_settings(config.twin), config.data, config.text_field, config.split)
+        text.check_divided(held_out.division)
+    elif note.is_file() and (directory / CHECKPOINTS).is_dir():  # Of a run that goes on with more tokens.
+        before = TextSource(config.data, config.text_field, config.split, True, _noted(note).division)
+        before.check_divided(held_out.division)
+
+
+def _write(directory: Path, chosen: RemoveConfig, parts: dict[str, Dataset], held_out: HeldOut) -> None:
+    """Write settings and blocks, with the note on held-out text last, as the sign that all are there."""
+    note = directory / DATA / HELD_OUT
     try:
         directory.mkdir(parents=True, exist_ok=True)
         note.unlink(missing_ok=True)  # First, so that half-deleted or half-written data are never taken for complete.
@@ -99,10 +111,9 @@ def write_blocks(
         chosen.save(directory / CONFIG_FILE)
         for name, part in parts.items():
             part.save_to_disk(str(directory / DATA / name))
-        write_text(note, "\n".join(blocks.held_out))
+        write_text(note, "\n".join(held_out))
     except OSError as error:
         raise UnnormError(f"Could not write to '{directory}': {error}.") from error
-    return blocks.held_out
 
 
 def _noted(note: Path) -> HeldOut:
@@ -152,7 +163,7 @@ def _times_over(blocks: int, plan: Plan) -> str:
         return ""
     return (
         f"the text has {tokens:,} tokens to train on and will be repeated {plan.tokens / tokens:.1f} times: "
-        "more text, --data self or --self-share would bring the twin closer"
+        "more text, --data self or a larger --self-share would bring the twin closer"
     )
 
 
@@ -186,8 +197,8 @@ def _read_blocks(
         tokenizer,
         vocabulary_size(model),
         plan.context,
-        train_blocks=TRAINING_OVERSAMPLING * train_blocks,
-        validation_blocks=EVALUATION_OVERSAMPLING * validation_blocks,
+        train_blocks=OVERSAMPLING * train_blocks,
+        validation_blocks=OVERSAMPLING * validation_blocks,
         text_field=config.text_field,
         split=config.split,
         say=partial(say, watch),

@@ -1,11 +1,13 @@
 """Facts in a run's result that can no longer be measured at its end."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from unnorm.errors import UnnormError, short
+from unnorm.run_directory import RESULT, finished_result
 
 
 @dataclass(frozen=True)
@@ -67,3 +69,24 @@ def read_note(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UnnormError(f"'{path}' is damaged ({short(error)}). Do the run again.") from error
+
+
+def facts_of(directory: Path) -> Facts:
+    """Facts of a finished run, with its total time as `earlier_seconds` for the run that continues from it.
+
+    Raises:
+        UnnormError: the result file is missing or damaged.
+    """
+    result = finished_result(directory)
+    try:
+        naive = {key: math.nan if result[key] is None else float(result[key]) for key in ("naive_loss", "naive_kl")}
+        return Facts(
+            **naive,
+            massive_neurons=list(result["massive_neurons"]),
+            skipped_steps=int(result["skipped_steps"]),
+            earlier_seconds=float(result["seconds"]),
+            earlier_text_tokens=int(result.get("earlier_text_tokens") or 0),
+            earlier_data=list(result.get("earlier_data") or ()),
+        )
+    except (TypeError, ValueError, KeyError) as error:
+        raise UnnormError(f"'{directory / RESULT}' is damaged. Do the run again.") from error

@@ -8,8 +8,9 @@ from unnorm.folding.checkpoint import load, load_unfolded
 from unnorm.isolation import isolated
 from unnorm.paths import named_path
 from unnorm.progress import Watch
+from unnorm.removal.facts import facts_of
 from unnorm.removal.remove import remove
-from unnorm.removal.resume import check_has_control, facts_of, has_control
+from unnorm.removal.resume import check_has_control, has_control
 from unnorm.report.sentences import overflows_everywhere
 from unnorm.run_directory import CONFIG_FILE, CONTROL, RESULT, finished_result
 from unnorm.runs.config import read_config_file, read_count

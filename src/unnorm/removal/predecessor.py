@@ -12,8 +12,7 @@ from unnorm.errors import UnnormError
 from unnorm.folding.checkpoint import load, load_unfolded
 from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.paths import write_text
-from unnorm.removal.facts import Facts
-from unnorm.removal.resume import facts_of
+from unnorm.removal.facts import Facts, facts_of
 from unnorm.removal.run import Run, limit_quadratic_mlps
 from unnorm.run_directory import CONTROL, EARLIER, METRICS, RESULT, finished_result, read_rows
 from unnorm.runs.config import run_settings

@@ -21,9 +21,9 @@ from unnorm.progress import Watch, say, silent
 from unnorm.proof.at_load import prove_sites
 from unnorm.removal.blocks import check_same_text, read_blocks, with_stress, write_blocks
 from unnorm.removal.conclude import conclude
-from unnorm.removal.facts import Facts, read_facts
+from unnorm.removal.facts import Facts, facts_of, read_facts
 from unnorm.removal.predecessor import spent_seconds, spent_tokens, take_up_control, take_up_twin
-from unnorm.removal.resume import check_same_original, facts_of, not_saved, saved_options
+from unnorm.removal.resume import check_same_original, not_saved, saved_options
 from unnorm.removal.run import Run, check_disk, open_directory
 from unnorm.removal.start import start
 from unnorm.run_directory import (
@@ -118,18 +118,18 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watch) -> Run:
     processes.agree(lambda: write_text(directory / DATA / ORIGINAL, weights))
     train_blocks, stress, validation_blocks = read_blocks(directory, config)
     return Run(
-        directory,
-        config,
-        plan,
-        model,
-        tokenizer,
-        sites,
-        weights,
-        train_blocks,
-        stress,
-        validation_blocks,
-        held_out,
-        watch,
+        directory=directory,
+        config=config,
+        plan=plan,
+        original=model,
+        tokenizer=tokenizer,
+        sites=sites,
+        weights=weights,
+        train_blocks=train_blocks,
+        stress_blocks=stress,
+        validation_blocks=validation_blocks,
+        held_out=held_out,
+        watch=watch,
     )
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from unnorm.errors import UnnormError
 from unnorm.paths import named_path
-from unnorm.removal.facts import Facts
 from unnorm.run_directory import CONFIG_FILE, CONTROL, DATA, FACTS, ORIGINAL, RESULT, finished_result
 from unnorm.runs.config import RemoveConfig, read_config_file
 
@@ -121,24 +120,3 @@ def check_has_control(directory: Path) -> None:
             f"The run in '{directory}' has no control to train further. Heal without it (--no-control), or train it "
             "first: unnorm remove --resume --control --out DIR"
         )
-
-
-def facts_of(directory: Path) -> Facts:
-    """Facts of a finished run, with its total time as `earlier_seconds` for the run that continues from it.
-
-    Raises:
-        UnnormError: the result file is missing or damaged.
-    """
-    result = finished_result(directory)
-    try:
-        naive = {key: math.nan if result[key] is None else float(result[key]) for key in ("naive_loss", "naive_kl")}
-        return Facts(
-            **naive,
-            massive_neurons=list(result["massive_neurons"]),
-            skipped_steps=int(result["skipped_steps"]),
-            earlier_seconds=float(result["seconds"]),
-            earlier_text_tokens=int(result.get("earlier_text_tokens") or 0),
-            earlier_data=list(result.get("earlier_data") or ()),
-        )
-    except (TypeError, ValueError, KeyError) as error:
-        raise UnnormError(f"'{directory / RESULT}' is damaged. Do the run again.") from error

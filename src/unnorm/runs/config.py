@@ -228,6 +228,15 @@ def read_config_file(path: Path) -> dict[str, Any]:
     return named
 
 
+def trained_context(directory: Path) -> int | None:
+    """Tokens in a block that a run trained on, from its plan or else its settings; None for any other directory."""
+    with suppress(UnnormError, TypeError, ValueError, KeyError):
+        return int(finished_result(directory)["plan"]["context"])
+    with suppress(UnnormError):
+        return run_settings(directory).get("context")
+    return None
+
+
 def run_settings(directory: Path) -> dict[str, Any]:
     """The settings that a run was started with, and the text's `division` if it is finished; empty without their file.
 

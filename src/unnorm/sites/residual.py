@@ -9,8 +9,7 @@ the projection's input, split the same way. Then the attention layer adds
 W_out a + bias, a sum over neurons.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,7 +18,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from unnorm.hooks import hooked
 from unnorm.models.linear import linear_weight
 from unnorm.sites.find import inside_attention
 from unnorm.sites.site import NormSite
@@ -121,40 +119,6 @@ def split_output(
     weights = linear_weight(module).to(z.dtype).chunk(cuts, dim=1)
     parts = [writer.factor * z_head @ weight.T for z_head, weight in zip(z.chunk(cuts, dim=-1), weights, strict=True)]
     return parts if module.bias is None else [*parts, writer.factor * module.bias.to(z.dtype)]
-
-
-@contextmanager
-def recorded(model: nn.Module, names: Sequence[str], copies: bool = False) -> Iterator[dict[str, tuple[Tensor, Any]]]:
-    """Record input and output of each named module in a forward pass inside the context.
-
-    With `copies` they are cloned, since some families later change them in place. For a module that is given no
-    tensor, the output is recorded as its input too.
-    """
-    record: dict[str, tuple[Tensor, Any]] = {}
-
-    def kept(value: Any) -> Any:
-        return value.clone() if copies and isinstance(value, Tensor) else value
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            given = next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), output)
-            record[name] = (kept(given), kept(output))
-
-        return hook
-
-    with hooked(model.get_submodule(name).register_forward_hook(keep(name), with_kwargs=True) for name in names):
-        yield record
-
-
-@contextmanager
-def replaced_inputs(model: nn.Module, edits: dict[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Inside the context, each named module reads what its function in `edits` returns for its input."""
-
-    def put(edit: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-        return lambda module, args: (edit(args[0]), *args[1:])
-
-    with hooked(model.get_submodule(name).register_forward_pre_hook(put(edit)) for name, edit in edits.items()):
-        yield
 
 
 def writer_of(model: PreTrainedModel, name: str, factor: float) -> Writer:

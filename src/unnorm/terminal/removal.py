@@ -45,16 +45,15 @@ def result_table(result: dict[str, Any]) -> RenderableType:
 
 
 def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    rows = [
-        ("KL to the original", shown(result["kl"]), _elsewhere(result["kl_elsewhere"]) or "nats per token"),
-        *_worse_than_naive(result),
-        *_agreement(result),
+    rows = [("KL to the original", shown(result["kl"]), _elsewhere(result["kl_elsewhere"]) or "nats per token")]
+    if worse_than_naive(result):
+        rows.append(("[red]KL, naive removal[/]", shown(result["naive_kl"]), f"[red]{WORSE_THAN_NAIVE}[/]"))
+    if not overflows_everywhere(result):
+        rows.append(("top-1 agreement", f"{result['top1_agreement']:.1%}", "same most likely next token"))
+    increase = _elsewhere(result["lnfree_loss_elsewhere"]) or _increase(result)
+    rows += [
         ("loss, original", shown(result["teacher_loss"]), f"{result['validation_tokens']:,} held-out tokens"),
-        (
-            "loss, twin",
-            shown(result["lnfree_loss"]),
-            _elsewhere(result["lnfree_loss_elsewhere"]) or _increase(result),
-        ),
+        ("loss, twin", shown(result["lnfree_loss"]), increase),
     ]
     if result["overflowed_blocks"]:
         overflowed = f"{result['overflowed_blocks']:,} of {result['validation_blocks']:,}"
@@ -67,53 +66,28 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
             ("loss, control", shown(result["control_loss"]), "norms kept, same number of tokens"),
             ("gap", shown(result["gap"], "+.4f"), "loss of twin minus loss of control"),
         ]
+    if knows_naive_removal(result):
+        rows.append(("loss, naive removal", shown(result["naive_loss"]), "constant scales, no training"))
+    rows.append(("norm modules left", _norms_left(result), ""))
+    limited, share = result.get("limited_neurons"), result.get("share_at_limit")
+    if limited and share is not None:
+        reached = f"reached by {100 * share:.2g}% of activations on held-out text"
+        rows.append(("neurons with limits", f"{limited:,}", reached))
     rows += [
-        *_naive_removal(result),
-        ("norm modules left", _norms_left(result), ""),
-        *_limits(result),
         ("fold error", f"{result['fold_max_abs_error']:.1e}", "largest difference in a logit, float64"),
         ("proof", "passed" if result["verified"] else "FAILED", "; ".join(result["failed_checks"]) or "unnorm verify"),
-        *([("training", f"{result['tokens']:,}", _training(result))] if result["tokens"] else []),
-        *_refused_steps(result),
-        ("time", f"{result['seconds']:.0f} s", f"peak memory {result['peak_memory_mb']:,.0f} MB"),
     ]
-    return rows
-
-
-def _agreement(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    if overflows_everywhere(result):
-        return []
-    return [("top-1 agreement", f"{result['top1_agreement']:.1%}", "same most likely next token")]
-
-
-def _naive_removal(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    if not knows_naive_removal(result):
-        return []
-    return [("loss, naive removal", shown(result["naive_loss"]), "constant scales, no training")]
-
-
-def _worse_than_naive(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    if not worse_than_naive(result):
-        return []
-    return [("[red]KL, naive removal[/]", shown(result["naive_kl"]), f"[red]{WORSE_THAN_NAIVE}[/]")]
+    if result["tokens"]:
+        rows.append(("training", f"{result['tokens']:,}", _training(result)))
+    if refused := result["skipped_steps"]:
+        rows.append(("steps refused", f"{refused:,}", "gradient not finite or over 100 times the usual"))
+    return [*rows, ("time", f"{result['seconds']:.0f} s", f"peak memory {result['peak_memory_mb']:,.0f} MB")]
 
 
 def _training(result: dict[str, Any]) -> str:
     tokens, text = result["tokens"], result.get("text_tokens") or math.inf
     over = f", {tokens / text:.1f} passes over the text" if tokens > 1.05 * text else ""
     return f"tokens, {result['tokens_per_second']:,.0f} a second{over}"
-
-
-def _refused_steps(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    refused = result["skipped_steps"]
-    return [("steps refused", f"{refused:,}", "gradient not finite or over 100 times the usual")] if refused else []
-
-
-def _limits(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    count, share = result.get("limited_neurons"), result.get("share_at_limit")
-    if not count or share is None:
-        return []
-    return [("neurons with limits", f"{count:,}", f"reached by {100 * share:.2g}% of activations on held-out text")]
 
 
 def _increase(result: dict[str, Any]) -> str:

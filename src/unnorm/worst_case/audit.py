@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,7 @@ from unnorm.models.running import cast_as_loaded
 from unnorm.models.sizes import choose_context, context_length, vocabulary_size
 from unnorm.paths import named_path
 from unnorm.progress import Watch, say, silent
-from unnorm.run_directory import finished_result
-from unnorm.runs.config import check_seed, read_count
+from unnorm.runs.config import check_seed, read_count, trained_context
 from unnorm.runs.pair import open_pair
 from unnorm.runs.text import choose_text
 from unnorm.sites.find import unembedding_name
@@ -110,7 +109,7 @@ def audit(
         text=torch.tensor(blocks["input_ids"])[:, 0 if begin is None else 1 :].flatten(),
         vocabulary=min(max(tokenizer.get_vocab().values()) + 1, vocabulary_size(twin)),
         context=length,
-        trained=_trained_context(directory, pair.settings),
+        trained=trained_context(directory),
         tokens=tokens,
         random=torch.Generator().manual_seed(int(seed)),
         begin=begin,
@@ -230,10 +229,10 @@ def _worst(
 ) -> list[dict[str, Any]]:
     """Where the twin's loss exceeds the reference's most: the last tokens of the input and the token that follows."""
     excess = torch.nan_to_num(ours.loss - theirs.loss, nan=0.0, posinf=math.inf)
-    places = _places(inputs)
+    places = [(part, *at) for part, some in enumerate(inputs) for at in some.read.nonzero().tolist()]
     rows = []
     for index in excess.topk(min(_WORST, len(excess))).indices.tolist():
-        part, row, position = places(index)
+        part, row, position = places[index]
         ids = inputs[part].ids[row, max(0, position + 1 - _SHOWN_TOKENS) : position + 1]
         rows.append(
             {
@@ -254,26 +253,6 @@ def _decode(ids: Int[Tensor, " token"], tokenizer: PreTrainedTokenizerBase) -> s
     """The tokens as text, or as vocabulary entries if they decode to parts of characters only."""
     text = str(tokenizer.decode(ids))
     return text if text.strip("\ufffd") else " ".join(map(str, tokenizer.convert_ids_to_tokens(ids.tolist())))
-
-
-def _places(inputs: Sequence[Inputs]) -> Callable[[int], tuple[int, int, int]]:
-    """Map the index of a measured position to its part, sequence and position."""
-    ends = np.cumsum([int(part.read.sum()) for part in inputs])
-
-    def place(index: int) -> tuple[int, int, int]:
-        part = int(np.searchsorted(ends, index, side="right"))
-        row, position = inputs[part].read.nonzero()[index - (int(ends[part - 1]) if part else 0)].tolist()
-        return part, row, position
-
-    return place
-
-
-def _trained_context(directory: Path, settings: dict[str, Any]) -> int | None:
-    """Tokens per training block: from the run's plan, otherwise from its settings."""
-    try:
-        return int(finished_result(directory)["plan"]["context"])
-    except (UnnormError, ValueError, KeyError, TypeError):
-        return settings.get("context")
 
 
 def _takes_positions(model: PreTrainedModel) -> bool:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +10,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from unnorm.hooks import recorded
 from unnorm.models.running import evaluating
 from unnorm.models.sizes import vocabulary_size
+from unnorm.sites.find import unembedding_name
 from unnorm.worst_case.inputs import Inputs
 
 _LOGITS_AT_ONCE = 2**24
@@ -84,16 +85,16 @@ def _passes(
     """Logits, residuals and targets at the measured positions, batch by batch."""
     device = model.device
     vocabulary = vocabulary_size(model)
-    with evaluating(model), _residuals(model, reader) as residuals:
+    path = reader if reader in dict(model.named_modules()) else unembedding_name(model)
+    with evaluating(model), recorded(model, [path]) as record:
         for part in inputs:
             size = max(1, _LOGITS_AT_ONCE // (vocabulary * part.ids.shape[1]))
             for start in range(0, len(part.ids), size):
                 batch = part.take(slice(start, start + size))
                 logits = model(**_arguments(batch, device), use_cache=False).logits
                 read = batch.read.to(device)
-                residual = residuals[-1].view(*batch.ids.shape, -1)  # OPT flattens batch and position.
+                residual = record[path][0].view(*batch.ids.shape, -1)  # OPT flattens batch and position.
                 yield logits[read], residual[read], batch.targets.to(device)[read]
-                residuals.clear()
 
 
 def _arguments(batch: Inputs, device: torch.device) -> dict[str, Tensor]:
@@ -103,18 +104,6 @@ def _arguments(batch: Inputs, device: torch.device) -> dict[str, Tensor]:
         "position_ids": batch.position_ids,
     }
     return {name: value.to(device) for name, value in named.items() if value is not None}
-
-
-@contextmanager
-def _residuals(model: PreTrainedModel, reader: str) -> Iterator[list[Tensor]]:
-    """Collects the input of the module at `reader` in every forward pass inside the context.
-
-    In a model of another class, which has no such module, that of the unembedding.
-    """
-    found: list[Tensor] = []
-    module = dict(model.named_modules()).get(reader, model.get_output_embeddings())
-    with module.register_forward_pre_hook(lambda _, args: found.append(args[0].detach())):
-        yield found
 
 
 def _unflatten(values: Float[Tensor, " read"], inputs: Sequence[Inputs]) -> list[Float[Tensor, "sequence position"]]:
