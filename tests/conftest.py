@@ -5,7 +5,6 @@ import inspect
 import json
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,6 @@ for forces_color in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIB
 # ruff: noqa: E402 (what follows reads the environment when it is imported)
 import pytest
 import torch
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -41,9 +39,6 @@ class CliResult(NamedTuple):
 
 Cli = Callable[..., CliResult]
 Saved = Callable[[Any], Path]
-
-SETTINGS: dict[str, Any] = {"tokens": 20 * 512, "batch_size": 8, "context": 64, "device": "cpu", "dtype": "float32"}
-"""Of a run of 20 steps of the tiny model; with `model`, `data` and `out` it is complete."""
 
 
 def stdlib_text(*modules: str) -> str:
@@ -208,25 +203,6 @@ def saved_family(saved: Saved, tiny_tokenizer: PreTrainedTokenizerFast) -> Saved
         return saved(random_model(lambda: config))
 
     return save
-
-
-def ctrl_c_at(step: int) -> Callable[[dict[str, Any]], None]:
-    """A watch that presses Ctrl-C once, when that training step is told of, or the first one after it."""
-    pressed: list[int] = []
-
-    def press(row: dict[str, Any]) -> None:
-        if row["kind"] == "train" and row["step"] >= step and not pressed:
-            pressed.append(row["step"])
-            os.kill(os.getpid(), signal.SIGINT)
-
-    return press
-
-
-def assert_same_weights(first: Path, second: Path) -> None:
-    a, b = (load_file(path / "model" / "model.safetensors") for path in (first, second))
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import SETTINGS
+from tests.running import SETTINGS
 from unnorm import evaluate, remove
 from unnorm.analysis.analyze import analyze
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import unnorm
-from tests.conftest import SETTINGS
+from tests.running import SETTINGS
 from unnorm.errors import RunInterruptedError
 from unnorm.removal import remove as removal
 from unnorm.run_directory import read_rows

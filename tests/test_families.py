@@ -19,6 +19,7 @@ import unnorm
 from tests.conftest import Cli, Saved
 from tests.families import (
     FAMILIES,
+    GROUPED,
     IDS,
     IN_PLACE,
     LLAMA_LIKE,

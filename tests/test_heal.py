@@ -12,8 +12,9 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 import unnorm
-from tests.conftest import Cli, Saved, ctrl_c_at
+from tests.conftest import Cli, Saved
 from tests.families import FAMILIES
+from tests.running import ctrl_c_at
 from unnorm.models.load import load_original
 from unnorm.removal import blocks, remove
 from unnorm.runs.plan import default_lr

@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 import unnorm
 from tests.analysis.models import PAIRS
-from tests.conftest import SETTINGS, assert_same_weights
+from tests.running import SETTINGS, assert_same_weights
 from unnorm.analysis.attribution import attribute
 from unnorm.analysis.patching import patch
 from unnorm.analysis.sinks import sinks

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -17,10 +15,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import unnorm
-from tests.conftest import VOCAB, Cli, ctrl_c_at, small_llama
+from tests.conftest import VOCAB, Cli, small_llama
 from tests.families import FAMILIES, random_model
-from tests.test_massive import BLOCKS, GPT2, IDS, LLAMA, RARE, planted_files, read, with_massive
-from tests.test_modeling import WITHOUT_UNNORM
+from tests.massive import BLOCKS, GPT2, IDS, LLAMA, RARE, planted_files, read, with_massive
+from tests.running import ctrl_c_at, loaded_without_unnorm
 from unnorm.calibration.limits import COMMON, ROOM, measure_limits, quadratic_writers, set_limits, share_at_limit
 from unnorm.folding.checkpoint import load_unfolded, save_limits
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
@@ -175,15 +173,12 @@ def test_the_proof_holds_where_limits_do(limited: Path, tmp_path: Path) -> None:
 
 
 def test_limits_travel_to_where_unnorm_is_not_installed(limited: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", WITHOUT_UNNORM, str(limited / "model"), str(tmp_path / "again")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    name, last_logits, _ = json.loads(done.stdout.splitlines()[-1])
+    name, last_logits, _ = loaded_without_unnorm(limited / "model", tmp_path / "again", tmp_path / "modules")
     assert name == "UnnormLlamaForCausalLM"
     model, again = unnorm.load(limited), unnorm.load(tmp_path / "again")
     ids = AutoTokenizer.from_pretrained(limited / "model")("def read(self):", return_tensors="pt").input_ids
     # Threads, and so the order of sums, are that process's own.
-    torch.testing.assert_close(torch.tensor(last_logits).float(), model(input_ids=ids).logits[0, -1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(last_logits, model(input_ids=ids).logits[0, -1], rtol=0, atol=1e-4)
     for ours, theirs in zip(limits_of(model).values(), limits_of(again).values(), strict=True):
         assert torch.equal(ours, theirs)
 

@@ -3,10 +3,7 @@
 import inspect
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from transformers import (
 
 import unnorm
 from tests.conftest import VOCAB, Cli
+from tests.running import loaded_without_unnorm
 from unnorm.folding import fold
 from unnorm.folding.checkpoint import load_sites, load_unfolded
 from unnorm.folding.fold import fold_reader
@@ -35,30 +33,15 @@ from unnorm.sites.find import norm_modules
 from unnorm.sites.tracing import stream_sources
 from unnorm.taper.norms import TaperedNorm
 
-WITHOUT_UNNORM = """
-import json, sys
-sys.modules["unnorm"] = None  # any import of it fails
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True).eval()
-tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)
-ids = tokenizer("def read(self):", return_tensors="pt").input_ids
-out = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
-model.save_pretrained(sys.argv[2])
-print(json.dumps([type(model).__name__, model(input_ids=ids).logits[0, -1].double().tolist(), out[0].tolist()]))
-"""
-
 
 def test_loads_where_unnorm_is_not_installed(finished_run: Path, tmp_path: Path) -> None:
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
-    command = [sys.executable, "-c", WITHOUT_UNNORM, str(finished_run / "model"), str(tmp_path / "again")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    name, last_logits, generated = json.loads(done.stdout.splitlines()[-1])
+    name, last_logits, generated = loaded_without_unnorm(
+        finished_run / "model", tmp_path / "again", tmp_path / "modules"
+    )
     assert name == "UnnormGPT2LMHeadModel"
     model = unnorm.load(finished_run)
     ids = AutoTokenizer.from_pretrained(finished_run / "model")("def read(self):", return_tensors="pt").input_ids
-    torch.testing.assert_close(torch.tensor(last_logits).float(), model(input_ids=ids).logits[0, -1])
+    torch.testing.assert_close(last_logits, model(input_ids=ids).logits[0, -1])
     assert generated == model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)[0].tolist()
     # What it saved again is a whole checkpoint of the same kind.
     resaved = unnorm.load(tmp_path / "again")

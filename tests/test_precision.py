@@ -9,7 +9,7 @@ import yaml
 from transformers import GPT2LMHeadModel, TrainingArguments
 
 import unnorm
-from tests.conftest import SETTINGS, assert_same_weights
+from tests.running import SETTINGS, assert_same_weights
 from unnorm.removal.resume import saved_options
 from unnorm.runs import plan
 from unnorm.runs.config import RemoveConfig

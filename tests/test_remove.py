@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 import unnorm
-from tests.conftest import SETTINGS, VOCAB, Cli, Saved, assert_same_weights, ctrl_c_at
+from tests.conftest import VOCAB, Cli, Saved
 from tests.families import FAMILIES, random_model
+from tests.running import SETTINGS, assert_same_weights, ctrl_c_at
 from unnorm import evaluation
 from unnorm.cli import BY_DEVICE, app, main
 from unnorm.data import evenly_spaced

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
 import unnorm
-from tests.conftest import SETTINGS, Cli, Saved, assert_same_weights, ctrl_c_at
+from tests.conftest import Cli, Saved
 from tests.families import FAMILIES
+from tests.running import SETTINGS, CrashError, assert_same_weights, crash, ctrl_c_at, stop_at
 from unnorm import processes
 from unnorm.errors import RunInterruptedError
 from unnorm.models.load import load_original
@@ -25,7 +25,6 @@ from unnorm.removal import remove as removal
 from unnorm.removal.run import check_disk, needed_disk
 from unnorm.run_directory import read_rows
 from unnorm.runs.config import read_config_file
-from unnorm.training import distillation
 from unnorm.training.loop import last_checkpoint
 
 CUT_SHORT: dict[str, Callable[[Path], object]] = {
@@ -34,30 +33,6 @@ CUT_SHORT: dict[str, Callable[[Path], object]] = {
     "config alone": lambda checkpoint: (checkpoint / "config.json").write_text("{}"),
     "nothing": lambda checkpoint: None,
 }
-
-
-class CrashError(Exception):
-    """What nobody has foreseen."""
-
-
-def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on a run breaks off there, without saving anything more."""
-    take = distillation.DistillationTrainer.training_step
-
-    def training_step(self: distillation.DistillationTrainer, *args: Any, **more: Any) -> torch.Tensor:
-        if self.state.global_step == step:
-            raise CrashError
-        return take(self, *args, **more)
-
-    monkeypatch.setattr(distillation.DistillationTrainer, "training_step", training_step)
-
-
-def crash(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-    """A run that breaks off after 14 steps, and leaves what it had saved."""
-    with monkeypatch.context() as patch:
-        stop_at(14, patch)
-        with pytest.raises(CrashError):
-            unnorm.remove(**SETTINGS, **options)
 
 
 @pytest.fixture(scope="module")

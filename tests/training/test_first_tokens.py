@@ -18,9 +18,8 @@ from transformers import (
 
 import unnorm
 from tests.conftest import VOCAB, small_llama
-from tests.test_massive import GPT2, with_massive
-from tests.test_remove import assert_same_weights
-from tests.test_resume import CrashError, stop_at
+from tests.massive import GPT2, with_massive
+from tests.running import CrashError, assert_same_weights, stop_at
 from unnorm import processes
 from unnorm.calibration.scales import set_constants
 from unnorm.hooks import recorded

@@ -17,7 +17,8 @@ from transformers import (
 )
 
 import unnorm
-from tests.conftest import SETTINGS, Saved, ctrl_c_at, stdlib_text
+from tests.conftest import Saved, stdlib_text
+from tests.running import SETTINGS, ctrl_c_at
 from unnorm.errors import RunInterruptedError
 from unnorm.models.running import copy_model
 from unnorm.removal import start

@@ -20,7 +20,8 @@ from transformers import (
 from transformers.integrations import integration_utils
 
 import unnorm
-from tests.conftest import SETTINGS, stdlib_text
+from tests.conftest import stdlib_text
+from tests.running import SETTINGS
 from unnorm.evaluation import evaluate_model
 from unnorm.models.running import copy_model
 from unnorm.run_directory import read_rows

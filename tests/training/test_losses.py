@@ -13,7 +13,8 @@ from transformers import (
 )
 
 import unnorm
-from tests.conftest import SETTINGS, VOCAB
+from tests.conftest import VOCAB
+from tests.running import SETTINGS
 from unnorm.hooks import recorded
 from unnorm.models.running import copy_model, without_dropout
 from unnorm.sites.find import find_sites

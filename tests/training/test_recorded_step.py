@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 import unnorm
 from tests.conftest import Saved
-from tests.test_massive import GPT2, with_massive
+from tests.massive import GPT2, with_massive
 from unnorm.runs.plan import Plan
 from unnorm.training import losses
 from unnorm.training.recorded_step import WARM_UP, RecordedStep
