@@ -34,9 +34,9 @@ from unnorm.hooks import recorded
 from unnorm.models.probe import trace_inputs
 from unnorm.models.running import copy_model
 from unnorm.proof.at_load import prove_sites
-from unnorm.sites.find import find_sites, norm_modules, value_features
+from unnorm.sites.find import find_sites, norm_modules
 from unnorm.sites.residual import residual_writers
-from unnorm.taper.stand_ins import install
+from unnorm.taper.stand_ins import install, value_features
 
 DOCS = Path(__file__).parent.parent / "docs" / "families.md"
 # The part of the file between these is made here; what follows is written by hand.

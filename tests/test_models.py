@@ -17,7 +17,8 @@ from tests.conftest import Saved
 from tests.families import FAMILIES, IDS, random_model
 from unnorm.errors import UnnormError
 from unnorm.folding.checkpoint import load_unfolded
-from unnorm.models.load import check_same_tokenizer, load_original
+from unnorm.models.comparable import check_same_tokenizer
+from unnorm.models.load import load_original
 from unnorm.models.running import cast_as_loaded, without_dropout
 from unnorm.models.sizes import blocks_at_once, context_length
 

@@ -19,6 +19,7 @@ from unnorm.data import packing as packing_module
 from unnorm.data.packing import begin_of_blocks, held_out_blocks, token_stream
 from unnorm.errors import UnnormError
 from unnorm.evaluation.corpora import open_corpus, tokens_in
+from unnorm.runs.text import TextSource
 
 
 class TestHeldOut:
@@ -236,11 +237,11 @@ class TestPacking:
             assert ids.shape[1] == CONTEXT and (ids[:, 0] == bos).all()
             stream = ids[:, 1:].ravel()
             assert (stream == np.asarray(before["input_ids"]).ravel()[: len(stream)]).all()
-        corpus = open_corpus("a", str(path), tokenizer, VOCAB, CONTEXT, 10**4)
+        corpus = open_corpus("a", TextSource(str(path)), tokenizer, VOCAB, CONTEXT, 10**4)
         assert corpus.protocol()["first_token"] == f"of each block is given, not predicted; it is ! (id {bos})"
         ids = np.asarray(corpus.blocks["input_ids"])
         assert (ids[:, 0] == bos).all()
-        assert tokens_in(str(path), tokenizer, VOCAB)[ids].all()
+        assert tokens_in(TextSource(str(path)), tokenizer, VOCAB)[ids].all()
         short = write(tmp_path / "b.txt", ["some words to measure on, a line or two of them. " * 3])
         assert np.asarray(held_out_blocks(str(short), tokenizer, VOCAB, 64, 4)[0]["input_ids"])[0, 0] == bos
         token_file = write_ids(tmp_path / "a.bin", np.arange(2000) % VOCAB)

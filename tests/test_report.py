@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from unnorm.calibration.scales import ScaleStatistics
-from unnorm.report.drawing import ACCENT, log_ticks, short_names
+from unnorm.report.drawing import ACCENT, bin_positions, log_ticks, short_names
 from unnorm.report.numbers import MISSING, count, duration, fixed, interval, percent, short_count, shortest, significant
-from unnorm.report.removal_figures import bin_positions, position_figure, removal_stretch, run_figure, scale_figure
+from unnorm.report.removal_figures import position_figure, removal_stretch, run_figure, scale_figure
 from unnorm.report.removal_page import ReportData, headline, render_report
 
 SITES = ["transformer.h.0.ln_1", "transformer.h.0.ln_2", "transformer.ln_f"]

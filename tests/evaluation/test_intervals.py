@@ -19,6 +19,7 @@ from unnorm.evaluation.corpora import open_corpus
 from unnorm.evaluation.harness import _interval
 from unnorm.evaluation.intervals import bootstrap_interval, paired_share_interval, share_interval
 from unnorm.run_directory import CARD, MODEL, REPORT
+from unnorm.runs.text import TextSource
 
 
 class TestIntervals:
@@ -91,7 +92,7 @@ class TestIntervals:
     def test_a_planted_difference_is_found_paired_and_missed_unpaired(
         self, tokens: Path, tiny_model: GPT2LMHeadModel, tiny_tokenizer: PreTrainedTokenizerFast
     ) -> None:
-        corpus = open_corpus("val", str(tokens), tiny_tokenizer, VOCAB, POSITIONS, 10**6)
+        corpus = open_corpus("val", TextSource(str(tokens)), tiny_tokenizer, VOCAB, POSITIONS, 10**6)
 
         def warmer(by: float) -> GPT2LMHeadModel:
             model = deepcopy(tiny_model)
@@ -126,7 +127,7 @@ class TestIntervals:
     def test_over_documents_where_there_are_enough(
         self, many: str, tiny_model_dir: Path, tiny_tokenizer: PreTrainedTokenizerFast
     ) -> None:
-        corpus = open_corpus("many", many, tiny_tokenizer, VOCAB, POSITIONS, 10**6)
+        corpus = open_corpus("many", TextSource(many), tiny_tokenizer, VOCAB, POSITIONS, 10**6)
         kind, units = corpus.units()
         flat = np.asarray(corpus.blocks["input_ids"][:]).ravel()
         # A unit ends with the separator, and only there.

@@ -27,6 +27,7 @@ from unnorm.evaluation import Results, evaluate, evaluate_model, metrics
 from unnorm.evaluation.corpora import count_bytes, open_corpus
 from unnorm.evaluation.metrics import calibration
 from unnorm.report.evaluation_page import render_evaluation
+from unnorm.runs.text import TextSource
 from unnorm.terminal.evaluation import evaluation_tables
 
 
@@ -89,7 +90,7 @@ class TestNumbers:
         self, text_file: Path, tiny_model_dir: Path, tiny_tokenizer: PreTrainedTokenizerFast
     ) -> None:
         (row,) = evaluate(str(tiny_model_dir), data=str(text_file), tokens=10**6)
-        corpus = open_corpus("text", str(text_file), tiny_tokenizer, VOCAB, POSITIONS, 10**6)
+        corpus = open_corpus("text", TextSource(str(text_file)), tiny_tokenizer, VOCAB, POSITIONS, 10**6)
         rows = np.asarray(corpus.blocks["input_ids"][:])
         # Byte-level BPE: each letter of a token stands for one byte, and end-of-text for none.
         pieces = [tiny_tokenizer.convert_ids_to_tokens(r[1:].tolist()) for r in rows]
@@ -202,7 +203,7 @@ def test_tokens_that_occur_are_read_from_token_files_too(tmp_path: Path, tiny_to
     from unnorm.evaluation.corpora import tokens_in
 
     np.array([1, 2, 7] * 100, dtype="<u2").tofile(tmp_path / "train.bin")
-    assert tokens_in(str(tmp_path / "train.bin"), tiny_tokenizer, 300).nonzero()[0].tolist() == [1, 2, 7]
+    assert tokens_in(TextSource(str(tmp_path / "train.bin")), tiny_tokenizer, 300).nonzero()[0].tolist() == [1, 2, 7]
 
 
 def test_the_text_of_a_run_is_what_it_is_evaluated_on(

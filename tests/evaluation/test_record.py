@@ -3,6 +3,7 @@
 import json
 import shutil
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import unnorm.evaluation.session
 from tests.conftest import randomize
 from unnorm.errors import RunInterruptedError
 from unnorm.evaluation import evaluate
+from unnorm.evaluation.session import Session
+from unnorm.versions import versions
 
 
 class TestResume:
@@ -93,8 +96,29 @@ class TestResume:
         tokenizer["pre_tokenizer"]["add_prefix_space"] = not tokenizer["pre_tokenizer"].get("add_prefix_space")
         path.write_text(json.dumps(tokenizer))
         assert measured() and not measured()
-        monkeypatch.setattr(unnorm.evaluation.session, "versions", lambda: {"torch": "9.9", "unnorm": "9.9"})
+        known = versions()
+        for package in ("torch", "unnorm"):
+            monkeypatch.setattr(unnorm.evaluation.session, "versions", lambda package=package: known | {package: "9.9"})
+            assert measured() and not measured()
+        computed_by = Session.computed_by.fget
+        assert computed_by is not None
+        elsewhere = property(lambda session: computed_by(replace(session, device="cuda")))
+        monkeypatch.setattr(Session, "computed_by", elsewhere)
         assert measured() and not measured()
+
+    def test_scores_are_reused_at_the_same_context_alone(
+        self, files: dict[str, Path], tiny_model_dir: Path, tmp_path: Path
+    ) -> None:
+        pytest.importorskip("lm_eval")
+
+        def measured(context: int) -> bool:
+            seen: list[str] = []
+            options: dict[str, Any] = {"data": f"lambada={files['lambada']}", "tasks": "lambada_openai", "items": 4}
+            watch = {"watch": lambda r: seen.append(r.get("text", ""))}
+            evaluate(str(tiny_model_dir), out=tmp_path / "out", context=context, **options, **watch)
+            return any(" on lambada_openai" in text for text in seen)
+
+        assert measured(64) and not measured(64) and measured(32)
 
     def test_other_items_in_the_same_file_are_measured_anew(
         self, files: dict[str, Path], tiny_model_dir: Path, tmp_path: Path

@@ -198,7 +198,7 @@ def _blocks(
     length = choose_context(context, *models)
     length = min(length, MOST_CONTEXT) if context is None else length
     blocks = max(1, math.ceil(tokens / length))
-    found = text.held_out(tokenizer, vocabulary_size(models[0]), length, OVERSAMPLING * blocks)
+    found, _ = text.held_out(tokenizer, vocabulary_size(models[0]), length, OVERSAMPLING * blocks)
     return evenly_spaced(found, blocks)
 
 

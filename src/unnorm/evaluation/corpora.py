@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from unnorm.data import OVERSAMPLING, evenly_spaced
-from unnorm.data.packing import HeldOut, begin_of_blocks, held_out_blocks, open_tokens
+from unnorm.data.packing import HeldOut, begin_of_blocks, open_tokens
 from unnorm.errors import UnnormError
 from unnorm.runs.text import TextSource
 
@@ -106,38 +106,34 @@ class Corpus:
 
 def open_corpus(
     name: str,
-    source: str,
+    text: TextSource,
     tokenizer: PreTrainedTokenizerBase,
     vocab_size: int,
     context: int,
     tokens: int,
-    text_field: str | None = None,
-    split: str = "train",
     filtered_by: TextSource | None = None,
 ) -> Corpus:
-    """The held-out part of a source, packed; the same tokenizer and arguments always give the same blocks.
+    """The held-out part of a text, packed; the same tokenizer and arguments always give the same blocks.
 
     Args:
         name: its name in results.
-        source: as for `build_blocks`.
+        text: where it is from.
         tokenizer: its end-of-text token separates documents.
         vocab_size: number of token embeddings of the models.
         context: tokens per block.
         tokens: number of tokens at most, rounded up to whole blocks.
-        text_field: column that holds the text.
-        split: split that the text comes from, if the source has no validation split.
         filtered_by: other text; blocks with a token that does not occur in its first `FILTER_TOKENS` are left out.
 
     Raises:
-        UnnormError: the source can't be read or holds too little text.
+        UnnormError: the text can't be read, is too little, or is divided in another way than when a run read it.
         NothingLeftError: the filter leaves no block.
     """
     count = max(1, math.ceil(tokens / context))
-    found, held_out = held_out_blocks(source, tokenizer, vocab_size, context, OVERSAMPLING * count, text_field, split)
+    found, held_out = text.held_out(tokenizer, vocab_size, context, OVERSAMPLING * count)
     blocks = with_documents(found, tokenizer)
     left_out = ""
     if filtered_by is not None:
-        keep = tokens_in(filtered_by.data, tokenizer, vocab_size, filtered_by.text_field, filtered_by.split)
+        keep = tokens_in(filtered_by, tokenizer, vocab_size)
         blocks = blocks.select(np.flatnonzero(keep[_column(blocks, "input_ids")].all(1)))
         left_out = (
             f"left out are {len(found) - len(blocks):,} of {len(found):,} blocks, with a token that the first "
@@ -152,39 +148,35 @@ def open_corpus(
     blocks = evenly_spaced(blocks, count)
     return Corpus(
         name=name,
-        source=source,
+        source=text.data,
         blocks=blocks.select_columns("input_ids"),
         documents=documents_of(blocks),
         read=read,
         separator=_separator(tokenizer),
         held_out=held_out,
         text_bytes=count_bytes(_column(blocks, "input_ids"), tokenizer),
-        begin=_beginning(source, tokenizer),
+        begin=_beginning(text.data, tokenizer),
         filter=left_out,
     )
 
 
 def tokens_in(
-    source: str,
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
-    text_field: str | None = None,
-    split: str = "train",
+    text: TextSource, tokenizer: PreTrainedTokenizerBase, vocab_size: int
 ) -> Bool[NDArray[np.bool_], " vocab"]:
-    """Which ids occur in the first `FILTER_TOKENS` tokens of a source's training text.
+    """Which ids occur in the first `FILTER_TOKENS` tokens of a training text.
 
     Raises:
-        UnnormError: the source can't be read.
+        UnnormError: the text can't be read.
     """
     occurs = np.zeros(vocab_size, dtype=np.bool_)
     seen = 0
-    train_tokens, *_ = open_tokens(source, tokenizer, text_field, split)
+    train_tokens, *_ = open_tokens(text.data, tokenizer, text.text_field, text.split)
     for ids in train_tokens():
         occurs[ids[ids < vocab_size]] = True
         seen += len(ids)
         if seen >= FILTER_TOKENS:
             break
-    begin = begin_of_blocks(source, tokenizer)
+    begin = begin_of_blocks(text.data, tokenizer)
     if begin is not None and begin < vocab_size:
         occurs[begin] = True
     return occurs

@@ -26,7 +26,7 @@ from unnorm.models.load import model_name
 from unnorm.paths import short_name
 from unnorm.progress import Watch, say, silent
 from unnorm.runs.config import check_seed, read_count
-from unnorm.runs.text import TextSource, blaming_the_run, choose_text
+from unnorm.runs.text import TextSource, choose_text
 from unnorm.versions import versions
 
 
@@ -102,11 +102,13 @@ def evaluate(
     watch = watch or silent
     record = Record.open(out)
     entered = enter(names, against, context, trust_remote_code, watch)
-    with blaming_the_run(is_own):
-        texts = {name: choose_text(settings, source, text_field, split) for name, source in choice.corpora.items()}
-        corpora, left_out = _open_corpora(
-            texts, choice.tokens, entered.tokenizer, entered.vocab_size, entered.context, watch
-        )
+    texts = {
+        name: choose_text(settings, source, text_field, split)._replace(is_own=is_own)
+        for name, source in choice.corpora.items()
+    }
+    corpora, left_out = _open_corpora(
+        texts, choice.tokens, entered.tokenizer, entered.vocab_size, entered.context, watch
+    )
     session = Session(
         entrants=entered.entrants,
         original=entered.original,
@@ -160,15 +162,12 @@ def _open_corpora(
     """The corpora, and why one that a suite filters was left out."""
     opened, left_out = [], []
     for name, text in texts.items():
-        source, field, split = text.data, text.text_field, text.split
-        say(watch, f"reading {source}")
+        say(watch, f"reading {text.data}")
         of = texts.get("openwebtext") if name == PILE_FILTERED else None
-        its_own = any(suite.corpora.get(name) == source for suite in SUITES.values())
+        its_own = any(suite.corpora.get(name) == text.data for suite in SUITES.values())
         with explained(its_own, "", f"Or give other text for this corpus of the suite: --data {name}=SOURCE."):
             try:
-                corpus = open_corpus(name, source, tokenizer, vocab_size, context, tokens, field, split, of)
-                text.check_divided(corpus.held_out.division)
-                opened.append(corpus)
+                opened.append(open_corpus(name, text, tokenizer, vocab_size, context, tokens, of))
             except NothingLeftError as error:
                 left_out.append(str(error))
                 say(watch, left_out[-1])

@@ -12,7 +12,8 @@ from unnorm.evaluation.corpora import Corpus
 from unnorm.evaluation.harness import Benchmark
 from unnorm.evaluation.record import Record
 from unnorm.json_text import digest
-from unnorm.models.load import DEMO, check_same_tokenizer, check_same_vocabulary, load_original, weights_digest
+from unnorm.models.comparable import check_same_tokenizer, check_same_vocabulary
+from unnorm.models.load import DEMO, load_original, weights_digest
 from unnorm.models.sizes import choose_context, vocabulary_size
 from unnorm.paths import named_path
 from unnorm.progress import Watch, say

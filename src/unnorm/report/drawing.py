@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from plotly.graph_objects import Figure
@@ -27,6 +28,7 @@ DARK_COLOURS = {
 MOST_TICKS = 24
 LEAST_TICKS = 3
 """Of a log axis: with fewer, no value can be read from it."""
+MOST_POSITION_BINS = 48
 
 
 def short_names(names: Sequence[str]) -> list[str]:
@@ -148,6 +150,17 @@ def position_axis(figure: Figure, longest: int) -> None:
     """Make the axis of positions logarithmic, with ticks at powers of two (of four if longer than 256)."""
     ticks = [2**i for i in range(0, longest.bit_length(), 1 if longest <= 256 else 2)]
     figure.update_xaxes(type="log", tickmode="array", tickvals=ticks, ticktext=[str(tick) for tick in ticks])
+
+
+def bin_positions(losses: Sequence[float], most: int = MOST_POSITION_BINS) -> tuple[list[float], list[float]]:
+    """Mean position and mean loss of bins with geometrically spaced edges; short contexts keep every position.
+
+    Entry i of `losses` belongs to position i + 1, since position 0 is not predicted.
+    """
+    n = len(losses)
+    edges = range(n + 1) if n <= most else sorted({round((n + 1) ** (i / most)) - 1 for i in range(most + 1)})
+    bins = [(start, losses[start:end]) for start, end in pairwise(edges)]
+    return [start + (len(part) + 1) / 2 for start, part in bins], [sum(part) / len(part) for _, part in bins]
 
 
 def finish(figure: Figure, height: int, x_title: str) -> Figure:

@@ -16,6 +16,7 @@ from unnorm.report.drawing import (
     RULE,
     RUST,
     SOFT,
+    bin_positions,
     draw_line,
     finish,
     log_ticks,
@@ -23,7 +24,6 @@ from unnorm.report.drawing import (
     panels,
     position_axis,
 )
-from unnorm.report.removal_figures import bin_positions
 
 PANEL_HEIGHT = 220
 LEAST_BIN_TOKENS = 10

@@ -1,7 +1,6 @@
 """The report's figures, in the page's light colours; the page's script replaces these in dark mode."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 from plotly.graph_objects import Figure
@@ -12,6 +11,7 @@ from unnorm.report.drawing import (
     ACCENT,
     INK,
     SOFT,
+    bin_positions,
     draw_line,
     draw_ranges,
     finish,
@@ -23,8 +23,6 @@ from unnorm.report.drawing import (
     thinned_ticks,
 )
 from unnorm.report.numbers import finite_or_none
-
-MOST_POSITION_BINS = 48
 
 LABELS = {"original": "original", "lnfree": "twin", "control": "control"}
 
@@ -111,17 +109,6 @@ def position_figure(position_loss: dict[str, list[float]]) -> Figure | None:
     longest = max(len(losses) for losses in position_loss.values())
     position_axis(figure, longest)
     return finish(figure, 440, "position of the predicted token (log)")
-
-
-def bin_positions(losses: Sequence[float], most: int = MOST_POSITION_BINS) -> tuple[list[float], list[float]]:
-    """Mean position and mean loss of bins with geometrically spaced edges; short contexts keep every position.
-
-    Entry i of `losses` belongs to position i + 1, since position 0 is not predicted.
-    """
-    n = len(losses)
-    edges = range(n + 1) if n <= most else sorted({round((n + 1) ** (i / most)) - 1 for i in range(most + 1)})
-    bins = [(start, losses[start:end]) for start, end in pairwise(edges)]
-    return [start + (len(part) + 1) / 2 for start, part in bins], [sum(part) / len(part) for _, part in bins]
 
 
 def _points(rows: Rows, key: str, kind: str | None = None) -> tuple[list[float], list[float]]:

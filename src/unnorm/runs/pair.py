@@ -9,7 +9,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from unnorm.errors import UnnormError, explained
 from unnorm.folding.checkpoint import load_sites
-from unnorm.models.load import check_same_tokenizer, check_same_vocabulary, load_original, model_name
+from unnorm.models.comparable import check_same_tokenizer, check_same_vocabulary
+from unnorm.models.load import load_original, model_name
 from unnorm.models.sizes import vocabulary_size
 from unnorm.progress import Watch, say
 from unnorm.run_directory import CONFIG_FILE, CONTROL, MODEL

@@ -8,7 +8,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from unnorm.data import STDLIB
-from unnorm.data.packing import held_out_blocks
+from unnorm.data.packing import HeldOut, held_out_blocks
 from unnorm.errors import UnnormError
 from unnorm.runs.config import absolute_source
 
@@ -37,22 +37,23 @@ class TextSource(NamedTuple):
     """
 
     data: str
-    text_field: str | None
-    split: str
-    is_own: bool
+    text_field: str | None = None
+    split: str = "train"
+    is_own: bool = False
     division: str | None = None
 
-    def held_out(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, context: int, count: int) -> Dataset:
-        """At most `count` blocks of its held-out part.
+    def held_out(
+        self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, context: int, count: int
+    ) -> tuple[Dataset, HeldOut]:
+        """At most `count` blocks of its held-out part, and how that is kept apart.
 
         Raises:
             UnnormError: the text can't be read, or does not fit this vocabulary.
         """
         with blaming_the_run(self.is_own):
-            source = self.data, tokenizer, vocab_size, context, count, self.text_field, self.split
-            blocks, held_out = held_out_blocks(*source)
-            self.check_divided(held_out.division)
-            return blocks
+            found = held_out_blocks(self.data, tokenizer, vocab_size, context, count, self.text_field, self.split)
+            self.check_divided(found[1].division)
+            return found
 
     def check_divided(self, now: str) -> None:
         """Raise an UnnormError if a run's text is divided in another way now: held-out text may have been trained on.

@@ -8,14 +8,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError
-from unnorm.models.linear import is_conv1d, linear_weight
+from unnorm.models.linear import linear_weight
 from unnorm.sites.norm_behaviour import eps_of, is_norm, kind_of, stays_with_keep
 from unnorm.sites.reading import read_weight
 from unnorm.sites.site import FoldsInto, NormSite, Role
 from unnorm.sites.tracing import ADDS, HANDS_ON, RESHAPES, UNKNOWN, Trace, goes_only_to, sources_of, traced
-
-_FUSED_QKV_THIRDS = ("c_attn",)
-_VALUE_PROJECTIONS = ("v_proj", "value")
 
 
 def find_sites(
@@ -95,29 +92,6 @@ def unembedding_name(model: PreTrainedModel) -> str:
     """Path of the unembedding."""
     unembedding = model.get_output_embeddings()
     return next(name for name, module in model.named_modules() if module is unembedding)
-
-
-def value_features(model: nn.Module, site: NormSite) -> dict[str, int] | None:
-    """For each reader of an attention site, how many of its last outputs are values; None if that isn't known.
-
-    Also None where something besides the readers takes the norm's output, since the norm then needs a single path.
-    Tracing can't tell the parts of a fused projection apart, so their layout is declared here.
-    """
-    if site.folds_into != "readers" or site.role != "attention":
-        return None
-    features: dict[str, int] = {}
-    for reader in site.readers:
-        leaf, module = reader.rpartition(".")[2], model.get_submodule(reader)
-        out = linear_weight(module).shape[0]
-        if leaf in _FUSED_QKV_THIRDS and is_conv1d(module):  # GPT-BigCode's `c_attn` has another layout.
-            features[reader] = out // 3
-        elif leaf.startswith(("q_", "k_")) or leaf in ("query", "key"):
-            features[reader] = 0
-        elif leaf in _VALUE_PROJECTIONS:
-            features[reader] = out
-        else:
-            return None
-    return features
 
 
 def _norm_names(model: PreTrainedModel, trace: Trace) -> list[str]:

@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from torch import nn
 from transformers import PreTrainedModel
 
-from unnorm.sites.find import value_features
+from unnorm.models.linear import is_conv1d, linear_weight
 from unnorm.sites.norm_behaviour import affine_parameters
 from unnorm.sites.site import NormSite
 from unnorm.taper.norms import Interpolation, PathReader, TaperedNorm, TokenMask
+
+_FUSED_QKV_THIRDS = ("c_attn",)
+_VALUE_PROJECTIONS = ("v_proj", "value")
 
 
 def install(
@@ -67,3 +70,26 @@ def uninstall_paths(model: nn.Module) -> None:
             model.set_submodule(name, module.linear)
         elif isinstance(module, TaperedNorm):
             module.alpha = module.alpha[:1].clone()
+
+
+def value_features(model: nn.Module, site: NormSite) -> dict[str, int] | None:
+    """For each reader of an attention site, how many of its last outputs are values; None if that isn't known.
+
+    Also None where something besides the readers takes the norm's output, since the norm then needs a single path.
+    Tracing can't tell the parts of a fused projection apart, so their layout is declared here.
+    """
+    if site.folds_into != "readers" or site.role != "attention":
+        return None
+    features: dict[str, int] = {}
+    for reader in site.readers:
+        leaf, module = reader.rpartition(".")[2], model.get_submodule(reader)
+        out = linear_weight(module).shape[0]
+        if leaf in _FUSED_QKV_THIRDS and is_conv1d(module):  # GPT-BigCode's `c_attn` has another layout.
+            features[reader] = out // 3
+        elif leaf.startswith(("q_", "k_")) or leaf in ("query", "key"):
+            features[reader] = 0
+        elif leaf in _VALUE_PROJECTIONS:
+            features[reader] = out
+        else:
+            return None
+    return features

@@ -103,7 +103,7 @@ def audit(
     length = choose_context(length, twin, reference)
     text = choose_text(pair.settings, data, text_field, split)
     begin = begin_of_blocks(text.data, tokenizer)
-    blocks = text.held_out(tokenizer, vocabulary_size(twin), length, 1 + max(1, tokens // length))
+    blocks, _ = text.held_out(tokenizer, vocabulary_size(twin), length, 1 + max(1, tokens // length))
     material = Material(
         tokenizer=tokenizer,
         text=torch.tensor(blocks["input_ids"])[:, 0 if begin is None else 1 :].flatten(),
