@@ -144,6 +144,8 @@ def test_command_line(finished_run: Path, tmp_path: Path, cli: Cli) -> None:
     assert torch.equal(logits(folded, ids), logits(unnorm.load(finished_run), ids))
     done = cli("export", finished_run, "--to", "stock", "--out", tmp_path / "json", "--json")
     values = json.loads(done.out)
+    loaded = eval(values["load"], {"AutoModelForCausalLM": AutoModelForCausalLM})
+    assert_alike(logits(loaded, ids), logits(folded, ids), 1e-4)
     assert values["form"] == "stock" and [row["name"] for row in values["errors"]][:2] == ["float32", "bfloat16"]
 
 
@@ -366,8 +368,11 @@ def test_other_forms_of_a_model_with_kept_norms_are_refused(
             unnorm.to_transformer_lens(run)
 
 
-USING = (Path(__file__).parents[1] / "docs" / "using.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", USING, flags=re.DOTALL)
+def snippets_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+
+
+SNIPPETS = snippets_of((Path(__file__).parents[1] / "docs" / "using.md").read_text())
 
 
 @pytest.mark.parametrize("package", ["transformers", "transformer_lens", "nnsight"])
@@ -386,6 +391,18 @@ def test_snippets_of_the_docs_run(package: str, finished_run: Path, monkeypatch:
         for name, value in names.items():
             if name.endswith("difference"):
                 assert float(value.detach()) < 1e-4, f"{name} = {value}"
+
+
+def test_snippets_of_the_analyses_and_of_the_card_run(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (of_attribution,) = snippets_of((Path(__file__).parents[1] / "docs" / "analyses.md").read_text())
+    names: dict[str, Any] = {}
+    exec(of_attribution.replace("gpt2-norm-free", str(finished_run)), names)
+    found = names["found"]
+    torch.testing.assert_close(found.contributions.sum(0), found.logits)
+    monkeypatch.chdir(finished_run / "model")
+    (of_card,) = snippets_of(Path("README.md").read_text())
+    exec(of_card, names := {})
+    assert type(names["model"]).__name__ == "UnnormGPT2LMHeadModel" and names["tokenizer"]("os").input_ids
 
 
 def test_interventions_through_nnsight(finished_run: Path) -> None:

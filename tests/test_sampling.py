@@ -112,6 +112,9 @@ def test_a_corpus_and_own_text_can_be_mixed(
     assert (result["teacher_loss"], result["held_out"]) == (plain["teacher_loss"], plain["held_out"])
     assert "25.0% of the training text" in (out / "report.html").read_text()
     assert "25.0% of the training text" in (out / "model" / "README.md").read_text()
+    healed = unnorm.heal(out, tokens=16 * 32, out=tmp_path / "healed")
+    assert (healed["self_share"], asked) == (0.25, [16, 8])  # Of the fewest blocks that there are.
+    assert unnorm.heal(out, tokens=16 * 32, data="self", out=tmp_path / "own")["self_share"] == 0
     with pytest.raises(UnnormError, match=r"self_share: with --data self the model writes all text"):
         unnorm.remove(model=tiny_model_dir, data="self", self_share=0.5, out=tmp_path / "both")
 

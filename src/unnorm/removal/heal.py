@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from unnorm.data import OWN_TEXT
 from unnorm.errors import UnnormError
 from unnorm.folding.checkpoint import load, load_unfolded
 from unnorm.isolation import isolated
@@ -69,6 +70,8 @@ def heal(directory: str | Path, *, watch: Watch | None = None, **options: Any) -
         "control": saved.get("control", False) and has_control(directory),
     }
     text = choose_text(saved, *map(options.get, ("data", "text_field", "split")))
+    if text.data == OWN_TEXT:
+        anew["self_share"] = 0.0  # Now it writes all.
     settings = {**saved, **anew, **options, "text_field": text.text_field, "split": text.split, "twin": directory}
     # Detect damaged files now, before a directory is created or the twin is trained.
     facts_of(directory)
