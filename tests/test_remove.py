@@ -373,7 +373,7 @@ def test_samples_are_greedy_whatever_generation_the_model_is_set_to(
             with torch.no_grad():
                 ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
         assert tokenizer.decode(ids[0, :start]) == shown[0]["prompt"]
-        assert shown[0][name].startswith(tokenizer.decode(ids[0, start:]))
+        assert shown[0][name].startswith(tokenizer.decode(ids[0, start:]).rstrip("\ufffd"))  # Half a character.
     kept = json.loads((tmp_path / "run" / "model" / "generation_config.json").read_text())
     assert GENERATION[settings].items() <= kept.items()
 

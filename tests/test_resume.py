@@ -202,7 +202,7 @@ def test_what_says_that_something_is_done_is_whole_or_not_there(
 
 def test_text_is_written_as_utf_8_whatever_the_locale(tmp_path: Path) -> None:
     path = str(tmp_path / "a")
-    code = f"import pathlib, unnorm.run_directory as r; r.write_text(pathlib.Path({path!r}), '\\u2013')"
+    code = f"import pathlib, unnorm.paths as r; r.write_text(pathlib.Path({path!r}), '\\u2013')"
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     subprocess.run([sys.executable, "-c", code], env={**os.environ, **ascii_only}, check=True)
     assert (tmp_path / "a").read_text(encoding="utf-8") == "\u2013\n"

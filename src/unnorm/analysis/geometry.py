@@ -180,6 +180,8 @@ def _singular_figure(found: list[Geometry]) -> Figure:
             # A centered weight is rank-deficient: one singular value is zero up to rounding.
             of_rank = row.singular_values[place] > 1e-5 * row.singular_values[place, 0]
             at, values = _thinned(row.singular_values[place][of_rank])
+            if not values:  # A weight of zeros.
+                continue
             lines.append((name, f"{name}, {label}", 0.3, values))
             places.append([float(x) for x in at])
     return bundle(lines, "rank (log)", "singular value (log)", places=places)
