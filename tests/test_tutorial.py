@@ -18,6 +18,13 @@ def printed(notebook: Any) -> str:
     return "".join(output.get("text", "") for output in outputs)
 
 
+def errors_of_heads(notebook: Any) -> list[list[str]]:
+    """The words of each line of the table of attribution errors."""
+    cell = next(cell for cell in notebook.cells if "frozen_scale_error" in cell.source)
+    lines = (line for output in cell.outputs for line in output.get("data", {}).get("text/plain", "").splitlines())
+    return [line.split() for line in lines if line.strip()]
+
+
 def test_tutorial_runs_and_shows_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """Written anew, with its outputs, with UNNORM_WRITE_DOCS=1."""
     client = pytest.importorskip("nbclient")
@@ -28,15 +35,14 @@ def test_tutorial_runs_and_shows_what_it_says(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
     notebook = nbformat.read(TUTORIAL, as_version=4)
-    stored = printed(notebook)
+    stored, stored_errors = printed(notebook), errors_of_heads(notebook)
     client.NotebookClient(notebook, timeout=600, startup_timeout=300, kernel_name="python3").execute()
     text = printed(notebook)
     assert "7 norm sites, 0 norms left, proof passed: True" in text
     total, logit = (float(line.split()[-1]) for line in text.splitlines() if line.startswith(("sum of", "the logit")))
     assert total == pytest.approx(logit, abs=2e-5)
-    errors = next(o for cell in notebook.cells if "frozen_scale_error" in cell.source for o in cell.get("outputs", []))
-    rows = errors["data"]["text/plain"].splitlines()
-    assert any(row.startswith("twin") and set(row.split()[1:]) == {"0.0%"} for row in rows)
+    errors = errors_of_heads(notebook)
+    assert {value for row in errors if row[0] == "twin" for value in row[1:]} == {"0.0%"}
     images = [o for cell in notebook.cells for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
     assert len(images) == 1
     if os.environ.get("UNNORM_WRITE_DOCS"):
@@ -46,6 +52,8 @@ def test_tutorial_runs_and_shows_what_it_says(monkeypatch: pytest.MonkeyPatch) -
                 cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
         nbformat.write(notebook, TUTORIAL)
         return
+    # The original's are no matter of training.
+    assert [row for row in errors if row[0] == "original"] == [row for row in stored_errors if row[0] == "original"]
     assert len(stored.splitlines()) == len(text.splitlines()) and "7 norm sites, 0 norms left" in stored
 
 
