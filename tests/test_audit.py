@@ -95,7 +95,7 @@ class TestHealthy:
             assert row["finite"] == FINITE, row["name"]
             assert row["loss"] == row["reference_loss"]
             assert row["residual_norm"] == row["reference_residual_norm"]
-            assert row["tokens"] > 0 and 0 < row["float16_tokens"] <= row["tokens"]
+            assert 0 < row["float16_tokens"] <= row["bfloat16_tokens"] <= row["tokens"] > 0
 
     def test_the_same_seed_gives_the_same(self, audited: dict[str, Any], healthy: Path) -> None:
         assert unnorm.audit(healthy, tokens=2048) == audited

@@ -58,6 +58,8 @@ def imported(module: ast.Module) -> Iterator[str]:
     for node in module.body:
         if isinstance(node, ast.ImportFrom) and str(node.module).startswith("unnorm."):
             yield str(node.module)
+        elif isinstance(node, ast.ImportFrom) and node.module == "unnorm":
+            yield from (f"unnorm.{name.name}" for name in node.names if name.name != "__version__")
 
 
 def test_rooms_do_not_import_each_other_in_a_circle() -> None:

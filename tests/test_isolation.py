@@ -2,6 +2,8 @@
 
 import gc
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
@@ -71,17 +73,30 @@ def test_random_numbers_verbosity_and_precision_of_the_process_go_on(
     assert (logging.get_verbosity(), torch.backends.fp32_precision) == before
 
 
-def test_float32_is_float32_whatever_the_caller_chose(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    """On a GPU "high" would be TF32."""
-    seen: set[str] = set()
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
-    try:
-        options: dict[str, Any] = {"data": text_file, "tokens": 0, "device": "cpu", "out": tmp_path / "run"}
-        unnorm.remove(tiny_model_dir, watch=lambda _: seen.add(torch.get_float32_matmul_precision()), **options)
-        assert seen == {"highest"} and torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision(before)
+CHOICES = {
+    "nothing": "pass",
+    "the old way": "torch.set_float32_matmul_precision('high')",
+    "for matrices": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "for all": "torch.backends.fp32_precision = 'tf32'",
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_float32_is_float32_whatever_the_caller_chose(choice: str, finished_run: Path, text_file: Path) -> None:
+    """On a GPU it would be TF32. In a process of its own, since torch's ways of choosing don't mix."""
+    code = f"""
+import sys, torch, unnorm
+places = [torch.backends, torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.mkldnn.matmul]
+def now(): return [place.fp32_precision for place in places]
+{CHOICES[choice]}
+before, seen = now(), []
+unnorm.evaluate(sys.argv[1], data=sys.argv[2], tokens=64, watch=lambda _: seen.extend(now()))
+assert now() == before, (before, now())
+assert set(seen) == {{"ieee"}}, seen
+"""
+    command = [sys.executable, "-c", code, str(finished_run), str(text_file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("kind", ["phase", "train"])

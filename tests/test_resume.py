@@ -21,6 +21,7 @@ from tests.running import SETTINGS, CrashError, assert_same_weights, crash, ctrl
 from unnorm import processes
 from unnorm.errors import RunInterruptedError
 from unnorm.models.load import load_original
+from unnorm.models.sizes import trained_parameters
 from unnorm.removal import remove as removal
 from unnorm.removal.run import check_disk, needed_disk
 from unnorm.run_directory import read_rows
@@ -317,7 +318,7 @@ def test_as_many_blocks_at_once_whatever_memory_is_free_by_then(
     options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file), "out": tmp_path / "run"}
     with pytest.raises(RunInterruptedError):
         unnorm.remove(**options, watch=ctrl_c_at(3))
-    enough_for_the_states = 20 * sum(p.numel() for p in load_original(str(tiny_model_dir))[0].parameters()) + 1
+    enough_for_the_states = 20 * trained_parameters(load_original(str(tiny_model_dir))[0]) + 1
     monkeypatch.setattr("unnorm.runs.plan.free_memory", lambda _: enough_for_the_states)
     assert unnorm.remove(out=tmp_path / "run", resume=True)["plan"]["micro_batch"] == 8
     options |= {"out": tmp_path / "fresh", "tokens": 512}

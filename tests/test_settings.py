@@ -1,6 +1,7 @@
 """What may be given for an option, in the command line and in Python, and what is kept of it."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,6 +11,7 @@ from transformers import GPT2LMHeadModel
 
 import unnorm
 from unnorm.models.running import copy_model
+from unnorm.models.sizes import trained_parameters
 from unnorm.runs import plan
 from unnorm.runs.config import RemoveConfig, parse_count
 from unnorm.taper.recipes import RECIPES, RecipeName
@@ -127,16 +129,31 @@ def test_a_model_that_can_not_be_trained_here_is_refused_at_once(
 def test_only_memory_that_the_states_leave_is_for_activations(
     gigabytes_left: int, at_once: int, tiny_model: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    states = plan.STATE_BYTES * tiny_model.num_parameters()
+    states = plan.STATE_BYTES * trained_parameters(tiny_model)
     monkeypatch.setattr(plan, "free_memory", lambda _: states + gigabytes_left * 10**9)
     config = RemoveConfig(tokens=4096, batch_size=16, context=2, device="cpu", dtype="float32")
     assert plan.make_plan(config, tiny_model).micro_batch == at_once
 
 
+def test_too_little_memory_for_a_block_is_said(tiny_model: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = plan.STATE_BYTES * trained_parameters(tiny_model)
+    config = RemoveConfig(tokens=4096, context=64, batch_size=1, device="cpu", dtype="float32")
+    said = []
+    for left in (10**5, 10**9):
+        monkeypatch.setattr(plan, "free_memory", lambda _, left=left: states + left)
+        said.append(plan.scarce_memory(plan.make_plan(config, tiny_model), tiny_model))
+    assert said[1] == "" and "memory may not suffice" in said[0]
+    context = int(re.search(r"a --context of (\d+) should fit", said[0])[1])  # type: ignore[index]
+    assert 2 <= context < 64
+    monkeypatch.setattr(plan, "free_memory", lambda _: states + 10**5)
+    shorter = config.model_copy(update={"context": context})
+    assert plan.scarce_memory(plan.make_plan(shorter, tiny_model), tiny_model) == ""
+
+
 def test_processes_of_one_machine_share_its_memory(
     tiny_model: GPT2LMHeadModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    states = plan.STATE_BYTES * tiny_model.num_parameters()
+    states = (plan.STATE_BYTES + 4) * trained_parameters(tiny_model)  # With what processes exchange.
     monkeypatch.setattr(plan, "free_memory", lambda _: 3 * states)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     config = RemoveConfig(tokens=4096, batch_size=15, context=2, device="cpu", dtype="float32")

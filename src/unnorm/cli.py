@@ -193,6 +193,9 @@ def heal(
     data: Annotated[str | None, typer.Option(help="Other text, as for remove.", show_default="the run's")] = None,
     text_field: RunTextField = None,
     split: RunSplit = None,
+    self_share: Annotated[
+        float | None, typer.Option(help="Share of text that the original writes.", show_default="the run's")
+    ] = None,
     out: RunDirectory = None,
     batch_size: StepBlocks = None,
     micro_batch: MicroBatch = None,
@@ -292,7 +295,12 @@ def evaluate(
         str | None,
         typer.Option(help="Most items per benchmark, drawn at random, or 'all'.", show_default="the suite's"),
     ] = None,
-    context: Context = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            help="Sequence length in tokens.", show_default="the models', at most 1024 and what the runs trained with"
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.", min=1)] = 4,
     device: Device = "auto",
     seed: Annotated[int, typer.Option(help="Seed for drawing benchmark items.", min=0)] = 0,

@@ -128,18 +128,29 @@ def _accelerate_kept() -> Iterator[None]:
 
 
 @contextmanager
+def _whole_float32() -> Iterator[None]:
+    """Products and convolutions of float32 in float32, not TF32 or bfloat16, whatever the caller chose for them."""
+    places: list[Any] = [torch.backends, torch.backends.cuda.matmul, torch.backends.cudnn.conv]
+    places += [torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
+    before = [place.fp32_precision for place in places]
+    for place in places:
+        place.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
+
+
+@contextmanager
 def _state_kept() -> Iterator[None]:
     of_python, of_numpy = random.getstate(), np.random.get_state()
-    verbosity, precision = logging.get_verbosity(), torch.backends.fp32_precision
-    matmul = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    verbosity = logging.get_verbosity()
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     try:
-        with torch.random.fork_rng(devices), _accelerate_kept():
+        with torch.random.fork_rng(devices), _accelerate_kept(), _whole_float32():
             yield
     finally:
         random.setstate(of_python)
         np.random.set_state(of_numpy)
         logging.set_verbosity(verbosity)
-        torch.backends.fp32_precision = precision
-        torch.set_float32_matmul_precision(matmul)

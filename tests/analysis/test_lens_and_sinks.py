@@ -12,8 +12,9 @@ from tests.analysis.models import BRIDGED, material_of, original_of
 from unnorm.analysis.attribution import attribute
 from unnorm.analysis.lens import find as find_lens
 from unnorm.analysis.lens import lens
+from unnorm.analysis.sinks import Sinks, sinks
+from unnorm.analysis.sinks import _numbers as sinks_numbers
 from unnorm.analysis.sinks import find as find_sinks
-from unnorm.analysis.sinks import sinks
 from unnorm.models.probe import trace_inputs
 
 
@@ -117,6 +118,12 @@ def test_figures_of_sinks_tell_position_0_from_the_rest(batch_size: int, runs: d
             assert numbers[name]["norm_at_0"][depth] == pytest.approx(norms[0].item(), rel=1e-4)
             assert numbers[name]["norm_elsewhere"][depth] == pytest.approx(norms[1:].mean().item(), rel=1e-4)
     assert numbers["twin"]["norm_at_0"][0] > 5 * numbers["twin"]["norm_elsewhere"][0]
-    norms = sinks(material.twin, ids).norm.mean(0)
-    expected = max((row.max() / row.median()).item() for row in norms)
+    expected = max((of.max() / of.median()).item() for of in sinks(material.twin, ids).norm.unbind(1))
     assert numbers["twin"]["longest_over_median"] == pytest.approx(expected)
+
+
+def test_a_long_vector_counts_wherever_it_stands() -> None:
+    norm = torch.ones(16, 2, 32)  # sequence, depth, position
+    norm[torch.arange(16), 1, torch.arange(16)] = 100.0
+    found = Sinks(torch.zeros(16, 2, 4), norm)
+    assert sinks_numbers(found)["longest_over_median"] == 100.0

@@ -18,7 +18,7 @@ from unnorm.analysis.scales import log_scales
 def test_scales_are_what_the_norms_divide_by(runs: dict[str, Path]) -> None:
     pytest.importorskip("transformer_lens")
     material = material_of(runs["qwen3"])
-    found = log_scales(material)
+    found = log_scales(material.models, material.sites, material.blocks)
     assert not any("q_norm" in name for name in found["twin"])
     ids = torch.tensor(material.blocks["input_ids"])
     bridge = unnorm.to_transformer_lens(runs["qwen3"])
@@ -58,7 +58,9 @@ def test_geometry_of_a_weight_of_zeros_is_all_zeros(runs: dict[str, Path]) -> No
     for model in (material.original, material.twin):
         with torch.no_grad():
             model.transformer.h[1].mlp.c_fc.weight.zero_()
-    rows = find_geometry(material).numbers["weights"]
+    found = find_geometry(material)
+    rows = found.numbers["weights"]
+    assert 0 <= found.numbers["mean_change"]["twin"] < 1e-5 and f"over {len(rows) - 1} weights" in found.headline[2]
     (row,) = (row for row in rows if row["weight"] == "transformer.h.1.mlp.c_fc")
     assert row["twin"]["stable_rank"] == 0 and set(row["twin"]["singular_values"]) == {0.0}
 
@@ -103,5 +105,5 @@ def test_scales_are_drawn_over_the_geometric_mean_and_over_the_constant(runs: di
         assert row[name]["site"] == site and trace.y[0] == pytest.approx(row[name]["quantiles"][2] / one)
     for trace, name, one in zip(positions_0, row, (row["original"]["geometric_mean"], 7.0), strict=True):
         assert trace.y[0] == pytest.approx(row[name]["position_0"] / one)
-    values = log_scales(moved)["twin"][site][:, 1:].double().exp().flatten().numpy()
+    values = log_scales(moved.models, moved.sites, moved.blocks)["twin"][site][:, 1:].double().exp().flatten().numpy()
     assert row["twin"]["quantiles"] == pytest.approx(np.quantile(values, [0.01, 0.05, 0.5, 0.95, 0.99]), rel=1e-6)

@@ -23,7 +23,7 @@ from unnorm.models.sizes import choose_context, context_length, vocabulary_size
 from unnorm.paths import check_can_be_made, named_path, write_text
 from unnorm.progress import Watch, say, silent
 from unnorm.report.numbers import count, duration
-from unnorm.runs.config import check_seed, read_count
+from unnorm.runs.config import check_seed, read_count, trained_context
 from unnorm.runs.pair import Pair, open_pair
 from unnorm.runs.text import TextSource, choose_text
 from unnorm.sites.site import NormSite
@@ -73,7 +73,8 @@ def analyze(
         prompts: JSONL file of prompt pairs to patch between; by default generated indirect-object prompts.
         out: directory to write; by default `analysis` in the run directory. Earlier results in it are replaced.
         tokens: number of text tokens, rounded up to whole blocks; fewer if the text is shorter.
-        context: tokens in a block; by default the longest that both models take, at most 256.
+        context: tokens in a block; by default the longest that both models take and that the run was trained with, at
+            most 256.
         text_field: column that holds the text; by default the run's.
         split: split that the text comes from; by default the run's.
         device: `auto`, `cpu`, `cuda` or `mps`.
@@ -92,7 +93,7 @@ def analyze(
     watch = watch or silent
     started = time.perf_counter()
     directory = named_path(directory)
-    check_seed(seed)
+    seed = check_seed(seed)
     what = [what] if isinstance(what, str) else list(what or ())
     names = _chosen(what)
     tokens = read_count(tokens)
@@ -103,7 +104,8 @@ def analyze(
     _check_pair(pair.reference, pair.twin, pair.sites, pair.name)
     prompt_pairs = _prompts(prompts, pair, seed)
     text = choose_text(pair.settings, data, text_field, split)
-    blocks = _blocks(text, (pair.reference, pair.twin), pair.tokenizer, tokens, context)
+    longest = min(MOST_CONTEXT, trained_context(directory) or MOST_CONTEXT)
+    blocks = _blocks(text, (pair.reference, pair.twin), pair.tokenizer, tokens, context, longest)
     material = Material(pair.reference, pair.twin, pair.tokenizer, blocks, prompt_pairs, pair.sites, pair.constants)
     findings, skipped = _find(names, material, bool(what), watch)
     result = {
@@ -192,11 +194,12 @@ def _blocks(
     tokenizer: PreTrainedTokenizerBase,
     tokens: int,
     context: int | None,
+    longest: int,
 ) -> Dataset:
     if tokens < 2:
         raise UnnormError(f"--tokens {tokens}: at least 2 tokens are needed to predict one.")
     length = choose_context(context, *models)
-    length = min(length, MOST_CONTEXT) if context is None else length
+    length = min(length, longest) if context is None else length
     blocks = max(1, math.ceil(tokens / length))
     found, _ = text.held_out(tokenizer, vocabulary_size(models[0]), length, OVERSAMPLING * blocks)
     return evenly_spaced(found, blocks)

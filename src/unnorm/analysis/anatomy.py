@@ -57,8 +57,13 @@ def anatomy(model: PreTrainedModel) -> Anatomy:
     """Find the parts of a decoder-only model, with or without norms.
 
     Raises:
-        UnnormError: the residual stream is not a plain sum read by a final (former) norm, as in a post-norm model.
+        UnnormError: the residual stream is not a plain sum read by a final (former) norm, as in a post-norm model, or
+            the model wraps a twin.
     """
+    if getattr(model.config, "removed_norms", None) and not type(model).__name__.startswith(PREFIX):
+        raise UnnormError(
+            f"{type(model).__name__} wraps a twin. Give the twin itself (of torch.compile's result: `._orig_mod`)."
+        )
     sites = [] if is_norm_free(model) else find_sites(model, in_place=True, leave_gated=True)
     former = [*(getattr(model.config, "removed_norms", None) or ()), *(site.name for site in sites)]
     final, writers = _last_reader(model, former)

@@ -29,6 +29,7 @@ from unnorm.analysis.material import Finding, Material, Subject
 from unnorm.errors import UnnormError
 from unnorm.hooks import recorded
 from unnorm.models.linear import linear_weight
+from unnorm.models.running import in_evaluation_mode
 from unnorm.models.sizes import check_fits
 from unnorm.proof.blockwise import in_float64
 from unnorm.report.numbers import percent, significant
@@ -72,6 +73,7 @@ class Attribution:
 
 
 @torch.no_grad()
+@in_evaluation_mode
 def attribute(
     model: PreTrainedModel,
     ids: Int[Tensor, "batch position"],
@@ -129,13 +131,17 @@ def attribute(
 def frozen_scale_error(
     contributions: Float[Tensor, "part *token"], direct_effects: Float[Tensor, "part *token"]
 ) -> Float[Tensor, " part"]:
-    """NMAE of attributions relative to direct effects, over tokens, for each part; 0 where a part has no effect."""
+    """NMAE of attributions relative to direct effects, over tokens, for each part.
+
+    Of a part without any effect it is 0, or infinite if something was attributed to it.
+    """
     miss = (contributions - direct_effects).abs().flatten(1).sum(1)
     return _share(miss, direct_effects.abs().flatten(1).sum(1))
 
 
 def _share(miss: Float[Tensor, " part"], effect: Float[Tensor, " part"]) -> Float[Tensor, " part"]:
-    return torch.where(effect > 0, miss / effect.clamp_min(torch.finfo(effect.dtype).tiny), miss)
+    without = torch.where(miss > 0, torch.inf, 0.0).to(miss.dtype)
+    return torch.where(effect > 0, miss / effect.clamp_min(torch.finfo(effect.dtype).tiny), without)
 
 
 def find(material: Material) -> Finding:
@@ -283,9 +289,8 @@ def _error_figure(original: dict[str, Any]) -> Figure:
     grid: list[list[float | None]] = [[None] * len(columns) for _ in range(layers)]
     for (layer, column), rows in cells.items():
         effect = sum(row["mean_abs_direct_effect"] for row in rows)
-        grid[layer][column] = (
-            sum(row["error"] * row["mean_abs_direct_effect"] for row in rows) / effect if effect else 0
-        )
+        missed = sum(row["error"] * row["mean_abs_direct_effect"] for row in rows if row["mean_abs_direct_effect"])
+        grid[layer][column] = missed / effect if effect else 0
     return heat_map(grid, columns, [f"layer {layer}" for layer in range(len(grid))], ".1%", "error")
 
 

@@ -15,6 +15,7 @@ multiplied by g, and M' has another factor c; if no other norm was folded into t
 columns.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +47,7 @@ class Geometry:
         weight: path of the layer.
         singular_values: of M, and of M', in descending order.
         gain: effective gain of each feature, for M and M'; NaN where the stored weight is zero.
-        change: |M' - M| / |M|, in Frobenius norms.
+        change: |M' - M| / |M|, in Frobenius norms; NaN where M is zero.
     """
 
     sites: tuple[str, ...]
@@ -94,7 +95,8 @@ def find(material: Material) -> Finding:
     if not found:
         raise UnnormError("No norm of this model was folded into a weight, so there are no weights to compare.")
     rows = [_numbers(row) for row in found]
-    change = sum(row.change for row in found) / len(found)
+    changes = [row.change for row in found if math.isfinite(row.change)]
+    change = sum(changes) / len(changes) if changes else math.nan
     return Finding(
         key="geometry",
         title="Weights with folded norms",
@@ -117,7 +119,7 @@ def find(material: Material) -> Finding:
             ],
             "geometry_gain": [("original", "s", "range"), ("twin", "a", "range")],
         },
-        headline=("Weight change", percent(change), f"relative to the weight's norm, mean over {len(found)} weights"),
+        headline=("Weight change", percent(change), f"relative to the weight's norm, mean over {len(changes)} weights"),
     )
 
 
@@ -141,9 +143,16 @@ def _compare(sites: Sequence[NormSite], name: str, stored: Tensor, before: Tenso
     axis = 0 if any(site.folds_into == "readers" for site in sites) else 1
     size = stored.norm(dim=axis)
     gains = torch.stack([before.norm(dim=axis), now.norm(dim=axis)]) / torch.where(size > 0, size, torch.nan)
-    values = torch.stack([torch.linalg.svdvals(before), torch.linalg.svdvals(now)])
-    change = float((now - before).norm() / before.norm())
+    values = torch.stack([_singular_values(before), _singular_values(now)])
+    size_before = float(before.norm())
+    change = float((now - before).norm()) / size_before if size_before else math.nan
     return Geometry(tuple(site.name for site in sites), name, values, gains, change)
+
+
+def _singular_values(matrix: Float[Tensor, "out in"]) -> Float[Tensor, " rank"]:
+    """Singular values, largest first, exact to 1e-8 of the largest: several times as fast as their decomposition."""
+    gram = matrix @ matrix.T if matrix.shape[0] < matrix.shape[1] else matrix.T @ matrix
+    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt().flip(0)
 
 
 def _numbers(row: Geometry) -> dict[str, Any]:

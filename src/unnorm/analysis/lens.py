@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from unnorm.analysis.anatomy import Anatomy, anatomy, logits_from, residual_stream, token_losses
 from unnorm.analysis.figures import line_panels
 from unnorm.analysis.material import Finding, Material
+from unnorm.models.running import in_evaluation_mode
 from unnorm.models.sizes import check_fits
 from unnorm.report.numbers import fixed
 
@@ -40,6 +41,7 @@ class Lens:
 
 
 @torch.no_grad()
+@in_evaluation_mode
 def lens(model: PreTrainedModel, ids: Int[Tensor, "batch position"], parts: Anatomy | None = None) -> Lens:
     """Apply the lens at every depth of a model, on a batch of sequences of at least 2 tokens.
 

@@ -29,6 +29,8 @@ from unnorm.analysis.material import Finding, Material
 from unnorm.errors import UnnormError
 from unnorm.hooks import recorded, replaced_inputs
 from unnorm.models.linear import linear_weight
+from unnorm.models.running import in_evaluation_mode
+from unnorm.models.sizes import check_fits
 from unnorm.report.numbers import significant
 from unnorm.sites.residual import Writer
 
@@ -73,6 +75,7 @@ class Ablation:
 
 
 @torch.no_grad()
+@in_evaluation_mode
 def output_weights(model: PreTrainedModel, parts: Anatomy | None = None) -> OutputWeights:
     """|w| and LogitVar of each neuron of the last MLP.
 
@@ -97,6 +100,7 @@ def output_weights(model: PreTrainedModel, parts: Anatomy | None = None) -> Outp
 
 
 @torch.no_grad()
+@in_evaluation_mode
 def ablate(
     model: PreTrainedModel,
     batches: Iterable[Int[Tensor, "batch position"]],
@@ -115,12 +119,15 @@ def ablate(
         The effects of each set, at each predicted token of all batches.
 
     Raises:
-        UnnormError: the last MLP's output is not a linear projection of neurons, or the residual stream is not a plain
-            sum that the unembedding reads.
+        UnnormError: the last MLP's output is not a linear projection of neurons, the residual stream is not a plain
+            sum that the unembedding reads, there is no batch, or one is longer than the model's context.
     """
     parts = parts or anatomy(model)
     writer = _last_mlp(model, parts)
     texts = list(batches)
+    if not texts:
+        raise UnnormError("There is no text to ablate neurons on: give at least one batch.")
+    check_fits(model, max(ids.shape[1] for ids in texts))
     means = _mean_activations(model, writer, texts)
 
     def at_means(neurons: Tensor) -> Callable[[Tensor], Tensor]:

@@ -27,6 +27,7 @@ from unnorm.analysis.prompts import PromptPair, answer_token, by_length, problem
 from unnorm.errors import UnnormError
 from unnorm.hooks import recorded, replaced_inputs
 from unnorm.isolation import isolated
+from unnorm.models.running import in_evaluation_mode
 from unnorm.models.sizes import check_fits
 from unnorm.report.numbers import fixed, percent
 
@@ -75,6 +76,7 @@ class Patching:
 
 
 @isolated
+@in_evaluation_mode
 def patch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

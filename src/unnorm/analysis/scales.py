@@ -5,12 +5,15 @@ spread is the standard deviation of its log over tokens after position 0; a spre
 affine to begin with.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from jaxtyping import Float
 from plotly.graph_objects import Figure
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from unnorm.analysis.figures import range_rows
 from unnorm.analysis.material import Finding, Material
@@ -18,28 +21,37 @@ from unnorm.calibration.scales import collect_log_scales, scale_statistics
 from unnorm.errors import UnnormError, first_few
 from unnorm.report.drawing import short_names
 from unnorm.report.numbers import fixed
+from unnorm.sites.site import NormSite
 
 QUANTILES = (0.01, 0.05, 0.5, 0.95, 0.99)
 
 
-def log_scales(material: Material) -> dict[str, dict[str, Float[Tensor, "block position"]]]:
-    """Log scale of every token at every site whose input is the twin's too, by model (`original` and `twin`).
+def log_scales(
+    models: Mapping[str, PreTrainedModel], sites: Sequence[NormSite], blocks: Dataset, batch_size: int = 4
+) -> dict[str, dict[str, Float[Tensor, "block position"]]]:
+    """Log scale of every token at every site whose input is the twin's too, by model.
 
     Where a norm was folded into the layer before it (query/key norms), the map is already applied to what the twin's
     site reads, so the norm's scale is no longer defined there.
+
+    Args:
+        models: the original and its twin, by name.
+        sites: the former norm sites, as `load_sites` reads them.
+        blocks: rows of `input_ids`, all of the same length.
+        batch_size: blocks in one forward pass.
+
+    Raises:
+        UnnormError: all norms were folded into the layers before them.
     """
-    sites = [site for site in material.sites if site.folds_into != "writer"]
+    sites = [site for site in sites if site.folds_into != "writer"]
     if not sites:
         raise UnnormError("All norms of this model were folded into the layers before them, so the twin has no scales.")
-    return {
-        name: collect_log_scales(model, sites, material.blocks, material.batch_size)
-        for name, model in material.models.items()
-    }
+    return {name: collect_log_scales(model, sites, blocks, batch_size) for name, model in models.items()}
 
 
 def find(material: Material) -> Finding:
     """The spread of each site's scale in both models on the held-out text."""
-    found = log_scales(material)
+    found = log_scales(material.models, material.sites, material.blocks, material.batch_size)
     numbers = {name: _numbers(of_model, material.constants) for name, of_model in found.items()}
     left_out = [site.name for site in material.sites if site.folds_into == "writer"]
     means = {name: sum(row["spread"] for row in rows) / len(rows) for name, rows in numbers.items()}

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from unnorm.analysis.anatomy import Anatomy, anatomy, attention_patterns, residual_stream
 from unnorm.analysis.figures import bundle, heat_maps
 from unnorm.analysis.material import Finding, Material
+from unnorm.models.running import in_evaluation_mode
 from unnorm.models.sizes import check_fits
 from unnorm.report.numbers import percent, significant
 
@@ -46,6 +47,7 @@ class Sinks:
         return (self.share > THRESHOLD).to(self.share.dtype).mean(0)
 
 
+@in_evaluation_mode
 def sinks(model: PreTrainedModel, ids: Int[Tensor, "batch position"], parts: Anatomy | None = None) -> Sinks:
     """Measure attention sinks on a batch of sequences of at least 2 tokens.
 
@@ -98,6 +100,7 @@ def find(material: Material) -> Finding:
 
 def _numbers(found: Sinks) -> dict[str, Any]:
     norms = found.norm.mean(0)
+    by_depth = found.norm.transpose(0, 1).flatten(1)  # A long one may stand elsewhere in each sequence.
     return {
         "sink_rate": found.rate.tolist(),
         "mean_sink_rate": float(found.rate.mean()),
@@ -105,7 +108,7 @@ def _numbers(found: Sinks) -> dict[str, Any]:
         "mean_share": float(found.share.mean()),
         "norm_at_0": norms[:, 0].tolist(),
         "norm_elsewhere": norms[:, 1:].mean(1).tolist(),
-        "longest_over_median": float((norms.amax(1) / norms.median(1).values).max()),
+        "longest_over_median": float((by_depth.amax(1) / by_depth.median(1).values).max()),
         "sequences": len(found.share),
     }
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from unnorm.data import STDLIB, batches, build_blocks
+from unnorm.errors import UnnormError
 from unnorm.hooks import hooked
 from unnorm.isolation import isolated
 from unnorm.models.device import choose_device
@@ -129,6 +130,11 @@ def collect_log_scales(
             log_scale = log_scale_of(centered(x, site.centered), site.eps).squeeze(-1).cpu()
             if log_scale.ndim == 3 and log_scale.shape[1] == length:
                 log_scale = log_scale.transpose(1, 2)
+            if log_scale.numel() % length:
+                raise UnnormError(
+                    f"The norm '{site.name}' runs on other positions than those of the tokens, so it has no scale for "
+                    "each of them. Models in which all layers read every token are supported."
+                )
             # Each head counts as a block of its own; OPT flattens blocks and positions before its norms.
             found[site.name].append(log_scale.reshape(-1, length))
             if cut_short and len({len(parts) for parts in found.values()}) == 1:

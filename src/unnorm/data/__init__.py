@@ -10,6 +10,7 @@ from unnorm.data.packing import (
     batches,
     begin_of_blocks,
     build_blocks,
+    column_of,
     evenly_spaced,
 )
 from unnorm.data.sampling import own_text
@@ -25,6 +26,7 @@ __all__ = [
     "batches",
     "begin_of_blocks",
     "build_blocks",
+    "column_of",
     "evenly_spaced",
     "open_documents",
     "own_text",

@@ -36,8 +36,8 @@ def hub_rows_by_split(source: str) -> dict[str, Callable[[], Iterable[Row]]]:
             ) from error
         raise UnnormError(
             f"No data at '{source}': neither a local file, directory or glob nor a hub data set "
-            f"that can be reached ({short(error)}). Where the hub can't be reached, name files: "
-            f"hf download {name} --repo-type dataset --local-dir DIR"
+            f"that can be reached ({short(error)}). If this machine is offline, download it on another "
+            f"(hf download {name} --repo-type dataset --local-dir DIR) and name that directory."
         ) from error
     return {split: partial(datasets.load_dataset, name, split=split, streaming=True, **options) for split in splits}
 

@@ -8,12 +8,13 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, List, Value
 from jaxtyping import Int
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -277,6 +278,11 @@ def as_dataset(blocks: Tokens) -> Dataset:
     """Token ids of shape (block, position) as rows of `input_ids`."""
     features = Features({"input_ids": List(Value("int32"), length=blocks.shape[1])})
     return Dataset.from_dict({"input_ids": blocks}, features=features)
+
+
+def column_of(blocks: Dataset, name: str = "input_ids") -> NDArray[Any]:
+    """A column of (block, position) as an array; through Python lists it would take three times the memory."""
+    return np.asarray(blocks.with_format("numpy")[name][:])
 
 
 OVERSAMPLING = 4

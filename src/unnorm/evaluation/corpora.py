@@ -14,7 +14,7 @@ from jaxtyping import Bool, Int
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from unnorm.data import OVERSAMPLING, evenly_spaced
+from unnorm.data import OVERSAMPLING, column_of, evenly_spaced
 from unnorm.data.packing import HeldOut, begin_of_blocks, open_tokens
 from unnorm.errors import UnnormError
 from unnorm.runs.text import TextSource
@@ -70,7 +70,7 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """SHA-256 of the token ids in order, as little-endian 32-bit integers."""
-        return hashlib.sha256(_column(self.blocks, "input_ids").astype("<i4").tobytes()).hexdigest()
+        return hashlib.sha256(column_of(self.blocks, "input_ids").astype("<i4").tobytes()).hexdigest()
 
     def units(self) -> tuple[str, Int[NDArray[np.int64], "block predicted"]]:
         """The bootstrap unit, `documents` or `blocks`, and the unit index of each predicted token."""
@@ -134,7 +134,7 @@ def open_corpus(
     left_out = ""
     if filtered_by is not None:
         keep = tokens_in(filtered_by, tokenizer, vocab_size)
-        blocks = blocks.select(np.flatnonzero(keep[_column(blocks, "input_ids")].all(1)))
+        blocks = blocks.select(np.flatnonzero(keep[column_of(blocks, "input_ids")].all(1)))
         left_out = (
             f"left out are {len(found) - len(blocks):,} of {len(found):,} blocks, with a token that the first "
             f"{FILTER_TOKENS:,} of {filtered_by.data} lack"
@@ -154,7 +154,7 @@ def open_corpus(
         read=read,
         separator=_separator(tokenizer),
         held_out=held_out,
-        text_bytes=count_bytes(_column(blocks, "input_ids"), tokenizer),
+        text_bytes=count_bytes(column_of(blocks, "input_ids"), tokenizer),
         begin=_beginning(text.data, tokenizer),
         filter=left_out,
     )
@@ -205,21 +205,17 @@ def with_documents(blocks: Dataset, tokenizer: PreTrainedTokenizerBase) -> Datas
     """
     if tokenizer.eos_token_id is None:
         return blocks
-    ends = _column(blocks, "input_ids").ravel() == int(tokenizer.eos_token_id)
+    ends = column_of(blocks, "input_ids").ravel() == int(tokenizer.eos_token_id)
     numbers = np.cumsum(ends) - ends
-    return blocks.add_column("document", list(numbers.reshape(len(blocks), -1)))
+    return blocks.addcolumn_of("document", list(numbers.reshape(len(blocks), -1)))
 
 
 def documents_of(blocks: Dataset) -> Int[NDArray[np.int64], "block position"] | None:
     """Each token's document number as added by `with_documents`, or None if it was not."""
     if "document" not in blocks.column_names:
         return None
-    numbers = _column(blocks, "document")
-    return numbers if numbers.shape == _column(blocks, "input_ids").shape else None
-
-
-def _column(blocks: Dataset, name: str) -> NDArray[Any]:
-    return np.asarray(blocks.with_format("numpy")[name][:])
+    numbers = column_of(blocks, "document")
+    return numbers if numbers.shape == column_of(blocks, "input_ids").shape else None
 
 
 def _beginning(source: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -205,7 +205,8 @@ def with_difference(score: Score, original: Score) -> Score:
             "difference to compute. Evaluate both again, with the same --items and --seed."
         )
     changes = [score.item_values[i] - original.item_values[i] for i in shared]
-    found = paired_share_interval if set(changes) <= {-1.0, 0.0, 1.0} else bootstrap_interval
+    shares = {*score.item_values.values(), *original.item_values.values()} <= {0.0, 1.0}
+    found = paired_share_interval if shares else bootstrap_interval
     return replace(score, difference=float(np.mean(changes)), difference_ci=found(changes))
 
 

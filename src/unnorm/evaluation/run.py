@@ -67,7 +67,8 @@ def evaluate(
         split: split that the text comes from, if the source has no validation split; same default.
         tokens: number of tokens of each corpus at most, rounded up to whole blocks.
         items: number of items of each benchmark at most, drawn at random, or `all`.
-        context: tokens per block; by default the longest that all models take, at most 1024.
+        context: tokens per block; by default the longest that all models take and that runs among them were trained
+            with, at most 1024.
         batch_size: blocks per forward pass.
         device: `auto`, `cpu`, `cuda` or `mps`.
         seed: seed of the draw of benchmark items.
@@ -89,7 +90,7 @@ def evaluate(
     names = [model_name(model) for model in several]
     against = None if against is None else model_name(against)
     place = choose_device(device)
-    check_seed(seed)
+    seed = check_seed(seed)
     if not isinstance(batch_size, Integral) or batch_size < 1:
         raise UnnormError(f"--batch-size {batch_size}: a pass takes at least 1 block.")
     if isinstance(data, Mapping):

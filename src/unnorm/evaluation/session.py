@@ -17,7 +17,7 @@ from unnorm.models.load import DEMO, load_original, weights_digest
 from unnorm.models.sizes import choose_context, vocabulary_size
 from unnorm.paths import named_path
 from unnorm.progress import Watch, say
-from unnorm.run_directory import MODEL
+from unnorm.run_directory import model_within
 from unnorm.runs.config import absolute_source, run_settings, trained_context
 from unnorm.versions import versions
 
@@ -161,7 +161,7 @@ def _is_same(name: str, original: str) -> bool:
 def settings_of(name: str) -> dict[str, Any]:
     """Settings of a finished run; empty for any other model."""
     directory = named_path(name)
-    return run_settings(directory) if name != DEMO and (directory / MODEL).is_dir() else {}
+    return run_settings(directory) if name != DEMO and model_within(directory) != directory else {}
 
 
 def _check_comparable(first: _Candidate, other: _Candidate) -> None:

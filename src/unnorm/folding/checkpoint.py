@@ -65,7 +65,7 @@ def load(path: str | Path, dtype: torch.dtype | str = torch.float32) -> PreTrain
     Raises:
         UnnormError: there is no model, its files are damaged, or `dtype` is not one of torch's four float types.
     """
-    known = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    known = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if known not in DTYPES:
         raise UnnormError(f"A model can't be loaded in {dtype}. Choose from {', '.join(map(str, DTYPES))}.")
     with alone():
@@ -95,7 +95,7 @@ def load_sites(directory: Path) -> tuple[list[NormSite], dict[str, float]]:
     Raises:
         UnnormError: the file is missing or is not what a run writes.
     """
-    path = directory / SITES
+    path = named_path(directory) / SITES
     try:
         sites = _SAVED.validate_python(json.loads(path.read_text(encoding="utf-8")))
         if not sites:

@@ -40,6 +40,12 @@ def peak_memory_mb(device: str) -> float:
     return getrusage(RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 itself; others convert each number, and take ten times as long."""
+    able = torch.cpu.get_capabilities()
+    return device.type != "cpu" or bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+
+
 def choose_device(device: str | torch.device) -> str:
     """The device that a run uses.
 

@@ -72,7 +72,6 @@ def load_original(model: str, trust_remote_code: bool = False) -> tuple[PreTrain
         loaded = _load_weights(model, path, config, trust_remote_code)
         tokenizer = load_tokenizer(model, path, trust_remote_code)
     _set_plain(loaded.config)
-    _check_one_stream(model, loaded)
     # Some configs say tied although there is a separate unembedding, which transformers then loads.
     loaded.config.tie_word_embeddings = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     _check_finite(model, loaded)
@@ -223,15 +222,6 @@ def load_tokenizer(model: str, path: str | Path, trust_remote_code: bool) -> Pre
         raise UnnormError(
             f"'{model}' has no tokenizer that can be loaded: {short(error)}. Fetch its files again."
         ) from error
-
-
-def _check_one_stream(name: str, model: PreTrainedModel) -> None:
-    config = model.config.get_text_config()
-    if not all(hasattr(config, size) for size in ("hidden_size", "num_hidden_layers")):
-        raise UnnormError(
-            f"'{name}' ({type(model).__name__}) has no residual stream of one width: its config has no hidden_size or "
-            "no num_hidden_layers. Only models in which all layers write to one stream are supported."
-        )
 
 
 def _check_finite(name: str, model: PreTrainedModel) -> None:

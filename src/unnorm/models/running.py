@@ -1,12 +1,18 @@
 """A model in memory: its mode, precision and copies."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+M = TypeVar("M", bound=nn.Module)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _JITTER = {"jitter_noise", "input_jitter_noise", "moe_jitter_eps"}
 """Attributes of modules that put noise on what routers read: Mixtral's and MiniMax's, PhiMoE's, DBRX's."""
@@ -32,12 +38,24 @@ def _computed_buffers(module: nn.Module) -> set[str]:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put the model in evaluation mode inside the context; afterwards its mode is as before."""
-    was_training = model.training
+    before = [(module, module.training) for module in model.modules()]  # Some may be frozen in another mode.
     model.eval()
     try:
         yield
     finally:
-        model.train(was_training)
+        for module, mode in before:
+            module.training = mode
+
+
+def in_evaluation_mode(function: Callable[Concatenate[M, P], T]) -> Callable[Concatenate[M, P], T]:
+    """Make a function of a model run it without dropout, whatever mode the model is in."""
+
+    @wraps(function)
+    def call(model: M, *args: P.args, **kwargs: P.kwargs) -> T:
+        with evaluating(model):
+            return function(model, *args, **kwargs)
+
+    return call  # type: ignore[return-value]  # The model may also be given by its keyword.
 
 
 @contextmanager

@@ -17,6 +17,24 @@ def vocabulary_size(model: PreTrainedModel) -> int:
     return int(model.get_input_embeddings().weight.shape[0])
 
 
+def trained_parameters(model: PreTrainedModel) -> int:
+    """Parameters of a model in training; a tied unembedding counts twice, as equalizing the embedding unties it."""
+    unembedding = model.get_output_embeddings()
+    tied = unembedding.weight.numel() if model.config.tie_word_embeddings and unembedding is not None else 0
+    return int(tied) + sum(p.numel() for p in model.parameters())
+
+
+def check_named_sizes(name: str, model: PreTrainedModel) -> None:
+    """Raise an UnnormError if a model's config doesn't name the width and depth that a run is planned by."""
+    config = model.config.get_text_config()
+    lacking = [size for size in ("hidden_size", "num_hidden_layers") if not hasattr(config, size)]
+    if lacking:
+        raise UnnormError(
+            f"The config of '{name}' ({type(model).__name__}) has no {' and no '.join(lacking)}, by which a run is "
+            "planned. Where one width and depth hold for all layers, give them (an `attribute_map` can)."
+        )
+
+
 def context_length(model: PreTrainedModel) -> int:
     """Most tokens that the model takes at once, or was trained on (BLOOM); 1024 if its config does not say."""
     return _told_context(model) or 1024

@@ -20,12 +20,13 @@ from unnorm.data import (
     as_dataset,
     begin_of_blocks,
     build_blocks,
+    column_of,
     evenly_spaced,
     own_text,
     random_starts,
     stress_blocks,
 )
-from unnorm.errors import UnnormError, short
+from unnorm.errors import UnnormError, explained, short
 from unnorm.evaluation import EVALUATION_TOKENS, with_documents
 from unnorm.models.load import DEMO
 from unnorm.models.sizes import vocabulary_size
@@ -60,7 +61,9 @@ def write_blocks(
         return _noted(note)
     train_blocks = max(CALIBRATION_BLOCKS, math.ceil(plan.tokens / plan.context))
     own_blocks = min(round(config.self_share * train_blocks), train_blocks - 1)
-    blocks = _read_blocks(config, plan, model, tokenizer, train_blocks - own_blocks, watch)
+    settings = directory / CONFIG_FILE
+    with explained(settings.is_file(), "", f"Its path is set in '{settings}' (data: …)."):
+        blocks = _read_blocks(config, plan, model, tokenizer, train_blocks - own_blocks, watch)
     _check_division(config, directory, blocks.held_out)
     train = _choose(blocks.train, train_blocks - own_blocks, config)
     if own_blocks:
@@ -71,7 +74,7 @@ def write_blocks(
     if times := _times_over(len(train), plan):
         say(watch, times)
     stress = stress_blocks(
-        np.asarray(train["input_ids"]),
+        column_of(train),
         tokenizer,
         vocabulary_size(model),
         _stress_count(config, train),
@@ -137,6 +140,11 @@ def read_blocks(directory: Path, config: RemoveConfig) -> tuple[Dataset, Dataset
 
     train = read("train")
     return train, read("stress") if _stress_count(config, train) else None, read("validation")
+
+
+def writes_text(config: RemoveConfig) -> bool:
+    """Whether the original writes some of the text, which it need not write alike on another device or torch."""
+    return config.data == OWN_TEXT or config.self_share > 0
 
 
 def _stress_count(config: RemoveConfig, train: Dataset) -> int:
@@ -217,7 +225,7 @@ def with_stress(run: Run) -> Dataset:
     kept = evenly_spaced(run.train_blocks, max(1, len(run.train_blocks) - len(run.stress_blocks)))
     vocab_size = vocabulary_size(run.original)
     generator = np.random.default_rng(run.config.seed)
-    text = as_dataset(random_starts(np.asarray(kept["input_ids"]), run.tokenizer, vocab_size, generator))
+    text = as_dataset(random_starts(column_of(kept), run.tokenizer, vocab_size, generator))
     parts = ((text, False), (run.stress_blocks, True))
     return concatenate_datasets([part.add_column("stress", [is_stress] * len(part)) for part, is_stress in parts])
 
@@ -236,8 +244,12 @@ def check_same_text(run: Run) -> None:
     was = finished_result(run.directory).get("text_sha256")
     if was is not None and was != text_digest(run):
         shutil.rmtree(run.directory / DATA)
-        remedy = "Do the run" if run.config.data == OWN_TEXT else "Put it back as it was, or do the run"
+        if writes_text(run.config):
+            raise UnnormError(
+                "A control needs the text that the twin was trained on, and the original does not write the same again "
+                "(on another device, say). Do the run again with --control."
+            )
         raise UnnormError(
             f"The text in '{run.config.data}' has changed since the twin was trained, but a control needs the same. "
-            f"{remedy} again with --control."
+            "Put it back as it was, or do the run again with --control."
         )

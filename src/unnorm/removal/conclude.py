@@ -22,7 +22,7 @@ from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.models.device import peak_memory_mb
 from unnorm.paths import write_text
 from unnorm.proof.verify import check_twin
-from unnorm.removal.blocks import text_digest
+from unnorm.removal.blocks import text_digest, writes_text
 from unnorm.removal.facts import Facts
 from unnorm.removal.predecessor import history
 from unnorm.removal.run import Run, evaluate_on_held_out
@@ -57,14 +57,15 @@ def conclude(run: Run, facts: Facts, control: PreTrainedModel | None, started: f
     }
     if control is not None:
         evaluations["control"] = evaluate_on_held_out(run, control, "control")
+    at_limit = share_at_limit(twin, evenly_spaced(run.validation_blocks, CALIBRATION_BLOCKS))
     run.say("verifying")
     unfolded = load_unfolded(run.directory)
     checks = check_twin(twin.cpu(), unfolded, sites)
     rows = history(run.directory)
-    result = _result(run, evaluations, facts, rows, twin)
+    result = _result(run, evaluations, facts, rows, twin) | {"share_at_limit": at_limit}
     if (run.directory / RESULT).is_file():  # Only the control was added: how the twin was made stays.
         was = finished_result(run.directory)
-        result |= {key: was[key] for key in ("plan", "versions", "peak_memory_mb") if key in was}
+        result |= {key: was[key] for key in ("plan", "versions", "peak_memory_mb", "earlier_seconds") if key in was}
     seconds = time.perf_counter() - started + facts.earlier_seconds
     result |= {"seconds": seconds, "verified": all(check.passed for check in checks)}
     result["failed_checks"] = [check.name for check in checks if not check.passed]
@@ -85,8 +86,9 @@ def conclude(run: Run, facts: Facts, control: PreTrainedModel | None, started: f
     write_text(run.directory / REPORT, render_report(data))
     write_text(run.directory / MODEL / CARD, render_card(result, sites, constants))
     write_text(run.directory / RESULT, json_text(result))
-    (run.directory / DATA / HELD_OUT).unlink(missing_ok=True)  # First: without it the rest counts as incomplete.
-    shutil.rmtree(run.directory / DATA, ignore_errors=True)
+    if control is not None or not writes_text(run.config):  # Else a control added later needs it.
+        (run.directory / DATA / HELD_OUT).unlink(missing_ok=True)  # First: without it the rest counts as incomplete.
+        shutil.rmtree(run.directory / DATA, ignore_errors=True)
     for trained in (run.directory, run.directory / CONTROL):
         _keep_logs(trained)
         shutil.rmtree(trained / CHECKPOINTS, ignore_errors=True)
@@ -148,7 +150,7 @@ def _result(
     trained = rows[-1] if rows else {"tokens": 0, "tokens_per_second": 0.0, "seconds": 0.0}
     return {
         "model": run.config.model,
-        "data": run.config.data,
+        "data": run.config.to_saved()["data"],
         "self_share": run.config.self_share,
         "held_out": run.held_out.words,
         "division": run.held_out.division,
@@ -169,7 +171,6 @@ def _result(
         "validation_blocks": lnfree.blocks,
         "overflowed_blocks": lnfree.overflowed_blocks,
         "limited_neurons": sum(len(limit) for limit in limits_of(twin).values()),
-        "share_at_limit": share_at_limit(twin, evenly_spaced(run.validation_blocks, CALIBRATION_BLOCKS)),
         "lnfree_loss_elsewhere": lnfree.loss_elsewhere,
         "kl_elsewhere": lnfree.kl_elsewhere,
         "control_kl": None if control is None else control.kl,

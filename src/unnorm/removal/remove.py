@@ -16,6 +16,7 @@ from unnorm.isolation import isolated
 from unnorm.models.device import choose_device, reset_peak_memory
 from unnorm.models.load import load_original, weights_digest
 from unnorm.models.running import copy_model, fuse_activations
+from unnorm.models.sizes import check_named_sizes
 from unnorm.paths import write_text
 from unnorm.progress import Watch, say, silent
 from unnorm.proof.at_load import prove_sites
@@ -42,7 +43,7 @@ from unnorm.run_directory import (
 )
 from unnorm.runs.config import RemoveConfig
 from unnorm.runs.lock import held
-from unnorm.runs.plan import Plan, control_plan, healing_plan, make_plan
+from unnorm.runs.plan import Plan, control_plan, healing_plan, make_plan, scarce_memory
 from unnorm.sites.find import find_sites
 from unnorm.taper.norms import TaperedNorm, TokenMask
 from unnorm.taper.schedule import FidelityController, Schedule, healing
@@ -69,7 +70,8 @@ def remove(
         **options: the other fields of `RemoveConfig`, such as `data`, `tokens`, `out` and `recipe`.
 
     Returns:
-        The contents of `result.json`, on every process. Losses in nats per predicted token, KL in nats per token.
+        The contents of `result.json`, on every process. Losses in nats per predicted token, KL in nats per token; None
+        in place of a number that is not finite (`…_elsewhere` then has the mean without the blocks that overflow).
 
     Raises:
         UnnormError: the input can't be used, memory or disk do not suffice, the run diverged, or it ran out of tokens
@@ -104,12 +106,14 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watch) -> Run:
     """Load and check the model, then write the blocks; nothing is written until the checks have passed."""
     say(watch, f"loading {config.model}")
     model, tokenizer = _load_original(config, directory)
-    sites = find_sites(model, config.in_place, config.keep)
-    prove_sites(model, sites)
-    weights = weights_digest(model)
-    processes.agree(lambda: check_same_original(config, directory, weights))
     plan = processes.agree(lambda: _plan(config, model))
-    check_disk(directory, model, config.control)
+    sites = find_sites(model, config.in_place, config.keep)
+    processes.agree(lambda: prove_sites(model, sites))
+    weights = processes.agree(lambda: weights_digest(model))
+    processes.agree(lambda: check_same_original(config, directory, weights))
+    check_disk(directory, model, config.control and not (directory / RESULT).is_file())
+    if warning := scarce_memory(plan, model):
+        say(watch, warning)
     set_seed(config.seed)
     reset_peak_memory(plan.device)
     model.to(plan.device).requires_grad_(False)
@@ -138,7 +142,9 @@ def _load_original(config: RemoveConfig, directory: Path) -> tuple[PreTrainedMod
     settings = (run / CONFIG_FILE for run in (directory, config.twin) if run is not None)
     found = next(filter(Path.is_file, settings), None)
     with explained(found is not None, "", f"Its path is set in '{found}' (model: …)."):
-        return load_original(config.model, config.trust_remote_code)
+        model, tokenizer = load_original(config.model, config.trust_remote_code)
+    check_named_sizes(config.model, model)
+    return model, tokenizer
 
 
 def _plan(config: RemoveConfig, model: PreTrainedModel) -> Plan:
@@ -254,8 +260,8 @@ def _fold_and_save(run: Run, student: PreTrainedModel, facts: Facts) -> None:
     student.cpu().eval()  # The CPU has float64.
     constants = {site.name: student.get_submodule(site.name).constant for site in run.sites}
     save_unfolded(student, run.original, run.sites, run.tokenizer, run.directory / UNFOLDED)
-    save_sites(run.directory, run.sites, constants)
     save_folded(student, run.sites, run.tokenizer, run.directory / MODEL)
+    save_sites(run.directory, run.sites, constants)  # Last, as the sign that there is a twin.
     write_text(run.directory / DATA / FACTS, json.dumps(facts.to_json()))
 
 

@@ -84,7 +84,7 @@ def not_saved(config: RemoveConfig, directory: Path) -> str:
 
 def _check_control_is_left(directory: Path, settings: dict[str, Any]) -> None:
     """Raise an UnnormError unless a finished run, itself not a healing run, is resumed to add a missing control."""
-    has_one = finished_result(directory).get("control_loss") is not None
+    has_one = has_control(directory)
     if has_one or not settings.get("control"):
         raise UnnormError(
             f"The run in '{directory}' is finished: there is nothing to resume. `unnorm heal` trains its twin further"
@@ -102,7 +102,7 @@ def _check_healed(directory: Path, first: Path, control: bool) -> None:
     if not first.is_dir():
         raise UnnormError(
             f"The run in '{directory}' heals the twin of the one in '{first}', which is no longer there. Put it back, "
-            "or start again: unnorm heal DIR"
+            f"or set its new path in '{directory / CONFIG_FILE}' (twin: …)."
         )
     if control:
         check_has_control(first)
@@ -116,7 +116,8 @@ def has_control(directory: Path) -> bool:
 def check_has_control(directory: Path) -> None:
     """Raise an UnnormError if a finished run has no control that can be trained further."""
     if not has_control(directory):
+        was_healed = read_config_file(directory / CONFIG_FILE).get("twin")  # To such a run none can be added.
         raise UnnormError(
-            f"The run in '{directory}' has no control to train further. Heal without it (--no-control), or train it "
-            "first: unnorm remove --resume --control --out DIR"
+            f"The run in '{directory}' has no control to train further. Heal without it (--no-control)"
+            + ("." if was_healed else ", or train it first: unnorm remove --resume --control --out DIR")
         )

@@ -12,6 +12,7 @@ from unnorm.calibration.scales import CALIBRATION_BLOCKS
 from unnorm.data import HeldOut, evenly_spaced
 from unnorm.errors import UnnormError
 from unnorm.evaluation import Evaluation, evaluate_model
+from unnorm.models.sizes import trained_parameters
 from unnorm.paths import check_can_be_made, named_path, nearest_existing
 from unnorm.progress import Watch, say
 from unnorm.runs.config import RemoveConfig
@@ -95,14 +96,12 @@ def _unused_name(name: str) -> Path:
 
 
 def needed_disk(model: PreTrainedModel, control: bool) -> int:
-    """Bytes that a run's checkpoints and saved models take at most, if its unembedding is untied.
+    """Bytes that a run's checkpoints and saved models take at most; a tied unembedding counts, as it may be untied.
 
     A control is trained while the twin's checkpoint and both saved forms are still there.
     """
     copies = 2 * CHECKPOINT_COPIES + SAVED_COPIES + (CHECKPOINT_COPIES if control else 0)
-    unembedding = model.get_output_embeddings()
-    tied = unembedding.weight.numel() if model.config.tie_word_embeddings and unembedding is not None else 0
-    return copies * 4 * (tied + sum(p.numel() for p in model.parameters()))
+    return copies * 4 * trained_parameters(model)
 
 
 def check_disk(directory: Path, model: PreTrainedModel, control: bool) -> None:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import yaml
@@ -124,6 +124,7 @@ def _published(source: str) -> str:
 def _on_hub(source: str) -> bool:
     """Whether a name has the hub's form, [OWNER/]NAME or [OWNER/]NAME:SUBSET, and is not a local path."""
     here = source.startswith((".", "~")) or Path(source).exists() or source in (DEMO, STDLIB, OWN_TEXT)
+    here |= PureWindowsPath(source).is_absolute()
     return bool(_HUB_NAME.fullmatch(source.partition(":")[0])) and not here
 
 

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from unnorm.paths import short_name
@@ -67,18 +67,18 @@ def overflowed(result: Mapping[str, Any]) -> str:
     return words + elsewhere(result.get("kl_elsewhere"), result.get("lnfree_loss_elsewhere"))
 
 
-def overflow(row: "Evaluation") -> str:
-    """In how many blocks of a corpus a model overflows, and the KL and loss in the others."""
-    words = f"{row.model} overflows in {count(row.overflowed_blocks)} of {count(row.blocks)} blocks of {row.data}"
+def overflow(row: "Evaluation", number: Callable[[int], str] = count) -> str:
+    """In how many blocks of a corpus a model overflows, and the KL and loss in the others; `number` shapes counts."""
+    words = f"{row.model} overflows in {number(row.overflowed_blocks)} of {number(row.blocks)} blocks of {row.data}"
     return words + elsewhere(row.kl_elsewhere, row.loss_elsewhere)
 
 
-def truncations(scores: Iterable["Score"]) -> list[str]:
-    """One sentence for each model and benchmark with requests that were cut to the context."""
+def truncations(scores: Iterable["Score"], number: Callable[[int], str] = count) -> list[str]:
+    """One sentence for each model and benchmark with requests that were cut to the context; see `overflow`."""
     found = {(score.model, score.task): score.truncated for score in scores if score.truncated}
     return [
-        f"{model} on {task}: {count(number)} requests were longer than the context and lost their beginning"
-        for (model, task), number in found.items()
+        f"{model} on {task}: {number(cut)} requests were longer than the context and lost their beginning"
+        for (model, task), cut in found.items()
     ]
 
 

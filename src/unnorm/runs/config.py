@@ -18,7 +18,7 @@ from unnorm.data import OWN_TEXT, STDLIB
 from unnorm.errors import UnnormError
 from unnorm.models.load import DEMO
 from unnorm.paths import write_text
-from unnorm.run_directory import CONFIG_FILE, finished_result
+from unnorm.run_directory import CONFIG_FILE, SITES, finished_result
 from unnorm.taper.norms import Estimator
 from unnorm.taper.recipes import RecipeName
 from unnorm.taper.schedule import KL_BUDGET
@@ -198,10 +198,15 @@ def read_count(tokens: int | str) -> int:
         raise UnnormError(f"--tokens: {error}.") from error
 
 
-def check_seed(seed: int) -> None:
-    """Raise an UnnormError if a seed is not a whole number from 0 to 2^32 - 1."""
+def check_seed(seed: int) -> int:
+    """A seed as Python's own integer.
+
+    Raises:
+        UnnormError: it is not a whole number from 0 to 2^32 - 1.
+    """
     if not isinstance(seed, Integral) or not 0 <= seed < 2**32:
         raise UnnormError(f"--seed {seed}: give a whole number from 0 to {2**32 - 1}.")
+    return int(seed)
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -229,7 +234,12 @@ def read_config_file(path: Path) -> dict[str, Any]:
 
 
 def trained_context(directory: Path) -> int | None:
-    """Tokens in a block that a run trained on, from its plan or else its settings; None for any other directory."""
+    """Tokens in a block that a run trained on, from its plan or else its settings; None for any other directory.
+
+    The directory is the run's, or that of its twin or its control.
+    """
+    if not (directory / CONFIG_FILE).is_file() and (directory.parent / SITES).is_file():
+        directory = directory.parent
     with suppress(UnnormError, TypeError, ValueError, KeyError):
         return int(finished_result(directory)["plan"]["context"])
     with suppress(UnnormError):

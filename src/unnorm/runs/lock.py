@@ -11,7 +11,8 @@ from unnorm import processes
 from unnorm.errors import UnnormError
 
 LOCK = ".lock"
-"""In the run directory while a command works on it. One that a killed process left behind locks nothing."""
+"""In the run directory while a command works on it. One that a killed process left behind locks nothing, except on a
+disk without locks of its own, where its presence is all that counts."""
 
 
 @contextmanager
@@ -30,7 +31,8 @@ def held(directory: Path) -> Iterator[None]:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise UnnormError(
-                f"Another command is working on '{directory}'. Wait for it to end, or choose another --out."
+                f"Another command is working on '{directory}'. Wait for it to end, or choose another --out. If none "
+                f"is, as after a crash on another machine, delete '{directory / LOCK}'."
             ) from error
 
     processes.agree(take)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from unnorm.errors import UnnormError
 from unnorm.models.device import choose_device, free_memory
-from unnorm.models.sizes import choose_context
+from unnorm.models.sizes import choose_context, trained_parameters
 from unnorm.processes import count_here
 from unnorm.runs.config import RemoveConfig
 from unnorm.taper.recipes import RECIPES, RecipeName
@@ -94,7 +94,8 @@ def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) 
             "Give more tokens, or a smaller --batch-size or --context."
         )
     batch_size = processes * max(1, round(batch_size / processes))
-    micro_batch = _micro_batch(model, context, batch_size // processes, device, config.micro_batch) if tokens else 1
+    at_most = batch_size // processes
+    micro_batch = _micro_batch(model, context, at_most, device, processes, config.micro_batch) if tokens else 1
     return Plan(
         device=device,
         bfloat16=config.dtype == "bfloat16" or (config.dtype == "auto" and _fast_bfloat16(device)),
@@ -125,6 +126,8 @@ def control_plan(plan: Plan) -> Plan:
 def healing_plan(plan: Plan, spent: int) -> Plan:
     """The plan with the learning rate that a single run over all tokens, `spent` and planned, would have reached.
 
+    As under the taper's linear decay, whatever the recipe's.
+
     For the bundled model after 300 thousand tokens (KL 0.0529), as many again bring KL to 0.0473 when started at half
     the usual rate, to 0.0476 at 0.7 times and to 0.0485 at the full rate.
     """
@@ -136,24 +139,50 @@ def default_lr(model: PreTrainedModel, recipe: RecipeName) -> float:
     return min(MOST_LR, RECIPES[recipe].lr_at_768 * (768 / int(model.config.get_text_config().hidden_size)) ** 0.5)
 
 
-def _micro_batch(model: PreTrainedModel, context: int, most: int, device: str, asked: int | None) -> int:
-    """Blocks at once: the largest divisor of `most` that is at most `asked`, or by default whose activations fit.
-
-    Float32 activations of a block, per token: about 40 times the width for each layer, and 6 times the vocabulary for
-    logits and their softmax, of student and teacher.
-    """
-    config = model.config.get_text_config()
-    numbers = context * (40 * config.hidden_size * config.num_hidden_layers + 6 * config.vocab_size)
-    states = STATE_BYTES * sum(p.numel() for p in model.parameters())
-    free = free_memory(device) // (count_here() if device == "cpu" else 1)
+def _micro_batch(
+    model: PreTrainedModel, context: int, most: int, device: str, processes: int, asked: int | None
+) -> int:
+    """Blocks at once: the largest divisor of `most` that is at most `asked`, or by default whose activations fit."""
+    states, free = _states_and_free(model, device, processes)
     if states > free:
         raise UnnormError(
             f"Training this model takes {states / 1e9:.1f} GB on {device} for weights, gradients and the optimizer "
             f"alone, but {free / 1e9:.1f} GB are free. Use a smaller model or a larger "
             "machine; --tokens 0 needs far less."
         )
-    fit = asked or max(1, int((free - states) * MEMORY_SHARE / (4 * numbers)))
+    fit = asked or max(1, int((free - states) * MEMORY_SHARE / (context * _token_bytes(model))))
     return max(size for size in range(1, most + 1) if most % size == 0 and size <= fit)
+
+
+def scarce_memory(plan: Plan, model: PreTrainedModel) -> str:
+    """A warning if the activations of a micro-batch may not fit beside the states; empty if they should."""
+    states, free = _states_and_free(model, plan.device, plan.processes)
+    token = _token_bytes(model) // (2 if plan.bfloat16 else 1)
+    needed = plan.micro_batch * plan.context * token
+    if not plan.steps or states + needed <= free:
+        return ""
+    fits = (free - states) // token
+    remedy = f"; a --context of {fits:,} should fit" if plan.micro_batch == 1 and fits > 1 else ""
+    return (
+        f"memory may not suffice: of {free / 1e9:.1f} GB on {plan.device}, weights, gradients and the optimizer take "
+        f"{states / 1e9:.1f}, and {plan.micro_batch} blocks of {plan.context:,} tokens about {needed / 1e9:.1f}{remedy}"
+    )
+
+
+def _states_and_free(model: PreTrainedModel, device: str, processes: int) -> tuple[int, int]:
+    """Bytes that weights, gradients, AdamW's moments and the second model take, and bytes that are free for them."""
+    in_buckets = 4 if processes > 1 else 0  # Of gradients, for their exchange.
+    free = free_memory(device) // (count_here() if device == "cpu" else 1)
+    return (STATE_BYTES + in_buckets) * trained_parameters(model), free
+
+
+def _token_bytes(model: PreTrainedModel) -> int:
+    """Float32 activations of a token, about: 40 times the width for each layer, and 6 times the vocabulary.
+
+    The latter is for logits and their softmax, of student and teacher.
+    """
+    config = model.config.get_text_config()
+    return int(4 * (40 * config.hidden_size * config.num_hidden_layers + 6 * config.vocab_size))
 
 
 def _fast_bfloat16(device: str) -> bool:

@@ -31,9 +31,9 @@ def evaluation_tables(results: "Results", out: Path | None = None) -> Renderable
         parts.append(
             Text("Nothing to compare with: name the original with --against for KL, agreement and differences.")
         )
-    parts += [Text(overflow(row)) for row in rows if row.overflowed_blocks]
+    parts += [Text(overflow(row, "{:,}".format)) for row in rows if row.overflowed_blocks]
     parts += [_score_table(results.scores)] if results.scores else []
-    parts += [Text(line) for line in truncations(results.scores)]
+    parts += [Text(line) for line in truncations(results.scores, "{:,}".format)]
     parts += [Text(line, style="dim") for line in _protocol_lines(results.protocol)]
     parts += [whole(f"page  {out / 'evaluation.html'}")] if out is not None else []
     return Group(*parts)

@@ -241,7 +241,11 @@ class GuardCallback(TrainerCallback, ExportableState):
     @torch.no_grad()
     def _remember(self, model: nn.Module) -> None:
         self.to_remember = False
-        self.good = {name: value.detach().to("cpu", copy=True) for name, value in _learned(model)}
+        for name, value in _learned(model):
+            if name in self.good:  # Written over, as a second copy might not fit.
+                self.good[name].copy_(value)
+            else:
+                self.good[name] = value.detach().to("cpu", copy=True)
 
     @torch.no_grad()
     def _restore(self, model: nn.Module) -> None:

@@ -21,6 +21,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from unnorm import processes
 from unnorm.data import batches, evenly_spaced
 from unnorm.errors import UnnormError, is_out_of_memory, short
+from unnorm.models.probe import trace_inputs
 from unnorm.models.running import evaluating, without_dropout
 from unnorm.models.sizes import vocabulary_size
 from unnorm.progress import Watch
@@ -104,7 +105,7 @@ def train(
     checkpoints = directory / CHECKPOINTS
     trainer = _trainer(
         model,
-        args=_arguments(optimization, plan, checkpoints, seed, report_to),
+        args=_arguments(model, optimization, plan, checkpoints, seed, report_to),
         train_dataset=_as_many(train_blocks, plan.steps * plan.batch_size),
         teacher=teacher if removal is not None and optimization.distil else None,
         optimization=optimization,
@@ -197,17 +198,22 @@ def _cache_setting_kept(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _as_many(blocks: Dataset, rows: int) -> Dataset:
-    """Repeat the blocks if the run takes more of them: the end of an epoch would cut a batch short."""
-    return blocks if rows <= len(blocks) else blocks.select([row % len(blocks) for row in range(rows)])
+    """Repeat the blocks if the run takes more of them: the end of an epoch would cut a batch short.
+
+    Evenly, as text comes before stress blocks and a corpus before the original's own text.
+    """
+    return blocks if rows <= len(blocks) else blocks.select([row * len(blocks) // rows for row in range(rows)])
 
 
 @contextmanager
 def _run_of_its_own() -> Iterator[None]:
     """Finish the run that training began in wandb: otherwise the control's curves, and the next model's, go into it."""
     before = _wandb_run()
-    yield
-    if before is None and _wandb_run() is not None:
-        sys.modules["wandb"].finish()
+    try:
+        yield
+    finally:
+        if before is None and _wandb_run() is not None:
+            sys.modules["wandb"].finish()
 
 
 def _wandb_run() -> Any:
@@ -279,8 +285,22 @@ def _collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     }
 
 
+def leaves_out_parameters(model: PreTrainedModel) -> bool:
+    """Whether text leaves some parameters without a gradient: a vision tower's, those of experts without a token."""
+    with torch.enable_grad():
+        model(input_ids=trace_inputs(model), use_cache=False).logits.sum().backward()
+    left_out = any(p.grad is None for p in model.parameters() if p.requires_grad)
+    model.zero_grad(set_to_none=True)
+    return left_out
+
+
 def _arguments(
-    optimization: Optimization, plan: Plan, checkpoints: Path, seed: int, report_to: Sequence[str]
+    model: PreTrainedModel,
+    optimization: Optimization,
+    plan: Plan,
+    checkpoints: Path,
+    seed: int,
+    report_to: Sequence[str],
 ) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -301,7 +321,7 @@ def _arguments(
         use_cpu=plan.device == "cpu",
         ddp_backend="gloo" if plan.device == "cpu" and plan.processes > 1 else None,
         ddp_broadcast_buffers=False,  # Constants are averaged instead; see ScheduleCallback.
-        ddp_find_unused_parameters=True,  # A vision tower that text does not run, experts without a token.
+        ddp_find_unused_parameters=plan.processes > 1 and leaves_out_parameters(model),
         save_strategy="steps",
         save_steps=max(1, math.ceil(plan.steps / CHECKPOINTS_PER_RUN)),
         save_total_limit=1,

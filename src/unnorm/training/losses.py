@@ -137,7 +137,7 @@ class _Distillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Float[Tensor, ""], *_: Any) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * grad.to(gradient.dtype), None, None, None, None
+        return gradient.mul_(grad.to(gradient.dtype)), None, None, None, None  # In place: no second array that large.
 
 
 def _softmax(x: Float[Tensor, "row vocab"]) -> tuple[Float[Tensor, "row vocab"], Float[Tensor, "row 1"]]:

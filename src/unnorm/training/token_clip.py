@@ -20,19 +20,6 @@ TOKEN_CLIP = 20.0
 """A token's gradient may be at most this many times as long as the batch's median."""
 
 
-class _ClipTokens(torch.autograd.Function):
-    """Identity in the forward pass; in the backward pass, `clip_tokens`."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Float[Tensor, "*token width"]) -> Float[Tensor, "*token width"]:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Float[Tensor, "*token width"]) -> Tensor:
-        (grad,) = grads
-        return clip_tokens(grad)
-
-
 def clip_tokens(grad: Float[Tensor, "*token width"]) -> Float[Tensor, "*token width"]:
     """Shorten each token's gradient to at most `TOKEN_CLIP` times the median length over tokens.
 
@@ -48,9 +35,9 @@ def clip_tokens(grad: Float[Tensor, "*token width"]) -> Float[Tensor, "*token wi
 def clipping_tokens(model: nn.Module, unembedding: nn.Module | None) -> Iterator[None]:
     """Clip the gradient at the output of each linear layer of `model`, except at the unembedding's logits."""
 
-    def clip(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        clipped: Tensor = _ClipTokens.apply(output)
-        return clipped
+    def clip(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(clip_tokens)
 
     linears = [module for module in model.modules() if is_linear(module) and module is not unembedding]
     with hooked(module.register_forward_hook(clip) for module in linears):

@@ -17,7 +17,7 @@ from unnorm.data.packing import begin_of_blocks
 from unnorm.errors import UnnormError
 from unnorm.isolation import isolated
 from unnorm.json_text import finite
-from unnorm.models.device import choose_device
+from unnorm.models.device import choose_device, computes_bfloat16
 from unnorm.models.running import cast_as_loaded
 from unnorm.models.sizes import choose_context, context_length, vocabulary_size
 from unnorm.paths import named_path
@@ -36,7 +36,8 @@ AUDIT_TOKENS = 32_768
 MOST_AUDIT_CONTEXT = 4096
 """Longest sequence by default: the logits of longer ones would fill the memory."""
 HALF_CPU_TOKENS = 1024
-"""Tokens per class in float16 on a CPU (ten times slower than float32 there): those with the largest residuals."""
+"""Tokens per class in float16, or a bfloat16 that is no faster, on a CPU (which takes ten times as long as float32):
+those with the largest residuals."""
 LOSS_MARGIN = 1.1
 """The 99.99th percentile of the twin's loss may be at most this many times the reference's."""
 BLOW_UP = 2.0
@@ -66,7 +67,7 @@ def audit(
     A class passes if the twin's 99.99th percentile of per-token loss is at most 1.1 times, and its largest loss at
     most twice, the reference's on the same tokens, and if none of its logits and residuals is NaN or infinite in
     float32, bfloat16 and float16. float16 counts only where the reference is finite in it; on a CPU it is tried on the
-    inputs with the largest residuals only.
+    inputs with the largest residuals only, as is bfloat16 if the CPU has no instructions for it.
 
     Args:
         directory: directory of a finished run.
@@ -93,7 +94,7 @@ def audit(
     """
     directory = named_path(directory)
     watch = watch or silent
-    check_seed(seed)
+    seed = check_seed(seed)
     tokens = read_count(tokens)
     if tokens < 1:
         raise UnnormError(f"--tokens {tokens}: a class takes at least 1 token.")
@@ -142,18 +143,23 @@ def audit_models(
     for kind in classes:
         say(watch, f"{kind.name}: {kind.what}")
         measured.append((measure(twin, kind.inputs, reader), measure(reference, kind.inputs, reader)))
-    inputs = {torch.bfloat16: [kind.inputs for kind in classes], torch.float16: _in_float16(twin, classes, measured)}
+    inputs = {dtype: _in_half(dtype, twin.device, classes, measured) for dtype in (torch.bfloat16, torch.float16)}
     finite: list[tuple[dict[str, bool], ...]] = [tuple({"float32": m.finite} for m in both) for both in measured]
     for dtype, of_class in inputs.items():
         name = str(dtype).removeprefix("torch.")
-        tokens = sum(int(part.read.sum()) for some in of_class for part in some)
-        say(watch, f"{name}: {tokens:,} tokens of these")
+        say(watch, f"{name}: {sum(map(_tokens, of_class)):,} tokens of these")
         for side, model in enumerate((twin, reference)):
             copy = cast_as_loaded(deepcopy(model), dtype)
             for flags, some in zip(finite, of_class, strict=True):
                 flags[side][name] = is_finite(copy, some, reader)
             del copy
-    return [_row(*these, tokenizer) for these in zip(classes, measured, finite, inputs[torch.float16], strict=True)]
+    names = [f"{str(dtype).removeprefix('torch.')}_tokens" for dtype in inputs]
+    halves = [dict(zip(names, map(_tokens, of_class), strict=True)) for of_class in zip(*inputs.values(), strict=True)]
+    return [_row(*these, tokenizer) for these in zip(classes, measured, finite, halves, strict=True)]
+
+
+def _tokens(inputs: Sequence[Inputs]) -> int:
+    return sum(int(part.read.sum()) for part in inputs)
 
 
 def _residual_reader(twin: PreTrainedModel, sites: Sequence[NormSite]) -> str:
@@ -166,10 +172,14 @@ def _residual_reader(twin: PreTrainedModel, sites: Sequence[NormSite]) -> str:
     return min(kept, default=last)
 
 
-def _in_float16(
-    twin: PreTrainedModel, classes: Sequence[InputClass], measured: Sequence[tuple[Measured, Measured]]
+def _in_half(
+    dtype: torch.dtype,
+    device: torch.device,
+    classes: Sequence[InputClass],
+    measured: Sequence[tuple[Measured, Measured]],
 ) -> list[tuple[Inputs, ...]]:
-    if twin.device.type != "cpu":
+    """What of each class is tried in a half precision."""
+    if device.type != "cpu" or (dtype == torch.bfloat16 and computes_bfloat16(device)):
         return [kind.inputs for kind in classes]
     return [
         largest_residuals(kind.inputs, [one.norm for one in both], HALF_CPU_TOKENS)
@@ -181,7 +191,7 @@ def _row(
     kind: InputClass,
     measured: tuple[Measured, Measured],
     finite: tuple[dict[str, bool], ...],
-    in_float16: Sequence[Inputs],
+    halves: dict[str, int],
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Any]:
     ours, theirs = measured
@@ -192,7 +202,7 @@ def _row(
         "passed": not reason,
         "reason": reason,
         "tokens": len(ours.loss),
-        "float16_tokens": sum(int(part.read.sum()) for part in in_float16),
+        **halves,
         "loss": summarize(ours.loss),
         "reference_loss": summarize(theirs.loss),
         "residual_norm": summarize(ours.norm),

@@ -16,7 +16,7 @@ from unnorm.models.sizes import vocabulary_size
 from unnorm.sites.find import unembedding_name
 from unnorm.worst_case.inputs import Inputs
 
-_LOGITS_AT_ONCE = 2**24
+_LOGITS_AT_ONCE, _GPU_LOGITS_AT_ONCE = 2**24, 2**28
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,8 @@ def _passes(
     path = reader if reader in dict(model.named_modules()) else unembedding_name(model)
     with evaluating(model), recorded(model, [path]) as record:
         for part in inputs:
-            size = max(1, _LOGITS_AT_ONCE // (vocabulary * part.ids.shape[1]))
+            at_once = _LOGITS_AT_ONCE if device.type == "cpu" else _GPU_LOGITS_AT_ONCE
+            size = max(1, at_once // (vocabulary * part.ids.shape[1]))
             for start in range(0, len(part.ids), size):
                 batch = part.take(slice(start, start + size))
                 logits = model(**_arguments(batch, device), use_cache=False).logits
