@@ -46,7 +46,9 @@ STOPPED = 130
 BY_DEVICE = "1.6M on a CPU, 20M on a GPU"
 
 Json = Annotated[bool, typer.Option("--json", help="Results as JSON on standard output, all else on standard error.")]
-Model = Annotated[str, typer.Argument(help="'demo' (bundled), a local directory, a GGUF file or a hub id.")]
+Model = Annotated[
+    str, typer.Argument(metavar="[MODEL]", help="'demo' (bundled), a local directory, a GGUF file or a hub id.")
+]
 TEXT = (
     "'stdlib' (Python's own library, for the demo); a .txt, .jsonl, .parquet, .csv or .bin file, directory or glob; "
     "a hub data set, OWNER/NAME[:SUBSET]"
@@ -185,7 +187,7 @@ def remove(
 @app.command()
 def heal(
     ctx: typer.Context,
-    directory: Annotated[Path, typer.Argument(help="Directory of the finished run; not changed.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Directory of the finished run; not changed.")],
     tokens: Annotated[
         str | None,
         typer.Option(help="Further training tokens: 500k, 2M, 150M.", show_default=BY_DEVICE),
@@ -241,7 +243,7 @@ def _train(run: Callable[[Progress], dict[str, Any]], json_: bool) -> None:
 
 @app.command()
 def verify(
-    directory: Annotated[Path, typer.Argument(help="Run directory.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Run directory.")],
     json_: Json = False,
 ) -> None:
     """Prove that the model in DIRECTORY has no norms.
@@ -289,7 +291,8 @@ def evaluate(
     text_field: RunTextField = None,
     split: RunSplit = None,
     tokens: Annotated[
-        str | None, typer.Option(help="Most held-out tokens per corpus.", show_default="the suite's, else 50k")
+        str | None,
+        typer.Option(help="Held-out tokens per corpus, rounded up to blocks.", show_default="the suite's, else 50k"),
     ] = None,
     items: Annotated[
         str | None,
@@ -325,7 +328,7 @@ def evaluate(
 @app.command()
 def audit(
     ctx: typer.Context,
-    directory: Annotated[Path, typer.Argument(help="Run directory.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Run directory.")],
     against: Annotated[
         str | None,
         typer.Option(help="Model with norms to compare with.", show_default="the run's control, else its original"),
@@ -359,7 +362,7 @@ def audit(
 @app.command()
 def analyze(
     ctx: typer.Context,
-    directory: Annotated[Path, typer.Argument(help="Run directory.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Run directory.")],
     against: Annotated[str | None, typer.Option(help="Model with norms.", show_default="the run's original")] = None,
     what: Annotated[
         list[str] | None,
@@ -376,7 +379,7 @@ def analyze(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory to write.", show_default="DIRECTORY/analysis")] = None,
-    tokens: Annotated[str, typer.Option(help="Most held-out tokens.")] = "4096",
+    tokens: Annotated[str, typer.Option(help="Held-out tokens, rounded up to blocks.")] = "4096",
     context: Annotated[
         int | None, typer.Option(help="Sequence length in tokens.", show_default="the models', at most 256")
     ] = None,
@@ -421,13 +424,14 @@ def stats(
     from unnorm.calibration.scales import stats as run
 
     _quiet()
-    rows = run(**_options(ctx))
+    with Progress(_progress) as progress:
+        rows = run(**_options(ctx), watch=progress)
     _print({"sites": [site.to_json() | row.to_json() for site, row in rows]}, json_, sites_table(rows))
 
 
 @app.command()
 def export(
-    directory: Annotated[Path, typer.Argument(help="Run directory.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Run directory.")],
     out: Annotated[Path, typer.Option(help="Directory to write; must be new or empty.")],
     to: Annotated[
         str,
@@ -451,7 +455,7 @@ def export(
 
 @app.command()
 def push(
-    directory: Annotated[Path, typer.Argument(help="Run directory.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Run directory.")],
     repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face hub.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     token: Annotated[

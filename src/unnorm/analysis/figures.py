@@ -42,7 +42,7 @@ def heat_maps(grids: Mapping[str, Grid], columns: Sequence[str], rows: Sequence[
             z=grid,
             customdata=[[f"{row}, {column}" for column in columns] for row in rows],
             zmin=0,
-            zmax=1.7 * max([1e-9, *values]),  # Keeps numbers readable on the darkest cell.
+            zmax=2.0 * max([1e-9, *values]),  # Keeps numbers readable on the darkest cell.
             colorscale=[[0, PAPER], [1, ACCENT]],
             showscale=False,
             xgap=2,
@@ -71,8 +71,9 @@ def dot_rows(
     for model, column in values.items():
         # Zero can't be shown on a log axis.
         shown = [v if not log or (finite_or_none(v) or 0) > 0 else None for v in column]
+        shift = -0.12 if model == "original" else 0.12  # Side by side, as one would hide the other.
         figure.add_scatter(
-            x=places,
+            x=[place + shift for place in places],
             y=shown,
             mode="markers",
             marker={"color": COLOURS[model], "size": 8 if len(names) <= 80 else 5},

@@ -127,6 +127,9 @@ def patch(
     return Patching(*(torch.cat([getattr(part, field.name) for part in found])[as_given] for field in fields(Patching)))
 
 
+NOT_DONE = " It does not do this task, so effects show how patches move the answers, not how it is solved."
+
+
 def find(material: Material) -> Finding:
     """Patching in both models on the given prompts."""
     if isinstance(material.prompts, str):
@@ -148,6 +151,7 @@ def find(material: Material) -> Finding:
             f"heads at once (attribution patching). {len(material.prompts)} pairs of prompts, such as "
             f"“{material.prompts[0].clean}” → “{material.prompts[0].answer.strip()}”. On clean prompts the "
             f"original prefers the right answer in {_right(original):.0%} of cases and the twin in {_right(twin):.0%}."
+            f"{NOT_DONE if _right(original) < 0.5 else ''}"
         ),
         numbers={name: _numbers(value) for name, value in measured.items()}
         | {"prompts": len(material.prompts), "example": material.prompts[0].clean},

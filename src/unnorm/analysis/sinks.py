@@ -24,6 +24,7 @@ from unnorm.analysis.figures import bundle, heat_maps
 from unnorm.analysis.material import Finding, Material
 from unnorm.models.running import in_evaluation_mode
 from unnorm.models.sizes import check_fits
+from unnorm.report.drawing import bin_positions
 from unnorm.report.numbers import percent, significant
 
 THRESHOLD = 0.3
@@ -86,8 +87,8 @@ def find(material: Material) -> Finding:
         figures={"sinks_share": _share_figure(measured), "sinks_norm": _norm_figure(measured)},
         captions={
             "sinks_share": "Mean share of attention on position 0, by layer and head.",
-            "sinks_norm": "Mean length of the residual vector that each layer reads (the later, the thicker; the "
-            "thickest is what the final norm reads), by position.",
+            "sinks_norm": "Mean length of the residual vector that each layer reads, by position (within a model "
+            "the later, the thicker, up to what the final norm reads; the original's lines are wider).",
         },
         legends={"sinks_norm": [("original", "s", "line"), ("twin", "a", "line")]},
         headline=(
@@ -122,10 +123,12 @@ def _share_figure(measured: dict[str, Sinks]) -> Figure:
 
 
 def _norm_figure(measured: dict[str, Sinks]) -> Figure:
-    lines = []
+    lines, places = [], []
     for name, found in measured.items():
         norms = found.norm.mean(0)
-        for depth, values in enumerate(norms.tolist()):
+        for depth, lengths in enumerate(norms.tolist()):
             label = f"{name}, " + (f"layer {depth}" if depth + 1 < len(norms) else "final")
+            at, values = bin_positions(lengths)
             lines.append((name, label, depth / max(1, len(norms) - 1), values))
-    return bundle(lines, "position, from 1 (log)", "length of the residual vector (log)")
+            places.append(at)
+    return bundle(lines, "position, from 1 (log)", "length of the residual vector (log)", places=places)

@@ -20,6 +20,7 @@ from unnorm.models.device import choose_device
 from unnorm.models.load import load_original, model_name
 from unnorm.models.running import evaluating
 from unnorm.models.sizes import blocks_at_once, choose_context, vocabulary_size
+from unnorm.progress import Watch, say, silent
 from unnorm.sites.find import find_sites
 from unnorm.sites.norm_behaviour import centered, log_scale_of
 from unnorm.sites.site import NormSite
@@ -70,6 +71,7 @@ def stats(
     keep: str | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
+    watch: Watch | None = None,
 ) -> list[tuple[NormSite, ScaleStatistics]]:
     """Every norm site of a model with the distribution of its scale on 32 blocks of text; `unnorm stats`.
 
@@ -82,6 +84,7 @@ def stats(
         keep: regular expression; norms whose path contains a match are left out.
         device: `auto`, `cpu`, `cuda` or `mps`.
         trust_remote_code: run modeling code that comes with the model.
+        watch: called with `{"kind": "phase", "text": …}` at each phase.
 
     Returns:
         Each site with its statistics, in the order of a forward pass.
@@ -89,12 +92,16 @@ def stats(
     Raises:
         UnnormError: the model has no norms, or the model or the data cannot be used.
     """
+    watch = watch or silent
+    say(watch, f"loading {model}")
     original, tokenizer = load_original(model_name(model), trust_remote_code)
     sites = find_sites(original, in_place=True, keep=keep)
     original.to(choose_device(device))
     context = choose_context(context, original)
     vocab_size = vocabulary_size(original)
+    say(watch, f"reading {data}")
     blocks = build_blocks(str(data), tokenizer, vocab_size, context, CALIBRATION_BLOCKS, 1, text_field, split)
+    say(watch, f"measuring {len(sites)} sites on {len(blocks.train)} blocks of {context:,} tokens")
     rows = scale_statistics(collect_log_scales(original, sites, blocks.train))
     return list(zip(sites, rows, strict=True))
 

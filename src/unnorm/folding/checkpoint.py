@@ -101,6 +101,8 @@ def load_sites(directory: Path) -> tuple[list[NormSite], dict[str, float]]:
         if not sites:
             raise ValueError("there is no site in it")
     except OSError as error:
+        if not named_path(directory).is_dir():
+            raise UnnormError(f"There is no directory '{directory}'. Give that of a finished run.") from error
         raise UnnormError(
             f"'{directory}' holds no finished run: there is no {SITES} in it. Give the directory of a finished run, "
             "or finish it with: unnorm remove --resume --out DIR"

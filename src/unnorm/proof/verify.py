@@ -82,7 +82,7 @@ def verify(directory: str | Path) -> list[Check]:
     sites, _ = load_sites(directory)
     twin = load(directory)
     unfolded = load_unfolded(directory)
-    return [*check_twin(twin, unfolded, sites), _modeling_file(directory / MODEL, twin)]
+    return [*check_twin(twin, unfolded, sites), check_modeling_file(directory / MODEL, twin)]
 
 
 def check_twin(twin: PreTrainedModel, unfolded: PreTrainedModel, sites: Sequence[NormSite]) -> list[Check]:
@@ -111,7 +111,7 @@ def _row(name: str, value: float, limit: float, detail: str) -> Check:
 def _no_norm_modules(twin: PreTrainedModel) -> Check:
     left, idle = norm_modules_and_idle(twin)
     besides = f"; norms in parts that text does not run: {first_few(idle)}" if idle else ""
-    what = ", ".join(left) or "modules whose output ignores input scale"
+    what = ", ".join(left) or "number of modules whose output ignores input scale"
     return _row("no module is a norm", len(left), 0, what + besides)
 
 
@@ -129,7 +129,9 @@ def _is_in(name: str, modules: Sequence[str]) -> bool:
 @torch.no_grad()
 def _no_norm_operations(twin: PreTrainedModel, ids: Int[Tensor, "batch position"]) -> Check:
     found = sorted({operation for operation, _ in norm_operations(twin, ids)})
-    return _row("no operation of a norm runs", len(found), 0, ", ".join(found) or "operations of a forward pass")
+    return _row(
+        "no operation of a norm runs", len(found), 0, ", ".join(found) or "number of such operations in a forward pass"
+    )
 
 
 @torch.no_grad()
@@ -323,7 +325,7 @@ def _linear(module: nn.Module, x: Float[Tensor, "*token in"]) -> Float[Tensor, "
     return x @ linear_weight(module).double().T
 
 
-def _modeling_file(checkpoint: Path, twin: PreTrainedModel) -> Check:
+def check_modeling_file(checkpoint: Path, twin: PreTrainedModel) -> Check:
     """Check the checkpoint's own modeling file: `trust_remote_code=True` runs that one, not this package's."""
     name, own = "its modeling file is unnorm's", Path(modeling_unnorm.__file__)
     module = own.stem
@@ -340,7 +342,7 @@ def _modeling_file(checkpoint: Path, twin: PreTrainedModel) -> Check:
         wrong.append("config.json names other classes to load")
     others = sorted(path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*.py"))
     besides = first_few([other for other in others if other != own.name])
-    ran = f"the code that trust_remote_code=True runs{besides and f', besides {besides}'}"
+    ran = f"number of differences from the code that trust_remote_code=True runs{besides and f', besides {besides}'}"
     return _row(name, len(wrong), 0, "; ".join(wrong) or ran)
 
 

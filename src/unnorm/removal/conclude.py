@@ -21,7 +21,7 @@ from unnorm.json_text import finite, json_text
 from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.models.device import peak_memory_mb
 from unnorm.paths import write_text
-from unnorm.proof.verify import check_twin
+from unnorm.proof.verify import check_modeling_file, check_twin
 from unnorm.removal.blocks import text_digest, writes_text
 from unnorm.removal.facts import Facts
 from unnorm.removal.predecessor import history
@@ -61,6 +61,7 @@ def conclude(run: Run, facts: Facts, control: PreTrainedModel | None, started: f
     run.say("verifying")
     unfolded = load_unfolded(run.directory)
     checks = check_twin(twin.cpu(), unfolded, sites)
+    checks.append(check_modeling_file(run.directory / MODEL, twin))
     rows = history(run.directory)
     result = _result(run, evaluations, facts, rows, twin) | {"share_at_limit": at_limit}
     if (run.directory / RESULT).is_file():  # Only the control was added: how the twin was made stays.

@@ -98,7 +98,7 @@ def _naive_removal(run: Run, student: PreTrainedModel, stand_ins: dict[str, Tape
     """
     head = run.validation_blocks.select(range(min(NAIVE_HEAD, len(run.validation_blocks))))
     with removed(stand_ins.values()):
-        measured = evaluate_on_held_out(run, student, "naive removal", head)
+        measured = evaluate_on_held_out(run, student, "naive removal, first blocks", head)
         if math.isfinite(measured.loss):
             measured = evaluate_on_held_out(run, student, "naive removal")
     if not math.isfinite(measured.loss):

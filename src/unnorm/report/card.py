@@ -57,6 +57,7 @@ def render_card(
         "title": without_norms(result, _name(result)),
         "trained": bool(result.get("tokens")),
         "verified": bool(result.get("verified")),
+        "on_hub": _on_hub(str(result["model"])) or "",
         "context": result["plan"]["context"],
         "results": _results(result),
         "interval_over": result["interval_over"],
@@ -145,7 +146,7 @@ def _results(result: Mapping[str, Any]) -> list[tuple[str, str]]:
             "loss after naive removal (constants, no training)",
             loss("naive") if result.get("tokens") and knows_naive_removal(result) else "",
         ),
-        ("KL(original, this model)", fixed(result.get("kl"))),
+        ("KL(original ‖ this model)", fixed(result.get("kl"))),
         ("overflow on that text", overflowed(result)),
         ("Jensen-Shannon divergence", fixed(result.get("jsd"))),
         (

@@ -127,6 +127,8 @@ def _draw_metric(figure: Figure, panel: int, key: str, rows: Rows, control_rows:
         (rows, "validation", "twin, validation", ACCENT, {"width": 2}, 1.0),
     )
     for source, kind, name, colour, line, opacity in parts:
+        if key == "kl":  # Before the first step it is rounding, which would stretch the log axis.
+            source = [row for row in source if row.get("tokens")]
         tokens, values = _points(source, key, kind)
         # The KL is zero while the model is still the original, which a log axis can't show.
         points = [(t, v) for t, v in zip(tokens, values, strict=True) if key != "kl" or v > LEAST_KL]

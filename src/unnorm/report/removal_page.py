@@ -89,7 +89,7 @@ def render_report(data: ReportData) -> str:
         "checks": [_check(check) for check in data.checks],
         "failed": sum(not check.get("passed") for check in data.checks),
         "samples": [_sample(sample) for sample in data.samples],
-        "settings": _settings(data.result),
+        "settings": [*_settings(data.result), *_control_steps(data.control_rows)],
         "versions": sorted(_mapping(data.result.get("versions")).items()),
     }
     pairs = [] if data.comparison is None else [make_pair(f"{data.result.get('model')}", data.comparison)]
@@ -142,7 +142,8 @@ def _tiles(result: dict[str, Any]) -> list[dict[str, str]]:
         {
             "name": "Loss increase",
             "value": fixed(loss_increase(result), sign=True),
-            "note": f"from {fixed(result.get('teacher_loss'))} to {fixed(result.get('lnfree_loss'))}",
+            "note": f"from {fixed(result.get('teacher_loss'))} to {fixed(result.get('lnfree_loss'))}"
+            + _paired(result.get("loss_increase_ci")),
         },
         {
             "name": "Gap to the control",
@@ -167,6 +168,10 @@ def _tiles(result: dict[str, Any]) -> list[dict[str, str]]:
             "note": "largest difference in a logit",
         },
     ]
+
+
+def _paired(ends: Any) -> str:
+    return f"; 95% interval {fixed(ends[0], sign=True)} to {fixed(ends[1], sign=True)}, paired" if ends else ""
 
 
 def _losses(result: dict[str, Any]) -> list[dict[str, str]]:
@@ -224,6 +229,7 @@ SETTINGS = (
     ("model", "model"),
     ("data", "training data"),
     ("held_out", "held-out data"),
+    ("validation_tokens", "held-out tokens"),
     ("recipe", "recipe"),
     ("sites", "norm sites"),
     ("tokens", "training tokens"),
@@ -256,6 +262,7 @@ def _settings(result: dict[str, Any]) -> list[tuple[str, str]]:
     """Names and values of how the run was done."""
     shapes = {
         "tokens": count,
+        "validation_tokens": count,
         "training_seconds": duration,
         "seconds": duration,
         "tokens_per_second": count,
@@ -274,6 +281,14 @@ def _settings(result: dict[str, Any]) -> list[tuple[str, str]]:
     unused = {"tokens", *(() if result.get("tokens") else OF_STEPS)}
     plan = {key: value for key, value in _mapping(result.get("plan")).items() if key not in unused}
     return rows + [(PLAN_WORDS.get(key, str(key).replace("_", " ")), _plain(value)) for key, value in plan.items()]
+
+
+def _control_steps(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """How the control's steps differ from the twin's, in number and size."""
+    if not rows or not rows[-1].get("step"):
+        return []
+    step, tokens = rows[-1]["step"], rows[-1]["tokens"]
+    return [("the control's steps", f"{count(step)} of {count(tokens / step)} tokens each")]
 
 
 def _plain(value: Any) -> str:

@@ -23,9 +23,15 @@ def audit_tables(result: dict[str, Any]) -> RenderableType:
     passed = verdict(sum(not row["passed"] for row in rows), len(rows), "classes")
     ends = [f"{passed}; in brackets: the reference, {escape(result['reference'])}"]
     if few := [row["name"] for row in rows if row["tokens"] < _ENOUGH]:
+        where = "in every class (more --tokens change that)" if len(few) == len(rows) else f"in {', '.join(few)}"
         ends += [
             f"One token decides, since the 99.99th percentile of fewer than {_ENOUGH:,} tokens is the largest loss: "
-            f"{escape(', '.join(few))}."
+            f"{escape(where)}."
+        ]
+    if not all(row["passed"] for row in rows):
+        ends += [
+            f"Limits: {result['limits']['p99.99']:g} times the reference's 99.99th percentile and "
+            f"{result['limits']['largest']:g} times its largest loss. More training may help: unnorm heal DIR"
         ]
     return Group(
         _audit_losses(rows),

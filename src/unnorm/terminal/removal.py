@@ -123,7 +123,8 @@ def proof_table(checks: Sequence["Check"]) -> RenderableType:
 def sites_table(rows: Sequence[tuple["NormSite", "ScaleStatistics"]]) -> RenderableType:
     """The table of `unnorm stats`, without the path prefix that all norms share, so that it fits 80 columns."""
     caption = (
-        "scale: what a token is divided by; spread: std of log scale; larger is harder to remove\n"
+        "scale: what a token is divided by, at position 0 and, in the other columns, after it\n"
+        "spread: std of log scale; larger is harder to remove\n"
         "position 0 at least 10 times the mean: massive activation, harder still"
     )
     headings = ("position 0", "mean", "spread", "smallest", "largest")

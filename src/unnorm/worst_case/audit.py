@@ -38,10 +38,8 @@ MOST_AUDIT_CONTEXT = 4096
 HALF_CPU_TOKENS = 1024
 """Tokens per class in float16, or a bfloat16 that is no faster, on a CPU (which takes ten times as long as float32):
 those with the largest residuals."""
-LOSS_MARGIN = 1.1
-"""The 99.99th percentile of the twin's loss may be at most this many times the reference's."""
-BLOW_UP = 2.0
-"""The twin's largest loss may be at most this many times the reference's. Percentiles miss a single bad token."""
+LIMITS = {"p99.99": 1.1, "largest": 2.0}
+"""How many times the reference's the twin's may be at most; the largest, as percentiles miss a single bad token."""
 PERCENTILES = (99.9, 99.99)
 
 _WORST, _SHOWN_TOKENS = 3, 12
@@ -126,6 +124,7 @@ def audit(
         "vocabulary": material.vocabulary,
         "tokens": tokens,
         "seed": seed,
+        "limits": LIMITS,
         "classes": finite(rows),
     }
 
@@ -227,7 +226,7 @@ def verdict(twin: Measured, reference: Measured, finite: dict[str, bool], refere
     if overflowed:
         return f"NaN or infinite in {', '.join(overflowed)}"
     ours, theirs = summarize(twin.loss), summarize(reference.loss)
-    for key, margin in (("p99.99", LOSS_MARGIN), ("largest", BLOW_UP)):
+    for key, margin in LIMITS.items():
         value, limit = ours[key], margin * theirs[key]
         if value > limit:
             return f"{key.replace('p99.99', '99.99%')} loss {value:.2f} > {limit:.2f}"
