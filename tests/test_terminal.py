@@ -123,13 +123,15 @@ def test_the_models_numbers_come_before_the_references() -> None:
     }
     values = {"loss": 1.25, "reference_loss": 2.5, "residual_norm": 3.5, "reference_residual_norm": 4.5}
     row |= {key: dict.fromkeys(("99.9%", "99.99%", "largest"), value) for key, value in values.items()}
-    text = shown(audit_tables({"reference": "original", "classes": [row]}))
+    plain: Result = {"reference": "original", "limits": {"p99.99": 1.1, "largest": 2.0}}
+    text = shown(audit_tables(plain | {"classes": [row]}))
     for said in ("1.25 (2.50)", "3.5 (4.5)", "5.25 (6.50)", "float16 (none)", "all 1 classes passed"):
         assert said in text, said
-    assert "One token decides, since" in text and text.rstrip().endswith(": rare.")
-    many = shown(audit_tables({"reference": "original", "classes": [row | {"tokens": 10_000, "passed": False}, row]}))
-    assert "1 of 2 classes FAILED" in many and many.rstrip().endswith(": rare.")
-    assert "One token" not in shown(audit_tables({"reference": "original", "classes": [row | {"tokens": 10_000}]}))
+    assert "One token decides, since" in text and ": in every class (more --tokens" in text and "Limits" not in text
+    many = shown(audit_tables(plain | {"classes": [row | {"tokens": 10_000, "passed": False}, row]}))
+    assert "1 of 2 classes FAILED" in many and ": in rare." in many
+    assert "Limits: 1.1 times the reference's 99.99th percentile and 2 times its largest loss" in many
+    assert "One token" not in shown(audit_tables(plain | {"classes": [row | {"tokens": 10_000}]}))
 
 
 def test_the_originals_figures_come_before_the_twins() -> None:
