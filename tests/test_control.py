@@ -57,6 +57,10 @@ def test_a_control_that_is_asked_for_afterwards_gets_the_same_text(
     text.write_text(text_file.read_text().replace("self", "them"))
     with pytest.raises(unnorm.UnnormError, match="has changed since the twin was trained"):
         unnorm.remove(out=run, resume=True, control=True)
+    text.rename(tmp_path / "b.txt")
+    with pytest.raises(unnorm.UnnormError, match=r"Its path is set in '.*config\.yaml' \(data: "):
+        unnorm.remove(out=run, resume=True, control=True)
+    text.write_text("")
     assert json.loads((run / "result.json").read_text()) == before
     text.write_text(text_file.read_text())
     assert unnorm.remove(out=run, resume=True, control=True)["text_sha256"] == before["text_sha256"]
@@ -128,3 +132,25 @@ def test_a_control_is_added_where_cleaning_up_was_cut_short(
     assert (tmp_path / "run" / "data" / "validation").is_dir()
     result = unnorm.remove(resume=True, out=tmp_path / "run", control=True)
     assert result["control_loss"] is not None
+
+
+@pytest.mark.parametrize("own", [{"data": "self"}, {"self_share": 0.5}])
+def test_a_control_added_to_a_run_on_own_text_gets_that_text(
+    own: dict[str, Any], tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The original would not write the same again in other batches, as memory or another device may ask for."""
+    out = tmp_path / "run"
+    before = unnorm.remove(tiny_model_dir, out=out, **({**SETTINGS, "data": str(text_file)} | own))
+    monkeypatch.setattr("unnorm.data.sampling._blocks_at_once", lambda *_: 1)
+    result = unnorm.remove(out=out, resume=True, control=True)
+    assert result["gap"] is not None and result["text_sha256"] == before["text_sha256"]
+    assert not (out / "data").exists() and result["earlier_seconds"] == before["earlier_seconds"]
+
+
+def test_a_control_that_was_deleted_may_be_trained_again(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    options = {**SETTINGS, "tokens": 4 * 512, "model": str(tiny_model_dir), "data": str(text_file), "control": True}
+    first = unnorm.remove(out=tmp_path / "run", **options)
+    shutil.rmtree(tmp_path / "run" / "control")
+    with pytest.raises(unnorm.UnnormError, match=r"has no control.*--resume --control"):
+        unnorm.heal(tmp_path / "run", tokens=512, control=True)
+    assert unnorm.remove(out=tmp_path / "run", resume=True, control=True)["gap"] == first["gap"]

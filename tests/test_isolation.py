@@ -1,6 +1,7 @@
 """Public functions in a process that goes on: alike in any mode, and nothing of the caller's is changed."""
 
 import gc
+import json
 import random
 import subprocess
 import sys
@@ -120,12 +121,16 @@ def test_nothing_of_a_training_run_outlives_it(
     alive: list[int] = []
     init = DistillationTrainer.__init__
 
+    def trainers() -> int:
+        return sum(isinstance(each, DistillationTrainer) for each in gc.get_objects())
+
     def count(self: Any, *args: Any, **more: Any) -> None:
-        alive.append(sum(isinstance(each, DistillationTrainer) for each in gc.get_objects()))
+        alive.append(trainers() - before)
         init(self, *args, **more)
 
     monkeypatch.setattr(DistillationTrainer, "__init__", count)
     gc.collect()
+    before = trainers()  # What other tests keep.
     unnorm.remove(str(tiny_model_dir), data=str(text_file), out=tmp_path / "run", control=True, **SETTINGS)
     assert alive == [1, 1]  # The one that is being made.
 
@@ -247,9 +252,12 @@ def test_what_can_not_be_a_path_is_refused_in_words(verb: str, finished_run: Pat
         getattr(unnorm, verb)(finished_run, data=5000 * "text ")
 
 
-def test_integers_may_be_numpys(finished_run: Path, text_file: Path) -> None:
+def test_integers_may_be_numpys(finished_run: Path, text_file: Path, tmp_path: Path) -> None:
     sizes = {"tokens": np.int64(200), "context": np.int64(32), "batch_size": np.int64(2), "seed": np.int64(3)}
     assert evaluate(finished_run, data=text_file, **sizes)[0].context == 32
+    some = {"seed": np.int64(3), "tokens": np.int64(64), "data": text_file, "context": np.int64(16)}
+    json.dumps(unnorm.audit(finished_run, **some))
+    json.dumps(unnorm.analyze(finished_run, what="sinks", out=tmp_path, **some))
 
 
 @isolated

@@ -41,14 +41,18 @@ def test_a_remedy_is_named_once(tiny_tokenizer: PreTrainedTokenizerFast) -> None
     assert str(refusal.value).count("--data") == 1
 
 
-def test_text_that_is_divided_differently_now_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
+def test_text_that_is_divided_differently_now_is_refused(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Which way depends on the first hundred documents, so on the names of files."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "r").mkdir()
     rows = [[{"text": "ever the same " * 40}] * 120, [{"text": f"document {n} " * 40} for n in range(150)]]
     for name, of_file in zip("ab", rows, strict=True):
         (tmp_path / "r" / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_file))
     options: dict[str, Any] = {"tokens": 512, "context": 32, "device": "cpu", "kl_budget": 100}
-    unnorm.remove(tiny_model_dir, data=tmp_path / "r", out=tmp_path / "run", recipe="tapernorm", **options)
+    unnorm.remove(tiny_model_dir, data="r", out=tmp_path / "run", recipe="tapernorm", **options)
+    monkeypatch.chdir(Path(__file__).parent)  # It is the same text from there.
     (tmp_path / "r" / "a.jsonl").rename(tmp_path / "r" / "z.jsonl")
     verbs: dict[str, Callable[[], object]] = {
         "evaluate": lambda: unnorm.evaluate(tmp_path / "run"),

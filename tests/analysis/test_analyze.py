@@ -228,3 +228,36 @@ def test_odd_layouts_are_analyzed_as_far_as_they_go(
     for name, reason in skipped.items():
         assert reason in found["skipped"][name]
     assert "attribution" in skipped or "attribution" in found["findings"]
+
+
+def test_functions_of_a_model_run_it_without_dropout(runs: dict[str, Path]) -> None:
+    """As a model is that comes from a Trainer; its modules' modes are not touched."""
+    twin = unnorm.load(runs["gpt2"])
+    for module in twin.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    ids = trace_inputs(twin, 2, 16)
+
+    def found() -> list[torch.Tensor]:
+        return [attribute(twin, ids).contributions, sinks(twin, ids).share, lens(twin, ids).loss]
+
+    expected = found()
+    twin.train()
+    twin.transformer.h[0].eval()
+    for value, known in zip(found(), expected, strict=True):
+        torch.testing.assert_close(value, known)
+    (empty,) = ablate(twin, [ids], [torch.tensor([], dtype=torch.long)])
+    assert float(empty.loss.abs().max()) < 1e-6
+    assert twin.training and twin.transformer.h[1].training and not twin.transformer.h[0].mlp.training
+
+
+def test_a_wrapped_twin_is_not_said_to_be_without_norms(runs: dict[str, Path]) -> None:
+    twin = unnorm.load(runs["gpt2"])
+    with pytest.raises(UnnormError, match=r"wraps a twin.*_orig_mod"):
+        attribute(torch.compile(twin, backend="eager"), trace_inputs(twin, 1, 8))
+
+
+def test_text_is_as_long_as_the_twin_was_trained_on(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    unnorm.remove(tiny_model_dir, data=text_file, tokens=0, context=16, device="cpu", out=tmp_path / "run")
+    assert unnorm.analyze(tmp_path / "run", what="scales", tokens=64)["context"] == 16
+    assert unnorm.analyze(tmp_path / "run", what="scales", tokens=64, context=32)["context"] == 32

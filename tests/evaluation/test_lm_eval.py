@@ -115,6 +115,9 @@ class TestBenchmarks:
         assert with_difference(score, other).difference_ci == paired_share_interval([1.0, 0.0])
         in_parts = replace(score, item_values={3: 0.5, 4: 0.0})
         assert with_difference(in_parts, other).difference_ci == bootstrap_interval([0.5, 0.0])
+        percent = replace(score, item_values={3: 57.0, 4: 31.0})  # By chance one changes by 1, which is no share.
+        found = with_difference(percent, replace(other, item_values={3: 56.0, 4: 31.0}))
+        assert found.difference_ci == bootstrap_interval([1.0, 0.0])
         with pytest.raises(UnnormError, match="no item of 't' in common"):
             with_difference(score, replace(other, item_values={7: 1.0}))
 

@@ -264,9 +264,9 @@ def test_running_out_of_something_is_no_traceback(
 
 
 @pytest.mark.parametrize("name", get_args(RecipeName))
-def test_the_optimizer_is_set_as_the_recipe_says(name: RecipeName, tmp_path: Path) -> None:
+def test_the_optimizer_is_set_as_the_recipe_says(name: RecipeName, tiny_model: GPT2LMHeadModel, tmp_path: Path) -> None:
     plan, recipe = PLAN.model_copy(update={"steps": 100}), RECIPES[name].optimization
-    arguments: TrainingArguments = loop._arguments(recipe, plan, tmp_path, 0, [])
+    arguments: TrainingArguments = loop._arguments(tiny_model, recipe, plan, tmp_path, 0, [])
     assert (arguments.adam_beta1, arguments.adam_beta2) == recipe.betas
     assert (arguments.weight_decay, arguments.learning_rate) == (recipe.weight_decay, plan.lr)
     assert (arguments.lr_scheduler_kwargs or {}).get("min_lr_rate", 0.0) == recipe.least_lr
@@ -286,3 +286,10 @@ def test_a_run_that_ends_early_is_measured_where_it_ends(
     assert rows[-1]["step"] % (200 // QUICK_EVALUATIONS)  # Not where one would have been measured in any case.
     of_control = read_rows(tmp_path / "run" / "control" / "metrics.jsonl")
     assert of_control[-1]["tokens"] == pytest.approx(result["tokens"], rel=0.04)
+
+
+@pytest.mark.parametrize("passes", [1.1, 1.5, 1.8, 2.5])
+def test_text_that_is_gone_over_again_keeps_its_mixture(passes: float) -> None:
+    blocks = Dataset.from_dict({"stress": [False] * 80 + [True] * 20})
+    again = loop._as_many(blocks, round(100 * passes))["stress"]
+    assert sum(again) == pytest.approx(0.2 * len(again), abs=1)

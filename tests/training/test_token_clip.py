@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, OlmoConfig, OlmoForCausalLM
 
+from tests.families import IDS
 from unnorm.training.token_clip import TOKEN_CLIP, clip_tokens, clipping_tokens
 
 
@@ -66,3 +67,13 @@ def test_while_tokens_are_clipped_the_model_computes_what_it_did_and_position_0_
     assert likeness[0] > 0.999 and likeness[1] < 0.95
     # Afterwards nothing is clipped any more.
     assert torch.equal(passes(mostly_the_first)[1], drowned)
+
+
+def test_layers_that_clamp_what_they_computed_in_place_are_clipped_too() -> None:
+    """As OLMo does with `clip_qkv`."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    olmo = OlmoForCausalLM(OlmoConfig(vocab_size=32, max_position_embeddings=16, clip_qkv=8.0, **sizes, **IDS))
+    with clipping_tokens(olmo, olmo.get_output_embeddings()):
+        olmo(input_ids=torch.arange(16).view(2, 8)).logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in olmo.parameters())

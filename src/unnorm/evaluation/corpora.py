@@ -207,7 +207,7 @@ def with_documents(blocks: Dataset, tokenizer: PreTrainedTokenizerBase) -> Datas
         return blocks
     ends = column_of(blocks, "input_ids").ravel() == int(tokenizer.eos_token_id)
     numbers = np.cumsum(ends) - ends
-    return blocks.addcolumn_of("document", list(numbers.reshape(len(blocks), -1)))
+    return blocks.add_column("document", list(numbers.reshape(len(blocks), -1)))
 
 
 def documents_of(blocks: Dataset) -> Int[NDArray[np.int64], "block position"] | None:
