@@ -393,12 +393,15 @@ def test_snippets_of_the_docs_run(package: str, finished_run: Path, monkeypatch:
                 assert float(value.detach()) < 1e-4, f"{name} = {value}"
 
 
-def test_snippets_of_the_analyses_and_of_the_card_run(finished_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (of_attribution,) = snippets_of((Path(__file__).parents[1] / "docs" / "analyses.md").read_text())
+def test_snippets_of_the_analyses_and_of_the_card_run(
+    finished_run: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "analyses.md").read_text()
     names: dict[str, Any] = {}
-    exec(of_attribution.replace("gpt2-norm-free", str(finished_run)), names)
-    found = names["found"]
-    torch.testing.assert_close(found.contributions.sum(0), found.logits)
+    for snippet in snippets_of(page.replace("gpt2-norm-free", str(finished_run)).replace("demo", str(tiny_model_dir))):
+        exec(snippet, names)
+    torch.testing.assert_close(names["found"].contributions.sum(0), names["found"].logits)
+    assert len(names["scales"]["twin"]) == 5 and max(row.change for row in names["weights"]) < 1e-5
     monkeypatch.chdir(finished_run / "model")
     (of_card,) = snippets_of(Path("README.md").read_text())
     exec(of_card, names := {})
