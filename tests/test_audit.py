@@ -415,5 +415,5 @@ class TestBadInput:
         assert says in refused(finished_run, *options)
 
     def test_from_python(self, tmp_path: Path) -> None:
-        with pytest.raises(UnnormError, match="holds no finished run"):
+        with pytest.raises(UnnormError, match="There is no directory"):
             unnorm.audit(tmp_path / "nothing")

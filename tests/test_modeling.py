@@ -186,7 +186,11 @@ def test_verify_knows_what_code_a_checkpoint_brings_along(finished_run: Path, tm
     (broken / "model" / "custom_generate").mkdir()
     (broken / "model" / "custom_generate" / "generate.py").write_text("")
     *_, row = unnorm.verify(broken)
-    assert row.passed and row.detail == "the code that trust_remote_code=True runs, besides custom_generate/generate.py"
+    assert (
+        row.passed
+        and row.detail
+        == "number of differences from the code that trust_remote_code=True runs, besides custom_generate/generate.py"
+    )
     (broken / "model" / "modeling_unnorm.py").unlink()
     assert failed() == ["there is no modeling_unnorm.py"]
     config = json.loads((broken / "model" / "config.json").read_text())

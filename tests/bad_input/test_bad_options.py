@@ -173,4 +173,4 @@ def test_a_process_that_is_not_the_first_says_what_it_alone_meets(
     cli: Cli, monkeypatch: pytest.MonkeyPatch, work: Path
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    assert "unnorm, process 1: 'nothing' holds no finished run" in cli("verify", "nothing").err
+    assert "unnorm, process 1: There is no directory 'nothing'" in cli("verify", "nothing").err

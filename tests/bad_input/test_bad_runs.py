@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -156,8 +157,8 @@ class TestVerify:
         (work / "empty").mkdir()
         directory = tiny_model_dir if name == "model" else Path(name)
         text = refused("verify", directory)
-        assert f"'{directory}' holds no finished run" in text
-        assert "Give the directory of a finished run" in text
+        why = f"There is no directory '{directory}'" if name == "missing" else f"'{directory}' holds no finished run"
+        assert why in text and re.search(r"Give (the directory|that) of a finished run", text)
 
     @pytest.mark.parametrize(
         "content",
