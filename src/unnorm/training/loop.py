@@ -287,7 +287,7 @@ def _collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 def leaves_out_parameters(model: PreTrainedModel) -> bool:
     """Whether text leaves some parameters without a gradient: a vision tower's, those of experts without a token."""
-    with torch.enable_grad():
+    with evaluating(model), torch.enable_grad():  # In training, stand-ins would learn from these random tokens.
         model(input_ids=trace_inputs(model), use_cache=False).logits.sum().backward()
     left_out = any(p.grad is None for p in model.parameters() if p.requires_grad)
     model.zero_grad(set_to_none=True)
