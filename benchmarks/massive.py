@@ -135,6 +135,8 @@ def measure(model: Path, recipe: str, tokens: int, directory: Path, console: Con
             result = unnorm.remove(
                 model=str(model), recipe=recipe, tokens=tokens, control=True, out=directory, watch=progress
             )
+        except unnorm.RunInterruptedError:
+            raise
         except unnorm.UnnormError as error:
             return {"recipe": recipe, "tokens": tokens, "error": str(error).replace(str(directory), directory.name)}
         audit = unnorm.audit(directory, watch=progress)

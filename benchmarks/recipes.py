@@ -41,7 +41,7 @@ def measure_once(keep: Path | None, settings: dict[str, Any], console: Console) 
         if line["settings"] == settings:
             return dict(line["row"])
     row = measure(**settings, console=console)
-    if keep:
+    if keep and "error" not in row:
         with keep.open("a") as file:
             file.write(json.dumps({"settings": settings, "row": row}) + "\n")
     return row
@@ -62,6 +62,8 @@ def measure(recipe: str, tokens: int, seed: int, lr: float | None, console: Cons
                 watch=progress,
                 **options,
             )
+        except unnorm.RunInterruptedError:
+            raise
         except unnorm.UnnormError as error:
             return {"recipe": recipe, "tokens": tokens, "seed": seed, "lr": lr, "error": str(error)}
     keys = (*MEASURES, "control_loss", "control_kl", "teacher_loss", "naive_kl", "skipped_steps", "plan", "seconds")
@@ -98,12 +100,15 @@ def summarize(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def tokens_to_reach(summary: list[dict[str, Any]]) -> dict[str, int | None]:
-    """For each other recipe, the fewest taper tokens that match its gap at its most tokens and best learning rate."""
-    by_tokens = sorted((row for row in summary if "gap" in row), key=lambda row: (row["tokens"], -row["gap"]))
+    """For each other recipe, the fewest taper tokens that match its loss at its most tokens and best learning rate.
+
+    Gaps to controls of different numbers of tokens can't be compared.
+    """
+    by_tokens = sorted(summary, key=lambda row: (row["tokens"], -row["lnfree_loss"]))
     ours = [row for row in by_tokens if row["recipe"] == "taper"]
     last = {row["recipe"]: row for row in by_tokens}
     return {
-        recipe: next((mine["tokens"] for mine in ours if mine["gap"] <= row["gap"]), None)
+        recipe: next((mine["tokens"] for mine in ours if mine["lnfree_loss"] <= row["lnfree_loss"]), None)
         for recipe, row in last.items()
         if recipe != "taper"
     }
@@ -197,7 +202,7 @@ def main() -> None:
     ]
     add_gaps(rows)
     summary = summarize(rows)
-    print(json.dumps({"summary": summary, "reaches_their_gap": tokens_to_reach(summary), "runs": rows}, indent=2))
+    print(json.dumps({"summary": summary, "reaches_their_loss": tokens_to_reach(summary), "runs": rows}, indent=2))
     print(table(summary), file=sys.stderr)
     if args.table:
         args.table.write_text(table(summary))

@@ -280,3 +280,17 @@ def test_scale_is_kept_for_a_penalty_with_its_gradient() -> None:
         torch.testing.assert_close(stand_in.kept_log_scale, stand_in.log_scale(x - x.mean(-1, keepdim=True))[..., 0])
         (gradient,) = torch.autograd.grad(stand_in.kept_log_scale.sum(), x)
         assert float(gradient.abs().sum()) > 0
+
+
+@pytest.mark.parametrize(("interpolation", "moves"), [("log", True), ("linear", False)])
+def test_constants_follow_the_norm_until_it_is_gone_but_tapernorms_until_the_gate_falls(
+    interpolation: Interpolation, moves: bool
+) -> None:
+    gain = torch.ones(12, dtype=torch.float64)
+    stand_in = TaperedNorm(gain, None, 1e-5, False, interpolation=interpolation)
+    stand_in.estimating = True
+    for alpha, expected in ((0.0, True), (0.5, moves), (1.0, False)):
+        stand_in.alpha.fill_(alpha)
+        before = stand_in.log_constant.clone()
+        stand_in(10 * residual())
+        assert (not torch.equal(stand_in.log_constant, before)) is expected

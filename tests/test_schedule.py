@@ -41,7 +41,8 @@ def test_sequential_goes_in_the_papers_order_at_the_papers_times(layers: int) ->
     of_layers = [("mlp", 0)] * layers + [("attention", 0)] * layers + [("attention", 1)] * layers
     assert order == [*of_layers, ("final", 0)]
     # The paper's steps for 12 layers and 300 steps: 20, then 12 * 2, 12 * 2 and 12 * 3 later, 2, 10.
-    steps = [round(300 * t) for t in (schedule.removals[0].start, schedule.removals[-1].end, schedule.end)]
+    ends = (schedule.removals[0].start, schedule.end, schedule.special_position_0)
+    steps = [round(300 * t) for t in ends]
     assert steps == [20, 104, 116]
     assert round(300 * schedule.special_end_of_text) == 106
     assert all(removal.start == removal.end for removal in schedule.removals)

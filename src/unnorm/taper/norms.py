@@ -204,9 +204,11 @@ class TaperedNorm(nn.Module):
             new = torch.stack([ordinary, ordinary])
         else:
             new = torch.stack([ordinary, estimate_log_constant(log_scale, special, self.estimator)])
-        # Paths share the constant, so once one of them has arrived it stays fixed. Batches that overflow must not
-        # spoil it: the guard refuses their step, but that does not undo an update made in the forward pass.
-        moving = (self.alpha < 1).all() & new.isfinite()
+        # Paths share the constant, so once one of them has arrived it stays fixed; TaperNorm's, which the final norm is
+        # drawn to, as soon as the gate falls. Batches that overflow must not spoil it: the guard refuses their step,
+        # but that does not undo an update made in the forward pass.
+        before = self.alpha == 0 if self.interpolation == "linear" else self.alpha < 1
+        moving = before.all() & new.isfinite()
         self.log_constant.copy_(torch.where(moving, self.log_constant.lerp(new, 1 - self.momentum), self.log_constant))
 
 

@@ -104,7 +104,7 @@ TAPERNORM = Recipe(
         penalty_weight=0.1,
     ),
 )
-"""The recipe of arXiv 2602.10408."""
+"""The recipe of arXiv 2602.10408, with the steps and the learning rate of arXiv 2409.13710."""
 
 TAPER = Recipe(
     lay_out=lambda sites, _: taper(sites),

@@ -68,8 +68,8 @@ class Schedule:
 
     @property
     def end(self) -> float:
-        """When the last norm is gone and no token is special any more."""
-        return max(self.special_end_of_text, self.special_position_0, *(r.end for r in self.removals))
+        """When the last norm is gone."""
+        return max(removal.end for removal in self.removals)
 
 
 @dataclass
@@ -212,7 +212,8 @@ def healing(sites: Sequence[NormSite]) -> Schedule:
 def tapernorm(sites: Sequence[NormSite]) -> Schedule:
     """One gate for all sites, held at 1 and then lowered along a cosine, as in arXiv 2602.10408 (alpha is 1 - gate).
 
-    The paper tapers during pretraining; the shares for a short fine-tuning run are our choice.
+    The paper tapers during pretraining; the shares for a short fine-tuning run are our choice. Constants are estimated
+    until the gate falls, as geometric means unless `--estimator` says otherwise.
     """
     return Schedule(tuple(PathRemoval(site.name, 0, TAPERNORM_START, TAPERNORM_END) for site in sites))
 

@@ -102,7 +102,7 @@ class ScheduleCallback(TrainerCallback):
         self.mask_position_0 = progress < schedule.special_position_0
         self.mask_end_of_text = progress < schedule.special_end_of_text
         # All at once, so that a compiled model recompiles once rather than for every site.
-        removed = progress >= max(removal.end for removal in schedule.removals)
+        removed = progress >= schedule.end
         for stand_in in self.removal.stand_ins.values():
             stand_in.estimating, stand_in.removed = not removed, removed
         self.removal.phase = removed, self.mask_position_0, self.mask_end_of_text
