@@ -134,6 +134,15 @@ class TestPlanted:
         assert row["finite"] == {"float32": True, "bfloat16": True, "float16": False}
         assert row["reason"] == "NaN or infinite in float16"
 
+    @pytest.mark.parametrize("able", [False, True])
+    def test_bfloat16_is_tried_on_all_only_where_the_processor_has_it(
+        self, able: bool, healthy: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("unnorm.worst_case.audit.HALF_CPU_TOKENS", 16)
+        monkeypatch.setattr("unnorm.worst_case.audit.computes_bfloat16", lambda _: able)
+        for row in unnorm.audit(healthy, tokens=512, context=16)["classes"]:
+            assert row["bfloat16_tokens"] == (row["tokens"] if able else row["float16_tokens"]), row["name"]
+
     def test_a_token_that_overflows_is_found_wherever_it_is(
         self, tmp_path: Path, healthy: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

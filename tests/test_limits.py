@@ -198,6 +198,19 @@ def test_a_loaded_twin_that_lost_its_limits_is_refused(limited: Path, monkeypatc
         AutoModelForCausalLM.from_pretrained(limited / "model")
 
 
+def test_a_twin_with_limits_is_not_split_by_tensor_parallelism(limited: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = LlamaForCausalLM.from_pretrained.__func__  # type: ignore[attr-defined]
+
+    def split(cls: Any, *args: Any, **more: Any) -> Any:
+        model = load(cls, *args, **more)
+        model._tp_size = 2
+        return model
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", classmethod(split))
+    with pytest.raises(ValueError, match="tensor parallelism does not split"):
+        AutoModelForCausalLM.from_pretrained(limited / "model")
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_limits_hold_in_every_precision(limited: Path, dtype: torch.dtype) -> None:
     model = unnorm.load(limited, dtype=dtype)

@@ -186,11 +186,13 @@ def test_verify_knows_what_code_a_checkpoint_brings_along(finished_run: Path, tm
     (broken / "model" / "custom_generate").mkdir()
     (broken / "model" / "custom_generate" / "generate.py").write_text("")
     *_, row = unnorm.verify(broken)
-    assert (
-        row.passed
-        and row.detail
-        == "number of differences from the code that trust_remote_code=True runs, besides custom_generate/generate.py"
-    )
+    differences = "number of differences from the code that trust_remote_code=True runs"
+    assert row.passed and row.detail == f"{differences}, besides custom_generate/generate.py"
+    settings = broken / "model" / "tokenizer_config.json"
+    plain = settings.read_text()
+    settings.write_text(json.dumps(json.loads(plain) | {"auto_map": {"AutoTokenizer": [None, "other/repo--tok.Tok"]}}))
+    assert failed() == ["tokenizer_config.json names code that is not beside it: other/repo--tok.Tok"]
+    settings.write_text(plain)
     (broken / "model" / "modeling_unnorm.py").unlink()
     assert failed() == ["there is no modeling_unnorm.py"]
     config = json.loads((broken / "model" / "config.json").read_text())
@@ -307,3 +309,26 @@ def test_a_stock_model_in_place_of_the_twin_fails_the_proof(
     assert done.code == 1, done.err
     failed = {row["name"] for row in json.loads(done.out)["checks"] if not row["passed"]}
     assert {"no module is a norm", "no operation of a norm runs", "weights = those of the fold"} <= failed
+
+
+def test_a_twin_with_fewer_layers_can_be_loaded(finished_run: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(finished_run / "model", n_layer=1)
+    assert len(model.transformer.h) == 1 and norm_modules(model) == []
+    whole = unnorm.load(finished_run)
+    whole.transformer.h = whole.transformer.h[:1]
+    ids = trace_inputs(model)
+    torch.testing.assert_close(model(input_ids=ids).logits, whole(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("family", ["GPTJ", "Falcon", "Llama", "Mixtral"])
+def test_what_can_be_switched_is_what_can_be_in_the_stock_class(family: str) -> None:
+    """In a process of its own: what a stock class answered first would be inherited."""
+    stock, able = f"{family}ForCausalLM", ("_can_set_attn_implementation", "_can_set_experts_implementation")
+    code = f"""
+import transformers
+from unnorm.modeling import modeling_unnorm
+twin = getattr(modeling_unnorm, "Unnorm{stock}")
+found = [getattr(twin, name)() for name in {able}]
+assert found == [getattr(transformers.{stock}, name)() for name in {able}], found
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

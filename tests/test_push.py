@@ -260,3 +260,9 @@ def test_weights_that_are_no_longer_those_that_were_proved_are_not_published(hub
     weights["transformer.wte.weight"][5] *= 1000
     save_file(weights, run / "model" / "model.safetensors", metadata={"format": "pt"})
     assert "The proof of the run" in refusal(run, "me/twin") and hub.calls == []
+
+
+def test_links_are_not_followed_to_what_is_not_the_runs(hub: Hub, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "private.txt").write_text("mine")
+    (run / "model" / "notes.txt").symlink_to(tmp_path / "private.txt")
+    assert "has links in it (notes.txt)" in refusal(run, "me/twin") and not hub.calls

@@ -24,7 +24,7 @@ from unnorm.models.load import load_original
 from unnorm.models.sizes import trained_parameters
 from unnorm.removal import remove as removal
 from unnorm.removal.run import check_disk, needed_disk
-from unnorm.run_directory import read_rows
+from unnorm.run_directory import read_rows, resume_command
 from unnorm.runs.config import read_config_file
 from unnorm.training.loop import last_checkpoint
 
@@ -444,3 +444,13 @@ def test_one_command_at_a_time_works_on_a_run(
     (tmp_path / "model").symlink_to(tiny_model_dir)
     first = unnorm.remove(model="./model", watch=meanwhile, **options)
     assert [Path(run["directory"]).name for run in (first, *second)] == ["unnorm-model", "unnorm-model-2"]
+
+
+def test_code_of_a_run_that_may_be_somebody_elses_is_trusted_anew(crashed: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(crashed, tmp_path / "run"))
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
+    with pytest.raises(unnorm.UnnormError, match="was started with --trust-remote-code. Add it again"):
+        unnorm.remove(out=run, resume=True)
+    assert resume_command(run).endswith(" --trust-remote-code")
+    assert unnorm.remove(out=run, resume=True, trust_remote_code=True)["verified"]

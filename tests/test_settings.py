@@ -141,13 +141,13 @@ def test_too_little_memory_for_a_block_is_said(tiny_model: GPT2LMHeadModel, monk
     said = []
     for left in (10**5, 10**9):
         monkeypatch.setattr(plan, "free_memory", lambda _, left=left: states + left)
-        said.append(plan.scarce_memory(plan.make_plan(config, tiny_model), tiny_model))
+        said.append(plan.scarce_memory(config, plan.make_plan(config, tiny_model), tiny_model))
     assert said[1] == "" and "memory may not suffice" in said[0]
     context = int(re.search(r"a --context of (\d+) should fit", said[0])[1])  # type: ignore[index]
     assert 2 <= context < 64
     monkeypatch.setattr(plan, "free_memory", lambda _: states + 10**5)
     shorter = config.model_copy(update={"context": context})
-    assert plan.scarce_memory(plan.make_plan(shorter, tiny_model), tiny_model) == ""
+    assert plan.scarce_memory(shorter, plan.make_plan(shorter, tiny_model), tiny_model) == ""
 
 
 def test_processes_of_one_machine_share_its_memory(

@@ -214,6 +214,7 @@ def heal(
         typer.Option("--control/--no-control", help="Also train the control further.", show_default="if there is one"),
     ] = None,
     report_to: Trackers = None,
+    trust_remote_code: Trust = False,
     json_: Json = False,
 ) -> None:
     """Train the twin of a finished run further, with more tokens.
@@ -381,7 +382,8 @@ def analyze(
     out: Annotated[Path | None, typer.Option(help="Directory to write.", show_default="DIRECTORY/analysis")] = None,
     tokens: Annotated[str, typer.Option(help="Held-out tokens, rounded up to blocks.")] = "4096",
     context: Annotated[
-        int | None, typer.Option(help="Sequence length in tokens.", show_default="the models', at most 256")
+        int | None,
+        typer.Option(help="Sequence length in tokens.", show_default="the models' and the run's, at most 256"),
     ] = None,
     text_field: RunTextField = None,
     split: RunSplit = None,
@@ -497,7 +499,7 @@ def main() -> None:
             _say(str(error))
         sys.exit(error.exit_code)
     except SystemExit as leaving:
-        if leaving.code == STOPPED:  # typer prints nothing.
+        if leaving.code == STOPPED and os.environ.get("RANK", "0") == "0":  # typer prints nothing.
             _progress.print("Stopped; nothing was saved.")
         raise
     except OSError as error:

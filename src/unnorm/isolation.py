@@ -130,16 +130,21 @@ def _accelerate_kept() -> Iterator[None]:
 @contextmanager
 def _whole_float32() -> Iterator[None]:
     """Products and convolutions of float32 in float32, not TF32 or bfloat16, whatever the caller chose for them."""
-    places: list[Any] = [torch.backends, torch.backends.cuda.matmul, torch.backends.cudnn.conv]
+    places: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn.conv]
     places += [torch.backends.mkldnn.matmul, torch.backends.mkldnn.conv]
-    before = [place.fp32_precision for place in places]
-    for place in places:
+    of_all = torch.backends.fp32_precision
+    torch.backends.fp32_precision = "none"  # What a place says now is its own choice, not that for all.
+    own = [place.fp32_precision for place in places]
+    torch.backends.fp32_precision = "ieee"
+    differing = [(place, choice) for place, choice in zip(places, own, strict=True) if place.fp32_precision != "ieee"]
+    for place, _ in differing:
         place.fp32_precision = "ieee"
     try:
         yield
     finally:
-        for place, precision in zip(places, before, strict=True):
-            place.fp32_precision = precision
+        for place, choice in differing:
+            place.fp32_precision = choice
+        torch.backends.fp32_precision = of_all
 
 
 @contextmanager

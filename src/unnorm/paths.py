@@ -6,7 +6,7 @@ from pathlib import Path
 from shlex import quote
 from subprocess import list2cmdline
 
-from unnorm.errors import UnnormError
+from unnorm.errors import UnnormError, first_few
 
 
 def short_name(source: str) -> str:
@@ -23,6 +23,13 @@ def named_path(source: str | Path) -> Path:
     if not isinstance(source, str | os.PathLike):
         raise UnnormError(f"Give a name or a path, not a {type(source).__name__}.")
     return Path(os.path.expanduser(source))  # noqa: PTH111 (pathlib's raises where there is no such user)
+
+
+def refuse_links(directory: Path) -> None:
+    """Raise an UnnormError if there are links in a directory to be published: they may lead anywhere."""
+    links = sorted(path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_symlink())
+    if links:
+        raise UnnormError(f"'{directory}' has links in it ({first_few(links)}). Replace them by files, or delete them.")
 
 
 def write_text(path: Path, text: str) -> None:

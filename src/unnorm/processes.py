@@ -40,7 +40,22 @@ def is_main() -> bool:
 
 
 def join(device: str) -> None:
-    """Connect to the other processes, if there are any: with gloo on the CPU, otherwise with the device's backend."""
+    """Connect to the other processes, if there are any: with gloo on the CPU, otherwise with the device's backend.
+
+    Raises:
+        UnnormError: the launch shards models, or has more processes than there are GPUs.
+    """
+    for kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{kind}", "").lower() == "true":
+            raise UnnormError(
+                f"Models sharded by {kind} are not supported: each process holds the whole model. Use torchrun, or "
+                "accelerate launch --multi_gpu."
+            )
+    here, gpus = count_here(), torch.cuda.device_count()
+    if device == "cuda" and count() > 1 and here > gpus:
+        raise UnnormError(
+            f"{here} processes on this machine, but {gpus} GPUs. Start as many processes as there are GPUs."
+        )
     if count() > 1 and not dist.is_initialized():
         backend = {"backend": "gloo"} if device == "cpu" else {}
         PartialState(cpu=device == "cpu", timeout=LONGEST_WAIT, **backend)
@@ -51,16 +66,39 @@ def agree(make: Callable[[], T]) -> T:
     if not dist.is_initialized():
         return make()
     answer: list[Any] = [None, None]
+    failed: Exception | None = None
     if is_main():
         try:
             answer[0] = make()
-        except UnnormError as error:
-            answer[1] = error
+        except Exception as error:  # The others wait for an answer, whatever it is.
+            failed = error
+            answer[1] = error if isinstance(error, UnnormError) else UnnormError("The first process failed.")
     dist.broadcast_object_list(answer)
+    if failed is not None and not isinstance(failed, UnnormError):
+        raise failed
     if isinstance(answer[1], UnnormError):
         answer[1].told_elsewhere = not is_main()
         raise answer[1]
     return answer[0]
+
+
+def together(make: Callable[[], T]) -> T:
+    """Run `make` on every process and return its result; if it raises an UnnormError on any, raise the first on all."""
+    if not dist.is_initialized():
+        return make()
+    made: list[T] = []
+    error: UnnormError | None = None
+    try:
+        made.append(make())
+    except UnnormError as raised:
+        error = raised
+    errors: list[UnnormError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for index, found in enumerate(errors):
+        if found is not None:
+            found.told_elsewhere = rank() != index
+            raise found
+    return made[0]
 
 
 def total(values: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The names of a run's files, and reading its result."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def resume_command(directory: Path) -> str:
-    """The shell command that resumes a run."""
-    return f"unnorm remove --resume --out {quoted(directory)}"
+    """The shell command that resumes a run, with as many processes and as much trust as it has."""
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    command = "unnorm" if launched == 1 else f"torchrun --nproc-per-node {launched} -m unnorm"
+    settings = directory / CONFIG_FILE
+    saved = settings.read_text(encoding="utf-8", errors="replace") if settings.is_file() else ""
+    trusts = "\ntrust_remote_code: true" in saved
+    return f"{command} remove --resume --out {quoted(directory)}{' --trust-remote-code' if trusts else ''}"
 
 
 def finished_result(directory: Path) -> dict[str, Any]:

@@ -293,3 +293,11 @@ def test_text_that_is_gone_over_again_keeps_its_mixture(passes: float) -> None:
     blocks = Dataset.from_dict({"stress": [False] * 80 + [True] * 20})
     again = loop._as_many(blocks, round(100 * passes))["stress"]
     assert sum(again) == pytest.approx(0.2 * len(again), abs=1)
+
+
+def test_parameters_that_text_does_not_reach_are_noticed(tiny_model: GPT2LMHeadModel) -> None:
+    model = copy_model(tiny_model).train()
+    assert not loop.leaves_out_parameters(model)
+    model.idle = torch.nn.Linear(2, 2)
+    assert loop.leaves_out_parameters(model)
+    assert model.training and all(p.grad is None for p in model.parameters())

@@ -290,7 +290,8 @@ def _error_figure(original: dict[str, Any]) -> Figure:
     for (layer, column), rows in cells.items():
         effect = sum(row["mean_abs_direct_effect"] for row in rows)
         missed = sum(row["error"] * row["mean_abs_direct_effect"] for row in rows if row["mean_abs_direct_effect"])
-        grid[layer][column] = missed / effect if effect else 0
+        nothing = 0.0 if all(row["error"] == 0 for row in rows) else None  # None: something attributed, without effect.
+        grid[layer][column] = missed / effect if effect else nothing
     return heat_map(grid, columns, [f"layer {layer}" for layer in range(len(grid))], ".1%", "error")
 
 

@@ -268,6 +268,11 @@ def _check_width(source: str, vocab_size: int) -> None:
 
 def _check_ids(source: str, ids: Tokens, vocab_size: int) -> None:
     if ids.max() >= vocab_size:
+        if not token_paths(source):
+            raise UnnormError(
+                f"'{source}' has token id {ids.max()}, a special token for which the model has no embedding (its "
+                f"vocabulary ends at {vocab_size - 1}). Leave such text out."
+            )
         raise UnnormError(
             f"'{source}' has token id {ids.max()}, but the model's vocabulary ends at {vocab_size - 1}: "
             "it was made with another tokenizer. Give the text itself, or token ids of this model's tokenizer."

@@ -15,7 +15,7 @@ from unnorm.exports.measure import FormError, form_errors
 from unnorm.folding.checkpoint import load, load_sites
 from unnorm.isolation import isolated
 from unnorm.models.load import load_tokenizer
-from unnorm.paths import named_path, nearest_existing
+from unnorm.paths import named_path, nearest_existing, refuse_links
 from unnorm.run_directory import MODEL, finished_result
 
 Form = Literal["transformers", "stock", "nanogpt"]
@@ -107,6 +107,7 @@ def export(
 
 def _write(directory: Path, folded: PreTrainedModel, to: Form, out: Path, trust_remote_code: bool) -> list[FormError]:
     if to == "transformers":
+        refuse_links(directory / MODEL)
         shutil.copytree(directory / MODEL, out, dirs_exist_ok=True)
         return form_errors(folded, lambda dtype: AutoModelForCausalLM.from_pretrained(out, dtype=dtype).eval())
     rows = nanogpt.write_nanogpt(folded, out) if to == "nanogpt" else stock.write_stock(directory, folded, out)

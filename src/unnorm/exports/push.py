@@ -9,7 +9,7 @@ from huggingface_hub import metadata_load
 
 from unnorm.errors import UnnormError, short
 from unnorm.folding.checkpoint import load_sites
-from unnorm.paths import named_path, quoted
+from unnorm.paths import named_path, quoted, refuse_links
 from unnorm.proof.verify import verify
 from unnorm.run_directory import CARD, MODEL, finished_result
 
@@ -102,6 +102,7 @@ def check_run(directory: Path) -> Path:
     lacking += [] if any(folder.glob("*.safetensors")) else ["the weights"]
     if lacking:
         raise UnnormError(f"'{folder}' lacks {', '.join(lacking)}. Do the run again, or copy it again.")
+    refuse_links(folder)
     check_card(folder / CARD)
     # The run's own verdict first, since it costs nothing; then the files as they are now.
     if not result.get("verified") or not all(check.passed for check in verify(directory)):

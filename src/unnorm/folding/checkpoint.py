@@ -261,6 +261,12 @@ def load_trained(directory: Path) -> tuple[PreTrainedModel, list[NormSite], dict
             f"'{directory / SITES}' is damaged: the model in '{directory / UNFOLDED}' has no "
             f"{', '.join(sorted(unknown))}. Do the run again."
         )
+    for site in sites:
+        gain = getattr(model.get_submodule(site.name), "weight", None)
+        if gain is not None and gain.shape[-1] != site.width:
+            raise UnnormError(
+                f"'{directory / SITES}' is damaged: '{site.name}' is not {site.width} wide. Do the run again."
+            )
     return model, sites, constants
 
 

@@ -56,12 +56,20 @@ def strip_norms(
         affine_maps: by path, arguments of the `AffineMap` that replaces some removed norms instead.
     """
     kept = affine_maps or {}
-    for name in removed_norms:
+    for name in (name for name in removed_norms if not _cut_off(model, name)):
         model.set_submodule(name, AffineMap(**kept[name]) if name in kept else nn.Identity())
-    for name in added_biases:
+    for name in (name for name in added_biases if not _cut_off(model, name)):
         linear = model.get_submodule(name)
         weight = linear.get_parameter("weight")
-        linear.bias = nn.Parameter(zeros(weight.shape[0], dtype=weight.dtype, device=weight.device))
+        outputs = getattr(weight, "ds_shape", weight.shape)[0]  # DeepSpeed leaves weights empty that it shards.
+        linear.bias = nn.Parameter(zeros(outputs, dtype=weight.dtype, device=weight.device))
+
+
+def _cut_off(model: nn.Module, name: str) -> bool:
+    """Whether a path lies in a layer that the model no longer has, as with `num_hidden_layers` lowered."""
+    parts = name.split(".")
+    at = next((place for place, part in enumerate(parts) if part.isdigit()), None)
+    return at is not None and int(parts[at]) >= len(list(model.get_submodule(".".join(parts[:at])).children()))
 
 
 def limit_neurons(model: nn.Module, writers: Sequence[str], limits: Mapping[str, Tensor] | None = None) -> None:
@@ -74,10 +82,10 @@ def limit_neurons(model: nn.Module, writers: Sequence[str], limits: Mapping[str,
         writers: paths of linear layers whose inputs are an MLP's neurons.
         limits: by path, shaped (neuron); by default infinite, until a checkpoint fills them in.
     """
-    for name in writers:
+    for name in (name for name in writers if not _cut_off(model, name)):
         writer = model.get_submodule(name)
         weight = writer.get_parameter("weight")
-        width = weight.shape[0] if type(writer).__name__ == "Conv1D" else weight.shape[1]
+        width = getattr(weight, "ds_shape", weight.shape)[0 if type(writer).__name__ == "Conv1D" else 1]
         limit = full((width,), inf, dtype=weight.dtype, device=weight.device)
         writer.register_buffer("limit", limit if limits is None else limit.copy_(limits[name]))
         writer.register_forward_pre_hook(_limited)
@@ -128,11 +136,12 @@ def ln_free_model(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
         loaded = super(made, cls).from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
-        writers = model.config.limited_neurons or []
+        writers = [name for name in model.config.limited_neurons or [] if not _cut_off(model, name)]
         if lost := [name for name in writers if "limit" not in model.get_submodule(name)._buffers]:
             raise ValueError(
                 f"The neurons of {lost[0]} lost their limits: something replaced that layer, as quantizers do. Leave "
-                "these layers as they are (in bitsandbytes with llm_int8_skip_modules)."
+                "these layers as they are (in bitsandbytes with "
+                f'llm_int8_skip_modules=["lm_head", "{lost[0].rpartition(".")[2]}"]).'
             )
         if writers and (getattr(model, "tp_size", None) or 1) > 1:
             raise ValueError(
@@ -140,7 +149,7 @@ def ln_free_model(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
             )
         return loaded
 
-    body = {
+    body: dict[str, Any] = {
         "__module__": __name__,
         "__doc__": f"{stock.__name__} without norms.",
         "__init__": initialize,
@@ -150,6 +159,10 @@ def ln_free_model(stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
         # Buffers that no checkpoint holds are computed by the stock class's code, which skips custom classes.
         "is_custom_code": classmethod(lambda _: False),
     }
+    # transformers reads these off the source of the class's module, which here is this file.
+    for able in ("_can_set_attn_implementation", "_can_set_experts_implementation"):
+        if hasattr(stock, able):
+            body[able] = getattr(stock, able)
     made: type[Any] = type(PREFIX + stock.__name__, (stock,), body)
     if stock.__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():  # The Trainer and pipelines look here.
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[made.config_class.model_type] = made.__name__

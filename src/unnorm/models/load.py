@@ -159,6 +159,11 @@ def _load_weights(model: str, path: str, config: PretrainedConfig, trust_remote_
         raise UnnormError(f"A weight file of '{model}' is damaged ({short(error)}). Fetch it again.") from error
     except Exception as error:
         _refuse_remote_code(model, error)
+        if isinstance(error, OSError) and any(Path(path).glob("*.safetensors")):
+            raise UnnormError(
+                f"The weights of '{model}' are not complete: model.safetensors.index.json is missing, or files have "
+                "other names. Fetch it again."
+            ) from error
         if isinstance(error, OSError) and "file named" in str(error):
             raise UnnormError(
                 f"'{model}' has no weights in safetensors format, the only one that is read: pickled weights "
@@ -216,6 +221,8 @@ def load_tokenizer(model: str, path: str | Path, trust_remote_code: bool) -> Pre
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
         if type(tokenizer).__name__ == "MistralCommonBackend":  # Used if mistral-common is installed; not savable.
             return PreTrainedTokenizerFast.from_pretrained(path)
+        if not trust_remote_code:  # Else it would be saved with the name of code that is not saved with it.
+            tokenizer.init_kwargs.pop("auto_map", None)
         return tokenizer
     except Exception as error:
         _refuse_remote_code(model, error)

@@ -1,5 +1,6 @@
 """Proof, from a run directory alone, that the model in it is norm-free and is the one that was trained."""
 
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -340,10 +341,23 @@ def check_modeling_file(checkpoint: Path, twin: PreTrainedModel) -> Check:
         wrong.append(f"{own.name} is not this version's; `unnorm.load(DIR).save_pretrained(DIR/model)` writes that")
     if getattr(twin.config, "auto_map", None) != expected:
         wrong.append("config.json names other classes to load")
+    wrong += _tokenizers_code_elsewhere(checkpoint)
     others = sorted(path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*.py"))
     besides = first_few([other for other in others if other != own.name])
     ran = f"number of differences from the code that trust_remote_code=True runs{besides and f', besides {besides}'}"
     return _row(name, len(wrong), 0, "; ".join(wrong) or ran)
+
+
+def _tokenizers_code_elsewhere(checkpoint: Path) -> list[str]:
+    """What the tokenizer's settings name as its code, if that is not beside them."""
+    path = checkpoint / "tokenizer_config.json"
+    try:
+        named = json.loads(path.read_text(encoding="utf-8")).get("auto_map") or {}
+        classes = [name for of in named.values() for name in (of if isinstance(of, list) else [of]) if name]
+    except (OSError, ValueError, AttributeError):
+        return []
+    gone = [name for name in classes if "--" in name or not (checkpoint / f"{name.partition('.')[0]}.py").is_file()]
+    return [f"tokenizer_config.json names code that is not beside it: {first_few(gone)}"] if gone else []
 
 
 def _with_batch(part: Float[Tensor, "..."], batch: int, length: int) -> Float[Tensor, "..."]:

@@ -35,10 +35,12 @@ from unnorm.run_directory import (
     DATA,
     HELD_OUT,
     LOGS,
+    METRICS,
     MODEL,
     REPORT,
     RESULT,
     finished_result,
+    read_rows,
 )
 from unnorm.sites.find import norm_modules_and_idle
 from unnorm.versions import versions
@@ -75,6 +77,7 @@ def conclude(run: Run, facts: Facts, control: PreTrainedModel | None, started: f
         result=result,
         rows=rows,
         control_rows=[] if control is None else history(run.directory / CONTROL),
+        control_steps=[] if control is None else read_rows(run.directory / CONTROL / METRICS),
         scales_before=scale_statistics(_log_scales(run, run.original)),
         # Where a norm was folded into its writer, the twin's site already gets what the norm would have given.
         scales_after=scale_statistics(_log_scales(run, unfolded.float().to(run.plan.device))),
@@ -87,7 +90,8 @@ def conclude(run: Run, facts: Facts, control: PreTrainedModel | None, started: f
     write_text(run.directory / REPORT, render_report(data))
     write_text(run.directory / MODEL / CARD, render_card(result, sites, constants))
     write_text(run.directory / RESULT, json_text(result))
-    if control is not None or not writes_text(run.config):  # Else a control added later needs it.
+    may_get_a_control = control is None and run.plan.steps and run.config.twin is None
+    if not (may_get_a_control and writes_text(run.config)):  # Else the control would need it.
         (run.directory / DATA / HELD_OUT).unlink(missing_ok=True)  # First: without it the rest counts as incomplete.
         shutil.rmtree(run.directory / DATA, ignore_errors=True)
     for trained in (run.directory, run.directory / CONTROL):

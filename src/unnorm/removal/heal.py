@@ -19,7 +19,7 @@ from unnorm.runs.text import choose_text
 
 _OF_ONE_RUN = (
     *("tokens", "lr", "batch_size", "micro_batch", "device", "dtype", "compile", "cuda_graph"),
-    *("report_to", "out", "twin"),
+    *("report_to", "out", "twin", "trust_remote_code"),
 )
 """Settings that a healing run does not inherit from the finished run."""
 
@@ -31,9 +31,10 @@ def heal(directory: str | Path, *, watch: Watch | None = None, **options: Any) -
     Args:
         directory: the finished run; it is not changed.
         watch: as for `remove`.
-        **options: fields of `RemoveConfig`. `tokens`, `lr`, batch sizes, `report_to`, device, precision, `compile` and
-            `cuda_graph` are chosen anew, as are `text_field` and `split` if `data` is other text. The seed is the
-            finished run's plus 1, and a control is trained only if the finished run has one. The rest is inherited.
+        **options: fields of `RemoveConfig`. `tokens`, `lr`, batch sizes, `report_to`, device, precision, `compile`,
+            `cuda_graph` and `trust_remote_code` are chosen anew, as are `text_field` and `split` if `data` is other
+            text. The seed is the finished run's plus 1, and a control is trained only if the finished run has one. The
+            rest is inherited.
 
     Returns:
         The contents of `result.json`; tokens and seconds are totals over all runs so far.

@@ -29,7 +29,7 @@ def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], Fac
     directory = run.config.twin
     assert directory is not None
     result, facts = finished_result(directory), facts_of(directory)
-    was, now = run_settings(directory), run.config.to_saved()  # With absolute paths, unlike the result.
+    was, now = run_settings(directory), run.config.to_saved()  # With absolute paths.
     same = not facts.earlier_data and all(was.get(key) == now[key] for key in ("data", "text_field", "split"))
     facts = replace(
         facts,

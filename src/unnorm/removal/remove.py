@@ -92,7 +92,9 @@ def remove(
         if not (directory / CONFIG_FILE).is_file():
             raise
         command = resume_command(directory) + not_saved(config, directory)
-        raise RunInterruptedError(f"Stopped; saved work is kept. Resume with: {command}") from None
+        stopped = RunInterruptedError(f"Stopped; saved work is kept. Resume with: {command}")
+        stopped.told_elsewhere = not processes.is_main()
+        raise stopped from None
 
 
 def _run(config: RemoveConfig, directory: Path, watch: Watch, started: float) -> dict[str, Any]:
@@ -105,14 +107,14 @@ def _run(config: RemoveConfig, directory: Path, watch: Watch, started: float) ->
 def _prepare(config: RemoveConfig, directory: Path, watch: Watch) -> Run:
     """Load and check the model, then write the blocks; nothing is written until the checks have passed."""
     say(watch, f"loading {config.model}")
-    model, tokenizer = _load_original(config, directory)
+    model, tokenizer = processes.together(lambda: _load_original(config, directory))
     plan = processes.agree(lambda: _plan(config, model))
-    sites = find_sites(model, config.in_place, config.keep)
+    sites = processes.together(lambda: find_sites(model, config.in_place, config.keep))
     processes.agree(lambda: prove_sites(model, sites))
     weights = processes.agree(lambda: weights_digest(model))
     processes.agree(lambda: check_same_original(config, directory, weights))
-    check_disk(directory, model, config.control and not (directory / RESULT).is_file())
-    if warning := scarce_memory(plan, model):
+    processes.together(lambda: check_disk(directory, model, config.control and not (directory / RESULT).is_file()))
+    if warning := scarce_memory(config, plan, model):
         say(watch, warning)
     set_seed(config.seed)
     reset_peak_memory(plan.device)
@@ -120,7 +122,7 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watch) -> Run:
     fuse_activations(model)
     held_out = processes.agree(lambda: write_blocks(config, plan, model, tokenizer, directory, watch))
     processes.agree(lambda: write_text(directory / DATA / ORIGINAL, weights))
-    train_blocks, stress, validation_blocks = read_blocks(directory, config)
+    train_blocks, stress, validation_blocks = processes.together(lambda: read_blocks(directory, config))
     return Run(
         directory=directory,
         config=config,

@@ -24,6 +24,11 @@ def saved_options(options: dict[str, Any]) -> dict[str, Any]:
     if not (directory / CONFIG_FILE).is_file():
         raise UnnormError(f"'{directory}' holds no run to resume: there is no {CONFIG_FILE} in it.")
     saved = read_config_file(directory / CONFIG_FILE)
+    if saved.get("trust_remote_code") and not options.get("trust_remote_code"):  # The run may be somebody else's.
+        raise UnnormError(
+            f"The run in '{directory}' was started with --trust-remote-code. Add it again, if you trust the code of "
+            f"'{saved.get('model')}'."
+        )
     finished = (directory / RESULT).exists()
     if finished:
         _check_control_is_left(directory, {**saved, **options})

@@ -1,5 +1,6 @@
 """The report page: what a removal achieved, its proof, and how it was run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
@@ -56,6 +57,7 @@ class ReportData:
         samples: each a `prompt` with its greedy continuations `original` and `lnfree`.
         checks: the proof: `name`, `passed`, `value`, `limit` (the largest value that passes) and `detail`.
         comparison: original and LN-free model token by token; None leaves it out.
+        control_steps: those of `control_rows` that the run's own plan has steps for, not of runs before it.
     """
 
     result: dict[str, Any]
@@ -68,6 +70,7 @@ class ReportData:
     samples: list[dict[str, str]]
     checks: list[dict[str, Any]]
     comparison: Comparison | None = None
+    control_steps: Sequence[dict[str, Any]] = ()
 
 
 def render_report(data: ReportData) -> str:
@@ -89,7 +92,7 @@ def render_report(data: ReportData) -> str:
         "checks": [_check(check) for check in data.checks],
         "failed": sum(not check.get("passed") for check in data.checks),
         "samples": [_sample(sample) for sample in data.samples],
-        "settings": [*_settings(data.result), *_control_steps(data.control_rows)],
+        "settings": [*_settings(data.result), *_control_steps(data.control_steps)],
         "versions": sorted(_mapping(data.result.get("versions")).items()),
     }
     pairs = [] if data.comparison is None else [make_pair(f"{data.result.get('model')}", data.comparison)]
@@ -283,8 +286,8 @@ def _settings(result: dict[str, Any]) -> list[tuple[str, str]]:
     return rows + [(PLAN_WORDS.get(key, str(key).replace("_", " ")), _plain(value)) for key, value in plan.items()]
 
 
-def _control_steps(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """How the control's steps differ from the twin's, in number and size."""
+def _control_steps(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """How the control's steps differ from the twin's, in number and size; of a healed run, those of its own."""
     if not rows or not rows[-1].get("step"):
         return []
     step, tokens = rows[-1]["step"], rows[-1]["tokens"]

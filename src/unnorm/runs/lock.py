@@ -22,7 +22,7 @@ def held(directory: Path) -> Iterator[None]:
     Raises:
         UnnormError: another command is working on it.
     """
-    lock = FileLock(directory / LOCK, mode=0o666)
+    lock = FileLock(directory / LOCK, mode=0o644)
     missing = list(takewhile(lambda path: not path.exists(), (directory, *directory.parents)))
 
     def take() -> None:
@@ -37,6 +37,11 @@ def held(directory: Path) -> Iterator[None]:
 
     processes.agree(take)
     try:
+        if not (directory / LOCK).exists():
+            raise UnnormError(
+                f"Process {processes.rank()} does not see '{directory}', which the first process made. All need one "
+                "disk: give an --out that every machine has."
+            )
         yield
     finally:
         if lock.is_locked:

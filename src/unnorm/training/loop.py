@@ -273,7 +273,7 @@ def last_checkpoint(checkpoints: Path) -> str | None:
         except (OSError, ValueError):
             is_whole = False
         if not is_whole:  # The Trainer would go on with a fresh optimizer.
-            shutil.rmtree(checkpoint)
+            checkpoint.unlink() if checkpoint.is_symlink() else shutil.rmtree(checkpoint)
     return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
 
 
@@ -287,7 +287,7 @@ def _collate(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
 
 def leaves_out_parameters(model: PreTrainedModel) -> bool:
     """Whether text leaves some parameters without a gradient: a vision tower's, those of experts without a token."""
-    with evaluating(model), torch.enable_grad():  # In training, stand-ins would learn from these random tokens.
+    with evaluating(model), torch.enable_grad():  # Without dropout or layer drop, which may leave out more.
         model(input_ids=trace_inputs(model), use_cache=False).logits.sum().backward()
     left_out = any(p.grad is None for p in model.parameters() if p.requires_grad)
     model.zero_grad(set_to_none=True)
