@@ -4,6 +4,8 @@ import inspect
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 

@@ -450,7 +450,7 @@ def test_code_of_a_run_that_may_be_somebody_elses_is_trusted_anew(crashed: Path,
     run = Path(shutil.copytree(crashed, tmp_path / "run"))
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("trust_remote_code: false", "trust_remote_code: true"))
-    with pytest.raises(unnorm.UnnormError, match="was started with --trust-remote-code. Add it again"):
+    with pytest.raises(unnorm.UnnormError, match=r"was started with --trust-remote-code\. Add it again"):
         unnorm.remove(out=run, resume=True)
     assert resume_command(run).endswith(" --trust-remote-code")
     assert unnorm.remove(out=run, resume=True, trust_remote_code=True)["verified"]
