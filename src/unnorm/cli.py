@@ -47,7 +47,7 @@ BY_DEVICE = "1.6M on a CPU, 20M on a GPU"
 
 Json = Annotated[bool, typer.Option("--json", help="Results as JSON on standard output, all else on standard error.")]
 Model = Annotated[
-    str, typer.Argument(metavar="[MODEL]", help="'demo' (bundled), a local directory, a GGUF file or a hub id.")
+    str, typer.Argument(metavar="MODEL", help="'demo' (bundled), a local directory, a GGUF file or a hub id.")
 ]
 TEXT = (
     "'stdlib' (Python's own library, for the demo); a .txt, .jsonl, .parquet, .csv or .bin file, directory or glob; "
