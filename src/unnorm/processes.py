@@ -74,10 +74,10 @@ def agree(make: Callable[[], T]) -> T:
             failed = error
             answer[1] = error if isinstance(error, UnnormError) else UnnormError("The first process failed.")
     dist.broadcast_object_list(answer)
-    if failed is not None and not isinstance(failed, UnnormError):
+    if failed is not None:
         raise failed
-    if isinstance(answer[1], UnnormError):
-        answer[1].told_elsewhere = not is_main()
+    if answer[1] is not None:
+        answer[1].told_elsewhere = True
         raise answer[1]
     return answer[0]
 

@@ -94,7 +94,7 @@ def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) 
             f"--tokens {tokens:,} is less than one step, which takes {batch_size:,} blocks of {context:,} tokens. "
             "Give more tokens, or a smaller --batch-size or --context."
         )
-    micro_batch = _micro_batch(config, model, context, batch_size // processes, processes) if tokens else 1
+    micro_batch = _micro_batch(config, model, device, context, batch_size // processes, processes) if tokens else 1
     return Plan(
         device=device,
         bfloat16=config.dtype == "bfloat16" or (config.dtype == "auto" and _fast_bfloat16(device)),
@@ -138,23 +138,24 @@ def default_lr(model: PreTrainedModel, recipe: RecipeName) -> float:
     return min(MOST_LR, RECIPES[recipe].lr_at_768 * (768 / int(model.config.get_text_config().hidden_size)) ** 0.5)
 
 
-def _micro_batch(config: RemoveConfig, model: PreTrainedModel, context: int, most: int, processes: int) -> int:
+def _micro_batch(
+    config: RemoveConfig, model: PreTrainedModel, device: str, context: int, most: int, processes: int
+) -> int:
     """Blocks at once: the largest divisor of `most` that is at most what was asked for, or whose activations fit."""
-    device, asked = choose_device(config.device), config.micro_batch
-    states, free = _states_and_free(config, model, processes)
+    states, free = _states_and_free(config, model, device, processes)
     if states > free:
         raise UnnormError(
             f"Training this model takes {states / 1e9:.1f} GB on {device} for weights, gradients and the optimizer "
             f"alone, but {free / 1e9:.1f} GB are free. Use a smaller model or a larger "
             "machine; --tokens 0 needs far less."
         )
-    fit = asked or max(1, int((free - states) * MEMORY_SHARE / (context * _token_bytes(model))))
+    fit = config.micro_batch or max(1, int((free - states) * MEMORY_SHARE / (context * _token_bytes(model))))
     return max(size for size in range(1, most + 1) if most % size == 0 and size <= fit)
 
 
 def scarce_memory(config: RemoveConfig, plan: Plan, model: PreTrainedModel) -> str:
     """A warning if the activations of a micro-batch may not fit beside the states; empty if they should."""
-    states, free = _states_and_free(config, model, plan.processes)
+    states, free = _states_and_free(config, model, plan.device, plan.processes)
     token = _token_bytes(model) // (2 if plan.bfloat16 else 1)
     needed = plan.micro_batch * plan.context * token
     if not plan.steps or states + needed <= free:
@@ -167,9 +168,8 @@ def scarce_memory(config: RemoveConfig, plan: Plan, model: PreTrainedModel) -> s
     )
 
 
-def _states_and_free(config: RemoveConfig, model: PreTrainedModel, processes: int) -> tuple[int, int]:
+def _states_and_free(config: RemoveConfig, model: PreTrainedModel, device: str, processes: int) -> tuple[int, int]:
     """Bytes that weights, gradients, AdamW's moments and the second model take, and bytes that are free for them."""
-    device = choose_device(config.device)
     unties = RECIPES[config.recipe].equalizes and config.twin is None
     parameters = trained_parameters(model) if unties else sum(p.numel() for p in model.parameters())
     in_buckets = 4 if processes > 1 else 0  # Of gradients, for their exchange.

@@ -110,7 +110,7 @@ def audit(
         context=length,
         trained=trained_context(directory),
         tokens=tokens,
-        random=torch.Generator().manual_seed(int(seed)),
+        random=torch.Generator().manual_seed(seed),
         begin=begin,
     )
     classes = list(input_classes(material, _takes_positions(twin) and _takes_positions(reference)))
