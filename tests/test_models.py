@@ -19,7 +19,7 @@ from unnorm.errors import UnnormError
 from unnorm.folding.checkpoint import load_unfolded
 from unnorm.models.comparable import check_same_tokenizer
 from unnorm.models.load import load_original
-from unnorm.models.running import cast_as_loaded, without_dropout
+from unnorm.models.running import cast_as_loaded, without_noise
 from unnorm.models.sizes import blocks_at_once, context_length
 
 OPT: dict[str, Any] = {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "word_embed_proj_dim": 32}
@@ -54,7 +54,7 @@ def test_no_family_has_dropout_while_it_is_off(family: str) -> None:
         return [model(input_ids=ids, use_cache=False).logits for _ in range(3)]
 
     saved = model.config.to_dict()
-    with without_dropout(model):
+    with without_noise(model):
         first, *others = passes()
         expected = model.eval()(input_ids=ids, use_cache=False).logits
     assert all(torch.equal(first, other) for other in others)
@@ -62,6 +62,26 @@ def test_no_family_has_dropout_while_it_is_off(family: str) -> None:
     assert model.config.to_dict() == saved
     first, *others = passes()
     assert not all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize(
+    ("family", "is_random"),
+    [("gpt2, in modules", True), ("falcon, in the config", True), ("llama", True), ("mixtral, in the router", False)],
+)
+def test_dropout_alone_may_stay(family: str, is_random: bool) -> None:
+    model = random_model(NOISY[family]).train()
+    ids = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(0))
+    with without_noise(model, keep_dropout=True):
+        first, second = (model(input_ids=ids, use_cache=False).logits for _ in range(2))
+    assert torch.equal(first, second) != is_random
+
+
+def test_layers_are_not_left_out_where_dropout_stays() -> None:
+    model = random_model(lambda: hf.OPTConfig(**SIZES, **OPT, dropout=0.0, layerdrop=0.5)).train()
+    ids = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(0))
+    with without_noise(model, keep_dropout=True):
+        first, *others = (model(input_ids=ids, use_cache=False).logits for _ in range(8))
+    assert all(torch.equal(first, other) for other in others)
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTraine
 import unnorm
 from tests.conftest import VOCAB, Cli, Saved
 from tests.families import FAMILIES, random_model
-from tests.running import SETTINGS, assert_same_weights, ctrl_c_at
+from tests.running import SETTINGS, assert_same_weights, ctrl_c_at, with_config
 from unnorm import evaluation
 from unnorm.cli import BY_DEVICE, app, main
 from unnorm.data import evenly_spaced
@@ -184,7 +184,8 @@ def test_logs_of_trackers_outlive_the_checkpoints_beside_them(
 def test_a_step_in_several_micro_batches_is_the_same_step(
     monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    """But for the constants, since each micro-batch is measured with those of the one before; here they stay."""
+    """But for dropout, and for the constants, since each micro-batch is measured with those of the one before."""
+    without_dropout = with_config(tiny_model_dir, tmp_path / "model", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     sizes: list[int] = []
     compute_loss = distillation.DistillationTrainer.compute_loss
 
@@ -196,7 +197,7 @@ def test_a_step_in_several_micro_batches_is_the_same_step(
         sizes.clear()
         options: dict[str, Any] = {**SETTINGS, "tokens": 8 * 512, "recipe": "sequential", "out": tmp_path / name}
         options["micro_batch"] = micro_batch
-        unnorm.remove(str(tiny_model_dir), data=str(text_file), **options)
+        unnorm.remove(str(without_dropout), data=str(text_file), **options)
         assert sum(sizes) == 8 * 512
         norms = [row["grad_norm"] for row in read_rows(tmp_path / name / "metrics.jsonl") if row["kind"] == "train"]
         weights = load_file(tmp_path / name / "unfolded" / "model.safetensors")
@@ -381,11 +382,9 @@ def test_samples_are_greedy_whatever_generation_the_model_is_set_to(
 def test_what_a_model_returns_by_default_does_not_matter(
     finished_run: Path, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(tiny_model_dir, tmp_path / "model")
-    path = tmp_path / "model" / "config.json"
     odd = {"output_hidden_states": True, "return_dict": False, "use_cache": False}
-    path.write_text(json.dumps(json.loads(path.read_text()) | odd))
-    result = unnorm.remove(tmp_path / "model", data=text_file, tokens=0, out=tmp_path / "run", device="cpu")
+    model = with_config(tiny_model_dir, tmp_path / "model", **odd)
+    result = unnorm.remove(model, data=text_file, tokens=0, out=tmp_path / "run", device="cpu")
     assert result["kl"] == json.loads((finished_run / "result.json").read_text())["kl"] and result["verified"]
 
 

@@ -71,6 +71,29 @@ def test_text_that_is_gone_over_again_fills_every_step(
     assert times.max() - times.min() <= 1
 
 
+@pytest.mark.parametrize(("recipe", "of_twin"), [("taper", 0.0), ("sequential", 0.1), ("tapernorm", 0.1)])
+def test_labels_are_learned_with_the_models_dropout_and_the_original_without(
+    recipe: RecipeName, of_twin: float, tiny_model_dir: Path, text_file: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In the published recipes and their controls GPT-2 has its dropout; KL is that of the function itself."""
+    seen: dict[bool, set[float]] = {True: set(), False: set()}
+    compute_loss = DistillationTrainer.compute_loss
+
+    def watched(self: Any, model: GPT2LMHeadModel, *inputs: Any, **more: Any) -> Any:
+        assert model.training
+        dropout = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+        seen[self.removal is None] |= dropout
+        return compute_loss(self, model, *inputs, **more)
+
+    monkeypatch.setattr(DistillationTrainer, "compute_loss", watched)
+    unnorm.remove(
+        str(tiny_model_dir), data=str(text_file), out=tmp_path / "run", recipe=recipe, control=True, **SETTINGS
+    )
+    assert seen == {False: {of_twin}, True: {0.1}}
+    assert unnorm.load(tmp_path / "run").config.resid_pdrop == 0.1
+
+
 def test_a_single_step_has_a_learning_rate(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
     """As a control's of few tokens; it would be the original."""
     options: dict[str, Any] = {"tokens": 1024, "context": 64, "control": True, "device": "cpu"}

@@ -16,7 +16,7 @@ import unnorm
 from tests.conftest import VOCAB
 from tests.running import SETTINGS
 from unnorm.hooks import recorded
-from unnorm.models.running import copy_model, without_dropout
+from unnorm.models.running import copy_model, without_noise
 from unnorm.sites.find import find_sites
 from unnorm.sites.norm_behaviour import log_scale_of
 from unnorm.taper.norms import TokenMask
@@ -141,7 +141,7 @@ def trainer_of(
 
 def minimized(trainer: DistillationTrainer, inputs: dict[str, torch.Tensor]) -> float:
     assert trainer.model is not None
-    with trainer.matching_reads(), without_dropout(trainer.model):
+    with trainer.matching_reads(), without_noise(trainer.model):
         loss = trainer.compute_loss(trainer.model, inputs)
     assert isinstance(loss, torch.Tensor)
     return float(loss.detach())

@@ -59,15 +59,18 @@ def in_evaluation_mode(function: Callable[Concatenate[M, P], T]) -> Callable[Con
 
 
 @contextmanager
-def without_dropout(model: PreTrainedModel) -> Iterator[None]:
-    """Turn off dropout and routers' jitter inside the context: distillation needs the function, not a noisy version.
+def without_noise(model: PreTrainedModel, keep_dropout: bool = False) -> Iterator[None]:
+    """Turn off, inside the context, what makes a model random in training: dropout, layer drop and routers' jitter.
 
-    Depending on the family, the number is in an `nn.Dropout`, an attribute of another module, or the config. PhiMoE
-    also samples its experts in training, which nothing turns off.
+    With `keep_dropout` the first of these stays as the model's config has it. Depending on the family, the number is in
+    an `nn.Dropout`, an attribute of another module, or the config. PhiMoE also samples its experts in training, which
+    nothing turns off.
     """
     before = [(module, "p", module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
     for holder in (model.config, model.config.get_text_config(), *model.modules()):
         before += [(holder, key, value) for key, value in vars(holder).items() if _is_noise(key) and _is_share(value)]
+    if keep_dropout:
+        before = [(holder, key, value) for holder, key, value in before if not _is_dropout(key)]
     try:
         for holder, key, _ in before:
             setattr(holder, key, 0.0)
@@ -79,6 +82,11 @@ def without_dropout(model: PreTrainedModel) -> Iterator[None]:
 
 def _is_noise(name: str) -> bool:
     return "drop" in name or name in _JITTER
+
+
+def _is_dropout(name: str) -> bool:
+    """Of single values: a step in which whole layers are left out has other parameters than the next one."""
+    return name not in _JITTER and "layerdrop" not in name
 
 
 def _is_share(value: object) -> bool:

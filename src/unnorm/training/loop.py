@@ -22,7 +22,7 @@ from unnorm import processes
 from unnorm.data import batches, evenly_spaced
 from unnorm.errors import UnnormError, is_out_of_memory, short
 from unnorm.models.probe import trace_inputs
-from unnorm.models.running import evaluating, without_dropout
+from unnorm.models.running import evaluating, without_noise
 from unnorm.models.sizes import vocabulary_size
 from unnorm.progress import Watch
 from unnorm.run_directory import CHECKPOINTS, METRICS
@@ -130,7 +130,11 @@ def train(
     last = processes.agree(lambda: last_checkpoint(checkpoints))
     errors = _as_unnorm_errors(plan, checkpoints, report_to)
     clipping = clipping_tokens(model, model.get_output_embeddings()) if trainer.bounded else nullcontext()
-    with interrupt.listening(), without_dropout(model), trainer.matching_reads(), clipping, errors, _run_of_its_own():
+    # Distillation needs the function, not a noisy version. Next-token loss (of the control and the published recipes)
+    # is minimized with the model's own dropout, as in its pretraining and in the papers' code: a control without it
+    # would learn what dropout had kept from the model.
+    noise = without_noise(model, keep_dropout=trainer.teacher is None)
+    with interrupt.listening(), noise, trainer.matching_reads(), clipping, errors, _run_of_its_own():
         trainer.train(resume_from_checkpoint=last)
     interrupted = interrupt.is_asked(trainer.args.device) and not trainer.guard.diverged
     outcome = _outcome(trainer, removal, plan, metrics.rows, interrupted)
