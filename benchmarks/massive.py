@@ -1,12 +1,12 @@
 """Give a small model a massive activation at position 0, and run each recipe on it; prints JSON.
 
-    python benchmarks/massive.py --keep massive-model > benchmarks/massive.json
+    python benchmarks/massive.py --model benchmarks/first-gpt2 --keep massive-model > benchmarks/massive.json
 
 Large pretrained models write a vector tens to thousands of times longer than the median into the residual stream at
-position 0 in early layers, and remove it again in the last layers (arXiv 2402.17762). The bundled model is too small to
-have learned that, so the same mechanism is planted: one neuron of the first MLP, which fires at position 0 only, writes
-a long vector, and one neuron of the last MLP, which responds only to this vector, removes it. The model is then trained
-with its norms on to reproduce its earlier predictions, so that it adapts to the vector as large models have.
+position 0 in early layers, and remove it again in the last layers (arXiv 2402.17762). A model as small as the bundled
+one has not learned that, so the same mechanism is planted: one neuron of the first MLP, which fires at position 0 only,
+writes a long vector, and one neuron of the last MLP, which responds only to this vector, removes it. The model is then
+trained with its norms on to reproduce its earlier predictions, so that it adapts to the vector as large models have.
 """
 
 import argparse
@@ -112,9 +112,9 @@ def heal(
     return float(kl.detach())
 
 
-def make_model(out: Path) -> tuple[float, PreTrainedModel, PreTrainedTokenizerBase]:
-    """The final KL of healing, and the bundled model with its massive activation (saved to `out`) and its tokenizer."""
-    original, tokenizer = load_original("demo", False)
+def make_model(original_model: str, out: Path) -> tuple[float, PreTrainedModel, PreTrainedTokenizerBase]:
+    """The final KL of healing, and the model with its massive activation (saved to `out`) and its tokenizer."""
+    original, tokenizer = load_original(original_model, False)
     original.requires_grad_(False)
     vocab_size, context = int(original.config.vocab_size), int(original.config.n_positions)
     wanted = HEALING_STEPS * HEALING_BLOCKS
@@ -151,6 +151,7 @@ def measure(model: Path, recipe: str, tokens: int, directory: Path, console: Con
 def main() -> None:
     """Run the benchmark that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="demo", help="a GPT-2")
     parser.add_argument("--tokens", type=parse_count, default=400_000)
     parser.add_argument("--recipes", nargs="+", default=["taper", "sequential"])
     parser.add_argument("--keep", type=Path, help="directory for the model; by default it is not kept")
@@ -159,7 +160,7 @@ def main() -> None:
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as directory:
         model = args.keep or Path(directory) / "massive"
-        kl, *_ = make_model(model)
+        kl, *_ = make_model(args.model, model)
         scales = [
             {
                 "site": row.site,

@@ -113,8 +113,9 @@ def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) 
 def control_plan(plan: Plan) -> Plan:
     """The same tokens in larger steps where steps are small, since labels are noisier than a teacher's logits.
 
-    With 1.6 million tokens the bundled model's control ends at 3.072 nats with 4,096 tokens per step (original: 3.099,
-    `benchmarks/demo.json`); with 512 it ended above the original. A weaker control would flatter the twin.
+    With 1.6 million tokens the control of `benchmarks/first-gpt2` ends at 3.072 nats with 4,096 tokens per step (its
+    original: 3.099, `benchmarks/first.json`); with 512 it ended above the original. A weaker control would flatter the
+    twin.
     """
     wanted = max(1, min(round(CONTROL_STEP_TOKENS / plan.step_tokens), plan.steps // 10))
     # Smaller ones in a short run: at least ten if the twin takes that many, and the twin's tokens to within 3%.
@@ -127,8 +128,8 @@ def healing_plan(plan: Plan, spent: int) -> Plan:
 
     As under the taper's linear decay, whatever the recipe's.
 
-    For the bundled model after 300 thousand tokens (KL 0.0529), as many again bring KL to 0.0473 when started at half
-    the usual rate, to 0.0476 at 0.7 times and to 0.0485 at the full rate.
+    For `benchmarks/first-gpt2` after 300 thousand tokens (KL 0.0529), as many again bring KL to 0.0473 when started at
+    half the usual rate, to 0.0476 at 0.7 times and to 0.0485 at the full rate.
     """
     return plan.model_copy(update={"lr": plan.lr * plan.tokens / max(1, plan.tokens + spent)})
 
