@@ -24,10 +24,10 @@ from transformers.utils import logging
 
 import unnorm
 from unnorm.data import build_blocks
+from unnorm.hooks import recorded
 from unnorm.models.load import load_original
 from unnorm.models.running import copy_model
 from unnorm.runs.config import parse_count
-from unnorm.sites.residual import recorded
 from unnorm.terminal.progress import Progress
 from unnorm.training.losses import distillation_losses
 

@@ -1,6 +1,7 @@
 """Importing unnorm costs little, and needs nothing that is optional."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -74,3 +75,14 @@ def test_rooms_do_not_import_each_other_in_a_circle() -> None:
         for room in lowest:
             del rooms[room]
     assert not rooms
+
+
+BENCHMARKS = sorted(Path(__file__).parents[1].glob("benchmarks/*.py"))
+
+
+@pytest.mark.parametrize("script", BENCHMARKS, ids=[path.stem for path in BENCHMARKS])
+def test_benchmarks_find_what_they_import(script: Path) -> None:
+    """They are run by hand and rarely."""
+    spec = importlib.util.spec_from_file_location(f"benchmark_{script.stem}", script)
+    assert spec is not None and spec.loader is not None
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
