@@ -1,6 +1,6 @@
 """Give a small model a massive activation at position 0, and run each recipe on it; prints JSON.
 
-    python benchmarks/massive.py --model benchmarks/first-gpt2 --keep massive-model > benchmarks/massive.json
+    python benchmarks/massive.py --model first-gpt2 --keep massive-model > benchmarks/massive.json
 
 Large pretrained models write a vector tens to thousands of times longer than the median into the residual stream at
 position 0 in early layers, and remove it again in the last layers (arXiv 2402.17762). A model as small as the bundled

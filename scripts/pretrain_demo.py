@@ -3,12 +3,11 @@
     python scripts/pretrain_demo.py --out src/unnorm/demo --threads 1
 
 Writes the model (safetensors), its tokenizer and `pretrain_log.jsonl`. The same seed, Python version, machine and
-number of threads give the same model. Takes about a quarter of an hour on 2 otherwise idle CPU cores. Each row of the
-log says how many held-out blocks its validation loss is of.
+number of threads give the same model. Takes about half an hour on one CPU core. Each row of the log says how many
+held-out blocks its validation loss is of.
 
-The text is gone over five times, which a model of this size without dropout would begin to learn by heart; so it is
-trained with dropout, and to the end: fine-tuning on more of the text hardly improves it. Attention weights have none,
-since that would double the time.
+The text is gone over five times, with dropout, so that fine-tuning on more of it hardly improves the model
+(`docs/method.md`). Attention weights have no dropout, since that would nearly double the time.
 
 The benchmarks' other models are made by the same script (`benchmarks/README.md`): the first bundled model, models of
 other text, and models of other families, which have no dropout:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,14 +18,6 @@ from unnorm.training import distillation
 
 SETTINGS: dict[str, Any] = {"tokens": 20 * 512, "batch_size": 8, "context": 64, "device": "cpu", "dtype": "float32"}
 """Of a run of 20 steps of the tiny model; with `model`, `data` and `out` it is complete."""
-
-
-def with_config(model: Path, directory: Path, **values: object) -> Path:
-    """A copy of a model with other values in its config."""
-    shutil.copytree(model, directory)
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
-    return directory
 
 
 def ctrl_c_at(step: int) -> Callable[[dict[str, Any]], None]:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import unnorm
+from tests.bad_input.edits import edit_config
 from tests.conftest import VOCAB, Cli, Saved, randomize
 from tests.families import GPT_LIKE, LLAMA_LIKE, random_model, removed_twin
 from unnorm.errors import UnnormError
@@ -174,15 +175,10 @@ def test_refusals_write_nothing(finished_run: Path, tmp_path: Path, cli: Cli) ->
     assert [path.name for path in tmp_path.rglob("*")] == ["taken", "mine"]
     kept = tmp_path.parent / f"{tmp_path.name}-kept"
     shutil.copytree(finished_run, kept)
-    edit_config(kept, kept_norms=["transformer.ln_f"])
+    edit_config(kept_norms=["transformer.ln_f"])(kept / "model")
     done = cli("export", kept, "--to", "stock", "--out", tmp_path / "new" / "under" / "out")
     assert done.code == 2 and "--keep" in done.err
     assert [path.name for path in tmp_path.rglob("*")] == ["taken", "mine"]
-
-
-def edit_config(run: Path, **values: Any) -> None:
-    path = run / "model" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
 @pytest.mark.parametrize("family", IN_LENS)

@@ -1,6 +1,5 @@
 """What loading a model makes of it."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from tokenizers import models as tokenizer_models
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
+from tests.bad_input.edits import edit_config
 from tests.conftest import Saved
 from tests.families import FAMILIES, IDS, random_model
 from unnorm.errors import UnnormError
@@ -227,7 +227,6 @@ def test_a_config_that_asks_for_attention_weights_does_not_keep_a_run_from_being
     saved_family: Saved, text_file: Path, tmp_path: Path
 ) -> None:
     saved_family(lambda: hf.LlamaConfig(**SIZES, hidden_size=32, intermediate_size=48, num_hidden_layers=2))
-    path = tmp_path / "model" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"output_attentions": True}))
-    result = unnorm.remove(path.parent, data=text_file, tokens=0, context=32, out=tmp_path / "run", device="cpu")
+    edit_config(output_attentions=True)(tmp_path / "model")
+    result = unnorm.remove(tmp_path / "model", data=text_file, tokens=0, context=32, out=tmp_path / "run", device="cpu")
     assert result["verified"]

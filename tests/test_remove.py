@@ -23,9 +23,10 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 
 import unnorm
+from tests.bad_input.edits import edit_config
 from tests.conftest import VOCAB, Cli, Saved
 from tests.families import FAMILIES, random_model
-from tests.running import SETTINGS, assert_same_weights, ctrl_c_at, with_config
+from tests.running import SETTINGS, assert_same_weights, ctrl_c_at
 from unnorm import evaluation
 from unnorm.cli import BY_DEVICE, app, main
 from unnorm.data import evenly_spaced
@@ -185,7 +186,8 @@ def test_a_step_in_several_micro_batches_is_the_same_step(
     monkeypatch: pytest.MonkeyPatch, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """But for dropout, and for the constants, since each micro-batch is measured with those of the one before."""
-    without_dropout = with_config(tiny_model_dir, tmp_path / "model", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    without_dropout = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    edit_config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)(without_dropout)
     sizes: list[int] = []
     compute_loss = distillation.DistillationTrainer.compute_loss
 
@@ -382,8 +384,8 @@ def test_samples_are_greedy_whatever_generation_the_model_is_set_to(
 def test_what_a_model_returns_by_default_does_not_matter(
     finished_run: Path, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    odd = {"output_hidden_states": True, "return_dict": False, "use_cache": False}
-    model = with_config(tiny_model_dir, tmp_path / "model", **odd)
+    model = shutil.copytree(tiny_model_dir, tmp_path / "model")
+    edit_config(output_hidden_states=True, return_dict=False, use_cache=False)(model)
     result = unnorm.remove(model, data=text_file, tokens=0, out=tmp_path / "run", device="cpu")
     assert result["kl"] == json.loads((finished_run / "result.json").read_text())["kl"] and result["verified"]
 

@@ -66,11 +66,12 @@ def without_noise(model: PreTrainedModel, keep_dropout: bool = False) -> Iterato
     an `nn.Dropout`, an attribute of another module, or the config. PhiMoE also samples its experts in training, which
     nothing turns off.
     """
-    before = [(module, "p", module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
+    before: list[tuple[object, str, float]] = []
+    if not keep_dropout:
+        before += [(module, "p", module.p) for module in model.modules() if isinstance(module, nn.Dropout)]
     for holder in (model.config, model.config.get_text_config(), *model.modules()):
-        before += [(holder, key, value) for key, value in vars(holder).items() if _is_noise(key) and _is_share(value)]
-    if keep_dropout:
-        before = [(holder, key, value) for holder, key, value in before if not _is_dropout(key)]
+        noise = {key: value for key, value in vars(holder).items() if _is_noise(key, keep_dropout) and _is_share(value)}
+        before += [(holder, key, value) for key, value in noise.items()]
     try:
         for holder, key, _ in before:
             setattr(holder, key, 0.0)
@@ -80,13 +81,9 @@ def without_noise(model: PreTrainedModel, keep_dropout: bool = False) -> Iterato
             setattr(holder, key, value)
 
 
-def _is_noise(name: str) -> bool:
-    return "drop" in name or name in _JITTER
-
-
-def _is_dropout(name: str) -> bool:
-    """Of single values: a step in which whole layers are left out has other parameters than the next one."""
-    return name not in _JITTER and "layerdrop" not in name
+def _is_noise(name: str, keep_dropout: bool) -> bool:
+    """Leaving out layers is noise in any case: the parameters in use would change from step to step."""
+    return name in _JITTER or "layerdrop" in name or ("drop" in name and not keep_dropout)
 
 
 def _is_share(value: object) -> bool:

@@ -113,7 +113,7 @@ def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) 
 def control_plan(plan: Plan) -> Plan:
     """The same tokens in larger steps where steps are small, since labels are noisier than a teacher's logits.
 
-    With 1.6 million tokens the control of `benchmarks/first-gpt2` ends at 3.072 nats with 4,096 tokens per step (its
+    With 1.6 million tokens the control of `first-gpt2` ends at 3.072 nats with 4,096 tokens per step (its
     original: 3.099, `benchmarks/first.json`); with 512 it ended above the original. A weaker control would flatter the
     twin.
     """
@@ -128,7 +128,7 @@ def healing_plan(plan: Plan, spent: int) -> Plan:
 
     As under the taper's linear decay, whatever the recipe's.
 
-    For `benchmarks/first-gpt2` after 300 thousand tokens (KL 0.0529), as many again bring KL to 0.0473 when started at
+    For `first-gpt2` after 300 thousand tokens (KL 0.0529), as many again bring KL to 0.0473 when started at
     half the usual rate, to 0.0476 at 0.7 times and to 0.0485 at the full rate.
     """
     return plan.model_copy(update={"lr": plan.lr * plan.tokens / max(1, plan.tokens + spent)})

@@ -110,7 +110,7 @@ TAPER = Recipe(
     lay_out=lambda sites, _: taper(sites),
     controlled=True,
     equalizes=True,
-    # `benchmarks/first-gpt2` ends at KL 0.027 after 12,500 steps of 512 tokens, at 0.037 after 3,125 of 4,096
+    # `first-gpt2` ends at KL 0.027 after 12,500 steps of 512 tokens, at 0.037 after 3,125 of 4,096
     # (`benchmarks/steps.json`).
     steps_wanted=12_800,
     # Lower than the papers', since its steps are smaller and more numerous and must not make the model drift where
