@@ -200,6 +200,11 @@ def test_wider_models_learn_more_slowly(
     assert plan.default_lr(model, name) == plan.MOST_LR
 
 
+@pytest.mark.parametrize(("tokens", "step"), [(40_000, 256), (499_999, 256), (500_000, 512), (6_400_000, 512)])
+def test_short_runs_take_smaller_steps(tokens: int, step: int, tiny_model: GPT2LMHeadModel) -> None:
+    assert plan.make_plan(RemoveConfig(tokens=tokens, context=64, device="cpu"), tiny_model).step_tokens == step
+
+
 def test_no_step_takes_more_tokens_than_the_most(tiny_model: GPT2LMHeadModel) -> None:
     made = plan.make_plan(RemoveConfig(tokens=10**9, recipe="sequential", context=64, device="cpu"), tiny_model)
     assert made.step_tokens == plan.MOST_STEP_TOKENS

@@ -335,6 +335,22 @@ def test_a_spike_counts_once_though_steps_without_text_follow(position: float, e
     assert (controller.set_back, controller.bad_in_a_row) == (expected, 0)
 
 
+@pytest.mark.parametrize(
+    ("position", "norm", "skipped"), [(0.4, 90, 0), (0.4, 110, 1), (0.5, 900, 0), (0.5, 1100, 1), (0.5, math.inf, 1)]
+)
+def test_odd_input_is_learned_from_once_the_norms_are_gone(
+    position: float, norm: float, skipped: int, tmp_path: Path
+) -> None:
+    guard, model = GuardCallback(FidelityController(end=0.5, position=position)), torch.nn.Linear(1, 1, bias=False)
+    arguments, state, control = TrainingArguments(str(tmp_path)), TrainerState(max_steps=100), TrainerControl()
+    guard.on_train_begin(arguments, state, control, model=model)
+    for gradient in (1.0, norm):
+        model.weight.grad = torch.full((1, 1), float(gradient))
+        guard.on_pre_optimizer_step(arguments, state, control, model=model)
+    assert guard.skipped == skipped
+    assert skipped or model.weight.grad.item() == pytest.approx(guard.CLIP)
+
+
 def test_a_refused_step_without_text_counts(tmp_path: Path) -> None:
     controller = FidelityController(end=0.5, position=0.4)
     guard, model = GuardCallback(controller, lambda: None), torch.nn.Linear(1, 1)

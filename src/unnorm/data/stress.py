@@ -5,6 +5,7 @@ on repeated, random or foreign tokens. The original's logits are all the labels 
 """
 
 import math
+import string
 from collections.abc import Callable
 
 import numpy as np
@@ -18,7 +19,7 @@ Ids = Int[np.ndarray, "block position"]
 
 _LARGEST_CODE_POINT = 0x1FBFF
 _LARGEST_ALPHABET = 4096
-_ASCII = (0x20, 0x7F)
+_ASCII = (string.printable, string.ascii_letters, string.digits, string.punctuation, string.whitespace)
 _SURROGATES = (0xD800, 0xDFFF)
 _CHARACTERS_A_TOKEN = 4
 _LONGEST_REPEAT = 16
@@ -34,7 +35,7 @@ def stress_blocks(
 ) -> Ids:
     """Blocks of random or repeated tokens, of random characters and of broken text, in turn.
 
-    Token 0 of each block is random, or `begin`.
+    Token 0 of each block is random, or `begin`; none comes twice before all have come once.
 
     Args:
         text: blocks of ordinary text, (block, position), from which broken text is made.
@@ -58,7 +59,7 @@ def stress_blocks(
     ]
     blocks = [kinds[index % len(kinds)]() for index in range(count)]
     stacked = np.stack(blocks).astype(np.int32) if blocks else np.empty((0, context), np.int32)
-    stacked[:, 0] = generator.choice(vocabulary, count)
+    stacked[:, 0] = _starts(vocabulary, count, generator)
     if begin is not None:
         stacked[::2, 0] = begin
     return stacked
@@ -74,12 +75,17 @@ def random_starts(text: Ids, tokenizer: PreTrainedTokenizerBase, vocab_size: int
         generator: source of all randomness.
     """
     changed = text.copy()
-    changed[::2, 0] = generator.choice(_vocabulary(tokenizer, vocab_size), len(changed[::2]))
+    changed[::2, 0] = _starts(_vocabulary(tokenizer, vocab_size), len(changed[::2]), generator)
     return changed
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> Int[np.ndarray, " token"]:
     return np.asarray(sorted(id for id in tokenizer.get_vocab().values() if id < vocab_size), np.int32)
+
+
+def _starts(vocabulary: np.ndarray, count: int, generator: Generator) -> np.ndarray:
+    """So many random tokens, each as often as any other, to within one."""
+    return np.resize(generator.permutation(vocabulary), count)
 
 
 def _few_tokens(vocabulary: np.ndarray, length: int, generator: Generator) -> np.ndarray:
@@ -97,23 +103,27 @@ def _cycle(vocabulary: np.ndarray, length: int, generator: Generator) -> np.ndar
 def _random_characters(
     tokenizer: PreTrainedTokenizerBase, vocabulary: np.ndarray, length: int, generator: Generator
 ) -> np.ndarray:
-    """Text drawn from few or many characters of one Unicode range, which is printable ASCII half of the time.
+    """Text drawn from few or many characters of one Unicode range or, half of the time, of one kind of ASCII.
 
     If the tokenizer has no tokens for it, tokens are drawn from the vocabulary.
     """
-    start, end = _ASCII if generator.random() < 0.5 else _random_range(generator)
-    size = round(math.exp(generator.uniform(0, math.log(min(end - start, _LARGEST_ALPHABET)))))
-    alphabet = start + generator.integers(0, end - start, size)
-    points = generator.choice(alphabet, _CHARACTERS_A_TOKEN * length)
+    kind = _ascii_kind(generator) if generator.random() < 0.5 else _random_range(generator)
+    size = round(math.exp(generator.uniform(0, math.log(min(len(kind), _LARGEST_ALPHABET)))))
+    points = generator.choice(generator.choice(kind, size), _CHARACTERS_A_TOKEN * length)
     text = "".join(chr(p) for p in points if not _SURROGATES[0] <= p <= _SURROGATES[1]) or " " * length
     ids = token_ids(text, tokenizer) or generator.choice(vocabulary, length)
     return np.resize(np.asarray(ids), length)
 
 
-def _random_range(generator: Generator) -> tuple[int, int]:
-    """Start and end of a range of code points; start and length are log-uniform."""
+def _ascii_kind(generator: Generator) -> np.ndarray:
+    """Code points of all of printable ASCII, or of its letters, digits, punctuation or white space alone."""
+    return np.asarray([ord(character) for character in _ASCII[generator.integers(len(_ASCII))]])
+
+
+def _random_range(generator: Generator) -> np.ndarray:
+    """A range of code points; start and length are log-uniform."""
     start = round(math.exp(generator.uniform(0, math.log(_LARGEST_CODE_POINT))))
-    return start, start + round(math.exp(generator.uniform(0, math.log(_LARGEST_CODE_POINT - start + 1))))
+    return np.arange(start, start + round(math.exp(generator.uniform(0, math.log(_LARGEST_CODE_POINT - start + 1)))))
 
 
 def _broken_text(text: Ids, vocabulary: np.ndarray, generator: Generator) -> np.ndarray:

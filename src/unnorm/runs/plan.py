@@ -20,6 +20,8 @@ GPU_TOKENS = 20_000_000
 CONTROL_STEP_TOKENS = 4096
 """Tokens that a step of the control should have at least; short runs use fewer."""
 LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 512, 2**19
+SHORT_RUN, SHORT_RUN_STEP_TOKENS = 500_000, 256
+"""A run of fewer tokens has too few steps of 512, and takes them half as large (docs/method.md, "Steps")."""
 MOST_LR = 2e-3
 MEMORY_SHARE = 0.5
 """Share of the memory not taken by weights, gradients and optimizer states that activations may use."""
@@ -81,7 +83,8 @@ def make_plan(config: RemoveConfig, model: PreTrainedModel, processes: int = 1) 
     device = choose_device(config.device)
     context = choose_context(config.context, model)
     tokens = config.tokens if config.tokens is not None else (GPU_TOKENS if device == "cuda" else CPU_TOKENS)
-    wanted = min(max(tokens // RECIPES[config.recipe].steps_wanted, LEAST_STEP_TOKENS), MOST_STEP_TOKENS)
+    least = SHORT_RUN_STEP_TOKENS if tokens < SHORT_RUN else LEAST_STEP_TOKENS
+    wanted = min(max(tokens // RECIPES[config.recipe].steps_wanted, least), MOST_STEP_TOKENS)
     batch_size = config.batch_size or max(1, round(wanted / context))
     if tokens and config.batch_size and batch_size % processes:
         raise UnnormError(

@@ -134,12 +134,13 @@ class GuardCallback(TrainerCallback, ExportableState):
     """Clips gradients, never lets a non-finite or exploding step be applied, and runs the fidelity controller.
 
     A step explodes when its gradient norm is over 100 times the median of recent steps, or 100 times the clip if that
-    median is smaller: distillation starts at zero loss, so its gradients rise from zero. After several refused steps in
-    a row the last good weights are restored: those at which the next step's gradients were sound. `norm` is the
-    gradient norm of the last step before clipping.
+    median is smaller: distillation starts at zero loss, so its gradients rise from zero. Once the norms are gone ten
+    times as much is applied, clipped: it comes of odd input, from which a twin must learn all the more, and there is no
+    taper left that it could set back. After several refused steps in a row the last good weights are restored: those at
+    which the next step's gradients were sound. `norm` is the gradient norm of the last step before clipping.
     """
 
-    CLIP, EXPLODES, REMEMBERED = 1.0, 100.0, 50
+    CLIP, EXPLODES, EXPLODES_WITHOUT_NORMS, REMEMBERED = 1.0, 100.0, 1000.0, 50
 
     def __init__(
         self,
@@ -190,8 +191,7 @@ class GuardCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
     ) -> None:
         norm = self.norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), self.CLIP))
-        typical = sorted(self.norms)[len(self.norms) // 2] if self.norms else math.inf
-        if math.isfinite(norm) and norm <= self.EXPLODES * max(typical, self.CLIP):
+        if math.isfinite(norm) and norm <= self._most():
             self.norms = [*self.norms, norm][-self.REMEMBERED :]
             self.in_a_row = 0
             if self.to_remember:
@@ -206,6 +206,12 @@ class GuardCallback(TrainerCallback, ExportableState):
             self._restore(model)
         if self.diverged:
             control.should_training_stop = True
+
+    def _most(self) -> float:
+        """Largest gradient norm of a step that does not explode."""
+        typical = sorted(self.norms)[len(self.norms) // 2] if self.norms else math.inf
+        without_norms = self.controller is not None and self.controller.position >= self.controller.end
+        return (self.EXPLODES_WITHOUT_NORMS if without_norms else self.EXPLODES) * max(typical, self.CLIP)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
