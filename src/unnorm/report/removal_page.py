@@ -243,7 +243,7 @@ SETTINGS = (
     ("seed", "seed"),
 )
 HELD_UP = (
-    ("skipped_steps", "steps refused: gradient not finite or over 100 times the usual"),
+    ("skipped_steps", "steps refused: gradient not finite or exploding"),
     ("waited_steps", "steps in which the taper waited"),
     ("set_backs", "times the taper went back"),
 )

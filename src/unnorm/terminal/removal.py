@@ -80,7 +80,7 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
     if result["tokens"]:
         rows.append(("training", f"{result['tokens']:,}", _training(result)))
     if refused := result["skipped_steps"]:
-        rows.append(("steps refused", f"{refused:,}", "gradient not finite or over 100 times the usual"))
+        rows.append(("steps refused", f"{refused:,}", "gradient not finite or exploding"))
     return [*rows, ("time", f"{result['seconds']:.0f} s", f"peak memory {result['peak_memory_mb']:,.0f} MB")]
 
 
