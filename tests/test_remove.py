@@ -40,7 +40,6 @@ from unnorm.runs.config import RemoveConfig
 from unnorm.taper.norms import TaperedNorm
 from unnorm.terminal.progress import Progress
 from unnorm.training import distillation
-from unnorm.training.losses import distillation_losses
 
 RESULT_KEYS = {
     "teacher_loss",
@@ -138,12 +137,17 @@ def test_same_seed_same_result(tiny_model_dir: Path, text_file: Path, tmp_path: 
 def test_interrupted_and_resumed_equals_unbroken(
     monkeypatch: pytest.MonkeyPatch, recipe: str, faults: bool, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    def faulty(logits: Tensor, teacher_logits: Tensor, ids: Tensor, *more: Tensor) -> tuple[Tensor, ...]:
-        """The same batches are bad in both runs, so that the controller goes back before and after the break."""
-        kl, *shown = distillation_losses(logits, teacher_logits, ids, *more)
-        return kl * (math.nan if faults and torch.is_grad_enabled() and int(ids.sum()) % 8 == 0 else 1.0), *shown
+    trainer = distillation.DistillationTrainer
+    take_step = trainer.training_step
 
-    monkeypatch.setattr(distillation, "distillation_losses", faulty)
+    def with_faults(self: distillation.DistillationTrainer, *args: Any, **more: Any) -> Tensor:
+        """The same steps are bad in both runs, so that the controller goes back before and after the break."""
+        loss = take_step(self, *args, **more)
+        if faults and self.state.global_step in {3, 30, 31, 32}:
+            next(iter(self.model.parameters())).grad.fill_(math.nan)
+        return loss
+
+    monkeypatch.setattr(trainer, "training_step", with_faults)
     options = {**SETTINGS, "model": str(tiny_model_dir), "data": str(text_file), "recipe": recipe}
     # The running constants of the second recipe go on long after the break.
     options |= {"tokens": 60 * 512, "estimator": "mean" if recipe == "sequential" else "geometric"}
@@ -154,7 +158,7 @@ def test_interrupted_and_resumed_equals_unbroken(
     assert not (tmp_path / "broken" / "result.json").exists()
     result = unnorm.remove(out=tmp_path / "broken", resume=True)
     assert result["tokens"] == options["tokens"]
-    assert (result["set_backs"] > 0) == faults
+    assert result["set_backs"] == (2 if faults else 0)
     assert_same_weights(tmp_path / "unbroken", tmp_path / "broken")
     steps = [
         [row["step"] for row in map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())]
@@ -230,12 +234,12 @@ def test_two_processes_train_one_model(tiny_model_dir: Path, text_file: Path, tm
     assert result["tokens"] == SETTINGS["tokens"]
     unnorm.remove(model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "one", **SETTINGS)
     one = json.loads((tmp_path / "one" / "result.json").read_text())
-    # The same batches, shared out: not the same rounding, but the same training. Without common gradients the first
-    # step's would be a third longer, and KL a tenth larger.
+    # The same batches, shared out: not the same rounding, and the mismatch of reads relative to each process's own, but
+    # the same training. Without common gradients the first step's would be a third longer, and KL a tenth larger.
     assert result["kl"] == pytest.approx(one["kl"], rel=0.01)
     first = [next(row for row in read_rows(tmp_path / name / "metrics.jsonl") if row["kind"] == "train")
              for name in ("one", "two")]  # fmt: skip
-    assert first[1]["grad_norm"] == pytest.approx(first[0]["grad_norm"], rel=1e-3)
+    assert first[1]["grad_norm"] == pytest.approx(first[0]["grad_norm"], rel=0.01)
 
 
 def test_command_line_json_and_config_file(cli: Cli, tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def test_tutorial_runs_and_shows_what_it_says(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # Two threads beside another test take five times as long as one.
     notebook = nbformat.read(TUTORIAL, as_version=4)
     stored, stored_errors = printed(notebook), errors_of_heads(notebook)
     client.NotebookClient(notebook, timeout=600, startup_timeout=300, kernel_name="python3").execute()

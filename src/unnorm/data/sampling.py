@@ -52,6 +52,7 @@ def own_text(
             "The model can't write text itself: its tokenizer has neither a begin-of-text nor an end-of-text token to "
             f"start from. {_REMEDY}"
         )
+    _check_cache(model, int(start))
     at_once = _blocks_at_once(model, context)
     blocks: list[Tensor] = []
     wanted = train_blocks + validation_blocks
@@ -80,18 +81,23 @@ def _blocks_at_once(model: PreTrainedModel, context: int) -> int:
 
 
 @torch.no_grad()
+def _check_cache(model: PreTrainedModel, start: int) -> None:
+    output = model(input_ids=torch.full((1, 1), start, device=model.device), use_cache=True)
+    if getattr(output, "past_key_values", None) is None:
+        raise UnnormError(
+            f"The model can't write text itself: {type(model).__name__} has no key-value cache, so it would take too "
+            f"long. {_REMEDY}"
+        )
+
+
+@torch.no_grad()
 def _write(model: PreTrainedModel, start: int, blocks: int, context: int) -> Int[Tensor, "block position"]:
     """Ancestral sampling with the model's cache: transformers' `generate` would stop at end-of-text."""
     ids = torch.full((blocks, 1), start, device=model.device)
     columns, cache = [ids], None
     for _ in range(context - 1):
         output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache = getattr(output, "past_key_values", None)
-        if cache is None:
-            raise UnnormError(
-                f"The model can't write text itself: {type(model).__name__} has no key-value cache, so it would take "
-                f"too long. {_REMEDY}"
-            )
+        cache = output.past_key_values
         ids = torch.multinomial(output.logits[:, -1].float().softmax(-1), 1)
         columns.append(ids)
     return torch.cat(columns, dim=1)
