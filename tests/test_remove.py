@@ -232,14 +232,16 @@ def test_two_processes_train_one_model(tiny_model_dir: Path, text_file: Path, tm
     result = json.loads(done.stdout)
     assert (result["norm_modules_left"], result["plan"]["processes"]) == (0, 2)
     assert result["tokens"] == SETTINGS["tokens"]
-    unnorm.remove(model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "one", **SETTINGS)
+    # The mismatch of reads is relative to those of a micro-batch, so one process gets the same micro-batches.
+    shared = {"micro_batch": SETTINGS["batch_size"] // 2}
+    unnorm.remove(model=str(tiny_model_dir), data=str(text_file), out=tmp_path / "one", **SETTINGS, **shared)
     one = json.loads((tmp_path / "one" / "result.json").read_text())
-    # The same batches, shared out: not the same rounding, and the mismatch of reads relative to each process's own, but
-    # the same training. Without common gradients the first step's would be a third longer, and KL a tenth larger.
+    # The same batches, shared out: not the same rounding, but the same training. Without common gradients the first
+    # step's would be a third longer, and KL a tenth larger.
     assert result["kl"] == pytest.approx(one["kl"], rel=0.01)
     first = [next(row for row in read_rows(tmp_path / name / "metrics.jsonl") if row["kind"] == "train")
              for name in ("one", "two")]  # fmt: skip
-    assert first[1]["grad_norm"] == pytest.approx(first[0]["grad_norm"], rel=0.01)
+    assert first[1]["grad_norm"] == pytest.approx(first[0]["grad_norm"], rel=1e-3)
 
 
 def test_command_line_json_and_config_file(cli: Cli, tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def stress_blocks(
 ) -> Ids:
     """Blocks of random or repeated tokens, of random characters and of broken text, in turn.
 
-    Token 0 of each block is random, or `begin`; none comes twice before all have come once.
+    Token 0 of each block is `begin` or random, each token of the vocabulary once before any comes twice.
 
     Args:
         text: blocks of ordinary text, (block, position), from which broken text is made.
