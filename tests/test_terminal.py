@@ -70,7 +70,8 @@ def test_what_overflows_has_no_nan_in_the_summary_and_a_remedy_that_helps(finish
     result |= {"overflowed_blocks": 2, "validation_blocks": 8, "kl_elsewhere": 0.5, "lnfree_loss_elsewhere": 3.5}
     trained, naive = (shown(result_table(result | {"tokens": tokens})) for tokens in (1000, 0))
     everywhere = {"overflowed_blocks": 8, "kl_elsewhere": None, "lnfree_loss_elsewhere": None, "tokens": 1000}
-    lost = shown(result_table(result | everywhere))
+    lost = shown(result_table(result | everywhere | {"fold_max_abs_error": None, "verified": False}))
+    assert re.search(r"fold error *│ *overflows", lost), lost
     assert "nan" not in trained + naive + lost and re.search(r"loss, twin *│ *overflows *│ *3\.5000 in the", trained)
     assert "train further: unnorm heal" in trained
     assert "start a new run with more --tokens" in naive and "start a new run with more --tokens" in lost

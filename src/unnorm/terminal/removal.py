@@ -74,7 +74,7 @@ def _result_rows(result: dict[str, Any]) -> list[tuple[str, str, str]]:
         reached = f"reached by {100 * share:.2g}% of activations on held-out text"
         rows.append(("neurons with limits", f"{limited:,}", reached))
     rows += [
-        ("fold error", f"{result['fold_max_abs_error']:.1e}", "largest difference in a logit, float64"),
+        ("fold error", shown(result["fold_max_abs_error"], ".1e"), "largest difference in a logit, float64"),
         ("proof", "passed" if result["verified"] else "FAILED", "; ".join(result["failed_checks"]) or "unnorm verify"),
     ]
     if result["tokens"]:
