@@ -193,13 +193,16 @@ def test_a_naive_twin(finished_run: Path, tmp_path: Path) -> None:
     assert (result["tokens"], result["control_loss"]) == (TOKENS, None)
 
 
-def test_a_twin_with_massive_neurons_stays_bounded_while_training(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+MASSIVE = {"writer": "transformer.h.0.mlp.c_proj", "index": 1, "length": 40.0, "factor": 0.1}
+
+
+@pytest.mark.parametrize("neurons", [[MASSIVE], []], ids=["massive neurons", "naive removal overflows"])
+def test_a_twin_whose_tokens_may_run_away_stays_bounded_while_training(
+    neurons: list[dict[str, Any]], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "massive"
     shutil.copytree(trained, run)
     result = json.loads((run / "result.json").read_text())
-    neurons = [{"writer": "transformer.h.0.mlp.c_proj", "index": 1, "length": 40.0, "factor": 0.1}]
     (run / "result.json").write_text(json.dumps({**result, "massive_neurons": neurons, "naive_loss": None}))
     seen: set[str] = set()
 

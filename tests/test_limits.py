@@ -29,7 +29,10 @@ from unnorm.sites.find import find_sites, norm_modules
 from unnorm.taper.stand_ins import install
 from unnorm.terminal.removal import result_table
 
-QUADRATIC = ("stablelm", "llama", "mistral", "qwen2", "smollm3", "qwen3", "gemma", "olmo", "cohere", "nemotron")
+QUADRATIC = (
+    *("stablelm", "llama", "mistral", "qwen2", "smollm3", "qwen3", "gemma", "olmo", "cohere", "nemotron"),
+    *("gemma2", "gemma3", "olmo2"),  # A norm follows the MLP.
+)
 LINEAR = ("gpt2", "gpt_neo", "gptj", "gpt_neox", "opt", "falcon", "phi", "starcoder2", "gpt_bigcode", "bloom")
 WRITERS = [f"model.layers.{layer}.mlp.down_proj" for layer in range(3)]
 TOKENS = 2048
@@ -137,6 +140,25 @@ def test_a_run_on_a_gated_model_with_massive_activations_leaves_limits_and_says_
         assert torch.equal(ours, theirs)
         assert ours.isfinite().all()
     assert norm_modules(twin) == []
+
+
+def test_a_gated_model_that_overflows_without_its_norms_gets_limits_whatever_its_neurons_write(
+    tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    model = small_llama()
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(torch.logspace(-9, 9, len(tiny_tokenizer))[:, None])
+    phases: list[str] = []
+    settings: dict[str, Any] = {"tokens": TOKENS, "device": "cpu", "dtype": "float32", "kl_budget": 100.0}
+    result = unnorm.remove(
+        **planted_files(tmp_path, model, tiny_tokenizer),
+        **settings,
+        out=tmp_path / "run",
+        watch=lambda row: phases.append(row.get("text", "")),
+    )
+    assert any("the model overflows" in phase for phase in phases)
+    assert result["massive_neurons"] == []
+    assert (result["limited_neurons"], result["norm_modules_left"]) == (3 * 64, 0)
 
 
 def test_a_bridge_with_limits_can_be_moved_to_another_dtype(limited: Path, tmp_path: Path) -> None:

@@ -33,6 +33,14 @@ class Facts:
     earlier_text_tokens: int = 0
     earlier_data: list[str] = field(default_factory=list)
 
+    @property
+    def runs_away(self) -> bool:
+        """Whether tokens can run away without norms, so that training has to hold them down.
+
+        So it is where massive activations were scaled down, and where naive removal overflows.
+        """
+        return bool(self.massive_neurons) or not math.isfinite(self.naive_loss)
+
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         return asdict(self)

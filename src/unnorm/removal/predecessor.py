@@ -10,13 +10,12 @@ from transformers import PreTrainedModel
 from unnorm import processes
 from unnorm.errors import UnnormError
 from unnorm.folding.checkpoint import load, load_unfolded
-from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.paths import write_text
 from unnorm.removal.facts import Facts, facts_of
-from unnorm.removal.run import Run, limit_quadratic_mlps
+from unnorm.removal.run import Run, hold_down
 from unnorm.run_directory import CONTROL, EARLIER, METRICS, RESULT, finished_result, read_rows
 from unnorm.runs.config import run_settings
-from unnorm.taper.norms import TaperedNorm, use_bounds
+from unnorm.taper.norms import TaperedNorm
 from unnorm.training.callbacks import seconds_of_steps
 
 
@@ -46,10 +45,8 @@ def take_up_twin(run: Run) -> tuple[PreTrainedModel, dict[str, TaperedNorm], Fac
     for stand_in in stand_ins.values():
         stand_in.log_constant = stand_in.log_constant.to(stand_in.gain.dtype)
     student.to(run.plan.device)  # Only now: the constants were loaded in float64, which Apple GPUs lack.
-    if facts.massive_neurons and run.config.neuron_limits and not limits_of(student):
-        limit_quadratic_mlps(run, student)
-    if facts.massive_neurons:
-        use_bounds(stand_ins.values())
+    if facts.runs_away:
+        hold_down(run, student, stand_ins)
     for stand_in in stand_ins.values():
         stand_in.alpha.fill_(1.0)
     _take_over_history(directory, run.directory)

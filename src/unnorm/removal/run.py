@@ -12,6 +12,7 @@ from unnorm.calibration.scales import CALIBRATION_BLOCKS
 from unnorm.data import HeldOut, evenly_spaced
 from unnorm.errors import UnnormError
 from unnorm.evaluation import Evaluation, evaluate_model
+from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.models.sizes import trained_parameters
 from unnorm.paths import check_can_be_made, named_path, nearest_existing
 from unnorm.progress import Watch, say
@@ -19,6 +20,7 @@ from unnorm.runs.config import RemoveConfig
 from unnorm.runs.lock import LOCK
 from unnorm.runs.plan import Plan
 from unnorm.sites.site import NormSite
+from unnorm.taper.norms import TaperedNorm, use_bounds
 from unnorm.taper.recipes import RECIPES, Recipe
 
 CHECKPOINT_COPIES, SAVED_COPIES = 3, 2
@@ -53,8 +55,11 @@ class Run:
         say(self.watch, text, tokens)
 
 
-def limit_quadratic_mlps(run: Run, student: PreTrainedModel) -> None:
-    """Set limits on the neurons of a run's model where its MLPs are quadratic."""
+def hold_down(run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNorm]) -> None:
+    """Keep tokens from running away: bounds at the norms' sites, and limits on the neurons of quadratic MLPs."""
+    use_bounds(stand_ins.values())
+    if not run.config.neuron_limits or limits_of(student):
+        return
     calibration = evenly_spaced(run.train_blocks, CALIBRATION_BLOCKS)
     if limited := set_limits(student, run.original, run.sites, calibration):
         run.say(f"set limits on the neurons of {len(limited)} quadratic MLPs")
