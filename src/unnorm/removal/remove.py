@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from unnorm import processes
+from unnorm.calibration.step_size import tolerable_lr
 from unnorm.errors import RunInterruptedError, UnnormError, explained, first_few
 from unnorm.folding.checkpoint import load, save_folded, save_model, save_sites, save_unfolded
 from unnorm.isolation import isolated
@@ -43,9 +44,10 @@ from unnorm.run_directory import (
 )
 from unnorm.runs.config import RemoveConfig
 from unnorm.runs.lock import held
-from unnorm.runs.plan import Plan, control_plan, healing_plan, make_plan, scarce_memory
+from unnorm.runs.plan import Plan, control_plan, default_lr, healing_plan, make_plan, scarce_memory
 from unnorm.sites.find import find_sites
 from unnorm.taper.norms import TaperedNorm, TokenMask
+from unnorm.taper.recipes import RECIPES
 from unnorm.taper.schedule import FidelityController, Schedule, healing
 from unnorm.taper.stand_ins import uninstall_paths
 from unnorm.training.callbacks import Removal
@@ -120,6 +122,7 @@ def _prepare(config: RemoveConfig, directory: Path, watch: Watch) -> Run:
     reset_peak_memory(plan.device)
     model.to(plan.device).requires_grad_(False)
     fuse_activations(model)
+    plan = processes.agree(lambda: _gentle(config, plan, model, watch))
     held_out = processes.agree(lambda: write_blocks(config, plan, model, tokenizer, directory, watch))
     processes.agree(lambda: write_text(directory / DATA / ORIGINAL, weights))
     train_blocks, stress, validation_blocks = processes.together(lambda: read_blocks(directory, config))
@@ -154,6 +157,17 @@ def _plan(config: RemoveConfig, model: PreTrainedModel) -> Plan:
     if config.twin is None or config.lr is not None:
         return plan
     return healing_plan(plan, spent_tokens(config.twin))
+
+
+def _gentle(config: RemoveConfig, plan: Plan, model: PreTrainedModel, watch: Watch) -> Plan:
+    """The plan, with a lower learning rate if the default one would move the model too far in one step."""
+    if config.lr is not None or not plan.steps or not RECIPES[config.recipe].tries_lr:
+        return plan
+    usual = default_lr(model, config.recipe)
+    share = tolerable_lr(model, usual) / usual
+    if share < 1:
+        say(watch, f"learning rate times {share:.2g}: one step of the usual {usual:.2g} would move this model too far")
+    return plan.model_copy(update={"lr": share * plan.lr})
 
 
 def _train_removal(run: Run) -> Facts:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from unnorm import processes
 from unnorm.calibration.equalize import equalize_embedding, untie
+from unnorm.calibration.first_position import equalize_first_position
 from unnorm.calibration.massive import MADE_GOOD, shrink_massive
 from unnorm.calibration.scales import CALIBRATION_BLOCKS, collect_log_scales, set_constants
 from unnorm.data import evenly_spaced
@@ -19,7 +20,7 @@ from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.models.running import copy_model
 from unnorm.paths import write_text
 from unnorm.removal.facts import Facts, facts_from, read_note
-from unnorm.removal.run import Run, evaluate_on_held_out, limit_quadratic_mlps
+from unnorm.removal.run import Run, evaluate_on_held_out, hold_down
 from unnorm.run_directory import CHECKPOINTS, LAYOUT
 from unnorm.taper.norms import TaperedNorm, TokenMask, removed, use_bounds
 from unnorm.taper.stand_ins import install
@@ -50,7 +51,7 @@ def start(run: Run, token_mask: TokenMask) -> tuple[PreTrainedModel, dict[str, T
         processes.agree(lambda: _save_layout(run.directory, student, facts))
         return student, stand_ins, facts
     facts = facts_from(known["facts"], run.directory / CHECKPOINTS / LAYOUT)
-    if facts.massive_neurons:
+    if facts.runs_away and run.recipe.equalizes:
         use_bounds(stand_ins.values())
     if student.config.tie_word_embeddings and not known["tied"]:
         untie(student)
@@ -84,11 +85,12 @@ def _calibrate(run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedN
     calibration = evenly_spaced(run.train_blocks, CALIBRATION_BLOCKS)
     set_constants(stand_ins, collect_log_scales(student, run.sites, calibration), run.config.estimator)
     naive_loss, naive_kl = _naive_removal(run, student, stand_ins)
-    equalizes = run.plan.steps and run.recipe.equalizes
-    neurons = _equalize(run, student, stand_ins, calibration) if equalizes else []
-    if neurons and run.config.neuron_limits:
-        limit_quadratic_mlps(run, student)
-    return Facts(naive_loss, naive_kl, neurons)
+    if not run.plan.steps or not run.recipe.equalizes:
+        return Facts(naive_loss, naive_kl, massive_neurons=[])
+    facts = Facts(naive_loss, naive_kl, _equalize(run, student, stand_ins, calibration))
+    if facts.runs_away:
+        hold_down(run, student, stand_ins)
+    return facts
 
 
 def _naive_removal(run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNorm]) -> tuple[float, float]:
@@ -115,6 +117,7 @@ def _equalize(
     neurons = shrink_massive(*common, MADE_GOOD * run.config.kl_budget, run.say)
     if neurons:
         run.say(f"scaled down MLP neurons that write massive activations: {len(neurons)}")
-        use_bounds(stand_ins.values())
+    if edited := equalize_first_position(*common):
+        run.say(f"brought the first position to the constant scale at norms that follow a projection: {len(edited)}")
     equalize_embedding(*common)
     return [asdict(neuron) for neuron in neurons]

@@ -56,6 +56,7 @@ class Recipe:
         optimization: what is minimized, and how.
         controlled: whether the schedule's clock waits for KL and goes back after spikes (`FidelityController`).
         equalizes: whether scales are made more even before training, while the norms are on.
+        tries_lr: whether the learning rate is tried first, and lowered for models that one step would move too far.
         splits_paths: whether attention's query/key and value paths lose their norm separately.
         interpolation: between norm and constant, see `TaperedNorm`.
         steps_wanted: optimizer steps that a run's tokens are divided into, within the limits on tokens per step.
@@ -66,6 +67,7 @@ class Recipe:
     optimization: Optimization
     controlled: bool = False
     equalizes: bool = False
+    tries_lr: bool = False
     splits_paths: bool = False
     interpolation: Interpolation = "log"
     steps_wanted: int = PAPER_STEPS
@@ -110,6 +112,7 @@ TAPER = Recipe(
     lay_out=lambda sites, _: taper(sites),
     controlled=True,
     equalizes=True,
+    tries_lr=True,
     # `first-gpt2` ends at KL 0.027 after 12,500 steps of 512 tokens, at 0.037 after 3,125 of 4,096
     # (`benchmarks/steps.json`).
     steps_wanted=12_800,
