@@ -157,7 +157,7 @@ def remove(
         bool,
         typer.Option(
             "--neuron-limits/--no-neuron-limits",
-            help="Clamp neurons of quadratic MLPs (gated, squared ReLU) where massive activations are found.",
+            help="Clamp neurons of quadratic MLPs (gated, squared ReLU) where tokens could run away.",
         ),
     ] = True,
     estimator: Annotated[

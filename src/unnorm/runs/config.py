@@ -79,7 +79,7 @@ class RemoveConfig(BaseModel):
     in_place: bool = Field(default=False, description="let maps that fold into no weight stay as modules")
     neuron_limits: bool = Field(
         default=True,
-        description="limit neurons of quadratic MLPs where massive activations are found: no token runs away",
+        description="limit neurons of quadratic MLPs where a token could run away without norms",
     )
     estimator: Estimator = Field(default="geometric", description="how the constant scale is estimated")
     trust_remote_code: bool = Field(default=False, description="run modeling code that comes with the model")
