@@ -1,6 +1,5 @@
 """The learning rate is lowered for models that one step of it would move too far, and only for them."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +9,11 @@ import torch.nn.functional as F
 from transformers import GPT2LMHeadModel, PreTrainedModel
 
 import unnorm
+from tests.conftest import Saved
 from unnorm.calibration.step_size import LENGTH, MOST_KL, PROBE, SEQUENCES, first_step_kl, tolerable_lr
 from unnorm.models.running import copy_model
 from unnorm.runs.plan import default_lr
 
-Saved = Callable[[PreTrainedModel], None]
 RATE = 1e-3
 
 

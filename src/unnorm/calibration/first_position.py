@@ -32,7 +32,7 @@ from unnorm.hooks import recorded
 from unnorm.models.linear import is_linear, linear_weight
 from unnorm.models.running import evaluating
 from unnorm.sites.find import inside_attention
-from unnorm.sites.norm_behaviour import centered
+from unnorm.sites.norm_behaviour import centered, log_scale_of
 from unnorm.sites.site import NormSite
 from unnorm.taper.norms import Estimator, TaperedNorm
 
@@ -156,9 +156,9 @@ def _edits(
 
 def _factors(written: Float[Tensor, "head width"], site: NormSite, stand_in: TaperedNorm) -> Float[Tensor, " head"]:
     """What each head's output at the first position is multiplied by: exp(-d), or 1 where it is left alone."""
-    variance = centered(written, site.centered).square().mean(-1)
-    off = 0.5 * torch.log(variance + site.eps) - stand_in.log_constant[0].double()
-    leave = (off.abs() < OFF) | (variance < ABOVE_EPS * site.eps)
+    log_scale = log_scale_of(centered(written, site.centered), site.eps).squeeze(-1)
+    off = log_scale - stand_in.log_constant[0].double()
+    leave = (off.abs() < OFF) | (torch.exp(2 * log_scale) < (1 + ABOVE_EPS) * site.eps)  # s^2 is the variance plus eps.
     return torch.exp(-off).masked_fill(leave, 1.0)
 
 

@@ -65,7 +65,7 @@ def quadratic_writers(original: PreTrainedModel, sites: Sequence[NormSite]) -> l
     They are found by doubling already large outputs of all norms: the neurons' sum then more than triples. (The largest
     one may be another neuron by then, as attention changes too.)
     """
-    mlps = mlp_projections(original, sites)
+    mlps = _mlp_projections(original, sites)
     ids = trace_inputs(original)
     with _norms_times(original, sites, FAR):
         once = _largest(original, mlps, [ids])
@@ -74,7 +74,7 @@ def quadratic_writers(original: PreTrainedModel, sites: Sequence[NormSite]) -> l
     return [name for name in mlps if twice[name].sum() > 3 * once[name].sum()]
 
 
-def mlp_projections(original: PreTrainedModel, sites: Sequence[NormSite]) -> list[str]:
+def _mlp_projections(original: PreTrainedModel, sites: Sequence[NormSite]) -> list[str]:
     """Paths of the MLPs' output projections; one may be followed by a norm, which then folds into it (post-norm)."""
     behind = {site.name: site.writers[0] for site in sites if site.folds_into == "writer"}
     writers, _ = stream_writers(original, sites)

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from unnorm.models.running import evaluating
-from unnorm.models.sizes import vocabulary_size
+from unnorm.models.sizes import context_length, vocabulary_size
 
 PROBE = 0.1
 """Share of the learning rate that is tried: a whole step may be too large for KL to grow with its square."""
@@ -60,8 +60,7 @@ def first_step_kl(model: PreTrainedModel, lr: float) -> float:
 
 
 def _random_tokens(model: PreTrainedModel) -> tuple[Int[Tensor, "batch position"], Int[Tensor, "batch position"]]:
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LENGTH
-    shape = (2 * SEQUENCES, min(LENGTH, longest))
+    shape = (2 * SEQUENCES, min(LENGTH, context_length(model)))
     generator = torch.Generator().manual_seed(0)
     some, others = torch.randint(vocabulary_size(model), shape, generator=generator).to(model.device).chunk(2)
     return some, others
