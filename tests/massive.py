@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import Gemma3TextConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.conftest import VOCAB, small_llama
+from tests.families import random_model
 from unnorm.hooks import recorded
 from unnorm.models.linear import linear_weight
 from unnorm.models.running import copy_model
@@ -35,6 +36,13 @@ LLAMA = Mlp(
     "model.layers.1.mlp.down_proj",
     "model.layers.2.input_layernorm",
 )
+
+GEMMA3 = Mlp(
+    ("model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"),
+    "model.layers.0.mlp.down_proj",
+    "model.layers.1.input_layernorm",
+)
+BEHIND = "model.layers.0.post_feedforward_layernorm"
 
 
 @torch.no_grad()
@@ -70,6 +78,29 @@ def with_two_massive(times: float) -> PreTrainedModel:
         weight[SECOND] = weight[PLANTED]
     columns = linear_weight(model.get_submodule(LLAMA.outgoing)).T
     columns[SECOND] = times * columns[PLANTED]
+    return model
+
+
+@torch.no_grad()
+def with_massive_before_a_norm() -> PreTrainedModel:
+    """A small Gemma 3 in which the norm after an MLP makes one feature long, which one neuron writes at position 0."""
+    config = Gemma3TextConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+    )
+    model = with_massive(random_model(lambda: config).float(), GEMMA3, length=1.0)
+    weight = linear_weight(model.get_submodule(GEMMA3.outgoing))
+    long = weight[:, PLANTED].norm()
+    weight[0] /= 100
+    weight[:, PLANTED] = long * torch.eye(32)[0]
+    gain = model.get_submodule(BEHIND).weight
+    gain[0] = 100 * (1 + gain[0]) - 1
     return model
 
 

@@ -15,6 +15,7 @@ from tests.conftest import small_llama
 from tests.families import FAMILIES, random_model
 from tests.massive import (
     BLOCKS,
+    GEMMA3,
     GPT2,
     IDS,
     LLAMA,
@@ -24,6 +25,7 @@ from tests.massive import (
     planted_files,
     read,
     with_massive,
+    with_massive_before_a_norm,
     with_two_massive,
 )
 from tests.running import ctrl_c_at
@@ -123,6 +125,21 @@ def test_only_its_column_changes_and_by_its_factor(planted: tuple[PreTrainedMode
     assert torch.equal(ours, theirs)
 
 
+def test_a_neuron_before_a_norm_is_found_and_scaled_down_until_the_norm_can_not_undo_it() -> None:
+    original = with_massive_before_a_norm()
+    student, (neuron,), before, after = shrink(original)
+    assert (neuron.writer, neuron.index) == (GEMMA3.outgoing, PLANTED)
+    scales = read(original, GEMMA3.next_norm).square().mean(-1).sqrt()
+    usual = scales[:, 1:].log().mean().exp()
+    assert neuron.length == pytest.approx(float(scales[0, 0] / usual), rel=0.1)  # Nearly all that is there.
+    assert neuron.factor < 0.3
+    assert differing(student, original) == [f"{GEMMA3.outgoing}.weight"]
+    ours = read(student, GEMMA3.next_norm)[:, 0].square().mean(-1).sqrt()
+    assert (ours < scales[:, 0] / 3).all()
+    assert mean_kl(student, original, BLOCKS) <= BUDGET
+    assert after < before
+
+
 def test_neurons_are_told_longest_first_in_usual_scales_of_the_next_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unnorm.calibration.massive.STEPS", 1)
     original = with_two_massive(2.0)
@@ -182,6 +199,7 @@ def test_what_the_budget_does_not_allow_is_undone_to_the_last_bit(planted: tuple
 def test_it_stays_within_the_budget_in_every_family(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the threshold so low that any neuron is massive, where a family's neurons can be told apart at all."""
     monkeypatch.setattr("unnorm.calibration.massive.MASSIVE", 0.02)
+    monkeypatch.setattr("unnorm.calibration.massive.MASSIVE_NORMED", 0.02)
     original = random_model(FAMILIES[family][0]).float().eval()
     blocks = Dataset.from_dict({"input_ids": (IDS % vocabulary_size(original)).tolist()})
     student, neurons, *_ = shrink(original, blocks=blocks)
@@ -195,7 +213,10 @@ def test_it_stays_within_the_budget_in_every_family(family: str, monkeypatch: py
         "phi",
         "qwen3",
         "gemma",
+        "gemma2",
+        "gemma3",
         "olmo",
+        "olmo2",
         "granite",
     )
 

@@ -26,7 +26,7 @@ from unnorm.hooks import hooked, recorded
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.models.probe import trace_inputs
 from unnorm.models.running import evaluating
-from unnorm.sites.residual import stream_writers, writer_of
+from unnorm.sites.residual import mlp_projections
 from unnorm.sites.site import NormSite
 
 ROOM = 2.0
@@ -65,21 +65,13 @@ def quadratic_writers(original: PreTrainedModel, sites: Sequence[NormSite]) -> l
     They are found by doubling already large outputs of all norms: the neurons' sum then more than triples. (The largest
     one may be another neuron by then, as attention changes too.)
     """
-    mlps = _mlp_projections(original, sites)
+    mlps = [projection.name for projection, _ in mlp_projections(original, sites).values()]
     ids = trace_inputs(original)
     with _norms_times(original, sites, FAR):
         once = _largest(original, mlps, [ids])
     with _norms_times(original, sites, 2 * FAR):
         twice = _largest(original, mlps, [ids])
     return [name for name in mlps if twice[name].sum() > 3 * once[name].sum()]
-
-
-def _mlp_projections(original: PreTrainedModel, sites: Sequence[NormSite]) -> list[str]:
-    """Paths of the MLPs' output projections; one may be followed by a norm, which then folds into it (post-norm)."""
-    behind = {site.name: site.writers[0] for site in sites if site.folds_into == "writer"}
-    writers, _ = stream_writers(original, sites)
-    projections = [writer_of(original, behind.get(writer.name, writer.name), writer.factor) for writer in writers]
-    return [projection.name for projection in projections if projection.kind == "mlp" and projection.linear]
 
 
 @torch.no_grad()

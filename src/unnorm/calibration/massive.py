@@ -17,6 +17,12 @@ and the factors chosen minimize
 The first term preserves what the readers get through the norms, the second brings the scale s near the site's constant
 c. EVENNESS is the largest of the values tried with which the model, its norms still on, stays within a limit on KL. A
 few tens of training steps with the norms on make good what that costs, so the limit is well above the KL budget.
+
+Where a norm follows the MLP (Gemma, OLMo 2), with gain g and input y = sum_j a_j w_j, the stream changes by
+
+    g (y'/s(y') - y/s(y)),    y' = y + sum_j (f_j - 1) a_j w_j
+
+instead. That norm undoes any factor while one neuron is most of y, so the search for these starts at small factors.
 """
 
 import math
@@ -36,12 +42,15 @@ from unnorm.hooks import recorded
 from unnorm.models.linear import linear_weight
 from unnorm.models.running import evaluating
 from unnorm.sites.norm_behaviour import centered, log_scale_of
-from unnorm.sites.residual import stream_writers
+from unnorm.sites.residual import mlp_projections, stream_writers
 from unnorm.sites.site import NormSite
 from unnorm.taper.norms import Estimator, TaperedNorm
 
 MASSIVE = 10.0
 """A neuron is massive if it adds a vector over this many times as long as the stream usually is at the next site."""
+MASSIVE_NORMED = 2.0
+"""The same where a norm follows the MLP, which bounds what a layer adds: the massive vector then grows layer by layer
+(in Gemma 3 270M by seven neurons, which add 2.5 to 23 times the usual scale)."""
 EVENNESS = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 """Weights of the second term, tried in this order."""
 MADE_GOOD = 2.0
@@ -53,6 +62,8 @@ TOKENS = 128
 MOST_NEURONS = 64
 KL_BLOCKS = 8
 STEPS, RATE = 200, 0.1
+FIRST_FACTOR_NORMED = 0.05
+"""Where the search for the factors of neurons before a norm starts; it starts at 1 for others."""
 
 
 @dataclass(frozen=True)
@@ -97,15 +108,15 @@ def shrink_massive(
     Returns:
         The neurons whose columns were scaled, longest vectors first; empty if none were.
     """
-    stream = _record(original, sites, blocks)
+    stream = _record(original, sites, stand_ins, blocks)
     constants = {site.name: float(stand_ins[site.name].log_constant[0]) for site in stream.sites}
-    neurons = _massive_neurons(original, stream, constants)
+    neurons = _massive_neurons(stream, constants)
     if not neurons:
         return []
     columns = [linear_weight(student.get_submodule(neuron.writer)).data[:, neuron.index] for neuron in neurons]
     unscaled = [column.clone() for column in columns]
     for evenness in EVENNESS:
-        factors = _fit_factors(original, stream, neurons, constants, evenness)
+        factors = _fit_factors(stream, neurons, constants, evenness)
         for column, whole, factor in zip(columns, unscaled, factors, strict=True):
             column.copy_(factor * whole)
         if mean_kl(student, original, evenly_spaced(blocks, KL_BLOCKS)) <= kl_limit:
@@ -121,77 +132,122 @@ def shrink_massive(
 
 
 @dataclass(frozen=True)
+class _Write:
+    """What one MLP adds to the stream, in one pass over a little text.
+
+    Attributes:
+        name: path of the module whose output is added: the MLP's output projection, or the norm that follows it.
+        projection: path of the projection.
+        weight: its weight.
+        activations: its inputs, in float32.
+        factor: what is multiplied with before adding: that of the residual connection, times the norm's gain.
+        norm: the norm that follows, if any.
+        output: what that norm reads, in float32.
+    """
+
+    name: str
+    projection: str
+    weight: Float[Tensor, "width neuron"]
+    activations: Float[Tensor, "token neuron"]
+    factor: Float[Tensor, " width"]
+    norm: NormSite | None
+    output: Float[Tensor, "token width"] | None
+
+    def lengths(self, which: Sequence[int] | slice = slice(None)) -> Float[Tensor, "token neuron"]:
+        """How long a vector each of some neurons adds for each token: the root of its mean square."""
+        columns = self.weight[:, which].float() * self.factor[:, None]
+        lengths = self.activations[:, which].abs() * columns.square().mean(0).sqrt()
+        if self.norm is None or self.output is None:
+            return lengths
+        return lengths / _normed(self.output, self.norm)[1].exp()
+
+    def change(
+        self, tokens: Int[Tensor, " token"], which: Sequence[int], factors: Float[Tensor, " neuron"]
+    ) -> Float[Tensor, "token width"]:
+        """How what is added changes with some neurons' columns multiplied by factors."""
+        change = (self.activations[tokens][:, which] * (factors - 1)) @ self.weight[:, which].float().T
+        if self.norm is None or self.output is None:
+            return change * self.factor
+        y = self.output[tokens]
+        return (_normed(y + change, self.norm)[0] - _normed(y, self.norm)[0]) * self.factor
+
+
+@dataclass(frozen=True)
 class _Stream:
-    """One pass over a little text: what each site reads from the residual stream, and the activations of MLPs' neurons.
+    """One pass over a little text: what each site reads from the residual stream, and what each MLP adds to it.
 
     Attributes:
         sites: those that read the stream, in the order of a forward pass.
         before: by site, the modules whose outputs add up to what it reads.
         reads: by site, (token, width), in float32.
-        activations: by writer, (token, neuron).
-        factors: by writer, what its output is multiplied by before it is added.
+        writes: of the MLPs, in order.
     """
 
     sites: list[NormSite]
     before: dict[str, set[str]]
     reads: dict[str, Float[Tensor, "token width"]]
-    activations: dict[str, Float[Tensor, "token neuron"]]
-    factors: dict[str, float]
+    writes: list[_Write]
 
 
 @torch.no_grad()
-def _record(model: PreTrainedModel, sites: Sequence[NormSite], blocks: Dataset) -> _Stream:
-    writers, before = stream_writers(model, sites)
-    of_mlps = {writer.name: writer.factor for writer in writers if writer.kind == "mlp" and writer.linear}
+def _record(
+    model: PreTrainedModel, sites: Sequence[NormSite], stand_ins: dict[str, TaperedNorm], blocks: Dataset
+) -> _Stream:
+    _, before = stream_writers(model, sites)
+    of_mlps = mlp_projections(model, sites)
     reading = [site for site in sites if site.name in before]
     ids = torch.tensor(blocks["input_ids"], device=model.device)[:, :POSITIONS]
-    with recorded(model, [*(site.name for site in reading), *of_mlps], copies=True) as record, evaluating(model):
+    names = {*(site.name for site in reading), *of_mlps, *(projection.name for projection, _ in of_mlps.values())}
+    with recorded(model, list(names), copies=True) as record, evaluating(model):
         model(input_ids=ids, use_cache=False)
     given = {name: value.flatten(0, -2).float() for name, (value, _) in record.items()}
-    reads, activations = {site.name: given[site.name] for site in reading}, {name: given[name] for name in of_mlps}
-    return _Stream(reading, before, reads, activations, of_mlps)
+    writes = []
+    for name, (projection, norm) in of_mlps.items():
+        weight = linear_weight(model.get_submodule(projection.name)).detach()
+        gain = weight.new_ones(len(weight)) if norm is None else stand_ins[norm.name].gain.detach()
+        output = None if norm is None else given[norm.name]
+        factor = projection.factor * gain.float()
+        writes.append(_Write(name, projection.name, weight, given[projection.name], factor, norm, output))
+    return _Stream(reading, before, {site.name: given[site.name] for site in reading}, writes)
 
 
-def _massive_neurons(model: PreTrainedModel, stream: _Stream, constants: dict[str, float]) -> list[Neuron]:
+def _massive_neurons(stream: _Stream, constants: dict[str, float]) -> list[Neuron]:
     """Neurons that add a vector more than `MASSIVE` times as long as usual, longest first."""
     found = []
-    for writer, activations in stream.activations.items():
-        site = next((site for site in stream.sites if writer in stream.before[site.name]), None)
+    for write in stream.writes:
+        site = next((site for site in stream.sites if write.name in stream.before[site.name]), None)
         if site is None:
             continue
-        columns = _columns(model, stream, writer)
-        lengths = activations.abs().amax(0) * columns.square().mean(0).sqrt() / math.exp(constants[site.name])
-        found += [Neuron(writer, int(i), float(lengths[i])) for i in (lengths > MASSIVE).nonzero()[:, 0]]
+        lengths = write.lengths().amax(0) / math.exp(constants[site.name])
+        massive = lengths > (MASSIVE if write.norm is None else MASSIVE_NORMED)
+        found += [Neuron(write.projection, int(i), float(lengths[i])) for i in massive.nonzero()[:, 0]]
     return sorted(found, key=lambda neuron: -neuron.length)[:MOST_NEURONS]
 
 
-def _columns(
-    model: PreTrainedModel, stream: _Stream, writer: str, which: int | slice = slice(None)
-) -> Float[Tensor, "width *neuron"]:
-    """What each neuron, or one of them, adds to the stream when its activation is 1."""
-    return linear_weight(model.get_submodule(writer)).detach()[:, which].float() * stream.factors[writer]
-
-
 def _fit_factors(
-    model: PreTrainedModel, stream: _Stream, neurons: Sequence[Neuron], constants: dict[str, float], evenness: float
+    stream: _Stream, neurons: Sequence[Neuron], constants: dict[str, float], evenness: float
 ) -> Float[Tensor, " neuron"]:
     """The factors that minimize the objective at the top of this file."""
-    activations = torch.stack([stream.activations[n.writer][:, n.index] for n in neurons], dim=1)
-    columns = torch.stack([_columns(model, stream, n.writer, n.index) for n in neurons])
-    tokens = _tokens(activations * columns.norm(dim=1))
-    activations = activations[tokens]
+    writes = {write.projection: write for write in stream.writes}
+    lengths = torch.cat([writes[neuron.writer].lengths([neuron.index]) for neuron in neurons], dim=1)
+    tokens = _tokens(lengths)
     reads = [stream.reads[site.name][tokens] for site in stream.sites]
     normed = [_normed(x, site)[0] for x, site in zip(reads, stream.sites, strict=True)]
-    is_before = [torch.tensor([[n.writer in stream.before[site.name]] for n in neurons]) for site in stream.sites]
-    columns_before = [columns * mask.to(columns) for mask in is_before]
-    log_factors = torch.zeros(len(neurons), device=columns.device, requires_grad=True)
+    of_writes = [(write, [k for k, n in enumerate(neurons) if n.writer == name]) for name, write in writes.items()]
+    first = [1.0 if writes[neuron.writer].norm is None else FIRST_FACTOR_NORMED for neuron in neurons]
+    log_factors = torch.tensor(first, device=lengths.device).log().requires_grad_(True)
     optimizer = torch.optim.Adam([log_factors], lr=RATE)
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
-        changes = activations * (log_factors.exp() - 1)
+        changes = {
+            write.name: write.change(tokens, [neurons[k].index for k in ks], log_factors[ks].exp())
+            for write, ks in of_writes
+            if ks
+        }
         losses = []
-        for site, x, read, before in zip(stream.sites, reads, normed, columns_before, strict=True):
-            changed, log_scale = _normed(x + changes @ before, site)
+        for site, x, read in zip(stream.sites, reads, normed, strict=True):
+            before = [change for name, change in changes.items() if name in stream.before[site.name]]
+            changed, log_scale = _normed(torch.stack([x, *before]).sum(0), site)
             uneven = (log_scale - constants[site.name]).square().mean()
             losses.append((changed - read).square().mean() + evenness * uneven)
         loss = torch.stack(losses).mean()

@@ -83,6 +83,22 @@ def stream_writers(model: PreTrainedModel, sites: Sequence[NormSite]) -> tuple[l
     return [writer_of(model, name, factor) for name, factor in factors.items()], before
 
 
+def mlp_projections(model: PreTrainedModel, sites: Sequence[NormSite]) -> dict[str, tuple[Writer, NormSite | None]]:
+    """The MLPs' output projections, each with the norm that follows it, if one does (post-norm).
+
+    The keys are the names of the modules whose outputs are added to the residual stream, in order: the norms' where
+    there are any, otherwise the projections'. A projection's `factor` is that of what is added.
+    """
+    following = {site.name: site for site in sites if site.folds_into == "writer"}
+    found = {}
+    for writer in stream_writers(model, sites)[0]:
+        norm = following.get(writer.name)
+        projection = writer if norm is None else writer_of(model, norm.writers[0], writer.factor)
+        if projection.kind == "mlp" and projection.linear:
+            found[writer.name] = projection, norm
+    return found
+
+
 def layer_number(name: str) -> int | None:
     """Number of the layer that a module's path is in; None outside the layers."""
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
