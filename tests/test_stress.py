@@ -97,6 +97,14 @@ def test_every_second_block_of_text_starts_anyhow(tiny_tokenizer: PreTrainedToke
     assert set(np.bincount(many[::2, 0], minlength=VOCAB)) == {2, 3}
 
 
+def test_a_begin_of_text_token_stays_and_the_random_token_follows_it(tiny_tokenizer: PreTrainedTokenizerFast) -> None:
+    text = np.full((400, 8), 7, dtype=np.int32)
+    text[:, 0] = 2
+    changed = random_starts(text, tiny_tokenizer, VOCAB, np.random.default_rng(0), begin=2)
+    assert (changed[:, 0] == 2).all() and (changed[:, 2:] == 7).all() and (changed[1::2] == text[1::2]).all()
+    assert len(np.unique(changed[::2, 1])) == 200
+
+
 def test_read_mismatch_is_a_share_of_the_teachers_reads() -> None:
     teacher = torch.randn(2, 5, 7, dtype=torch.float64)
     assert float(read_mismatch(teacher, teacher)) == 0

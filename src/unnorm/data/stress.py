@@ -65,17 +65,28 @@ def stress_blocks(
     return stacked
 
 
-def random_starts(text: Ids, tokenizer: PreTrainedTokenizerBase, vocab_size: int, generator: Generator) -> Ids:
+def random_starts(
+    text: Ids,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    generator: Generator,
+    begin: int | None = None,
+) -> Ids:
     """Text with a random first token in every second block: any token may come first, and a block has one first token.
+
+    Where texts begin with a begin-of-text token it comes after that, without which such models are lost: a random token
+    in its place costs Gemma 3 270M 1.7 nats on all that follows.
 
     Args:
         text: token ids, (block, position); not modified.
         tokenizer: the model's tokenizer.
         vocab_size: ids are below it.
         generator: source of all randomness.
+        begin: token that each block begins with, if any.
     """
     changed = text.copy()
-    changed[::2, 0] = _starts(_vocabulary(tokenizer, vocab_size), len(changed[::2]), generator)
+    first = 0 if begin is None else 1
+    changed[::2, first] = _starts(_vocabulary(tokenizer, vocab_size), len(changed[::2]), generator)
     return changed
 
 

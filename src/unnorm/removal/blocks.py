@@ -225,7 +225,8 @@ def with_stress(run: Run) -> Dataset:
     kept = evenly_spaced(run.train_blocks, max(1, len(run.train_blocks) - len(run.stress_blocks)))
     vocab_size = vocabulary_size(run.original)
     generator = np.random.default_rng(run.config.seed)
-    text = as_dataset(random_starts(column_of(kept), run.tokenizer, vocab_size, generator))
+    begin = begin_of_blocks(run.config.data, run.tokenizer)
+    text = as_dataset(random_starts(column_of(kept), run.tokenizer, vocab_size, generator, begin))
     parts = ((text, False), (run.stress_blocks, True))
     return concatenate_datasets([part.add_column("stress", [is_stress] * len(part)) for part, is_stress in parts])
 
