@@ -1,5 +1,6 @@
 """The blocks that no corpus has, and where a run uses them."""
 
+from copy import deepcopy
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,14 +11,16 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
 from tests.conftest import VOCAB
-from unnorm.data import random_starts, stress_blocks
+from unnorm.data import as_dataset, random_starts, stress_blocks
 from unnorm.removal.blocks import with_stress
 from unnorm.removal.run import Run
+from unnorm.taper.recipes import RECIPES
 from unnorm.taper.schedule import FidelityController
 from unnorm.training.distillation import STRESS_TEMPERATURE, DistillationTrainer
 from unnorm.training.losses import distillation_losses, read_mismatch
@@ -103,6 +106,26 @@ def test_a_begin_of_text_token_stays_and_the_random_token_follows_it(tiny_tokeni
     changed = random_starts(text, tiny_tokenizer, VOCAB, np.random.default_rng(0), begin=2)
     assert (changed[:, 0] == 2).all() and (changed[:, 2:] == 7).all() and (changed[1::2] == text[1::2]).all()
     assert len(np.unique(changed[::2, 1])) == 200
+
+
+def test_a_run_keeps_the_token_that_its_tokenizer_puts_before_every_text(
+    tiny_model: GPT2LMHeadModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=deepcopy(tiny_tokenizer.backend_tokenizer), bos_token="!")
+    begin = tokenizer.bos_token_id
+    post = TemplateProcessing(single="! $A", special_tokens=[("!", begin)])
+    tokenizer.backend_tokenizer.post_processor = post
+    text = as_dataset(np.asarray([[begin, 7, 8, 9]] * 200, np.int32))
+    run = SimpleNamespace(
+        recipe=RECIPES["taper"],
+        train_blocks=text,
+        stress_blocks=text.select(range(20)),
+        original=tiny_model,
+        tokenizer=tokenizer,
+        config=SimpleNamespace(seed=0, data="text.txt"),
+    )
+    mixed = np.asarray(with_stress(cast(Run, run))["input_ids"])
+    assert (mixed[:, 0] == begin).all() and len(np.unique(mixed[:, 1])) > 50
 
 
 def test_read_mismatch_is_a_share_of_the_teachers_reads() -> None:
