@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import Gemma3TextConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from tests.conftest import VOCAB, small_llama
-from tests.families import random_model
+from tests.families import FAMILIES, random_model
 from unnorm.hooks import recorded
 from unnorm.models.linear import linear_weight
 from unnorm.models.running import copy_model
@@ -84,16 +84,8 @@ def with_two_massive(times: float) -> PreTrainedModel:
 @torch.no_grad()
 def with_massive_before_a_norm() -> PreTrainedModel:
     """A small Gemma 3 in which the norm after an MLP makes one feature long, which one neuron writes at position 0."""
-    config = Gemma3TextConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-    )
+    config = FAMILIES["gemma3"][0]()
+    config.vocab_size = VOCAB
     model = with_massive(random_model(lambda: config).float(), GEMMA3, length=1.0)
     weight = linear_weight(model.get_submodule(GEMMA3.outgoing))
     long = weight[:, PLANTED].norm()
