@@ -8,7 +8,7 @@ from typing import ClassVar
 from unnorm.sites.site import NormSite
 
 TAPER_SHARE = 0.1
-"""Share of the run over which `taper` raises alpha from 0 to 1 for one group of sites; the rest of the run heals."""
+"""Share of the run over which `taper` raises alpha from 0 to 1; the rest of the run heals."""
 
 KL_BUDGET = 0.9
 """KL to the original, in nats per token, above which the taper waits."""
@@ -71,11 +71,6 @@ class Schedule:
         """When the last norm is gone."""
         return max(removal.end for removal in self.removals)
 
-    @property
-    def last_start(self) -> float:
-        """When the last norms begin to go."""
-        return max(removal.start for removal in self.removals)
-
 
 @dataclass
 class FidelityController:
@@ -89,9 +84,7 @@ class FidelityController:
 
     Attributes:
         kl_budget: KL above which the clock waits, in nats per token.
-        end: position at which the schedule has removed everything.
-        last_start: position at which the last norms begin to go; from `LANDING` of the way from there to `end` on the
-            clock no longer waits.
+        end: position at which the schedule has removed everything; from `LANDING` of it on the clock no longer waits.
         position: the clock's time, at which the schedule is evaluated.
         speed: as a share of full speed.
         running_kl: running average of KL over steps; None before the first.
@@ -115,13 +108,12 @@ class FidelityController:
     FASTER: ClassVar[float] = 1.05  # and by this with each step that advances it.
     SLOWEST: ClassVar[float] = 1 / 64
     BAD_AFTER_END: ClassVar[int] = 3
-    LANDING: ClassVar[float] = 0.93  # Alpha is 0.988 there: from then on waiting gains nothing.
+    LANDING: ClassVar[float] = 0.93  # Share of `end` at which alpha is 0.988: from there on waiting gains nothing.
     FEW: ClassVar[float] = 3e-4  # Share of tokens held down below which the bounds do nothing.
     LEAST_GAIN: ClassVar[float] = 0.01  # Relative fall of the running KL that still counts as healing.
 
     kl_budget: float = KL_BUDGET
     end: float = 1.0
-    last_start: float = 0.0
     position: float = 0.0
     speed: float = 1.0
     running_kl: float | None = None
@@ -172,7 +164,7 @@ class FidelityController:
     def arrived(self) -> bool:
         """Whether everything is removed, or so nearly that waiting gains nothing."""
         few_held = self.running_held is not None and self.running_held < self.FEW
-        return few_held or self.position >= self.last_start + self.LANDING * (self.end - self.last_start)
+        return few_held or self.position >= self.LANDING * self.end
 
     @property
     def only_heals(self) -> bool:
@@ -208,24 +200,8 @@ class FidelityController:
 
 
 def taper(sites: Sequence[NormSite], share: float = TAPER_SHARE) -> Schedule:
-    """Take sites from norm to constant smoothly, each group of them together over `share` of the run.
-
-    First go the norms that read the residual stream; in most models that is all. Norms that follow a projection come
-    next, and last those whose projection reads another norm, such as query and key norms. Taken together with the
-    others, they hold Gemma 3 270M back (`docs/method.md`).
-    """
-    readers = {reader for site in sites for reader in site.readers}
-    following = [site for site in sites if site.folds_into == "writer"]
-    inner = [site for site in following if set(site.writers) & readers]
-    outer = [site for site in following if site not in inner]
-    groups = [[site for site in sites if site not in following], outer, inner]
-    return Schedule(
-        tuple(
-            PathRemoval(site.name, 0, share * turn, share * (turn + 1))
-            for turn, group in enumerate(group for group in groups if group)
-            for site in group
-        )
-    )
+    """Take all sites from norm to constant together, smoothly, over the first `share` of the run."""
+    return Schedule(tuple(PathRemoval(site.name, 0, 0.0, share) for site in sites))
 
 
 def healing(sites: Sequence[NormSite]) -> Schedule:
