@@ -212,7 +212,7 @@ def _record(
 
 
 def _massive_neurons(stream: _Stream, constants: dict[str, float]) -> list[Neuron]:
-    """Neurons that add a vector more than `MASSIVE` times as long as usual, longest first."""
+    """Neurons that add a vector more than `MASSIVE` or `MASSIVE_NORMED` times as long as usual, longest first."""
     found = []
     for write in stream.writes:
         site = next((site for site in stream.sites if write.name in stream.before[site.name]), None)
