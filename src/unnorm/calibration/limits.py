@@ -26,7 +26,7 @@ from unnorm.hooks import hooked, recorded
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.models.probe import trace_inputs
 from unnorm.models.running import evaluating
-from unnorm.sites.residual import mlp_projections
+from unnorm.sites.residual import mlp_projections, stream_writers
 from unnorm.sites.site import NormSite
 
 ROOM = 2.0
@@ -65,7 +65,8 @@ def quadratic_writers(original: PreTrainedModel, sites: Sequence[NormSite]) -> l
     They are found by doubling already large outputs of all norms: the neurons' sum then more than triples. (The largest
     one may be another neuron by then, as attention changes too.)
     """
-    mlps = [projection.name for projection, _ in mlp_projections(original, sites).values()]
+    writers, _ = stream_writers(original, sites)
+    mlps = [projection.name for projection, _ in mlp_projections(original, sites, writers).values()]
     ids = trace_inputs(original)
     with _norms_times(original, sites, FAR):
         once = _largest(original, mlps, [ids])

@@ -193,8 +193,8 @@ class _Stream:
 def _record(
     model: PreTrainedModel, sites: Sequence[NormSite], stand_ins: dict[str, TaperedNorm], blocks: Dataset
 ) -> _Stream:
-    _, before = stream_writers(model, sites)
-    of_mlps = mlp_projections(model, sites)
+    writers, before = stream_writers(model, sites)
+    of_mlps = mlp_projections(model, sites, writers)
     reading = [site for site in sites if site.name in before]
     ids = torch.tensor(blocks["input_ids"], device=model.device)[:, :POSITIONS]
     names = {*(site.name for site in reading), *of_mlps, *(projection.name for projection, _ in of_mlps.values())}

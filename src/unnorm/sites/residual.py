@@ -83,15 +83,17 @@ def stream_writers(model: PreTrainedModel, sites: Sequence[NormSite]) -> tuple[l
     return [writer_of(model, name, factor) for name, factor in factors.items()], before
 
 
-def mlp_projections(model: PreTrainedModel, sites: Sequence[NormSite]) -> dict[str, tuple[Writer, NormSite | None]]:
-    """The MLPs' output projections, each with the norm that follows it, if one does (post-norm).
+def mlp_projections(
+    model: PreTrainedModel, sites: Sequence[NormSite], writers: Sequence[Writer]
+) -> dict[str, tuple[Writer, NormSite | None]]:
+    """The MLPs' output projections among the stream's writers, each with the norm that follows it, if one does.
 
     The keys are the names of the modules whose outputs are added to the residual stream, in order: the norms' where
     there are any, otherwise the projections'. A projection's `factor` is that of what is added.
     """
     following = {site.name: site for site in sites if site.folds_into == "writer"}
     found = {}
-    for writer in stream_writers(model, sites)[0]:
+    for writer in writers:
         norm = following.get(writer.name)
         projection = writer if norm is None else writer_of(model, norm.writers[0], writer.factor)
         if projection.kind == "mlp" and projection.linear:
