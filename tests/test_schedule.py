@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.families import FAMILIES, random_model
+from unnorm.sites.find import find_sites
 from unnorm.sites.site import NormSite, Role
-from unnorm.taper.schedule import FidelityController, PathRemoval, sequential, taper, tapernorm
+from unnorm.taper.schedule import TAPER_SHARE, FidelityController, PathRemoval, sequential, taper, tapernorm
 
 
 def sites_of(layers: int) -> list[NormSite]:
@@ -32,6 +34,34 @@ def test_taper_rises_from_norm_to_constant_for_all_sites_together(early: float, 
     assert schedule.end < 1
 
 
+@pytest.mark.parametrize(
+    ("family", "groups"),
+    [
+        ("gpt2", [{"ln_1", "ln_2", "ln_f"}]),
+        ("qwen3", [{"input_layernorm", "post_attention_layernorm", "norm"}, {"q_norm", "k_norm"}]),
+        (
+            "gemma3",
+            [
+                {"input_layernorm", "pre_feedforward_layernorm", "norm"},
+                {"post_attention_layernorm", "post_feedforward_layernorm"},
+                {"q_norm", "k_norm"},
+            ],
+        ),
+        ("olmo2", [{"norm"}, {"post_attention_layernorm", "post_feedforward_layernorm", "q_norm", "k_norm"}]),
+    ],
+)
+def test_norms_that_read_the_stream_go_first(family: str, groups: list[set[str]]) -> None:
+    schedule = taper(find_sites(random_model(FAMILIES[family][0])))
+    order: dict[tuple[float, float], set[str]] = {}
+    for removal in sorted(schedule.removals, key=lambda r: r.start):
+        order.setdefault((removal.start, removal.end), set()).add(removal.site.rpartition(".")[2])
+    assert list(order.values()) == groups
+    times = list(order)
+    assert schedule.starts == tuple(start for start, _ in times) and schedule.end == times[-1][1]
+    assert schedule.starts == pytest.approx([0.0, *(end for _, end in times[:-1])])
+    assert all(end - start == pytest.approx(TAPER_SHARE) for start, end in times)
+
+
 @pytest.mark.parametrize("layers", [2, 12, 48])
 def test_sequential_goes_in_the_papers_order_at_the_papers_times(layers: int) -> None:
     sites = sites_of(layers)
@@ -53,6 +83,39 @@ def test_near_the_end_kl_is_no_reason_to_wait() -> None:
         controller = FidelityController(kl_budget=0.1, end=0.4, position=share * 0.4, running_kl=0.2)
         controller.advance(0.2, refused=False, steps=1000)
         assert (controller.position > share * 0.4) is moves is controller.arrived
+
+
+def in_two_stages(position: float, running_kl: float, speed: float = 1.0) -> FidelityController:
+    return FidelityController(0.1, 0.4, (0.0, 0.3), position=position, running_kl=running_kl, speed=speed)
+
+
+@pytest.mark.parametrize(
+    ("position", "lands", "arrived"),
+    [(0.27, False, False), (0.29, True, False), (0.3, False, False), (0.392, False, False), (0.394, True, True)],
+)
+def test_near_the_end_of_each_stage_kl_is_no_reason_to_wait(position: float, lands: bool, arrived: bool) -> None:
+    controller = in_two_stages(position, 0.2)
+    assert (controller.lands, controller.arrived) == (lands, arrived)
+    controller.advance(0.2, refused=False, steps=1000)
+    assert (controller.position > position) is lands
+
+
+@pytest.mark.parametrize(("position", "length"), [(0.2, 0.3), (0.301, 0.1), (0.35, 0.1), (0.4, 0.1)])
+def test_going_back_costs_a_share_of_the_stage(position: float, length: float) -> None:
+    controller = in_two_stages(position, 0.05, 0.5)
+    for _ in range(controller.BAD_AFTER_END if position == controller.end else 1):
+        controller.advance(math.nan, refused=True, steps=1000)
+    assert controller.position == pytest.approx(position - controller.BACK * length)
+    assert controller.speed == 0.25
+
+
+def test_a_new_stage_begins_at_full_speed() -> None:
+    controller = in_two_stages(0.2995, 0.04, 0.25)
+    speeds = []
+    for _ in range(4):
+        controller.advance(0.04, refused=False, steps=1000)
+        speeds.append(controller.speed)
+    assert speeds == pytest.approx([0.25 * controller.FASTER, 1, 1, 1])
 
 
 def test_sequential_keeps_unsplit_attention_in_one_piece() -> None:

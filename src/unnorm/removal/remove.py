@@ -184,7 +184,8 @@ def _train_removal(run: Run) -> Facts:
     if run.plan.steps:
         run.say(f"training: {run.plan.steps} steps of {run.plan.step_tokens:,} tokens", run.plan.training_tokens)
         schedule = _lay_out(run, stand_ins)
-        controller = FidelityController(run.config.kl_budget, schedule.end) if run.recipe.controlled else None
+        clock = FidelityController(run.config.kl_budget, schedule.end, schedule.starts)
+        controller = clock if run.recipe.controlled else None
         final = next((stand_ins[site.name] for site in run.sites if site.role == "final"), None)
         removal = Removal(stand_ins, schedule, controller, token_mask, run.tokenizer.eos_token_id, final)
         facts = replace(facts, skipped_steps=_train(run, student, removal, run.directory).skipped_steps)

@@ -8,7 +8,7 @@ from typing import ClassVar
 from unnorm.sites.site import NormSite
 
 TAPER_SHARE = 0.1
-"""Share of the run over which `taper` raises alpha from 0 to 1; the rest of the run heals."""
+"""Share of the run over which `taper` raises alpha from 0 to 1 for one group of sites; the rest of the run heals."""
 
 KL_BUDGET = 0.9
 """KL to the original, in nats per token, above which the taper waits."""
@@ -71,6 +71,11 @@ class Schedule:
         """When the last norm is gone."""
         return max(removal.end for removal in self.removals)
 
+    @property
+    def starts(self) -> tuple[float, ...]:
+        """When each group of norms begins to go, in order."""
+        return tuple(sorted({removal.start for removal in self.removals}))
+
 
 @dataclass
 class FidelityController:
@@ -84,7 +89,9 @@ class FidelityController:
 
     Attributes:
         kl_budget: KL above which the clock waits, in nats per token.
-        end: position at which the schedule has removed everything; from `LANDING` of it on the clock no longer waits.
+        end: position at which the schedule has removed everything.
+        starts: positions at which the groups of norms begin to go, in order; each *stage* lasts until the next one's,
+            the last until `end`. From `LANDING` of a stage on the clock no longer waits.
         position: the clock's time, at which the schedule is evaluated.
         speed: as a share of full speed.
         running_kl: running average of KL over steps; None before the first.
@@ -103,17 +110,18 @@ class FidelityController:
     NO_SPIKE: ClassVar[float] = 0.5  # unless it is under this share of the budget.
     STARTS: ClassVar[float] = 0.3  # Share of the budget under which it first moves, if stand-ins are bounded.
     SLOWS: ClassVar[float] = 0.5  # Share of the budget that must be left for full speed.
-    BACK: ClassVar[float] = 0.03  # How far the clock goes back, as a share of `end`.
+    BACK: ClassVar[float] = 0.03  # How far the clock goes back, as a share of the stage.
     SLOWER: ClassVar[float] = 0.5  # Speed is multiplied by this when the clock goes back,
     FASTER: ClassVar[float] = 1.05  # and by this with each step that advances it.
     SLOWEST: ClassVar[float] = 1 / 64
     BAD_AFTER_END: ClassVar[int] = 3
-    LANDING: ClassVar[float] = 0.93  # Share of `end` at which alpha is 0.988: from there on waiting gains nothing.
+    LANDING: ClassVar[float] = 0.93  # Share of a stage at which alpha is 0.988: from there on waiting gains nothing.
     FEW: ClassVar[float] = 3e-4  # Share of tokens held down below which the bounds do nothing.
     LEAST_GAIN: ClassVar[float] = 0.01  # Relative fall of the running KL that still counts as healing.
 
     kl_budget: float = KL_BUDGET
     end: float = 1.0
+    starts: tuple[float, ...] = (0.0,)
     position: float = 0.0
     speed: float = 1.0
     running_kl: float | None = None
@@ -148,23 +156,37 @@ class FidelityController:
         if self.position >= self.end:
             self.position = min(1.0, self.position + 1 / steps)
             self._heal()
-        elif self.running_kl > self.limit and not self.arrived:
+        elif self.running_kl > self.limit and not self.lands:
             self.waited += 1
         else:
-            headroom = 1.0 if self.arrived else min(1.0, (1 - self.running_kl / self.kl_budget) / self.SLOWS)
+            headroom = 1.0 if self.lands else min(1.0, (1 - self.running_kl / self.kl_budget) / self.SLOWS)
+            stage = self.stage
             self.position = min(1.0, self.position + headroom * self.speed / steps)
             self.started = True
-            self.speed = min(1.0, self.speed * self.FASTER)
+            # How fast one group of norms can go says nothing about the next.
+            self.speed = min(1.0, self.speed * self.FASTER) if self.stage == stage else 1.0
 
     def late(self, step: int, steps: int) -> int:
         """How many steps the clock is behind the run, which has done `step` of its `steps`."""
         return max(0, round(step - (self.position + self.healed) * steps))
 
     @property
+    def stage(self) -> tuple[float, float]:
+        """Where the stage that the clock is in starts and ends; past `end` that is the last one."""
+        start = max((start for start in self.starts if start <= self.position), default=0.0)
+        return start, min((later for later in self.starts if later > start), default=self.end)
+
+    @property
+    def lands(self) -> bool:
+        """Whether the norms of this stage are so nearly gone that waiting gains nothing."""
+        few_held = self.running_held is not None and self.running_held < self.FEW
+        start, end = self.stage
+        return few_held or self.position >= start + self.LANDING * (end - start)
+
+    @property
     def arrived(self) -> bool:
         """Whether everything is removed, or so nearly that waiting gains nothing."""
-        few_held = self.running_held is not None and self.running_held < self.FEW
-        return few_held or self.position >= self.LANDING * self.end
+        return self.lands and self.stage[1] == self.end
 
     @property
     def only_heals(self) -> bool:
@@ -186,7 +208,8 @@ class FidelityController:
 
     def _go_back(self) -> None:
         self.healed += max(0.0, self.position - self.end)
-        self.position = max(0.0, min(self.position, self.end) - self.BACK * self.end)
+        start, end = self.stage
+        self.position = max(0.0, min(self.position, self.end) - self.BACK * (end - start))
         self.speed = max(self.SLOWEST, self.speed * self.SLOWER)
         self.set_back += 1
         self.best_kl, self.stale = math.inf, 0
@@ -200,8 +223,24 @@ class FidelityController:
 
 
 def taper(sites: Sequence[NormSite], share: float = TAPER_SHARE) -> Schedule:
-    """Take all sites from norm to constant together, smoothly, over the first `share` of the run."""
-    return Schedule(tuple(PathRemoval(site.name, 0, 0.0, share) for site in sites))
+    """Take sites from norm to constant smoothly, each group of them together over `share` of the run.
+
+    First go the norms that read the residual stream; in most models that is all. Norms that follow a projection come
+    next, and last those whose projection reads another norm, such as query and key norms. Taken together with the
+    others, they hold Gemma 3 270M back (`docs/method.md`).
+    """
+    readers = {reader for site in sites for reader in site.readers}
+    following = [site for site in sites if site.folds_into == "writer"]
+    inner = [site for site in following if set(site.writers) & readers]
+    outer = [site for site in following if site not in inner]
+    groups = [[site for site in sites if site not in following], outer, inner]
+    return Schedule(
+        tuple(
+            PathRemoval(site.name, 0, share * turn, share * (turn + 1))
+            for turn, group in enumerate(group for group in groups if group)
+            for site in group
+        )
+    )
 
 
 def healing(sites: Sequence[NormSite]) -> Schedule:

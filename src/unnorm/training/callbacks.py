@@ -133,14 +133,14 @@ class ScheduleCallback(TrainerCallback):
 class GuardCallback(TrainerCallback, ExportableState):
     """Clips gradients, never lets a non-finite or exploding step be applied, and runs the fidelity controller.
 
-    A step explodes when its gradient norm is over 100 times the median of recent steps, or 100 times the clip if that
-    median is smaller: distillation starts at zero loss, so its gradients rise from zero. Once the norms are gone ten
-    times as much is applied, clipped: it comes of odd input, from which a twin must learn all the more, and there is no
-    taper left that it could set back. After several refused steps in a row the last good weights are restored: those at
-    which the next step's gradients were sound. `norm` is the gradient norm of the last step before clipping.
+    Gradients explode when their norm is over 1000 times the median of recent steps, or 1000 times the clip if that
+    median is smaller: distillation starts at zero loss, so its gradients rise from zero. One or two such steps in a row
+    come of odd input, from which a twin must learn all the more, and are applied, clipped; the third is refused. After
+    several refused steps in a row the last good weights are restored: those at which the next step's gradients were
+    sound. `norm` is the gradient norm of the last step before clipping.
     """
 
-    CLIP, EXPLODES, EXPLODES_WITHOUT_NORMS, REMEMBERED = 1.0, 100.0, 1000.0, 50
+    CLIP, EXPLODES, EXPLOSIONS, REMEMBERED = 1.0, 1000.0, 3, 50
 
     def __init__(
         self,
@@ -158,7 +158,7 @@ class GuardCallback(TrainerCallback, ExportableState):
         self.controller, self.take_kl, self.held = controller, take_kl, held
         self.norm, self.norms = 0.0, list[float]()
         self.kl: float | None = None
-        self.skipped = self.in_a_row = 0
+        self.skipped = self.in_a_row = self.exploded = 0
         self.good: dict[str, Tensor] = {}
         self.to_remember = True
 
@@ -169,7 +169,7 @@ class GuardCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a resumed run needs, as transformers stores it."""
-        names = ("norms", "kl", "skipped", "in_a_row")
+        names = ("norms", "kl", "skipped", "in_a_row", "exploded")
         controller = {} if self.controller is None else asdict(self.controller)
         return {"args": {}, "attributes": {name: getattr(self, name) for name in names} | {"controller": controller}}
 
@@ -191,11 +191,14 @@ class GuardCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
     ) -> None:
         norm = self.norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), self.CLIP))
-        if math.isfinite(norm) and norm <= self._most():
+        sound = math.isfinite(norm) and norm <= self._most()
+        self.exploded = 0 if sound else self.exploded + 1
+        if sound:
             self.norms = [*self.norms, norm][-self.REMEMBERED :]
-            self.in_a_row = 0
             if self.to_remember:
                 self._remember(model)
+        if sound or (math.isfinite(norm) and self.exploded < self.EXPLOSIONS):
+            self.in_a_row = 0
             return
         # Optimizers skip parameters that have no gradient.
         for parameter in model.parameters():
@@ -210,8 +213,7 @@ class GuardCallback(TrainerCallback, ExportableState):
     def _most(self) -> float:
         """Largest gradient norm of a step that does not explode."""
         typical = sorted(self.norms)[len(self.norms) // 2] if self.norms else math.inf
-        without_norms = self.controller is not None and self.controller.position >= self.controller.end
-        return (self.EXPLODES_WITHOUT_NORMS if without_norms else self.EXPLODES) * max(typical, self.CLIP)
+        return self.EXPLODES * max(typical, self.CLIP)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
