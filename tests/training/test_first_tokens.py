@@ -89,6 +89,17 @@ def test_first_token_loss_is_kl_to_the_teacher(runaway: Run) -> None:
     torch.testing.assert_close(first_tokens(2).losses(*runaway, VOCABULARY)[0], expected)
 
 
+def test_where_texts_begin_with_a_token_the_first_after_it_is_meant(runaway: Run) -> None:
+    found = first_tokens(furthest=2, again=1)
+    found.begin = begin = 5
+    student, teacher, _ = runaway
+    pairs = torch.tensor([[begin, LONG], [begin, LONGER], [begin, 0]])
+    log_q, log_p = (model(input_ids=pairs).logits.log_softmax(-1)[:, 1] for model in (student, teacher))
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+    torch.testing.assert_close(found.losses(*runaway, VOCABULARY)[0], expected.mean())
+    assert found.worst.tolist() == [pairs[expected.argmax(), 1]]
+
+
 def test_the_worst_of_a_step_are_learned_again_by_the_next(runaway: Run) -> None:
     found = first_tokens(furthest=2, again=2)
     met = torch.tensor([[LONG], [LONGER], [LONG], [5], [6]])

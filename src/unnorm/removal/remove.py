@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from unnorm import processes
 from unnorm.calibration.step_size import tolerable_lr
+from unnorm.data import begin_of_blocks
 from unnorm.errors import RunInterruptedError, UnnormError, explained, first_few
 from unnorm.folding.checkpoint import load, save_folded, save_model, save_sites, save_unfolded
 from unnorm.isolation import isolated
@@ -217,6 +218,7 @@ def _train(run: Run, model: PreTrainedModel, removal: Removal | None, directory:
         seed=run.config.seed,
         watch=run.watch,
         report_to=run.config.report_to,
+        begin=begin_of_blocks(run.config.data, run.tokenizer),
     )
     gc.collect()  # Trainer and callbacks form reference cycles that hold optimizer state and the last good weights.
     processes.agree(lambda: _check_ended(run, outcome, directory))

@@ -82,6 +82,7 @@ def train(
     seed: int,
     watch: Watch,
     report_to: Sequence[str] = (),
+    begin: int | None = None,
 ) -> Outcome:
     """Train `model` in place for `plan.steps` steps, resuming from the last checkpoint in `directory` if there is one.
 
@@ -98,6 +99,7 @@ def train(
         seed: seed for the order of the blocks.
         watch: called with every row of metrics.
         report_to: transformers' names of experiment trackers.
+        begin: token that the model's texts begin with, if any.
 
     Raises:
         UnnormError: memory or disk ran out, or an experiment tracker failed.
@@ -111,6 +113,7 @@ def train(
         optimization=optimization,
         removal=removal,
         plan=plan,
+        begin=begin,
     )
     quick_blocks = evenly_spaced(validation_blocks, QUICK_BLOCKS)
 
@@ -170,6 +173,7 @@ def _trainer(
     optimization: Optimization,
     removal: Removal | None,
     plan: Plan,
+    begin: int | None,
 ) -> DistillationTrainer:
     with _cache_setting_kept(model):
         trainer = DistillationTrainer(
@@ -183,7 +187,7 @@ def _trainer(
         )
     if trainer.bounded:
         batch_tokens = plan.micro_batch * plan.context
-        trainer.learn_first_tokens(FirstTokens(vocabulary_size(model), batch_tokens, args.device))
+        trainer.learn_first_tokens(FirstTokens(vocabulary_size(model), batch_tokens, args.device, begin))
     if plan.records_steps:
         trainer.record_steps()
     trainer.remove_callback(PrinterCallback)
