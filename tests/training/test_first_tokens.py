@@ -89,17 +89,6 @@ def test_first_token_loss_is_kl_to_the_teacher(runaway: Run) -> None:
     torch.testing.assert_close(first_tokens(2).losses(*runaway, VOCABULARY)[0], expected)
 
 
-def test_where_texts_begin_with_a_token_the_first_after_it_is_meant(runaway: Run) -> None:
-    found = first_tokens(furthest=2, again=1)
-    found.begin = begin = 5
-    student, teacher, _ = runaway
-    pairs = torch.tensor([[begin, LONG], [begin, LONGER], [begin, 0]])
-    log_q, log_p = (model(input_ids=pairs).logits.log_softmax(-1)[:, 1] for model in (student, teacher))
-    expected = (log_p.exp() * (log_p - log_q)).sum(-1)
-    torch.testing.assert_close(found.losses(*runaway, VOCABULARY)[0], expected.mean())
-    assert found.worst.tolist() == [pairs[expected.argmax(), 1]]
-
-
 def test_the_worst_of_a_step_are_learned_again_by_the_next(runaway: Run) -> None:
     found = first_tokens(furthest=2, again=2)
     met = torch.tensor([[LONG], [LONGER], [LONG], [5], [6]])
@@ -206,6 +195,19 @@ def test_a_run_meets_them_once_its_norms_are_gone(
     assert {tuple(drawn.shape) for _, drawn in met} == {(round(DRAWN * SHORT_RUN_STEP_TOKENS), 1)}
     assert all(drawn.min() >= 0 and drawn.max() < VOCAB for _, drawn in met)
     assert len({tuple(drawn.flatten().tolist()) for _, drawn in met}) == len(met)
+
+
+def test_a_model_whose_texts_begin_with_a_token_does_not_learn_others_alone(
+    planted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    met: list[Tensor] = []
+    draw = FirstTokens.draw
+    monkeypatch.setattr(FirstTokens, "draw", lambda self: met.append(draw(self)) or met[-1])
+    for begin, learned in ((None, True), (3, False)):
+        met.clear()
+        monkeypatch.setattr("unnorm.removal.remove.begin_of_blocks", lambda *_, begin=begin: begin)
+        unnorm.remove(**planted, out=tmp_path / str(begin))
+        assert bool(met) is learned
 
 
 def test_a_resumed_run_remembers_which_were_worst(

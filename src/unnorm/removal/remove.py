@@ -218,7 +218,7 @@ def _train(run: Run, model: PreTrainedModel, removal: Removal | None, directory:
         seed=run.config.seed,
         watch=run.watch,
         report_to=run.config.report_to,
-        begin=begin_of_blocks(run.config.data, run.tokenizer),
+        first_tokens=begin_of_blocks(run.config.data, run.tokenizer) is None,
     )
     gc.collect()  # Trainer and callbacks form reference cycles that hold optimizer state and the last good weights.
     processes.agree(lambda: _check_ended(run, outcome, directory))

@@ -5,8 +5,9 @@ grow from layer to layer until they overflow. They are few (220 of SmolLM2-135M'
 one. A short run also draws each of them only a few times, so the tokens with the largest KL in one step are learned
 again in the next, until others have a larger one.
 
-In a model whose texts begin with a begin-of-text token the first token after it is meant: without it such a model is
-lost, and what it then does is so erratic that its gradients would leave no room for those of text.
+Not for models whose texts begin with a begin-of-text token. They are lost without it, and the gradients of what they
+then do are thousands of times those of text (`docs/method.md`). The first token after it varies in the text itself
+(`random_starts`).
 """
 
 from collections.abc import Collection
@@ -39,17 +40,15 @@ class FirstTokens(TrainerCallback, ExportableState):
         worst: ids of those that the next step learns again, over all processes; updated in place.
     """
 
-    def __init__(self, vocabulary: int, batch_tokens: int, device: torch.device, begin: int | None = None) -> None:
+    def __init__(self, vocabulary: int, batch_tokens: int, device: torch.device) -> None:
         """Start with nothing known about any token.
 
         Args:
             vocabulary: its size.
             batch_tokens: tokens in a batch on one process.
             device: where the model is.
-            begin: token that the model's texts begin with, if any.
         """
         self.vocabulary = vocabulary
-        self.begin = begin
         self.drawn = max(1, round(DRAWN * batch_tokens))
         learned = max(1, round(LEARNED * batch_tokens))
         self.again = int(AGAIN * learned)
@@ -79,22 +78,18 @@ class FirstTokens(TrainerCallback, ExportableState):
             Mean KL(teacher || model) in nats, and `unevenness` beyond `RUNAWAY`, averaged over all sites.
         """
         with torch.no_grad():
-            model.base_model(input_ids=self._begun(drawn), use_cache=False)
+            model.base_model(input_ids=drawn, use_cache=False)
             runs = torch.stack([departure.abs().amax(-1) for departure in _departures(stand_ins, len(drawn))])
             again = self.worst[processes.rank() * self.again :][: self.again, None]
-            tokens = torch.cat([drawn[runs.amax(0).topk(self.furthest).indices], again])
-            ids = self._begun(tokens)
+            ids = torch.cat([drawn[runs.amax(0).topk(self.furthest).indices], again])
             teacher_logits = teacher(input_ids=ids, use_cache=False).logits
-        log_p = teacher_logits[:, -1].float().log_softmax(-1)
-        log_q = model(input_ids=ids, use_cache=False).logits[:, -1].float().log_softmax(-1)
+        log_p = teacher_logits[:, 0].float().log_softmax(-1)
+        log_q = model(input_ids=ids, use_cache=False).logits[:, 0].float().log_softmax(-1)
         kl = F.kl_div(log_q, log_p, log_target=True, reduction="none").sum(-1)
-        self._remember(tokens[:, 0], kl.detach())
+        self._remember(ids[:, 0], kl.detach())
         departures = _departures(stand_ins, len(ids))
         uneven = [unevenness(departure, departure.new_zeros(()), RUNAWAY) for departure in departures]
         return kl.mean(), torch.stack(uneven).mean()
-
-    def _begun(self, tokens: Int[Tensor, "token 1"]) -> Int[Tensor, "token position"]:
-        return tokens if self.begin is None else F.pad(tokens, (1, 0), value=self.begin)
 
     def _remember(self, ids: Int[Tensor, " token"], kl: Float[Tensor, " token"]) -> None:
         """Keep the tokens with the largest KL among those that this step learned on all processes."""

@@ -82,7 +82,7 @@ def train(
     seed: int,
     watch: Watch,
     report_to: Sequence[str] = (),
-    begin: int | None = None,
+    first_tokens: bool = True,
 ) -> Outcome:
     """Train `model` in place for `plan.steps` steps, resuming from the last checkpoint in `directory` if there is one.
 
@@ -99,7 +99,7 @@ def train(
         seed: seed for the order of the blocks.
         watch: called with every row of metrics.
         report_to: transformers' names of experiment trackers.
-        begin: token that the model's texts begin with, if any.
+        first_tokens: whether to train on single tokens too (`FirstTokens`), where tokens may run away.
 
     Raises:
         UnnormError: memory or disk ran out, or an experiment tracker failed.
@@ -113,7 +113,7 @@ def train(
         optimization=optimization,
         removal=removal,
         plan=plan,
-        begin=begin,
+        first_tokens=first_tokens,
     )
     quick_blocks = evenly_spaced(validation_blocks, QUICK_BLOCKS)
 
@@ -173,7 +173,7 @@ def _trainer(
     optimization: Optimization,
     removal: Removal | None,
     plan: Plan,
-    begin: int | None,
+    first_tokens: bool,
 ) -> DistillationTrainer:
     with _cache_setting_kept(model):
         trainer = DistillationTrainer(
@@ -185,9 +185,9 @@ def _trainer(
             optimization=optimization,
             removal=removal,
         )
-    if trainer.bounded:
+    if trainer.bounded and first_tokens:
         batch_tokens = plan.micro_batch * plan.context
-        trainer.learn_first_tokens(FirstTokens(vocabulary_size(model), batch_tokens, args.device, begin))
+        trainer.learn_first_tokens(FirstTokens(vocabulary_size(model), batch_tokens, args.device))
     if plan.records_steps:
         trainer.record_steps()
     trainer.remove_callback(PrinterCallback)
