@@ -339,20 +339,7 @@ def test_odd_input_is_learned_from_but_gradients_that_go_on_exploding_are_refuse
     guard, model = guarded(tmp_path)
     guard.controller, guard.take_kl = FidelityController(position=0.4), lambda: 2.0  # Over its budget: it waits.
     refused, exploding, most = [], 1100.0, 900.0
-    for gradient in (
-        1.0,
-        1.0,
-        most,
-        exploding,
-        exploding,
-        1.0,
-        exploding,
-        exploding,
-        exploding,
-        exploding,
-        1.0,
-        exploding,
-    ):
+    for gradient in (1.0, 1.0, most, *2 * [exploding], 1.0, *4 * [exploding], 1.0, exploding):
         before = model.weight.item(), guard.skipped
         step(guard, model, gradient, tmp_path)
         refused.append(guard.skipped > before[1])
