@@ -13,10 +13,12 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import VOCAB
-from tests.texts import CONTEXT, DOCUMENTS, ids_of, pack, sides, stream, write, write_ids
+from tests.texts import CONTEXT, DOCUMENTS, ids_of, pack, stream, write, write_ids
 from unnorm.data import as_dataset, build_blocks, evenly_spaced, open_documents, stress_blocks, token_files
 from unnorm.data import packing as packing_module
+from unnorm.data import pieces as pieces_module
 from unnorm.data.packing import begin_of_blocks, held_out_blocks, token_stream
+from unnorm.data.pieces import spread
 from unnorm.errors import UnnormError
 from unnorm.evaluation.corpora import open_corpus, tokens_in
 from unnorm.runs.text import TextSource
@@ -158,7 +160,8 @@ class TestPacking:
         path = write(tmp_path / "a.jsonl", texts)
         documents = open_documents(str(path))
         blocks = pack(path, tiny_tokenizer, asked, asked, context)
-        for dataset, side in zip((blocks.train, blocks.validation), sides(documents), strict=True):
+        texts_in_order = ([*spread(documents.train)], [*documents.validation()])
+        for dataset, side in zip((blocks.train, blocks.validation), texts_in_order, strict=True):
             ids = np.array(dataset["input_ids"])
             whole = stream(side, tiny_tokenizer)
             assert ids.shape == (min(asked, len(whole) // context), context)
@@ -179,33 +182,10 @@ class TestPacking:
     ) -> None:
         text = between.join(["\u6211\u5011\u8d70\u3002" * 20, "\u6a19\u984c"] * 30)
         monkeypatch.setattr(packing_module, "_CHARS_AT_ONCE", 500)
-        monkeypatch.setattr(packing_module, "_NEAR", 500)
+        monkeypatch.setattr(pieces_module, "_NEAR", 500)
         pieces = list(token_stream([text], tiny_tokenizer))
         assert len(pieces) > 4
         assert np.concatenate(pieces).tolist() == stream([text], tiny_tokenizer)
-
-    @pytest.mark.parametrize(
-        ("text", "least", "longest"),
-        [
-            ("\u6211\u5011\u8d70\u3002\n\n" * 100, 5, 100),  # Several ends of sentences at hand.
-            ("\u3002" * 300 + " word word", 2, 310),  # None until far on.
-            ("\u3002\n\n" * 100 + "a b", 2, 150),  # One at hand, a better one far on.
-        ],
-    )
-    def test_pieces_end_where_a_sentence_does(
-        self, text: str, least: int, longest: int, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(packing_module, "_CHARS_AT_ONCE", 50)
-        monkeypatch.setattr(packing_module, "_NEAR", 50)
-        pieces = [piece for piece, _ in packing_module._pieces(text)]
-        assert "".join(pieces) == text
-        assert len(pieces) >= least and max(map(len, pieces)) <= longest
-
-    def test_a_piece_begins_with_the_lines_between(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(packing_module, "_CHARS_AT_ONCE", 50)
-        monkeypatch.setattr(packing_module, "_NEAR", 50)
-        _, *later = [piece for piece, _ in packing_module._pieces("\u6a19\u984c\n\n" * 100)]
-        assert later and all(piece.startswith("\n") for piece in later)
 
     def test_no_more_is_read_than_asked_for(self, tiny_tokenizer: PreTrainedTokenizerFast) -> None:
         read: list[int] = []

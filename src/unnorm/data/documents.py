@@ -1,9 +1,8 @@
 """Documents (plain strings) from the standard library, local files or a hub data set."""
 
-import hashlib
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from unnorm.data.files import (
     rows_by_split,
 )
 from unnorm.data.hub import hub_rows_by_split
+from unnorm.data.pieces import hash_of
 from unnorm.errors import UnnormError
 
 _LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -37,11 +37,13 @@ class Documents:
 
     What is held out depends on the source alone, not on how much of it is asked for, so that no command evaluates on
     text that another one trained on. `held_out` says in words how the two were kept apart; it is printed in the report.
+    `local` text comes from files on this machine, which can be read several times at little cost.
     """
 
     train: Callable[[], Iterator[str]]
     validation: Callable[[], Iterator[str]]
     held_out: str
+    local: bool = False
 
 
 def open_documents(source: str, text_field: str | None = None, split: str = "train") -> Documents:
@@ -68,7 +70,7 @@ def open_documents(source: str, text_field: str | None = None, split: str = "tra
         )
     files = find_files(source)
     if files:
-        return _of_splits(source, rows_by_split(source, files), text_field, split, "files")
+        return replace(_of_splits(source, rows_by_split(source, files), text_field, split, "files"), local=True)
     if looks_local(source):
         raise UnnormError(f"No data at '{source}'. Give a file, a directory, a glob or a hub data set.")
     return _of_splits(source, hub_rows_by_split(source), text_field, split, "split")
@@ -79,7 +81,7 @@ def _stdlib() -> Documents:
     # Ordered by hash, so that the first blocks of either part are a random sample of all of it.
     paths = sorted(
         (p for p in root.rglob("*.py") if not _LEFT_OUT & set(p.relative_to(root).parts)),
-        key=lambda p: _hash(p.relative_to(root).as_posix()),
+        key=lambda p: hash_of(p.relative_to(root).as_posix()),
     )
     if not paths:
         raise UnnormError(
@@ -204,8 +206,4 @@ def _holds_text(value: object) -> bool:
 
 
 def _is_held_out(key: str, one_in: int) -> bool:
-    return _hash(key) % one_in == 0
-
-
-def _hash(key: str) -> int:
-    return int.from_bytes(hashlib.sha256(key.encode("utf-8", errors="replace")).digest()[:8], "big")
+    return hash_of(key) % one_in == 0

@@ -4,7 +4,6 @@ If the tokenizer puts a token before every text (Gemma, Llama 3), every block be
 training.
 """
 
-import re
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,23 +18,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from unnorm.data.documents import open_documents
+from unnorm.data.pieces import pieces, spread
 from unnorm.data.token_files import VOCABULARY, Tokens, open_token_files, token_paths
 from unnorm.errors import UnnormError, short
 
 _TEXTS_AT_ONCE = 64
 _CHARS_AT_ONCE = 1_000_000
-_NEAR = 2_000_000
 _SAYS_EVERY = 15.0  # seconds
 _SMALL_SOURCE = 1000
 """First training blocks, whose last tenth is held out if the held-out text does not fill one block."""
 
 _LEAST_HELD_OUT = 8
 """Fewest held-out tokens to measure anything on."""
-
-# Tokenizers always split between words and between lines, so a long document can be tokenized in pieces cut there.
-_SEAM = re.compile(r"(?<=[^\W\d_])(?= [^\W\d_])|(?<=[^\W\d_])(?=\n)|(?<=\S\n)(?=\S)")
-# A cut after blank lines may change a token or two: only for text without another seam within `_NEAR` characters.
-_ROUGH_SEAM = re.compile(r"(?<=\n)(?=\S)")
 
 
 class HeldOut(NamedTuple):
@@ -144,6 +138,8 @@ def open_tokens(
 ) -> tuple[Callable[[], Iterator[Tokens]], Callable[[], Iterator[Tokens]], str]:
     """Training and held-out token ids from text or nanoGPT's token files, and in words how they are kept apart.
 
+    Training text from local files comes in pieces from all over them (`spread`); other text comes in order.
+
     Raises:
         UnnormError: the source can't be read.
     """
@@ -151,7 +147,7 @@ def open_tokens(
         return open_token_files(source, paths, split)
     documents = open_documents(source, text_field, split)
     return (
-        lambda: token_stream(documents.train(), tokenizer),
+        lambda: token_stream(spread(documents.train) if documents.local else documents.train(), tokenizer),
         lambda: token_stream(documents.validation(), tokenizer),
         documents.held_out,
     )
@@ -192,9 +188,8 @@ def token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> It
     """
     end: list[int] = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
     for batch in _batches(texts):
-        pieces = [piece for piece, _ in batch]
         try:
-            found = tokenizer(pieces, add_special_tokens=False, verbose=False)["input_ids"]
+            found = tokenizer([piece for piece, _ in batch], add_special_tokens=False, verbose=False)["input_ids"]
         except Exception as error:  # The tokenizers library raises plain Exception.
             raise UnnormError(
                 f"The tokenizer can't encode this text ({short(error)}): it has no token for some of the characters, "
@@ -207,27 +202,13 @@ def token_stream(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> It
 def _batches(texts: Iterable[str]) -> Iterator[list[tuple[str, bool]]]:
     batch: list[tuple[str, bool]] = []
     for text in texts:
-        for piece in _pieces(text):
+        for piece in pieces(text, _CHARS_AT_ONCE):
             batch.append(piece)
             if len(batch) == _TEXTS_AT_ONCE or sum(len(text) for text, _ in batch) > _CHARS_AT_ONCE:
                 yield batch
                 batch = []
     if batch:
         yield batch
-
-
-def _pieces(text: str) -> Iterator[tuple[str, bool]]:
-    """Pieces of a document that can be tokenized separately, each with whether it is the last."""
-    start = 0
-    while seam := _seam(text, start + _CHARS_AT_ONCE):
-        yield text[start : seam.start()], False
-        start = seam.start()
-    yield text[start:], True
-
-
-def _seam(text: str, at: int) -> re.Match[str] | None:
-    near = at + _NEAR
-    return _SEAM.search(text, at, near) or _ROUGH_SEAM.search(text, at, near) or _SEAM.search(text, near)
 
 
 def _cut(
