@@ -1,6 +1,7 @@
 """Limits on neurons: which MLPs get them, what they hold, and that they travel with every form of the twin."""
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Callable
@@ -11,15 +12,28 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import unnorm
 from tests.conftest import VOCAB, Cli, small_llama
 from tests.families import FAMILIES, random_model
-from tests.massive import BLOCKS, GPT2, IDS, LLAMA, RARE, planted_files, read, with_massive
+from tests.massive import (
+    BEHIND,
+    BLOCKS,
+    GEMMA3,
+    GPT2,
+    IDS,
+    LLAMA,
+    RARE,
+    planted_files,
+    read,
+    with_massive,
+    with_massive_before_a_norm,
+)
 from tests.running import ctrl_c_at, loaded_without_unnorm
 from unnorm.calibration.limits import COMMON, ROOM, measure_limits, quadratic_writers, set_limits, share_at_limit
+from unnorm.calibration.scales import collect_log_scales, set_constants
 from unnorm.folding.checkpoint import load_unfolded, save_limits
 from unnorm.modeling.modeling_unnorm import limit_neurons, limits_of
 from unnorm.models.probe import trace_inputs
@@ -49,17 +63,43 @@ def test_gated_and_squared_mlps_are_told_from_others_by_running(family: str) -> 
 
 def test_limits_are_those_of_the_equation() -> None:
     original = small_llama()
-    limits = measure_limits(original, WRITERS, BLOCKS)
+    limits = measure_limits(original, dict.fromkeys(WRITERS), {}, BLOCKS)
     assert list(limits) == WRITERS
     for name, limit in limits.items():
-        largest = read(original, name).abs().amax((0, 1))
-        torch.testing.assert_close(limit, ROOM * largest.clamp(min=float(largest.quantile(COMMON))))
+        torch.testing.assert_close(limit, ROOM * largest_of(read(original, name)))
+
+
+def largest_of(neurons: Tensor) -> Tensor:
+    """Of each neuron, but at least that of `COMMON` of them."""
+    largest = neurons.abs().amax((0, 1))
+    return largest.clamp(min=float(largest.quantile(COMMON)))
+
+
+@pytest.mark.parametrize("constant", [0.5, 10.0])
+def test_before_a_norm_they_are_also_those_of_what_a_neuron_adds_with_its_constant(constant: float) -> None:
+    original = with_massive_before_a_norm()
+    student = copy_model(original)
+    sites = find_sites(original)
+    stand_ins = install(student, sites)
+    writers = quadratic_writers(original, sites)
+    assert writers[GEMMA3.outgoing] == BEHIND
+    log_scales = collect_log_scales(student, sites, BLOCKS)
+    set_constants(stand_ins, log_scales, "mean")
+    for stand_in in stand_ins.values():
+        stand_in.log_constant += math.log(constant)
+    neurons = read(original, GEMMA3.outgoing)
+    scales = log_scales[BEHIND].exp().unsqueeze(-1)
+    own, with_constant = ROOM * largest_of(neurons), largest_of(neurons * stand_ins[BEHIND].constant / scales)
+    limits = measure_limits(original, writers, stand_ins, BLOCKS)
+    torch.testing.assert_close(limits[GEMMA3.outgoing], torch.minimum(own, with_constant))
+    assert (with_constant < own).all() == (constant < 10)
 
 
 def test_nothing_changes_where_no_limit_is_reached() -> None:
     original = small_llama()
     student = copy_model(original)
-    assert set_limits(student, original, find_sites(original), BLOCKS) == WRITERS
+    sites = find_sites(original)
+    assert set_limits(student, original, sites, {}, BLOCKS) == WRITERS
     assert torch.equal(student(input_ids=IDS).logits, original(input_ids=IDS).logits)
     assert share_at_limit(student, BLOCKS) == 0
     assert share_at_limit(original, BLOCKS) is None
@@ -100,7 +140,7 @@ def test_without_norms_a_long_token_overflows_unless_neurons_have_limits() -> No
     original = small_llama()
     sites = find_sites(original)
     students = [copy_model(original), copy_model(original)]
-    set_limits(students[1], original, sites, BLOCKS)
+    set_limits(students[1], original, sites, {}, BLOCKS)
     logits = []
     for student in students:
         for stand_in in install(student, sites).values():
@@ -286,7 +326,7 @@ def test_the_summary_has_a_row_for_them(limited: Path) -> None:
 def test_models_whose_mlps_are_not_quadratic_get_none(tiny_model: PreTrainedModel) -> None:
     planted = with_massive(tiny_model, GPT2)
     student = copy_model(planted)
-    assert set_limits(student, planted, find_sites(planted), BLOCKS) == []
+    assert set_limits(student, planted, find_sites(planted), {}, BLOCKS) == []
     assert limits_of(student) == {}
 
 

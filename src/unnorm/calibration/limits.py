@@ -10,9 +10,18 @@ activation of neuron j of a layer is clamped between -m_j and m_j,
 where a_j is the neuron's largest absolute activation in the original on calibration text, and q the value of a_j that
 three quarters of the layer's neurons stay below. This adds one elementwise nonlinearity between an MLP's read and its
 write: every read stays affine in the stream, and what the MLP adds stays a sum over its neurons.
+
+Where a norm follows the MLP, it divides what the neurons write by its scale s, and the constant c that replaces it does
+not. A neuron then adds as much as in the original if its activation is multiplied by c/s, so m_j is also at most
+
+    max(b_j, q')
+
+where b_j is the neuron's largest absolute activation times c/s, and q' the quantile of b_j. Limits by a_j alone leave
+room for many times what a layer added in the original: in Gemma 3 270M they did not hold some text that these hold
+(`docs/method.md`).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -28,11 +37,12 @@ from unnorm.models.probe import trace_inputs
 from unnorm.models.running import evaluating
 from unnorm.sites.residual import mlp_projections, stream_writers
 from unnorm.sites.site import NormSite
+from unnorm.taper.norms import TaperedNorm
 
 ROOM = 2.0
 """How large a neuron may become, relative to its largest activation in the original."""
 COMMON = 0.75
-"""Quantile of a layer's largest activations: no limit is below ROOM times it, so that rarely active neurons have room.
+"""Quantile of a layer's largest activations that takes the place of smaller ones: rarely active neurons have room too.
 At 0.99 runaway tokens stay finite but are far off, at 0.9 and below they are right; figures in `docs/smollm2.md`."""
 FAR = 1e3
 """Multiple of a norm's usual output at which its readers are clearly either linear or quadratic."""
@@ -40,7 +50,11 @@ BATCH = 4
 
 
 def set_limits(
-    student: PreTrainedModel, original: PreTrainedModel, sites: Sequence[NormSite], blocks: Dataset
+    student: PreTrainedModel,
+    original: PreTrainedModel,
+    sites: Sequence[NormSite],
+    stand_ins: Mapping[str, TaperedNorm],
+    blocks: Dataset,
 ) -> list[str]:
     """Limit the neurons of the student's quadratic MLPs, in place.
 
@@ -48,52 +62,88 @@ def set_limits(
         student: the model that loses its norms.
         original: the original, with its norms on, whose neurons are measured.
         sites: its norm sites.
+        stand_ins: the student's stand-ins with their constants, by site name.
         blocks: calibration text.
 
     Returns:
         Paths of the linear layers whose inputs are now limited; empty if no MLP is quadratic.
     """
-    limits = measure_limits(original, quadratic_writers(original, sites), blocks)
+    limits = measure_limits(original, quadratic_writers(original, sites), stand_ins, blocks)
     limit_neurons(student, list(limits), limits)
     return list(limits)
 
 
 @torch.no_grad()
-def quadratic_writers(original: PreTrainedModel, sites: Sequence[NormSite]) -> list[str]:
+def quadratic_writers(original: PreTrainedModel, sites: Sequence[NormSite]) -> dict[str, str | None]:
     """Paths of the output projections of those MLPs whose neurons grow with the square of what the MLP reads.
 
     They are found by doubling already large outputs of all norms: the neurons' sum then more than triples. (The largest
     one may be another neuron by then, as attention changes too.)
+
+    Returns:
+        For each, the path of the norm that follows it, if one does.
     """
     writers, _ = stream_writers(original, sites)
-    mlps = [projection.name for projection, _ in mlp_projections(original, sites, writers).values()]
+    projections = mlp_projections(original, sites, writers).values()
+    mlps = {projection.name: norm.name if norm else None for projection, norm in projections}
     ids = trace_inputs(original)
     with _norms_times(original, sites, FAR):
-        once = _largest(original, mlps, [ids])
+        once = _largest(original, list(mlps), [ids])
     with _norms_times(original, sites, 2 * FAR):
-        twice = _largest(original, mlps, [ids])
-    return [name for name in mlps if twice[name].sum() > 3 * once[name].sum()]
+        twice = _largest(original, list(mlps), [ids])
+    return {name: norm for name, norm in mlps.items() if twice[name].sum() > 3 * once[name].sum()}
 
 
 @torch.no_grad()
 def measure_limits(
-    original: PreTrainedModel, writers: Sequence[str], blocks: Dataset
+    original: PreTrainedModel,
+    writers: Mapping[str, str | None],
+    stand_ins: Mapping[str, TaperedNorm],
+    blocks: Dataset,
 ) -> dict[str, Float[Tensor, " neuron"]]:
-    """The limits m_j of the equation at the top of this file, by path of the writer."""
-    largest = _largest(original, writers, batches(blocks, BATCH, original.device))
-    return {name: ROOM * torch.maximum(a, a.quantile(COMMON)) for name, a in largest.items()}
+    """The limits m_j of the equations at the top of this file, by path of the writer.
+
+    Args:
+        original: the model that is measured.
+        writers: output projections of MLPs, each with the path of the norm that follows it, if one does.
+        stand_ins: with the constants of these norms, by path.
+        blocks: calibration text.
+    """
+    followed = {name: (norm, stand_ins[norm]) for name, norm in writers.items() if norm}
+    own = _largest(original, list(writers), batches(blocks, BATCH, original.device))
+    limits = {name: ROOM * _at_least_common(largest) for name, largest in own.items()}
+    if not followed:
+        return limits
+    normed = _largest(original, list(followed), batches(blocks, BATCH, original.device), followed)
+    return limits | {name: torch.minimum(limits[name], _at_least_common(largest)) for name, largest in normed.items()}
+
+
+def _at_least_common(largest: Float[Tensor, " neuron"]) -> Float[Tensor, " neuron"]:
+    return torch.maximum(largest, largest.quantile(COMMON))
 
 
 def _largest(
-    model: PreTrainedModel, writers: Sequence[str], ids: Iterable[Int[Tensor, "batch position"]]
+    model: PreTrainedModel,
+    writers: Sequence[str],
+    ids: Iterable[Int[Tensor, "batch position"]],
+    followed: Mapping[str, tuple[str, TaperedNorm]] | None = None,
 ) -> dict[str, Float[Tensor, " neuron"]]:
-    """The largest absolute value of each input of the named linear layers, in float32."""
+    """The largest absolute value of each input of the named linear layers, in float32.
+
+    With `followed`, the norm after each of them and its stand-in, the values are multiplied by c/s first.
+    """
     largest: dict[str, Tensor] = {}
-    with recorded(model, writers) as record, evaluating(model):
+    followed = followed or {}
+    norms = [norm for norm, _ in followed.values()]
+    with recorded(model, [*writers, *norms]) as record, evaluating(model):
         for batch in ids:
             model(input_ids=batch, use_cache=False)
-            for name, (neurons, _) in record.items():
-                found = neurons.abs().flatten(0, -2).amax(0).float()
+            for name in writers:
+                neurons = record[name][0].abs().float()
+                if name in followed:
+                    norm, stand_in = followed[name]
+                    neurons = neurons * torch.exp(-stand_in.departure(record[norm][0])).unsqueeze(-1).float()
+                found = neurons.flatten(0, -2).amax(0)
                 largest[name] = torch.maximum(largest[name], found) if name in largest else found
     return largest
 

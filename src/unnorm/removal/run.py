@@ -61,7 +61,7 @@ def hold_down(run: Run, student: PreTrainedModel, stand_ins: dict[str, TaperedNo
     if not run.config.neuron_limits or limits_of(student):
         return
     calibration = evenly_spaced(run.train_blocks, CALIBRATION_BLOCKS)
-    if limited := set_limits(student, run.original, run.sites, calibration):
+    if limited := set_limits(student, run.original, run.sites, stand_ins, calibration):
         run.say(f"set limits on the neurons of {len(limited)} quadratic MLPs")
 
 
