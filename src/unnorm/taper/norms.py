@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,6 @@ MOMENTUM = 0.9
 """Share of the old constant that is kept when an optimizer step's tokens update the running estimate."""
 CEILING = 10.0
 """In training, a bounded stand-in gives no token more than this many times what the norm would give it."""
-GRADIENT_CEILING = 30.0
-"""In training, a bounded stand-in returns to no token a gradient more than this many times the median token's."""
 
 
 def estimate_log_constant(
@@ -154,14 +152,15 @@ class TaperedNorm(nn.Module):
         """The class's equation, in the parameters' precision; `out` is `width` times the number of paths."""
         dtype = x.dtype
         x = self._centered(x)
-        if self.keep_log_scale and self.training:
-            self.kept_log_scale = self.log_scale(x).squeeze(-1)
-        if self.has_ceiling:
-            x = cast(Tensor, _GradientCeiling.apply(x))
+        keeps = self.keep_log_scale and self.training
         if self.removed and not self.has_ceiling:
+            if keeps:
+                self.kept_log_scale = self.log_scale(x).squeeze(-1)
             factors = [torch.exp(-self._log_constant(x))] * len(self.alpha)
         else:
             log_scale = self.log_scale(x)
+            if keeps:
+                self.kept_log_scale = log_scale.squeeze(-1)
             if self.estimating and self.training:
                 self._update_constants(log_scale.detach().squeeze(-1))
             log_constant = self._log_constant(x)
@@ -211,21 +210,6 @@ class TaperedNorm(nn.Module):
         before = self.alpha == 0 if self.interpolation == "linear" else self.alpha < 1
         moving = before.all() & new.isfinite()
         self.log_constant.copy_(torch.where(moving, self.log_constant.lerp(new, 1 - self.momentum), self.log_constant))
-
-
-class _GradientCeiling(torch.autograd.Function):
-    """The identity, whose gradient is scaled down for tokens with more than `GRADIENT_CEILING` times the median's."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Float[Tensor, "*token width"]) -> Float[Tensor, "*token width"]:
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Float[Tensor, "*token width"]) -> Float[Tensor, "*token width"]:
-        (gradient,) = gradients
-        length = gradient.norm(dim=-1, keepdim=True)
-        most = GRADIENT_CEILING * length.median()
-        return torch.where((length > most) & (most > 0), gradient * (most / length), gradient)
 
 
 def _reach(alpha: Tensor) -> Tensor:
