@@ -1,5 +1,6 @@
 """What is minimized, next to the plain formulas."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ def test_what_is_minimized_is_the_sum_of_all_that_the_recipe_asks_for(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """First tokens are looked at, and runaways alone count as uneven, once the norms are gone."""
+    """Runaways alone count as uneven once the norms are gone."""
 
     def always(*numbers: float) -> Callable[..., Any]:
         tensors = torch.tensor(numbers).unbind()
@@ -165,7 +166,6 @@ def test_what_is_minimized_is_the_sum_of_all_that_the_recipe_asks_for(
     for name, numbers in parts.items():
         monkeypatch.setattr(distillation, name, always(*numbers))
     monkeypatch.setattr(distillation, "unevenness", lambda *given: torch.tensor(0.7 if given[2:] else 0.11))
-    monkeypatch.setattr(FirstTokens, "losses", always(0.13, 0.017))
     trainer = trainer_of(tiny_model, TAPER, tmp_path, bounded=True)
     for stand_in in trainer.stand_ins.values():
         stand_in.alpha.fill_(1.0 if gone else 0.5)
@@ -173,13 +173,52 @@ def test_what_is_minimized_is_the_sum_of_all_that_the_recipe_asks_for(
     weights = TAPER.optimization
     expected = 2 + 0.25 * weights.read_weight * 3
     if gone:
-        trainer.learn_first_tokens(FirstTokens(VOCAB, 32, torch.device("cpu")))
-        expected += weights.even_weight * 0.7 + LEARNED * (0.13 + weights.even_weight * 0.017)
-        batch["first_tokens"] = torch.arange(16)[:, None]
+        expected += weights.even_weight * 0.7
     else:
         expected += weights.even_weight * 0.5**4 * 0.11 + weights.massive_even_weight * 5
     batch["read_share"] = torch.tensor(0.25)
     assert minimized(trainer, batch) == pytest.approx(expected)
+
+
+def gradients(trainer: DistillationTrainer, inputs: dict[str, torch.Tensor], times: int = 1) -> torch.Tensor:
+    """What some batches in a row, all the same, leave in the parameters of a trainer's model."""
+    assert trainer.model is not None
+    trainer.model.zero_grad()
+    trainer.current_gradient_accumulation_steps = times
+    with trainer.matching_reads(), without_noise(trainer.model):
+        for _ in range(times):
+            trainer.training_step(trainer.model, dict(inputs))
+    found = [p.grad for p in trainer.model.parameters() if p.grad is not None]
+    return torch.cat([gradient.flatten() for gradient in found])
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize(
+    ("weight", "usual", "expected"), [(0.5, 1e6, None), (40.0, 1e6, None), (40.0, 1e-3, 1e-3), (math.inf, 1e6, 0.0)]
+)
+def test_gradients_of_single_tokens_are_added_but_no_longer_than_a_step_s_usually_are(
+    weight: float,
+    usual: float,
+    expected: float | None,
+    times: int,
+    batch: dict[str, torch.Tensor],
+    tiny_model: PreTrainedModel,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer = trainer_of(tiny_model, TAPER, tmp_path, bounded=True)
+    for stand_in in trainer.stand_ins.values():
+        stand_in.alpha.fill_(1.0)
+        stand_in.removed = True
+    text = gradients(trainer, batch)
+    assert trainer.model is not None
+    gain = trainer.model.get_submodule("transformer.ln_f").gain
+    monkeypatch.setattr(FirstTokens, "losses", lambda *_: (weight * gain.sum(), 0 * gain.sum()))
+    trainer.learn_first_tokens(FirstTokens(VOCAB, 32, torch.device("cpu")))
+    trainer.guard.norms = [usual]
+    added = gradients(trainer, batch, times) - text
+    whole = LEARNED * weight * len(gain) ** 0.5
+    assert float(added.norm()) == pytest.approx(whole if expected is None else expected, rel=1e-3)
 
 
 @pytest.mark.parametrize("recipe", [SEQUENTIAL_AUX, TAPERNORM])

@@ -210,10 +210,14 @@ class GuardCallback(TrainerCallback, ExportableState):
         if self.diverged:
             control.should_training_stop = True
 
+    @property
+    def usual_norm(self) -> float:
+        """Median gradient norm of recent steps, before clipping; infinite before the first one."""
+        return sorted(self.norms)[len(self.norms) // 2] if self.norms else math.inf
+
     def _most(self) -> float:
         """Largest gradient norm of a step that does not explode."""
-        typical = sorted(self.norms)[len(self.norms) // 2] if self.norms else math.inf
-        return self.EXPLODES * max(typical, self.CLIP)
+        return self.EXPLODES * max(self.usual_norm, self.CLIP)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any

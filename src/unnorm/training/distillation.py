@@ -16,7 +16,7 @@ from unnorm.hooks import hooked
 from unnorm.taper.norms import TaperedNorm
 from unnorm.taper.recipes import Optimization
 from unnorm.training.callbacks import GuardCallback, Removal
-from unnorm.training.first_tokens import LEARNED, FirstTokens
+from unnorm.training.first_tokens import LEARNED, FirstTokens, limit_gradients
 from unnorm.training.losses import (
     RUNAWAY,
     distillation_losses,
@@ -103,6 +103,8 @@ class DistillationTrainer(Trainer):
         does not run this code again.
         """
         ids, is_text = inputs["input_ids"], inputs["text"]
+        if "first_tokens" in inputs:
+            self._learn_first_tokens(model, inputs["first_tokens"], inputs["usual_norm"])
         with self.accelerator.autocast():
             output = model(input_ids=ids, use_cache=False)
         if self.teacher is None:
@@ -121,8 +123,6 @@ class DistillationTrainer(Trainer):
                 loss = loss + inputs["read_share"] * self.optimization.read_weight * self._read_mismatch()
             if self.bounded:
                 loss = loss + self._unevenness()
-            if "first_tokens" in inputs:
-                loss = loss + self._first_token_loss(model, inputs["first_tokens"])
         self.sums += shown
         if self.penalized is not None:
             loss = loss + self._penalty(self.penalized, ids)
@@ -150,12 +150,13 @@ class DistillationTrainer(Trainer):
         return self.recorded(phase, self._prepare_inputs(inputs))
 
     def _add_step_inputs(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch, plus the weight of matching reads and the single tokens to examine, if any."""
+        """The batch, plus the weight of matching reads, and the single tokens to examine and their limit, if any."""
         inputs = dict(inputs)
         if share := self._read_match_share():
             inputs["read_share"] = torch.tensor(share)
         if self.first_tokens is not None and self.bounded[0].removed:
             inputs["first_tokens"] = self.first_tokens.draw()
+            inputs["usual_norm"] = torch.tensor(self.guard.usual_norm)
         return inputs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -255,6 +256,24 @@ class DistillationTrainer(Trainer):
                     + self.optimization.massive_even_weight * massive_unevenness(*scale, massive)
                 )
         return torch.stack(uneven).mean()
+
+    def _learn_first_tokens(
+        self, model: nn.Module, drawn: Int[Tensor, "drawn 1"], usual_norm: Float[Tensor, ""]
+    ) -> None:
+        """Add the gradients of the loss on single tokens, together no longer than a step's usually are.
+
+        Without that limit they can be 10,000 times as long for many steps in a row, and nothing is learned from text.
+        """
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        before = [parameter.grad for parameter in parameters]  # Of earlier micro-batches.
+        for parameter in parameters:
+            parameter.grad = None
+        steps = self.current_gradient_accumulation_steps
+        self.accelerator.backward(self._first_token_loss(model, drawn) / steps)
+        limit_gradients(parameters, usual_norm / steps)
+        for parameter, earlier in zip(parameters, before, strict=True):
+            if earlier is not None:
+                parameter.grad = earlier if parameter.grad is None else earlier + parameter.grad
 
     def _first_token_loss(self, model: nn.Module, drawn: Int[Tensor, "drawn 1"]) -> Float[Tensor, ""]:
         """Loss on single tokens, each weighted like one token of the batch. Overwrites the kept log scales."""

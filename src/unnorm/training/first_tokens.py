@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -106,6 +106,16 @@ class FirstTokens(TrainerCallback, ExportableState):
         # With a different number of processes there may be room for fewer or for more.
         worst = saved_attributes(self, state).get("worst", [])[: len(self.worst)]
         self.worst[: len(worst)] = torch.tensor(worst, dtype=self.worst.dtype)
+
+
+@torch.no_grad()
+def limit_gradients(parameters: Collection[nn.Parameter], most: Float[Tensor, ""]) -> None:
+    """Scale gradients down, in place, until their common norm is at most `most`; to zero if it is not finite."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    factor = (most / norm).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(factor).masked_fill_(~norm.isfinite(), 0.0)
 
 
 def _departures(stand_ins: Collection[TaperedNorm], tokens: int) -> list[Float[Tensor, "token _"]]:
