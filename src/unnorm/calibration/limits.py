@@ -88,9 +88,9 @@ def quadratic_writers(original: PreTrainedModel, sites: Sequence[NormSite]) -> d
     mlps = {projection.name: norm.name if norm else None for projection, norm in projections}
     ids = trace_inputs(original)
     with _norms_times(original, sites, FAR):
-        once = _largest(original, list(mlps), [ids])
+        once = _largest(original, dict.fromkeys(mlps), {}, [ids])
     with _norms_times(original, sites, 2 * FAR):
-        twice = _largest(original, list(mlps), [ids])
+        twice = _largest(original, dict.fromkeys(mlps), {}, [ids])
     return {name: norm for name, norm in mlps.items() if twice[name].sum() > 3 * once[name].sum()}
 
 
@@ -109,13 +109,10 @@ def measure_limits(
         stand_ins: with the constants of these norms, by path.
         blocks: calibration text.
     """
-    followed = {name: (norm, stand_ins[norm]) for name, norm in writers.items() if norm}
-    own = _largest(original, list(writers), batches(blocks, BATCH, original.device))
-    limits = {name: ROOM * _at_least_common(largest) for name, largest in own.items()}
-    if not followed:
-        return limits
-    normed = _largest(original, list(followed), batches(blocks, BATCH, original.device), followed)
-    return limits | {name: torch.minimum(limits[name], _at_least_common(largest)) for name, largest in normed.items()}
+    largest = _largest(original, writers, stand_ins, batches(blocks, BATCH, original.device))
+    limits = {name: ROOM * _at_least_common(largest[name]) for name in writers}
+    normed = {name: _at_least_common(largest[norm]) for name, norm in writers.items() if norm}
+    return limits | {name: torch.minimum(limits[name], most) for name, most in normed.items()}
 
 
 def _at_least_common(largest: Float[Tensor, " neuron"]) -> Float[Tensor, " neuron"]:
@@ -124,27 +121,27 @@ def _at_least_common(largest: Float[Tensor, " neuron"]) -> Float[Tensor, " neuro
 
 def _largest(
     model: PreTrainedModel,
-    writers: Sequence[str],
+    writers: Mapping[str, str | None],
+    stand_ins: Mapping[str, TaperedNorm],
     ids: Iterable[Int[Tensor, "batch position"]],
-    followed: Mapping[str, tuple[str, TaperedNorm]] | None = None,
 ) -> dict[str, Float[Tensor, " neuron"]]:
-    """The largest absolute value of each input of the named linear layers, in float32.
+    """The largest absolute value of each input of the linear layers `writers`, in float32, by path.
 
-    With `followed`, the norm after each of them and its stand-in, the values are multiplied by c/s first.
+    By the path of the norm that follows a layer, if one is given, the same with all values multiplied by c/s.
     """
     largest: dict[str, Tensor] = {}
-    followed = followed or {}
-    norms = [norm for norm, _ in followed.values()]
+    norms = [norm for norm in writers.values() if norm]
     with recorded(model, [*writers, *norms]) as record, evaluating(model):
         for batch in ids:
             model(input_ids=batch, use_cache=False)
-            for name in writers:
+            for name, norm in writers.items():
                 neurons = record[name][0].abs().float()
-                if name in followed:
-                    norm, stand_in = followed[name]
-                    neurons = neurons * torch.exp(-stand_in.departure(record[norm][0])).unsqueeze(-1).float()
-                found = neurons.flatten(0, -2).amax(0)
-                largest[name] = torch.maximum(largest[name], found) if name in largest else found
+                met = {name: neurons}
+                if norm:
+                    met[norm] = neurons * torch.exp(-stand_ins[norm].departure(record[norm][0])).unsqueeze(-1).float()
+                for path, values in met.items():
+                    found = values.flatten(0, -2).amax(0)
+                    largest[path] = torch.maximum(largest[path], found) if path in largest else found
     return largest
 
 

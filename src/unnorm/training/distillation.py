@@ -265,15 +265,13 @@ class DistillationTrainer(Trainer):
         Without that limit they can be 10,000 times as long for many steps in a row, and nothing is learned from text.
         """
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        before = [parameter.grad for parameter in parameters]  # Of earlier micro-batches.
-        for parameter in parameters:
-            parameter.grad = None
         steps = self.current_gradient_accumulation_steps
-        self.accelerator.backward(self._first_token_loss(model, drawn) / steps)
-        limit_gradients(parameters, usual_norm / steps)
-        for parameter, earlier in zip(parameters, before, strict=True):
-            if earlier is not None:
-                parameter.grad = earlier if parameter.grad is None else earlier + parameter.grad
+        loss = self._first_token_loss(model, drawn) / steps
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        limit_gradients([gradient for gradient in gradients if gradient is not None], usual_norm / steps)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
     def _first_token_loss(self, model: nn.Module, drawn: Int[Tensor, "drawn 1"]) -> Float[Tensor, ""]:
         """Loss on single tokens, each weighted like one token of the batch. Overwrites the kept log scales."""

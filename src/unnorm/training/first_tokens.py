@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -109,9 +109,11 @@ class FirstTokens(TrainerCallback, ExportableState):
 
 
 @torch.no_grad()
-def limit_gradients(parameters: Collection[nn.Parameter], most: Float[Tensor, ""]) -> None:
-    """Scale gradients down, in place, until their common norm is at most `most`; to zero if it is not finite."""
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+def limit_gradients(gradients: Collection[Tensor], most: Float[Tensor, ""]) -> None:
+    """Scale gradients down, in place, until their common norm is at most `most`; to zero if it is not finite.
+
+    Without a value that the CPU waits for, so that a step on a GPU can be recorded; torch's own clipping has one.
+    """
     norm = torch.nn.utils.get_total_norm(gradients)
     factor = (most / norm).clamp(max=1.0)
     for gradient in gradients:
