@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,11 +24,12 @@ from transformers import (
 import unnorm
 from tests.conftest import VOCAB, Cli
 from tests.running import loaded_without_unnorm
+from unnorm.exports import measure
 from unnorm.folding import fold
 from unnorm.folding.checkpoint import load_sites, load_unfolded
 from unnorm.folding.fold import fold_reader
 from unnorm.modeling import modeling_unnorm
-from unnorm.models.load import load_original
+from unnorm.models.load import load_original, texts_begin_with
 from unnorm.models.probe import trace_inputs
 from unnorm.proof import verify as proof
 from unnorm.proof.verify import check_twin
@@ -201,6 +203,42 @@ def test_verify_knows_what_code_a_checkpoint_brings_along(finished_run: Path, tm
     config["auto_map"]["AutoModelForCausalLM"] = "other.Model"
     (broken / "model" / "config.json").write_text(json.dumps(config))
     assert failed() == ["there is no modeling_unnorm.py; config.json names other classes to load"]
+
+
+def test_verify_and_export_try_a_twin_on_texts_that_begin_as_its_own_do(
+    finished_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model like Gemma is lost without its begin-of-text token, and shows rounding there alone."""
+    run, probes = tmp_path / "run", []
+    shutil.copytree(finished_run, run)
+
+    def spied(*given: Any) -> torch.Tensor:
+        probes.append(trace_inputs(*given))
+        return probes[-1]
+
+    for module in (proof, measure):
+        monkeypatch.setattr(module, "trace_inputs", spied)
+    assert texts_begin_with(run / "model") is None
+    unnorm.verify(run)
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    tokenizer.bos_token = "!"
+    begin = tokenizer.bos_token_id
+    single = processors.TemplateProcessing(single="! $A", special_tokens=[("!", begin)])
+    tokenizer.backend_tokenizer.post_processor = single
+    tokenizer.save_pretrained(run / "model")
+    assert texts_begin_with(run / "model") == begin
+    assert all(check.passed for check in unnorm.verify(run))
+    for form in ("transformers", "stock"):
+        unnorm.export(run, form, out=tmp_path / form)
+    plain, *begun = probes
+    assert len(begun) == 3 and all((ids[:, 0] == begin).all() for ids in begun)
+    assert (plain[:, 0] != begin).any() and torch.equal(plain[:, 1:], begun[0][:, 1:])
+    (run / "model" / "tokenizer.json").write_text("no tokenizer")
+    assert texts_begin_with(run / "model") is None
+
+
+def test_a_probe_begins_with_no_token_that_the_model_lacks(tiny_model: PreTrainedModel) -> None:
+    assert torch.equal(trace_inputs(tiny_model, 2, 8, VOCAB + 9), trace_inputs(tiny_model, 2, 8))
 
 
 def failed_checks(run: Path, twin: PreTrainedModel) -> list[str]:

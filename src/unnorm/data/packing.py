@@ -21,6 +21,7 @@ from unnorm.data.documents import open_documents
 from unnorm.data.pieces import pieces, spread
 from unnorm.data.token_files import VOCABULARY, Tokens, open_token_files, token_paths
 from unnorm.errors import UnnormError, short
+from unnorm.models.tokenizer import begin_of_text
 
 _TEXTS_AT_ONCE = 64
 _CHARS_AT_ONCE = 1_000_000
@@ -154,27 +155,8 @@ def open_tokens(
 
 
 def begin_of_blocks(source: str, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that the tokenizer puts before every text, with which every block of the source begins.
-
-    None if it puts none or several, if it puts the end-of-text token (OPT), and for token files, which are taken as
-    they are.
-    """
-    plain, whole = (token_ids("a", tokenizer, special) for special in (False, True))
-    begin, rest = whole[:1], whole[1:]
-    if begin == plain[:1] or begin == [tokenizer.eos_token_id] or rest[: len(plain)] != plain or token_paths(source):
-        return None
-    return begin[0]
-
-
-def token_ids(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = False) -> list[int]:
-    """A text's token ids, with `special` including special tokens; empty if the tokenizer fails on the text.
-
-    Tokenizers without an unknown token may fail.
-    """
-    try:
-        return [*tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]]
-    except Exception:  # The tokenizers library raises plain Exception.
-        return []
+    """The token with which every block of a source begins: as every text does; none for token files, taken as is."""
+    return None if token_paths(source) else begin_of_text(tokenizer)
 
 
 def _begun(blocks: Tokens, begin: int | None) -> Tokens:

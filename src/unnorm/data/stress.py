@@ -13,7 +13,7 @@ from jaxtyping import Int
 from numpy.random import Generator
 from transformers import PreTrainedTokenizerBase
 
-from unnorm.data.packing import token_ids
+from unnorm.models.tokenizer import token_ids
 
 Ids = Int[np.ndarray, "block position"]
 

@@ -14,7 +14,7 @@ from unnorm.exports import nanogpt, stock
 from unnorm.exports.measure import FormError, form_errors
 from unnorm.folding.checkpoint import load, load_sites
 from unnorm.isolation import isolated
-from unnorm.models.load import load_tokenizer
+from unnorm.models.load import load_tokenizer, texts_begin_with
 from unnorm.paths import named_path, nearest_existing, refuse_links
 from unnorm.run_directory import MODEL, finished_result
 
@@ -109,7 +109,8 @@ def _write(directory: Path, folded: PreTrainedModel, to: Form, out: Path, trust_
     if to == "transformers":
         refuse_links(directory / MODEL)
         shutil.copytree(directory / MODEL, out, dirs_exist_ok=True)
-        return form_errors(folded, lambda dtype: AutoModelForCausalLM.from_pretrained(out, dtype=dtype).eval())
+        begin = texts_begin_with(out)
+        return form_errors(folded, lambda dtype: AutoModelForCausalLM.from_pretrained(out, dtype=dtype).eval(), begin)
     rows = nanogpt.write_nanogpt(folded, out) if to == "nanogpt" else stock.write_stock(directory, folded, out)
     # The nanoGPT form uses the same tokenizer files.
     load_tokenizer(str(directory), directory / MODEL, trust_remote_code).save_pretrained(out)

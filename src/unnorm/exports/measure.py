@@ -71,14 +71,17 @@ def compare(name: str, reference: Logits, logits: Logits) -> FormError:
 
 
 @torch.no_grad()
-def form_errors(folded: PreTrainedModel, form: Callable[[torch.dtype], PreTrainedModel]) -> list[FormError]:
+def form_errors(
+    folded: PreTrainedModel, form: Callable[[torch.dtype], PreTrainedModel], begin: int | None = None
+) -> list[FormError]:
     """Errors of a form that transformers loads, by precision; the last row is the folded model's own rounding.
 
     Args:
         folded: the folded model in float32; it is not changed.
         form: loads the form in a given precision.
+        begin: the token that the model's texts begin with.
     """
-    ids = trace_inputs(folded, *PROBE_SHAPE)
+    ids = trace_inputs(folded, *PROBE_SHAPE, begin)
     reference = folded(input_ids=ids).logits
     rows = [compare(name, reference, form(dtype)(input_ids=ids).logits) for name, dtype in DTYPES.items()]
     rounded = cast_as_loaded(copy_model(folded), torch.bfloat16)

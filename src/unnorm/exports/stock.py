@@ -21,6 +21,8 @@ from unnorm.errors import UnnormError
 from unnorm.exports.measure import FormError, form_errors, refuse_kept_norms
 from unnorm.folding.checkpoint import load_trained, with_weights
 from unnorm.modeling.modeling_unnorm import limits_of
+from unnorm.models.load import texts_begin_with
+from unnorm.run_directory import MODEL
 from unnorm.sites.norm_behaviour import affine_parameters, gain_offset
 from unnorm.sites.site import NormSite
 
@@ -51,7 +53,7 @@ def write_stock(directory: Path, folded: PreTrainedModel, out: Path) -> list[For
     stock, sites = stock_form(directory)
     stock.save_pretrained(out)
     _check_epsilons(_load_stock(out, torch.float32), sites)
-    rows = form_errors(folded, lambda dtype: _load_stock(out, dtype))
+    rows = form_errors(folded, lambda dtype: _load_stock(out, dtype), texts_begin_with(directory / MODEL))
     if not rows[0].relative <= TOLERANCE:
         raise UnnormError(
             f"The stock form of {type(stock).__name__} differs from the folded model by {rows[0].relative:.1e} of the "

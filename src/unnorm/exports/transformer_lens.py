@@ -20,6 +20,7 @@ from unnorm.isolation import isolated
 from unnorm.modeling.modeling_unnorm import PREFIX
 from unnorm.models.load import load_tokenizer
 from unnorm.models.probe import trace_inputs
+from unnorm.models.tokenizer import begin_of_text
 from unnorm.paths import named_path
 from unnorm.run_directory import model_within
 from unnorm.sites.find import norm_modules
@@ -73,7 +74,7 @@ def to_transformer_lens(
     # Without a tokenizer the bridge asks the hub for one.
     tokenizer = load_tokenizer(str(directory), path, trust_remote_code)
     tokenizer.init_kwargs["trust_remote_code"] = trust_remote_code  # The bridge loads it once more, and would ask.
-    ids = trace_inputs(twin, *PROBE_SHAPE)
+    ids = trace_inputs(twin, *PROBE_SHAPE, begin_of_text(tokenizer))
     with torch.no_grad():
         expected = twin(input_ids=ids, use_cache=False).logits  # Before the bridge takes over its modules.
         try:

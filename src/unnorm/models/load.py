@@ -24,6 +24,7 @@ from unnorm.errors import UnnormError, first_few, short
 from unnorm.modeling import register_twin_class
 from unnorm.models.probe import trace_inputs
 from unnorm.models.sizes import vocabulary_size
+from unnorm.models.tokenizer import begin_of_text
 from unnorm.paths import named_path
 from unnorm.run_directory import model_within
 
@@ -229,6 +230,14 @@ def load_tokenizer(model: str, path: str | Path, trust_remote_code: bool) -> Pre
         raise UnnormError(
             f"'{model}' has no tokenizer that can be loaded: {short(error)}. Fetch its files again."
         ) from error
+
+
+def texts_begin_with(checkpoint: Path) -> int | None:
+    """As `begin_of_text`, for a checkpoint; None too if its tokenizer can't be loaded, as one with code of its own."""
+    try:
+        return begin_of_text(load_tokenizer(str(checkpoint), checkpoint, trust_remote_code=False))
+    except UnnormError:
+        return None
 
 
 def _check_finite(name: str, model: PreTrainedModel) -> None:

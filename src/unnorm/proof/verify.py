@@ -20,6 +20,7 @@ from unnorm.isolation import isolated
 from unnorm.modeling import modeling_unnorm
 from unnorm.modeling.modeling_unnorm import AffineMap
 from unnorm.models.linear import is_linear, linear_weight
+from unnorm.models.load import texts_begin_with
 from unnorm.models.probe import trace_inputs
 from unnorm.paths import named_path
 from unnorm.proof.blockwise import float64_logits, in_float64
@@ -83,12 +84,20 @@ def verify(directory: str | Path) -> list[Check]:
     sites, _ = load_sites(directory)
     twin = load(directory)
     unfolded = load_unfolded(directory)
-    return [*check_twin(twin, unfolded, sites), check_modeling_file(directory / MODEL, twin)]
+    return [
+        *check_twin(twin, unfolded, sites, texts_begin_with(directory / MODEL)),
+        check_modeling_file(directory / MODEL, twin),
+    ]
 
 
-def check_twin(twin: PreTrainedModel, unfolded: PreTrainedModel, sites: Sequence[NormSite]) -> list[Check]:
-    """The rows of `verify` for models in memory: the twin, and the model with stand-ins that it was folded from."""
-    ids = trace_inputs(twin, *_PROBE_SHAPE)
+def check_twin(
+    twin: PreTrainedModel, unfolded: PreTrainedModel, sites: Sequence[NormSite], begin: int | None = None
+) -> list[Check]:
+    """The rows of `verify` for models in memory: the twin, and the model with stand-ins that it was folded from.
+
+    Logits are compared on random tokens, after `begin` if the model's texts begin with that token.
+    """
+    ids = trace_inputs(twin, *_PROBE_SHAPE, begin)
     norm_free = [_no_norm_modules(twin), _no_norm_operations(twin, ids)]
     return [
         *([_only_kept_norms(twin, ids)] if _kept(twin) else norm_free),

@@ -20,6 +20,7 @@ from unnorm.folding.checkpoint import load, load_sites, load_unfolded
 from unnorm.json_text import finite, json_text
 from unnorm.modeling.modeling_unnorm import limits_of
 from unnorm.models.device import peak_memory_mb
+from unnorm.models.tokenizer import begin_of_text
 from unnorm.paths import write_text
 from unnorm.proof.verify import check_modeling_file, check_twin
 from unnorm.removal.blocks import text_digest, writes_text
@@ -62,7 +63,7 @@ def conclude(run: Run, facts: Facts, control: PreTrainedModel | None, started: f
     at_limit = share_at_limit(twin, evenly_spaced(run.validation_blocks, CALIBRATION_BLOCKS))
     run.say("verifying")
     unfolded = load_unfolded(run.directory)
-    checks = check_twin(twin.cpu(), unfolded, sites)
+    checks = check_twin(twin.cpu(), unfolded, sites, begin_of_text(run.tokenizer))
     checks.append(check_modeling_file(run.directory / MODEL, twin))
     rows = history(run.directory)
     result = _result(run, evaluations, facts, rows, twin) | {"share_at_limit": at_limit}

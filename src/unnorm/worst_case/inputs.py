@@ -9,7 +9,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from unnorm.data.packing import token_ids
+from unnorm.models.tokenizer import token_ids
 
 IGNORED = -100
 """Target of a position that is not measured, as in cross_entropy."""
