@@ -1,6 +1,5 @@
 """Tokens of the vocabulary alone at the first position, for twins of models with massive activations."""
 
-import math
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -29,7 +28,7 @@ from unnorm.runs.plan import SHORT_RUN_STEP_TOKENS
 from unnorm.sites.find import find_sites
 from unnorm.taper.norms import TaperedNorm
 from unnorm.taper.stand_ins import install
-from unnorm.training.first_tokens import DRAWN, LEARNED, MATCHED, FirstTokens, usual_read_sizes
+from unnorm.training.first_tokens import DRAWN, LEARNED, FirstTokens
 
 LONG, LONGER = 3, 11
 VOCABULARY = torch.arange(VOCAB)[:, None]
@@ -198,84 +197,12 @@ def test_a_run_meets_them_once_its_norms_are_gone(
     assert len({tuple(drawn.flatten().tolist()) for _, drawn in met}) == len(met)
 
 
-def test_until_then_it_matches_what_their_readers_get(
-    planted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    met: list[tuple[bool, Tensor]] = []
-    take = FirstTokens.read_losses
-
-    def read_losses(
-        self: FirstTokens,
-        model: PreTrainedModel,
-        teacher: PreTrainedModel,
-        stand_ins: dict[str, TaperedNorm],
-        drawn: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        met.append((any(stand_in.removed for stand_in in stand_ins.values()), drawn))
-        before = [stand_in.log_constant.clone() for stand_in in stand_ins.values()]
-        found = take(self, model, teacher, stand_ins, drawn)
-        after = [stand_in.log_constant for stand_in in stand_ins.values()]
-        assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
-        assert all(stand_in.estimating for stand_in in stand_ins.values())
-        assert all(loss.requires_grad and loss.isfinite() for loss in found)
-        return found
-
-    monkeypatch.setattr(FirstTokens, "read_losses", read_losses)
-    unnorm.remove(**planted, out=tmp_path / "run")
-    assert 0 < len(met) < 32
-    assert not any(removed for removed, _ in met)
-    assert {tuple(drawn.shape) for _, drawn in met} == {(round(MATCHED * SHORT_RUN_STEP_TOKENS), 1)}
-    assert len({tuple(drawn.flatten().tolist()) for _, drawn in met}) == len(met)
-
-
-def test_read_losses_are_zero_for_the_original_and_relative_to_what_text_gets(runaway: Run) -> None:
-    model, teacher, _ = runaway
-    stand_ins = {name: module for name, module in model.named_modules() if isinstance(module, TaperedNorm)}
-    for stand_in in stand_ins.values():
-        stand_in.removed, stand_in.keep_output = False, True
-    text = torch.randint(VOCAB, (2, 8), generator=torch.Generator().manual_seed(0))
-    sizes = usual_read_sizes(teacher, list(stand_ins), text)
-    found = FirstTokens(VOCAB, 64, torch.device("cpu"), sizes)
-    usual, long = torch.tensor([[5], [6]]), torch.tensor([[LONG]])
-    apart, uneven = found.read_losses(model, teacher, stand_ins, usual)
-    assert apart < 1e-9 and uneven == 0
-    apart, _ = found.read_losses(model, teacher, stand_ins, long)
-    with torch.no_grad(), recorded(teacher, list(stand_ins)) as expected, recorded(model, list(stand_ins)) as record:
-        model(input_ids=long)
-        teacher(input_ids=long)
-    parts = [(record[name][1] - expected[name][1]).square().sum() / sizes[name] for name in stand_ins]
-    assert float(apart.detach()) == pytest.approx(float(torch.stack(parts).mean()), rel=1e-4) and apart > 0.01
-    doubled = FirstTokens(VOCAB, 64, torch.device("cpu"), {name: 2 * size for name, size in sizes.items()})
-    assert torch.allclose(2 * doubled.read_losses(model, teacher, stand_ins, long)[0], apart)
-
-
-def test_scales_of_tokens_that_were_massive_are_drawn_to_the_constant(runaway: Run) -> None:
-    """Those massive in the original, however short they have become."""
-    model, teacher, _ = runaway
-    stand_ins = {name: module for name, module in model.named_modules() if isinstance(module, TaperedNorm)}
-    for stand_in in stand_ins.values():
-        stand_in.removed, stand_in.keep_output = False, True
-    sizes = usual_read_sizes(teacher, list(stand_ins), VOCABULARY[:8].T)
-    found = FirstTokens(VOCAB, 64, torch.device("cpu"), sizes)
-    with torch.no_grad():
-        teacher.get_input_embeddings().weight[LONG] *= 50
-    long = torch.tensor([[LONG]])
-    _, uneven = found.read_losses(model, teacher, stand_ins, long)
-    with torch.no_grad(), recorded(teacher, list(stand_ins)) as before, recorded(model, list(stand_ins)) as record:
-        model(input_ids=long)
-        teacher(input_ids=long)
-        massive = [stand_in.departure(before[name][0]) > math.log(3) for name, stand_in in stand_ins.items()]
-        distances = [stand_in.departure(record[name][0]).square().mean() for name, stand_in in stand_ins.items()]
-    parts = [distance * which.all() for distance, which in zip(distances, massive, strict=True)]
-    assert massive[0].all() and float(uneven.detach()) == pytest.approx(float(torch.stack(parts).mean()), rel=1e-4)
-
-
 def test_a_model_whose_texts_begin_with_a_token_does_not_learn_others_alone(
     planted: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     met: list[Tensor] = []
     draw = FirstTokens.draw
-    monkeypatch.setattr(FirstTokens, "draw", lambda *given: met.append(draw(*given)) or met[-1])
+    monkeypatch.setattr(FirstTokens, "draw", lambda self: met.append(draw(self)) or met[-1])
     for begin, learned in ((None, True), (3, False)):
         met.clear()
         monkeypatch.setattr("unnorm.removal.remove.begin_of_blocks", lambda *_, begin=begin: begin)

@@ -238,19 +238,6 @@ def removed(stand_ins: Iterable[TaperedNorm]) -> Iterator[None]:
             stand_in.removed = False
 
 
-@contextmanager
-def not_estimating(stand_ins: Iterable[TaperedNorm]) -> Iterator[None]:
-    """Within the context, their constants stay as they are, whatever tokens they get."""
-    estimating = {stand_in: stand_in.estimating for stand_in in stand_ins}
-    for stand_in in estimating:
-        stand_in.estimating = False
-    try:
-        yield
-    finally:
-        for stand_in, was in estimating.items():
-            stand_in.estimating = was
-
-
 def use_bounds(stand_ins: Iterable[TaperedNorm]) -> None:
     """Switch all of them to `bounded`, so that no token gets far more than its norm would give; see `TaperedNorm`."""
     for stand_in in stand_ins:

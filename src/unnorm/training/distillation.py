@@ -18,7 +18,6 @@ from unnorm.taper.recipes import Optimization
 from unnorm.training.callbacks import GuardCallback, Removal
 from unnorm.training.first_tokens import LEARNED, FirstTokens, limit_gradients
 from unnorm.training.losses import (
-    MASSIVE_SCALE,
     RUNAWAY,
     distillation_losses,
     massive_unevenness,
@@ -33,6 +32,9 @@ READS_SHARE = 0.7
 """Share of the run during which reads are matched; the rest makes good what matching costs in final KL.
 
 Steps by which the taper is late do not count: matching brings about what the taper waits for."""
+
+MASSIVE_SCALE = 3.0
+"""A token is massive at a site if its scale in the original is more than this many times the constant."""
 
 STRESS_TEMPERATURE = 2.0
 """Temperature for stress blocks: the worst losses are on tokens that the teacher gives almost no probability."""
@@ -88,7 +90,7 @@ class DistillationTrainer(Trainer):
         self.recorded = RecordedStep(step, list(self.model.parameters()))
 
     def learn_first_tokens(self, first_tokens: FirstTokens) -> None:
-        """Also train on single tokens."""
+        """Once the norms are gone, also train on single tokens."""
         self.first_tokens = first_tokens
         self.add_callback(first_tokens)
 
@@ -102,7 +104,7 @@ class DistillationTrainer(Trainer):
         """
         ids, is_text = inputs["input_ids"], inputs["text"]
         if "first_tokens" in inputs:
-            self._learn_first_tokens(model, inputs)
+            self._learn_first_tokens(model, inputs["first_tokens"], inputs["usual_norm"])
         with self.accelerator.autocast():
             output = model(input_ids=ids, use_cache=False)
         if self.teacher is None:
@@ -152,9 +154,8 @@ class DistillationTrainer(Trainer):
         inputs = dict(inputs)
         if share := self._read_match_share():
             inputs["read_share"] = torch.tensor(share)
-        removed = bool(self.bounded) and self.bounded[0].removed
-        if self.first_tokens is not None and (removed or "read_share" in inputs):
-            inputs["first_tokens"] = self.first_tokens.draw(removed)
+        if self.first_tokens is not None and self.bounded[0].removed:
+            inputs["first_tokens"] = self.first_tokens.draw()
             inputs["usual_norm"] = torch.tensor(self.guard.usual_norm)
         return inputs
 
@@ -256,34 +257,29 @@ class DistillationTrainer(Trainer):
                 )
         return torch.stack(uneven).mean()
 
-    def _learn_first_tokens(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
-        """Add the gradients of the loss on single tokens, together at most half as long as a step's usually are.
+    def _learn_first_tokens(
+        self, model: nn.Module, drawn: Int[Tensor, "drawn 1"], usual_norm: Float[Tensor, ""]
+    ) -> None:
+        """Add the gradients of the loss on single tokens, together no longer than a step's usually are.
 
         Without that limit they can be 10,000 times as long for many steps in a row, and nothing is learned from text.
         """
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         steps = self.current_gradient_accumulation_steps
-        loss = self._first_token_loss(model, inputs) / steps
+        loss = self._first_token_loss(model, drawn) / steps
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        limit_gradients([gradient for gradient in gradients if gradient is not None], inputs["usual_norm"] / steps)
+        limit_gradients([gradient for gradient in gradients if gradient is not None], usual_norm / steps)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
-    def _first_token_loss(self, model: nn.Module, inputs: dict[str, Tensor]) -> Float[Tensor, ""]:
-        """Loss on single tokens. Overwrites what stand-ins keep.
-
-        While there are norms, their reads count as much as all of text's; then each counts like one token of the batch.
-        """
+    def _first_token_loss(self, model: nn.Module, drawn: Int[Tensor, "drawn 1"]) -> Float[Tensor, ""]:
+        """Loss on single tokens, each weighted like one token of the batch. Overwrites the kept log scales."""
         assert self.teacher is not None and self.first_tokens is not None
-        plain, drawn = self.accelerator.unwrap_model(model, keep_torch_compile=False), inputs["first_tokens"]
-        weights = self.optimization
+        plain = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         with self.accelerator.autocast():
-            if self.bounded[0].removed:
-                kl, uneven = self.first_tokens.losses(plain, self.teacher, self.bounded, drawn)
-                return LEARNED * (kl + weights.even_weight * uneven)
-            apart, uneven = self.first_tokens.read_losses(plain, self.teacher, self.stand_ins, drawn)
-            return inputs["read_share"] * weights.read_weight * apart + weights.massive_even_weight * uneven
+            kl, uneven = self.first_tokens.losses(plain, self.teacher, self.bounded, drawn)
+        return LEARNED * (kl + self.optimization.even_weight * uneven)
 
     def held(self) -> float | None:
         """Share of the last batch's tokens held down by bounds, over all sites and processes; None without bounds."""

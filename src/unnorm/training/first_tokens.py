@@ -5,17 +5,12 @@ grow from layer to layer until they overflow. They are few (220 of SmolLM2-135M'
 one. A short run also draws each of them only a few times, so the tokens with the largest KL in one step are learned
 again in the next, until others have a larger one.
 
-Before that, while there are norms, what readers get of many first tokens is matched to what the original's norms give
-them. Everything later in a text attends to the first token, which scaling down massive activations has changed most,
-and one token alone teaches as much about that as a block of hundreds.
-
 Not for models whose texts begin with a begin-of-text token. They are lost without it, and the gradients of what they
 then do are thousands of times those of text (`docs/method.md`). The first token after it varies in the text itself
 (`random_starts`).
 """
 
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -26,93 +21,43 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from transformers.trainer_callback import ExportableState
 
 from unnorm import processes
-from unnorm.hooks import recorded
-from unnorm.taper.norms import TaperedNorm, not_estimating
+from unnorm.taper.norms import TaperedNorm
 from unnorm.training.callbacks import saved_attributes
-from unnorm.training.losses import MASSIVE_SCALE, RUNAWAY, massive_unevenness, unevenness
+from unnorm.training.losses import RUNAWAY, unevenness
 
-MATCHED = 1 / 4
-"""Tokens whose reads are matched while there are norms, per token of a batch."""
 DRAWN = 1 / 2
-"""Tokens of the vocabulary that are run alone and examined once the norms are gone, per token of a batch."""
+"""Tokens of the vocabulary that are run alone and examined, per token of a batch."""
 LEARNED = 1 / 32
-"""Tokens among these that are trained on, per token of a batch."""
+"""Tokens that are trained on alone, per token of a batch."""
 AGAIN = 1 / 2
 """Share of these taken from the largest KL of the step before; the rest are the drawn tokens furthest from constant."""
-MOST = 1 / 2
-"""Largest gradient norm of these tokens together, as a share of a step's usual one. The usual one counts them too, so
-with a share of 1 it would grow without end; with 1/2, text keeps at least their weight."""
 
 
 class FirstTokens(TrainerCallback, ExportableState):
     """Chooses the single tokens that a step learns, and remembers which of them the next step learns again.
 
     Attributes:
-        read_sizes: mean squared length of what the original's norms give a token of text, by site.
         worst: ids of those that the next step learns again, over all processes; updated in place.
     """
 
-    def __init__(
-        self, vocabulary: int, batch_tokens: int, device: torch.device, read_sizes: Mapping[str, float] | None = None
-    ) -> None:
+    def __init__(self, vocabulary: int, batch_tokens: int, device: torch.device) -> None:
         """Start with nothing known about any token.
 
         Args:
             vocabulary: its size.
             batch_tokens: tokens in a batch on one process.
             device: where the model is.
-            read_sizes: see `usual_read_sizes`; needed for `read_losses`.
         """
         self.vocabulary = vocabulary
-        self.read_sizes = read_sizes or {}
-        self.matched = max(1, round(MATCHED * batch_tokens))
         self.drawn = max(1, round(DRAWN * batch_tokens))
         learned = max(1, round(LEARNED * batch_tokens))
         self.again = int(AGAIN * learned)
         self.furthest = learned - self.again
         self.worst = torch.arange(self.again * processes.count(), device=device) % vocabulary
 
-    def draw(self, removed: bool) -> Int[Tensor, "drawn 1"]:
-        """Tokens for this process; all processes must draw together, with the same seed.
-
-        Args:
-            removed: whether the norms are gone, so that tokens are drawn for `losses` rather than for `read_losses`.
-        """
-        number = self.drawn if removed else self.matched
-        return torch.randint(self.vocabulary, (processes.count(), number, 1))[processes.rank()]
-
-    def read_losses(
-        self,
-        model: PreTrainedModel,
-        teacher: PreTrainedModel,
-        stand_ins: Mapping[str, TaperedNorm],
-        drawn: Int[Tensor, "drawn 1"],
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """Losses on single tokens while there are norms.
-
-        Args:
-            model: in training mode.
-            teacher: the original.
-            stand_ins: the model's by name, which must keep log scales and outputs.
-            drawn: token ids.
-
-        Returns:
-            Squared distance between what readers get and what they got from the teacher's norm, relative to what a
-            token of text gets, and `massive_unevenness`; both averaged over all sites.
-        """
-        names = list(stand_ins)
-        with torch.no_grad(), recorded(teacher, names) as expected:
-            teacher.base_model(input_ids=drawn, use_cache=False)
-        with not_estimating(stand_ins.values()):  # Constants are those of text.
-            model.base_model(input_ids=drawn, use_cache=False)
-        apart, uneven = [], []
-        for name, (x, read) in expected.items():
-            stand_in = stand_ins[name]
-            assert stand_in.kept_output is not None and stand_in.kept_log_scale is not None
-            massive = stand_in.departure(x) > math.log(MASSIVE_SCALE)
-            apart.append((stand_in.kept_output - read).square().sum(-1).mean() / self.read_sizes[name])
-            uneven.append(massive_unevenness(stand_in.kept_log_scale, stand_in.log_constant[0], massive))
-        return torch.stack(apart).mean(), torch.stack(uneven).mean()
+    def draw(self) -> Int[Tensor, "drawn 1"]:
+        """Tokens for this process to examine; all processes must draw together, with the same seed."""
+        return torch.randint(self.vocabulary, (processes.count(), self.drawn, 1))[processes.rank()]
 
     def losses(
         self,
@@ -164,23 +109,13 @@ class FirstTokens(TrainerCallback, ExportableState):
 
 
 @torch.no_grad()
-def usual_read_sizes(
-    teacher: PreTrainedModel, names: Sequence[str], ids: Int[Tensor, "batch position"]
-) -> dict[str, float]:
-    """Mean squared length of what each of the original's norms gives a token of this text."""
-    with recorded(teacher, names) as record:
-        teacher.base_model(input_ids=ids, use_cache=False)
-    return {name: float(read.float().square().sum(-1).mean()) for name, (_, read) in record.items()}
-
-
-@torch.no_grad()
-def limit_gradients(gradients: Collection[Tensor], usual: Float[Tensor, ""]) -> None:
-    """Scale gradients down, in place, until their common norm is at most `MOST` of the usual; to 0 if it is not finite.
+def limit_gradients(gradients: Collection[Tensor], most: Float[Tensor, ""]) -> None:
+    """Scale gradients down, in place, until their common norm is at most `most`; to zero if it is not finite.
 
     Without a value that the CPU waits for, so that a step on a GPU can be recorded; torch's own clipping has one.
     """
     norm = torch.nn.utils.get_total_norm(gradients)
-    factor = (MOST * usual / norm).clamp(max=1.0)
+    factor = (most / norm).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(factor).masked_fill_(~norm.isfinite(), 0.0)
 

@@ -35,7 +35,7 @@ from unnorm.training.callbacks import (
     ScheduleCallback,
 )
 from unnorm.training.distillation import DistillationTrainer
-from unnorm.training.first_tokens import FirstTokens, usual_read_sizes
+from unnorm.training.first_tokens import FirstTokens
 from unnorm.training.losses import distillation_losses, next_token_loss
 from unnorm.training.token_clip import clipping_tokens
 
@@ -186,21 +186,12 @@ def _trainer(
             removal=removal,
         )
     if trainer.bounded and first_tokens:
-        trainer.learn_first_tokens(_first_tokens(trainer, train_dataset, plan))
+        batch_tokens = plan.micro_batch * plan.context
+        trainer.learn_first_tokens(FirstTokens(vocabulary_size(model), batch_tokens, args.device))
     if plan.records_steps:
         trainer.record_steps()
     trainer.remove_callback(PrinterCallback)
     return trainer
-
-
-def _first_tokens(trainer: DistillationTrainer, blocks: Dataset, plan: Plan) -> FirstTokens:
-    """For a run on these blocks; how long reads usually are is measured on the first one of text."""
-    assert trainer.teacher is not None and trainer.model is not None
-    text = next(row["input_ids"] for row in blocks if not row.get("stress"))
-    ids = torch.tensor([text], device=trainer.args.device)
-    sizes = usual_read_sizes(trainer.teacher, list(trainer.stand_ins), ids)
-    batch_tokens = plan.micro_batch * plan.context
-    return FirstTokens(vocabulary_size(trainer.model), batch_tokens, trainer.args.device, sizes)
 
 
 @contextmanager

@@ -17,9 +17,6 @@ EVEN_ENOUGH = 0.25
 RUNAWAY = math.log(3.0)
 """The same distance once the norms are removed: tokens beyond it may grow from layer to layer; KL handles the rest."""
 
-MASSIVE_SCALE = 3.0
-"""A token is massive at a site if its scale in the original is more than this many times the constant."""
-
 _CACHED, _CACHED_GPU = 2**18, 2**26
 """Logits processed at a time, on a CPU and on other devices."""
 
