@@ -260,7 +260,7 @@ class DistillationTrainer(Trainer):
     def _learn_first_tokens(
         self, model: nn.Module, drawn: Int[Tensor, "drawn 1"], usual_norm: Float[Tensor, ""]
     ) -> None:
-        """Add the gradients of the loss on single tokens, together no longer than a step's usually are.
+        """Add the gradients of the loss on single tokens, together at most half as long as a step's usually are.
 
         Without that limit they can be 10,000 times as long for many steps in a row, and nothing is learned from text.
         """

@@ -31,6 +31,9 @@ LEARNED = 1 / 32
 """Tokens that are trained on alone, per token of a batch."""
 AGAIN = 1 / 2
 """Share of these taken from the largest KL of the step before; the rest are the drawn tokens furthest from constant."""
+MOST = 1 / 2
+"""Largest gradient norm of these tokens together, as a share of a step's usual one. The usual one counts them too, so
+with a share of 1 it would grow without end; with 1/2, text keeps at least their weight."""
 
 
 class FirstTokens(TrainerCallback, ExportableState):
@@ -109,13 +112,13 @@ class FirstTokens(TrainerCallback, ExportableState):
 
 
 @torch.no_grad()
-def limit_gradients(gradients: Collection[Tensor], most: Float[Tensor, ""]) -> None:
-    """Scale gradients down, in place, until their common norm is at most `most`; to zero if it is not finite.
+def limit_gradients(gradients: Collection[Tensor], usual: Float[Tensor, ""]) -> None:
+    """Scale gradients down, in place, until their common norm is at most `MOST` of the usual; to 0 if it is not finite.
 
     Without a value that the CPU waits for, so that a step on a GPU can be recorded; torch's own clipping has one.
     """
     norm = torch.nn.utils.get_total_norm(gradients)
-    factor = (most / norm).clamp(max=1.0)
+    factor = (MOST * usual / norm).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(factor).masked_fill_(~norm.isfinite(), 0.0)
 
