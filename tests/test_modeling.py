@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import processors
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,6 +23,7 @@ from transformers import (
 import unnorm
 from tests.conftest import VOCAB, Cli
 from tests.running import loaded_without_unnorm
+from tests.texts import begin_texts
 from unnorm.exports import measure
 from unnorm.folding import fold
 from unnorm.folding.checkpoint import load_sites, load_unfolded
@@ -221,10 +221,7 @@ def test_verify_and_export_try_a_twin_on_texts_that_begin_as_its_own_do(
     assert texts_begin_with(run / "model") is None
     unnorm.verify(run)
     tokenizer = AutoTokenizer.from_pretrained(run / "model")
-    tokenizer.bos_token = "!"
-    begin = tokenizer.bos_token_id
-    single = processors.TemplateProcessing(single="! $A", special_tokens=[("!", begin)])
-    tokenizer.backend_tokenizer.post_processor = single
+    begin = begin_texts(tokenizer)
     tokenizer.save_pretrained(run / "model")
     assert texts_begin_with(run / "model") == begin
     assert all(check.passed for check in unnorm.verify(run))

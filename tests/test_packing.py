@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tests.conftest import VOCAB
-from tests.texts import CONTEXT, DOCUMENTS, ids_of, pack, stream, write, write_ids
+from tests.texts import CONTEXT, DOCUMENTS, begin_texts, ids_of, pack, stream, write, write_ids
 from unnorm.data import as_dataset, build_blocks, evenly_spaced, open_documents, stress_blocks, token_files
 from unnorm.data import packing as packing_module
 from unnorm.data import pieces as pieces_module
@@ -207,10 +207,7 @@ class TestPacking:
         plain = build_blocks(str(path), tiny_tokenizer, VOCAB, CONTEXT, 50, 20)
         tokenizer = deepcopy(tiny_tokenizer)
         assert begin_of_blocks(str(path), tokenizer) is None
-        tokenizer.bos_token = "!"
-        bos = tokenizer.bos_token_id
-        post = processors.TemplateProcessing(single="! $A", special_tokens=[("!", bos)])
-        tokenizer.backend_tokenizer.post_processor = post
+        bos = begin_texts(tokenizer)
         found = build_blocks(str(path), tokenizer, VOCAB, CONTEXT, 50, 20)
         for before, after in ((plain.train, found.train), (plain.validation, found.validation)):
             ids = np.asarray(after["input_ids"])

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from tokenizers.processors import TemplateProcessing
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
 from tests.conftest import END_OF_TEXT, Cli
+from tests.texts import begin_texts
 from unnorm.data import Blocks, own_text
 from unnorm.errors import UnnormError
 from unnorm.removal.blocks import with_stress
@@ -136,9 +136,7 @@ def test_own_text_begins_as_other_text_does(
     )
     blocks = own_text(tiny_model, tokenizer, 8, 4, 1, lambda _: None)
     assert {row[0] for row in blocks.train["input_ids"]} == {tokenizer.eos_token_id}
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="! $A", special_tokens=[("!", tokenizer.bos_token_id)]
-    )
+    begin_texts(tokenizer)
     blocks = own_text(tiny_model, tokenizer, 8, 4, 1, lambda _: None)
     assert {row[0] for row in blocks.train["input_ids"]} == {tokenizer.bos_token_id}
     only_begin = PreTrainedTokenizerFast(tokenizer_object=tiny_tokenizer.backend_tokenizer, bos_token=END_OF_TEXT)

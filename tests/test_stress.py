@@ -11,12 +11,12 @@ import torch
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import unnorm
 from tests.conftest import VOCAB
+from tests.texts import begin_texts
 from unnorm.data import as_dataset, random_starts, stress_blocks
 from unnorm.removal.blocks import with_stress
 from unnorm.removal.run import Run
@@ -112,9 +112,7 @@ def test_a_run_keeps_the_token_that_its_tokenizer_puts_before_every_text(
     tiny_model: GPT2LMHeadModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=deepcopy(tiny_tokenizer.backend_tokenizer), bos_token="!")
-    begin = tokenizer.bos_token_id
-    post = TemplateProcessing(single="! $A", special_tokens=[("!", begin)])
-    tokenizer.backend_tokenizer.post_processor = post
+    begin = begin_texts(tokenizer)
     text = as_dataset(np.asarray([[begin, 7, 8, 9]] * 200, np.int32))
     run = SimpleNamespace(
         recipe=RECIPES["taper"],

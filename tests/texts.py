@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from unnorm.data import Blocks, build_blocks
@@ -24,6 +25,18 @@ if sys.version_info >= (3, 14):
     from compression import zstd
 else:
     from backports import zstd
+
+BEGIN = "!"
+
+
+def begin_texts(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Make a tokenizer put a begin-of-text token before every text, as Gemma's does; return its id."""
+    tokenizer.bos_token = BEGIN
+    begin = tokenizer.bos_token_id
+    post = TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, begin)])
+    tokenizer.backend_tokenizer.post_processor = post
+    return begin
+
 
 DOCUMENTS = [f'Document {i}: naïve\n  text,\twith "quotes" and {"words " * (i % 7)}' for i in range(120)]
 CONTEXT = 16
